@@ -64,8 +64,7 @@ INSTEAD = {
 SIZES = {
     "--to 0.4B": "--to 170K",
     "--to 250MB": "--to 360KB",
-    "--fit 8GB --context 8192 --type": "--fit 400KB --context 64 --type",
-    "--fit 8GB --context 8192": "--fit 780KB --context 64",
+    "--to 8GB --set remove.context=8192": "--to 780KB --set remove.context=64",
 }
 BEHIND = {
     "prune": [*SETS, "--quiet"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from secateur.cli.recipe import OPTIONS, documented, plain_value
+from secateur.cli.recipe import documented, plain_value
 from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
@@ -20,6 +20,18 @@ START, END = "<!-- tables: python tools/recipe_page.py -->\n", "<!-- end of tabl
 WITHIN = {
     "calibration.domains.NAME": Domain,
     "recover": RecoverySettings,
+}
+# Options of their own on the command line.
+OPTIONS = {
+    "remove.share": "--remove",
+    "remove.to": "--to",
+    "remove.vocabulary": "--vocabulary",
+    "choose.budget": "--budget",
+    "calibration.domains": "--domain",
+    "calibration.answers": "--answers",
+    "machine.device": "--device",
+    "recover.num_tokens": "--tokens",
+    "polish.num_tokens": "--polish",
 }
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 NAMES = {

@@ -180,12 +180,11 @@ class Remove(Strict):
     """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
 
     share: of all parameters of the dense model, tied weights once; met within one aligned unit per
-    layer. to: in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 250MB.
-    fit: the memory that weights may take, as 8GB. context: tokens whose KV cache must fit in it
-    too. type: of a GGUF file that these bytes are, as q4_k_m. None: the model's own dtype. groups:
-    the kinds of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with
-    their query heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`), or
-    `experts` if the model has some. depth: number of whole layers to remove first, those that
+    layer. to: in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 8GB.
+    context: tokens whose KV cache must fit in these bytes too. groups: the kinds of units to
+    remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query heads) or
+    `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the model has
+    some. depth: number of whole layers to remove first, those that
     change predictions least; part of `share`. None: as many as spare the widths the worst. layers:
     remove these and measure none; `depth` is their number. protected_layers: stay whole. Negative
     layer numbers count from the end. min_keep: the least share of a group that stays. align: widths
@@ -198,9 +197,7 @@ class Remove(Strict):
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
     to: str | None = None
-    fit: str | None = None
     context: Count | None = None
-    type: str | None = None
     groups: tuple[str, ...] | None = None
     depth: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[int, ...] = ()
@@ -227,14 +224,10 @@ class Remove(Strict):
 
     @model_validator(mode="after")
     def _one_size_and_something_goes(self) -> "Remove":
-        sizes = ("share", "to", "fit")
-        given = [name for name in sizes if name in self.model_fields_set and getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} each say how much goes; give one of them")
-        if self.context is not None and self.fit is None:
-            raise ValueError("context is the cache that must fit beside the weights; give fit too, such as fit: 8GB")
-        if self.type is not None and self.fit is None and (self.to is None or not is_size(self.to)):
-            raise ValueError("type is of the bytes that may stay; give to in bytes or fit too, such as to: 250MB")
+        if self.to is not None and "share" in self.model_fields_set:
+            raise ValueError("share and to each say how much goes; give one of them")
+        if self.context is not None and (self.to is None or not is_size(self.to)):
+            raise ValueError("context is the cache that must fit beside the weights; give their bytes too: to: 8GB")
         if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
         if self.vocabulary is None and (self.keep_text or self.keep_scripts):

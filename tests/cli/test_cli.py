@@ -38,12 +38,10 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
-    "prune": "MODEL OUT --remove --to --fit --context --type --recipe --preset --domain --answers "
-    "--vocabulary --keep-text --keep-script --polish --groups --budget --memory-budget "
+    "prune": "MODEL OUT --remove --to --recipe --preset --domain --answers --vocabulary --polish --budget "
     "--device --set --like --resume --overwrite --force --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
-    "inspect": "MODEL --remove --to --fit --context --type --recipe --preset --polish --groups "
-    "--budget --memory-budget --set --vocabulary --quiet --json",
+    "inspect": "MODEL --remove --to --recipe --preset --set --vocabulary --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",

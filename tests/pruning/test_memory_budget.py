@@ -57,7 +57,13 @@ def test_mapped_weights_are_those_in_the_files_and_the_files_stay(checkpoints):
 
 def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe, tmp_path):
     done = run_cli(
-        "prune", checkpoints["llama"], tmp_path / "out", "--recipe", _write(tmp_path, recipe), "--memory-budget", "1KB"
+        "prune",
+        checkpoints["llama"],
+        tmp_path / "out",
+        "--recipe",
+        _write(tmp_path, recipe),
+        "--set",
+        "machine.memory_budget=1KB",
     )
     assert done.status == 2 and not (tmp_path / "out").exists()
     assert (

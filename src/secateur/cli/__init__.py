@@ -7,9 +7,6 @@ to standard output, progress to standard error. Importing a command's module reg
 
 import os
 import sys
-from typing import Any
-
-import typer
 
 from secateur.cli import export, measure, prune, recipe
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
@@ -25,7 +22,7 @@ def main() -> None:
         with stoppable(), launched():
             app(prog_name="secateur")
     except SecateurError as error:
-        _say(f"{error}{_how_to_set(str(error))}", *(f"{note}." for note in _notes(error)))
+        _say(str(error), *(f"{note}." for note in _notes(error)))
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED_BY:
@@ -40,14 +37,6 @@ def give_way() -> None:
     """
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _how_to_set(sentence: str) -> str:
-    """Return how this command sets the recipe's keys in the sentence; "" if it names none."""
-    commands: Any = typer.main.get_command(app)
-    command = next((commands.commands[word] for word in sys.argv[1:] if word in commands.commands), None)
-    ways = [] if command is None else recipe.ways_to_set(sentence, command)
-    return f" On the command line: {', '.join(ways)}." if ways else ""
 
 
 def _notes(error: BaseException) -> list[str]:

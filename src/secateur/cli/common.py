@@ -26,7 +26,7 @@ from secateur.files import without_places, yaml_of
 from secateur.log import Progress, silent
 from secateur.plugins import mixtures
 from secateur.recipe import INSTALLED_DOMAINS
-from secateur.recipe_file import merged, parse_recipe
+from secateur.recipe_file import merged, parse_recipe, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
@@ -247,16 +247,13 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
 Force = Annotated[bool, typer.Option("--force", help="Write a trim that costs more than was foretold or is bearable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-MemoryBudget = Annotated[
-    str | None, typer.Option(help="Such as 6GB, beyond the interpreter; weights that do not fit stay on disk.")
-]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; by default a GPU if torch finds one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
 Preset = Annotated[
     str | None,
-    typer.Option(help="Start from quick, default, best, smallest or paper; --recipe and options override it."),
+    typer.Option(help=f"Start from {', '.join(preset_texts())}; --recipe and options override it."),
 ]
 Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
 Answers = Annotated[
@@ -279,34 +276,15 @@ Domains = Annotated[
 Sets = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any key of the recipe, repeatable: calibration.num_tokens=8192 (YAML)."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of the recipe, repeatable: calibration.num_tokens=8192 (YAML); see secateur recipe.",
     ),
-]
-GroupNames = Annotated[
-    str | None, typer.Option("--groups", metavar="NAMES", help="Kinds of units that go: ffn,kv_heads; see inspect.")
 ]
 Budget = Annotated[str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform or curve.")]
 To = Annotated[
     str | None,
-    typer.Option("--to", metavar="SIZE", help="What may stay: parameters, as 0.4B, or bytes, as 250MB; not --remove."),
-]
-Type = Annotated[
-    str | None,
-    typer.Option("--type", metavar="NAME", help="With --to (bytes) or --fit: of a GGUF file in this type, as q4_k_m."),
-]
-Fit = Annotated[
-    str | None, typer.Option("--fit", metavar="SIZE", help="Memory that it must fit in, as 8GB; instead of --remove.")
-]
-Context = Annotated[
-    int | None, typer.Option("--context", metavar="TOKENS", min=1, help="With --fit: the cache of so many tokens too.")
-]
-KeepText = Annotated[
-    list[Path] | None,
-    typer.Option("--keep-text", metavar="FILE", help="Keep every token that this text needs; repeatable."),
-]
-KeepScript = Annotated[
-    list[str] | None,
-    typer.Option("--keep-script", metavar="NAMES", help="Keep all tokens of these scripts: latin,cyrillic."),
+    typer.Option("--to", metavar="SIZE", help="What may stay: parameters, as 0.4B, or bytes, as 8GB; not --remove."),
 ]
 Tasks = Annotated[
     str | None, typer.Option(help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa.")
@@ -368,13 +346,6 @@ def _public(word: str, out: Path) -> str:
     if value.startswith(("{", "[")) and "/" in value:
         return f"{name}=..."  # recipe.yaml has it whole
     return f"{name}{sign}{out.name if value == str(out) else without_places(value)}"
-
-
-def kept(texts: list[Path] | None, scripts: list[str] | None) -> dict[str, Any]:
-    """Return `--keep-text` and `--keep-script` as keys of a recipe's `remove`."""
-    names = [name.strip() for each in scripts or () for name in each.split(",")]
-    found: dict[str, Any] = {"keep_text": [str(file) for file in texts or ()], "keep_scripts": names}
-    return {key: value for key, value in found.items() if value}
 
 
 def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:

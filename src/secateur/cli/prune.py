@@ -29,9 +29,6 @@ def report(
     print(write_report(directories[0], other_dense=other_dense))
 
 
-Polish = Annotated[
-    int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
-]
 DEMO_MODEL = "smollm2-135m"
 DEMO_RECIPE = {"preset": "quick", "remove": {"share": 0.2}}
 DEMO_WORKLOAD: dict[str, Any] = {"repeats": 3}
@@ -46,9 +43,6 @@ def prune(
     out: common.Out,
     remove: common.Remove = None,
     to: common.To = None,
-    fit: common.Fit = None,
-    context: common.Context = None,
-    type_name: common.Type = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
@@ -56,12 +50,10 @@ def prune(
     vocabulary: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens go too: so many stay, or auto, as many as pay.")
     ] = None,
-    keep_text: common.KeepText = None,
-    keep_script: common.KeepScript = None,
-    polish: Polish = None,
-    groups: common.GroupNames = None,
+    polish: Annotated[
+        int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
+    ] = None,
     budget: common.Budget = None,
-    memory_budget: common.MemoryBudget = None,
     device: common.Device = None,
     sets: common.Sets = None,
     like: Annotated[
@@ -74,12 +66,13 @@ def prune(
     as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT."""
-    size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
-    goes = _removal(groups, **size)
-    goes |= {"vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
-    said = {"remove": goes, "choose": {"budget": budget}, "polish": {"num_tokens": polish}}
-    said |= {"machine": {"memory_budget": memory_budget, "device": device}}
-    parsed = parse_recipe(_keys(recipe, preset, said, domain, sets, answers), "command line")
+    options = {
+        "remove": {"share": remove, "to": to, "vocabulary": vocabulary},
+        "choose": {"budget": budget},
+        "polish": {"num_tokens": polish},
+        "machine": {"device": device},
+    }
+    parsed = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
     prune_and_tell(
         model, out, parsed, like=like, resume=resume, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json
     )
@@ -90,15 +83,8 @@ def inspect(
     model: common.Model,
     remove: common.Remove = None,
     to: common.To = None,
-    fit: common.Fit = None,
-    context: common.Context = None,
-    type_name: common.Type = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
-    polish: Polish = None,
-    groups: common.GroupNames = None,
-    budget: common.Budget = None,
-    memory_budget: common.MemoryBudget = None,
     sets: common.Sets = None,
     vocabulary: Annotated[
         bool, typer.Option("--vocabulary", help="Also count how many tokens the domains' text uses.")
@@ -107,14 +93,11 @@ def inspect(
     as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
-    size = {"share": remove, "to": to, "fit": fit, "context": context, "type": type_name}
-    goes = _removal(groups, **size)
-    said = {"remove": goes, "choose": {"budget": budget}}
-    said |= {"polish": {"num_tokens": polish}, "machine": {"memory_budget": memory_budget}}
-    asked = parse_recipe(_keys(recipe, preset, said, None, sets), "command line")
+    keys = _keys(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
+    parsed = parse_recipe(keys, "command line")
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        found = secateur.inspect(model, asked, vocabulary=vocabulary, progress=progress)
-    common.show(found, as_json=as_json)
+        inspection = secateur.inspect(model, parsed, vocabulary=vocabulary, progress=progress)
+    common.show(inspection, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur demo smaller")
@@ -171,35 +154,30 @@ def prune_and_tell(
     common.show(summary, f"{out}. Load it with {loader}('{out}')", as_json=as_json)
 
 
-def _removal(groups: str | None, **size: Any) -> dict[str, Any]:
-    """Return the options that say how much goes, and of what, as keys of a recipe's `remove`."""
-    return {**size, "groups": groups and [name.strip() for name in groups.split(",")]}
-
-
 def _keys(
     file: Path | None,
     preset: str | None,
-    said: dict[str, Any],
+    options: dict[str, Any],
     domains: list[str] | None,
     sets: list[str] | None,
     answers: str | None = None,
 ) -> dict[str, Any]:
-    """Return the keys of the file over the preset, under the options `said`, `domains`, `answers` and `sets`."""
+    """Return the keys of the file over the preset, under `options`, `domains`, `answers` and `sets`."""
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    data = merged(data, _without_none(said))
+    data = merged(data, _without_none(options))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
     return common.with_sets(common.with_answers(data, answers, domains), sets)
 
 
-def _without_none(said: dict[str, Any]) -> dict[str, Any]:
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     """Return what was given on the command line, mapping by mapping."""
-    found = {key: _without_none(value) if isinstance(value, dict) else value for key, value in said.items()}
-    return {key: value for key, value in found.items() if value is not None and value != {}}
+    given = {key: _without_none(value) if isinstance(value, dict) else value for key, value in options.items()}
+    return {key: value for key, value in given.items() if value is not None and value != {}}
 
 
 @common.app.command(epilog="Example: secateur verify smaller")
@@ -243,8 +221,12 @@ def trim(
         int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64; see secateur inspect.")
     ],
     domain: common.Domains = None,
-    keep_text: common.KeepText = None,
-    keep_script: common.KeepScript = None,
+    keep_text: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Keep every token that this text needs; repeatable.")
+    ] = None,
+    keep_script: Annotated[
+        str, typer.Option(metavar="NAMES", help="Keep all tokens of these scripts: latin,cyrillic.")
+    ] = "",
     seed: common.Seed = None,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
@@ -255,7 +237,8 @@ def trim(
 
     Every text still reads back as it was, in more tokens. Held-out text judges what that costs, domain by domain.
     """
-    remove = {"groups": [], "vocabulary": vocabulary, **common.kept(keep_text, keep_script)}
+    scripts = [name.strip() for name in keep_script.split(",") if name]
+    remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text or [], "keep_scripts": scripts}
     data: dict[str, Any] = {"remove": remove}
     data |= {} if seed is None else {"seed": seed}
     data |= {"calibration": {"domains": common.parse_domains(domain)}} if domain else {}

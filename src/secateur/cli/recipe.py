@@ -1,7 +1,4 @@
-"""The command `recipe`, and how a recipe's keys are set on the command line.
-
-The comments that it prints are the docstrings of `secateur.recipe`.
-"""
+"""The command `recipe`. The comments that it prints are the docstrings of `secateur.recipe`."""
 
 import inspect
 import re
@@ -14,28 +11,15 @@ import yaml
 from pydantic import BaseModel
 
 import secateur.cli.common as common
-from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings, Strict
-from secateur.recipe_errors import grouped_keys
+from secateur.recipe import SCORE_NAMES, Domain, RecoverySettings, Strict
 from secateur.recipe_file import parse_recipe, preset_texts
 
 WIDTH = 100
-# Options of their own. A command without the option sets the key with --set.
-OPTIONS = {
-    "remove.share": "--remove", "remove.to": "--to",
-    "remove.fit": "--fit", "remove.context": "--context", "remove.type": "--type",
-    "remove.groups": "--groups",
-    "remove.vocabulary": "--vocabulary", "remove.keep_text": "--keep-text", "remove.keep_scripts": "--keep-script",
-    "choose.budget": "--budget", "calibration.domains": "--domain",
-    "machine.device": "--device", "machine.memory_budget": "--memory-budget", "recover.num_tokens": "--tokens",
-    "polish.num_tokens": "--polish",
-}  # fmt: skip
-# Keys that a sentence names without their group, and that are no words of ordinary English.
-UNLIKE_WORDS = ("align", "depth", "rounds", "damping", "compensate")
 
 
 @common.app.command(epilog="Example: secateur recipe best > recipe.yaml")
 def recipe(
-    preset: Annotated[str, typer.Argument(help="Whose values: default, quick, best, smallest, paper, ...")] = "default",
+    preset: Annotated[str, typer.Argument(help=f"Whose values: {', '.join(preset_texts())}.")] = "default",
 ) -> None:
     """Print a recipe with every key, its value and what it means, to change and give to prune."""
     found = parse_recipe({"preset": preset}, "recipe")
@@ -104,18 +88,3 @@ def plain_value(value: Any) -> str:
     plain = value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
     plain = list(plain) if isinstance(plain, tuple) else plain
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-
-
-def ways_to_set(sentence: str, command: Any) -> list[str]:
-    """Return how the command sets the recipe's keys that a sentence names, at most three."""
-    has = {option for param in command.params for option in param.opts}
-    if "--set" not in has or sentence.startswith(("--set", "command line")):
-        return []
-    keys = grouped_keys(Recipe)
-    short = {key.partition(".")[2]: key for key in reversed(keys)}
-    short = {name: key for name, key in short.items() if name in UNLIKE_WORDS or "_" in name}
-    without_paths = re.sub(r"\S*/\S*", "", sentence)
-    named = re.findall(r"(?<![\w.])[a-z_]+\.[a-z_]+|\b[a-z_]+\b", without_paths)
-    found = [short[name] if name in short else str(name) for name in named if name in keys or name in short]
-    first = list(dict.fromkeys(found))[:3]
-    return [OPTIONS[key] if OPTIONS.get(key) in has else f"--set {key}=VALUE" for key in first]

@@ -147,8 +147,10 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
     not run, CheckpointError for a missing package, a source that is GGUF already, or a tokenizer
     that cannot be written.
     """
-    if type_name is not None:
-        check_type("export type", type_name)
+    if type_name is not None and type_name not in (allowed := (*TYPES, *QUANTISED)):
+        raise RecipeError(
+            f"export type: unknown type '{type_name}'; allowed: {', '.join(allowed)}; {advice(type_name, allowed)}"
+        )
     if type_name in QUANTISED:
         require_llama_cpp(f"export --type {type_name}")
     require_gguf("GGUF export")
@@ -171,14 +173,6 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
         )
     gguf_tensors(checkpoint, family, type_name if type_name in TYPES else str(own))
     return type_name or str(own)
-
-
-def check_type(key: str, type_name: str) -> None:
-    """Raise RecipeError, naming `key`, for a type that no file is written in."""
-    if type_name not in (allowed := (*TYPES, *QUANTISED)):
-        raise RecipeError(
-            f"{key}: unknown type '{type_name}'; allowed: {', '.join(allowed)}; {advice(type_name, allowed)}"
-        )
 
 
 def export_gguf(

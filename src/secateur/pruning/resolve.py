@@ -1,23 +1,19 @@
 """How much goes, in plain numbers: from a recipe and an architecture to whole layers, widths and plans.
 
-A recipe says it as a share, a size or bytes of a file; all become a share of the parameters, and that
+A recipe says it as a share or a size; both become a share of the parameters, and that
 becomes whole layers and steps of widths. No weight is read. All layers of a family
 have equal sizes, so which ones go changes no number.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import RecipeError
 from secateur.files import is_size, parse_count, parse_size
-from secateur.formats.gguf import check_type, gguf_bytes, metadata_bytes
 from secateur.methods.budget import (
-    ALIGN_BLOCKS,
     Plan,
     Prices,
     default_align,
@@ -34,10 +30,9 @@ from secateur.methods.budget import (
 from secateur.methods.prices import kv_cache_bytes_per_token, prices_of, sequence_length, token_prices
 from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
-from secateur.model.group import ALIGNED, OF_EXPERTS, Group, GroupKey
+from secateur.model.group import OF_EXPERTS, Group, GroupKey
 from secateur.plugins import PROSE
-from secateur.pruning.group_step import model_left
-from secateur.pruning.open import Opened, tokenizer_of
+from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
 from secateur.recovery.pair import check_training
 from secateur.stream.statistics import BY_DOMAIN
@@ -52,8 +47,6 @@ MIN_DEFAULT_TOKENS = 51200
 DEFAULT_TARGET_MIX = 0.5
 # With 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one: LOG, 2026-11-25.
 DEEP_KEEP = 0.3
-# Dense widths that are no whole steps are multiples of an eighth of one.
-EIGHTHS = 8
 # Readers used only to compare layers are fitted to this many tokens per input.
 NARROW_TOKENS_PER_INPUT = 4
 
@@ -179,7 +172,7 @@ def checked(opened: Opened) -> Opened:
 
 
 def share_of_size(opened: Opened) -> Opened:
-    """Return `opened`, the recipe's share from its `to` or `fit`.
+    """Return `opened`, the recipe's share from its `to`.
 
     share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a share,
     so half of their step is added: the result is never larger than asked. Raises RecipeError for a size
@@ -187,21 +180,16 @@ def share_of_size(opened: Opened) -> Opened:
     """
     recipe, size = opened.recipe, opened.size
     remove = recipe.remove
-    if remove.to is not None and not is_size(remove.to):
-        asked, stays = f"to: {remove.to}", parse_count("remove.to", remove.to)
-    elif given := remove.fit or remove.to:
-        key = "fit" if remove.fit else "to"
-        # The cache is stored as the weights are; llama.cpp's is f16.
-        itemsize = 2 if remove.type else opened.model.dtype.itemsize
-        values = kv_cache_bytes_per_token(opened.model) // opened.model.dtype.itemsize
-        cache_bytes = (remove.context or 0) * values * itemsize
-        asked = f"{key}: {given}" + f" with a cache of {cache_bytes / 1e9:.3g} GB" * bool(cache_bytes)
-        num_bytes = parse_size(f"remove.{key}", given) - cache_bytes
-        if remove.type is not None:
-            return _of_file(opened, remove.type, asked, num_bytes)
+    if remove.to is None:
+        return opened
+    asked = f"to: {remove.to}"
+    if is_size(remove.to):
+        cache_bytes = (remove.context or 0) * kv_cache_bytes_per_token(opened.model)
+        asked += f" with a cache of {cache_bytes / 1e9:.3g} GB" * bool(cache_bytes)
+        num_bytes = parse_size("remove.to", remove.to) - cache_bytes
         stays = int(num_bytes * size.num_params / size.num_bytes)
     else:
-        return opened
+        stays = parse_count("remove.to", remove.to)
     if not 0 < stays < size.num_params:
         raise RecipeError(
             f"remove.{asked} leaves {max(stays, 0):,} parameters, and the model has {size.num_params:,} "
@@ -223,22 +211,18 @@ def share_of_size(opened: Opened) -> Opened:
     left = run.prices_left.total - params_gone(run.groups, run.plans[-1].num_keep)
     if left > stays:
         num_bytes = left * size.num_bytes // size.num_params
-        raise _too_small(asked, f"{left:,} parameters ({num_bytes / 1e6:.4g} MB)")
+        raise RecipeError(
+            f"remove.{asked} is less than a cut can leave; the recipe's groups leave {left:,} parameters "
+            f"({num_bytes / 1e6:.4g} MB) at least; give that or more, lower align or min_keep, or name more groups."
+        )
     return found
 
 
 def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
     """Return `opened` with this share in place of a size. `align`: None for the recipe's."""
     align = align or opened.recipe.remove.align
-    sizes: dict[str, Any] = dict.fromkeys(("to", "fit", "context", "type"))
-    return replace(opened, recipe=opened.recipe.filled(remove={**sizes, "share": share, "align": align}))
-
-
-def _too_small(asked: str, least: str) -> RecipeError:
-    return RecipeError(
-        f"remove.{asked} is less than a cut can leave; the recipe's groups leave {least} at least; give that or more, "
-        f"lower align or min_keep, or name more groups."
-    )
+    remove = {"to": None, "context": None, "share": share, "align": align}
+    return replace(opened, recipe=opened.recipe.filled(remove=remove))
 
 
 def nearest(opened: Opened) -> Opened:
@@ -249,62 +233,6 @@ def nearest(opened: Opened) -> Opened:
         share, run = largest, _unplanned(_of_share(opened, largest))
     least = math.ceil(1e6 * (run.prices.taken(run.layers) or run.step) / run.prices.total) / 1e6
     return _of_share(opened, max(share, least))
-
-
-def _of_file(opened: Opened, type_name: str, asked: str, num_bytes: int) -> Opened:
-    """Return `opened` with the least share that leaves a GGUF file of at most so many bytes.
-
-    k-quants store widths that are no multiple of their block in wider types, so a width may take more
-    bytes than the next block does; both kinds of widths are looked at, step by step.
-    """
-    recipe, config = opened.recipe, opened.model.config
-    check_type("remove.type", type_name)
-    if recipe.choose.budget != "uniform" or recipe.remove.vocabulary is not None:
-        given = "vocabulary" if recipe.remove.vocabulary is not None else f"budget {recipe.choose.budget}"
-        raise RecipeError(
-            f"remove.type: how many bytes {given} leaves in {type_name} shows in the run; leave type out, or prune by "
-            f"uniform widths alone, after secateur trim."
-        )
-    try:
-        metadata = metadata_bytes(config, tokenizer_of(opened), opened.name)
-    except CheckpointError:  # a config alone
-        metadata = 0
-    dense = gguf_bytes(opened.model, type_name, metadata, opened.name)
-    if not 0 < num_bytes < dense:
-        raise RecipeError(
-            f"remove.{asked} leaves {max(num_bytes, 0):,} bytes, and the dense model takes {dense:,} in {type_name}; "
-            f"give a smaller size that is above 0."
-        )
-
-    def bytes_left(planned: Opened) -> int:
-        if not _unplanned(planned).reaches:  # one step of these widths is more than a small model has
-            return dense
-        run = resolve(planned)
-        return gguf_bytes(model_left(config, run.layers, run.plans[-1].num_keep), type_name, metadata, opened.name)
-
-    plain = _unplanned(_of_share(opened, 1 - num_bytes / dense))
-    fitting: list[tuple[int, int, Opened]] = []
-    least = dense
-    aligns = {plain.align}
-    if any(group.kind in ALIGNED for group in plain.groups):
-        aligns.add(math.lcm(plain.align, ALIGN_BLOCKS))
-    for align in sorted(aligns):
-        run = replace(plain, align=align)
-        counts = range(1, -(-EIGHTHS * run.prices.total // run.step))
-        possible = partial(_less_steps, opened, run)
-        number = bisect_left(counts, -num_bytes, key=lambda count, of=possible: -bytes_left(of(count)))
-        found = possible(counts[min(number, len(counts) - 1)])
-        if (left := bytes_left(found)) <= num_bytes:
-            fitting.append((left, align, found))
-        least = min(least, left)
-    if not fitting:
-        raise _too_small(asked, f"{least:,} bytes in {type_name}")
-    return max(fitting, key=lambda each: each[:2])[-1]
-
-
-def _less_steps(opened: Opened, run: Resolved, count: int) -> Opened:
-    """Return `opened` with the share of so many eighths of a step of the widths, or the nearest that can be."""
-    return nearest(_of_share(opened, count * run.step / EIGHTHS / run.prices.total, run.align))
 
 
 def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int = 0) -> int:
