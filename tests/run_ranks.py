@@ -1,10 +1,20 @@
-"""Several ranks on this machine: torchrun with gloo, and what it printed."""
+"""Several ranks on this machine, by torchrun or as forks, with gloo, and what they printed."""
 
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from warm import WarmProcesses
+
+FORKED = Path(__file__).with_name("forked_ranks.py")
+
+
+def run_forked_ranks(warm: WarmProcesses, num_ranks: int, *arguments: object) -> tuple[int, str, str]:
+    """Run the ranks as forks of a warm process; return exit status, standard output and standard error."""
+    done = warm.run([sys.executable, FORKED, num_ranks, *arguments], env=dict(os.environ))
+    return done.returncode, done.stdout, done.stderr
 
 
 def start_ranks(num_ranks: int, *arguments: object) -> subprocess.Popen[str]:

@@ -23,7 +23,7 @@ from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
 from transformers import DoryConfig, DoryForCausalLM
 
-from secateur.cli.common import stoppable
+from secateur.cli.common import last_word, stoppable
 from secateur.result_directory import check_replaceable
 from secateur.store import HOW, place_beside
 
@@ -447,11 +447,20 @@ def test_disk_full_in_the_middle(model, recipe_file, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_one_of_several_ranks_says_why_all_end(monkeypatch):
+    assert last_word("ended.") == "ended."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "ended."), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        assert last_word("ended.") == said
+
+
 def test_nohup_stays():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
         with stoppable():
             assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with stoppable():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -480,7 +489,7 @@ def test_stopped_by_a_signal(number, model, recipe, tmp_path, warm):
 
 BLOCKED = """
 import hashlib
-from secateur.cli.common import stoppable
+from secateur.cli.common import last_word, stoppable
 with stoppable(0.2):
     print("in", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

@@ -289,6 +289,8 @@ def test_commands_and_flags_are_frozen():
 
 
 def test_help_has_an_example_and_the_console_script_is_main():
+    alone = run_cli()
+    assert alone.status == 2 and all(command in alone.stdout for command in COMMANDS)
     for command in COMMANDS:
         shown = run_cli(command, "--help")
         assert shown.status == 0 and f"Example: secateur {command}" in shown.stdout

@@ -11,6 +11,7 @@ def test_it_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recip
     out = tmp_path / "out"
     run = run_cli("demo", out)
     assert run.status == 0, run.stderr
+    assert "earlier run" not in run.stderr, "it begins anew"
     told = " ".join(run.stdout.split())
     parts = (
         "by a fifth",

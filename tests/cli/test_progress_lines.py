@@ -78,7 +78,8 @@ def test_a_piped_prune_says_what_it_does(checkpoints, recipe_file, tmp_path):
         r"code, prose; .+ of memory beyond the interpreter\.",
         first,
     )
-    assert [line.split(" ", 1)[1].split(":")[0] for line in lines] == list(STAGES)
+    # A slow machine says more than once where a stage is.
+    assert list(dict.fromkeys(line.split(" ", 1)[1].split(":")[0] for line in lines)) == list(STAGES)
     assert all(re.match(r"\d+:\d\d:\d\d ", line) for line in lines)
     assert "━" not in run.stderr and not any(stage in run.stdout for stage in STAGES[2:-1])
 

@@ -60,6 +60,13 @@ def test_a_whole_result_passes_and_is_reloaded(copy):
     assert [len(line) <= 80 for line in outcome.stdout.splitlines()] == [True] * 2
 
 
+def test_progress_ends_with_the_reload(results, unloaded):
+    seen: list[tuple[str, int, int]] = []
+    secateur.verify(results["whole"], progress=lambda *parts: seen.append(parts))
+    num_files = len(read_digests(results["whole"]))
+    assert seen == [*(("sha256", done, num_files) for done in range(num_files + 1)), ("reload", 0, 1), ("reload", 1, 1)]
+
+
 def test_every_file_but_those_that_come_later_has_its_digest(results):
     for directory in results.values():
         digests = read_digests(directory)

@@ -14,6 +14,7 @@ import secateur
 from secateur.data.blocks import JudgedText
 from secateur.data.pool import Allotted
 from secateur.errors import CheckpointError
+from secateur.formats.save import Verification
 from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
 from secateur.model.group import add_zero_biases
@@ -153,6 +154,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     for line in ({"step": 1.0}, {"step": 0.0}, {}, {"step": 0}, {"step": 0.25}):
         run.services.log.write({"event": "group", **line})
     run.services.log.write({"event": "note", "text": "noted."})
+    run.services.log.seconds["prune"] = 1.236
     cut_down = tiny_llama(intermediate_size=64)
     after = dataclasses.replace(run, model=cut_down)
     none: dict[str, Any] = {"dense_losses": {}, "pruned_losses": {}, "peak_bytes": 1, "command": ""}
@@ -164,7 +166,11 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     assert (found.dense_size.num_params, found.pruned_size.num_params) == (dense, pruned)
     assert found.remove_reached == pytest.approx(1 - pruned / dense, rel=1e-12)
     assert (found.remove_asked, found.device, found.family) == (0.3, "cpu", "llama")
-    assert "noted." in found.warnings and found.reload_max_abs_difference is None
+    assert "noted." in found.warnings and found.seconds["prune"] == 1.24
+    assert (found.reload_max_abs_difference, found.loaded_by, found.sample_text) == (None, None, None)
+    proved = summary_of(first, after, keeps, Verification(0.5, 1.0, "It was."), **none)
+    assert (proved.reload_max_abs_difference, proved.sample_text) == (0.5, "It was.")
+    assert (proved.like, proved.vocabulary) == (None, None)
 
 
 def test_facts_of_the_text_count_what_was_measured_on_and_what_was_held_out():

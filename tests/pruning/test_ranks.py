@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from models import tiny_ids, tiny_llama
 from ranks_child import main as run_jobs
 from recipes import grouped
-from run_ranks import run_machines, run_ranks, start_ranks
+from run_ranks import run_forked_ranks, run_machines, run_ranks, start_ranks
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 
@@ -124,10 +126,10 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
     return place / "jobs.json", place / "1"
 
 
-def check_against_one(jobs: tuple[Path, Path], num_ranks: int) -> None:
+def check_against_one(jobs: tuple[Path, Path], num_ranks: int, launch: Callable[..., tuple[int, str, str]]) -> None:
     file, one = jobs
     out = file.with_name(str(num_ranks))
-    status, _, stderr = run_ranks(num_ranks, CHILD, file, out)
+    status, _, stderr = launch(num_ranks, CHILD, file, out)
     assert status == 0, stderr
     for name in json.loads(file.read_text(encoding="utf-8")):
         alone, together = (json.loads((place / f"{name}.json").read_text(encoding="utf-8")) for place in (one, out))
@@ -150,13 +152,13 @@ def check_against_one(jobs: tuple[Path, Path], num_ranks: int) -> None:
     assert said["turns"] == [[letter, 1] for letter in "abcde"]  # each done as by one process
 
 
-def test_two_ranks_make_what_one_makes(jobs):
-    check_against_one(jobs, 2)
+def test_two_ranks_make_what_one_makes(jobs, warm):
+    check_against_one(jobs, 2, partial(run_forked_ranks, warm))
 
 
 @pytest.mark.slow
-def test_four_ranks_make_what_one_makes(jobs):
-    check_against_one(jobs, 4)
+def test_four_ranks_of_a_launcher_make_what_one_makes(jobs):
+    check_against_one(jobs, 4, run_ranks)
 
 
 def command_of(model: Path, recipe: dict[str, Any], out: Path) -> list[object]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import opened, tiny_llama
 from recipes import grouped
-from run_ranks import run_ranks
+from run_ranks import run_forked_ranks
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,14 +39,11 @@ from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights
 from tests.trims import prose_file
 
-TEST_WITH_PROOF = "test_tokens_and_channels_together_reach_the_share"
-
 
 @pytest.fixture(autouse=True)
-def quick(request, monkeypatch) -> None:
-    """No reload, but in one test."""
-    if request.node.originalname != TEST_WITH_PROOF:
-        monkeypatch.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
+def quick(monkeypatch) -> None:
+    """No reload, but of the result that several tests look at."""
+    monkeypatch.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
 
 
 CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
@@ -79,22 +76,27 @@ def asked(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "remove": 0.3, "vocabulary": 448}
 
 
+@pytest.fixture(scope="module")
+def cut(dense, asked, tmp_path_factory) -> secateur.Result:
+    """The dense model less tokens and channels, written and proved."""
+    return secateur.prune(dense, grouped(asked), out=tmp_path_factory.mktemp("cut") / "out", force=True)
+
+
 def num_params(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_tokens_and_channels_together_reach_the_share(dense, asked, tmp_path):
-    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out", force=True)
-    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (dense, tmp_path / "out"))
-    kept = kept_tokens_of(tmp_path / "out")
+def test_tokens_and_channels_together_reach_the_share(dense, cut):
+    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (dense, cut.out))
+    kept = kept_tokens_of(cut.out)
     assert kept is not None and len(kept.dense_ids) == 448 == after.config.vocab_size
     # Half a step of all three layers: 4 channels of 144 parameters each.
     assert abs(num_params(before) - num_params(after) - 0.3 * num_params(before)) <= 3 * 4 * 144
-    assert found.summary.remove_reached == 1 - num_params(after) / num_params(before)
+    assert cut.summary.remove_reached == 1 - num_params(after) / num_params(before)
     assert torch.equal(
         after.get_input_embeddings().weight, before.get_input_embeddings().weight[torch.tensor(kept.dense_ids)]
     )
-    assert found.recipe.remove.vocabulary == 448
+    assert cut.recipe.remove.vocabulary == 448
 
 
 def test_a_saved_recipe_repeats_the_run(tied, asked, tmp_path):
@@ -138,20 +140,19 @@ def test_losses_are_nats_per_token_of_the_dense_tokenizer(tied, asked, tmp_path)
             assert losses[domain.name].num_tokens == tokens["dense"]
 
 
-def test_a_trim_is_judged_on_its_own_before_channels_go(dense, asked, tmp_path):
+def test_a_trim_is_judged_on_its_own_before_channels_go(dense, cut):
     """On the guard's text, in nats per dense token, by the dense model whose softmax has the kept tokens alone."""
-    found = secateur.prune(dense, grouped(asked), out=tmp_path / "out", force=True)
-    facts = found.summary.vocabulary
+    facts = cut.summary.vocabulary
     model = AutoModelForCausalLM.from_pretrained(dense).eval()
-    old, new = (AutoTokenizer.from_pretrained(each) for each in (dense, tmp_path / "out"))
-    dense_ids = torch.tensor(kept_tokens_of(tmp_path / "out").dense_ids)  # type: ignore[union-attr]
+    old, new = (AutoTokenizer.from_pretrained(each) for each in (dense, cut.out))
+    dense_ids = torch.tensor(kept_tokens_of(cut.out).dense_ids)  # type: ignore[union-attr]
 
     def nats(ids_T: torch.Tensor, kept: torch.Tensor) -> float:
         with torch.no_grad():
             logits = model(ids_T[None]).logits[0, :-1].double()
         return -float((logits.gather(1, ids_T[1:, None])[:, 0] - logits[:, kept].logsumexp(-1)).sum())
 
-    text = run_text_again(tmp_path / "out", found.recipe, new, silent).learning.text
+    text = run_text_again(cut.out, cut.recipe, new, silent).learning.text
     assert facts is not None and facts.nats.keys() == {domain.name for domain in text.domains}
     for domain in text.domains:
         before, after, tokens = 0.0, 0.0, 0
@@ -310,7 +311,7 @@ def test_a_repeated_choice_is_judged_too(untied, asked, tmp_path):
     ],
     ids=["auto", "rounds", "depth", "alone"],
 )
-def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, asked, tmp_path):
+def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, asked, warm, tmp_path):
     wanted = {**asked, **changes}
     whole = secateur.prune(untied, grouped(wanted), out=tmp_path / "whole", force=True)
     num_stops = 0
@@ -326,7 +327,7 @@ def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, a
     assert weights(tmp_path / "streamed")["model.safetensors"] == weights(tmp_path / "whole")["model.safetensors"]
     jobs = {"trim": {"model": str(untied), "recipe": wanted, "write": False}}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    status, _, said = run_ranks(2, CHILD, tmp_path / "jobs.json", tmp_path / "ranks")
+    status, _, said = run_forked_ranks(warm, 2, CHILD, tmp_path / "jobs.json", tmp_path / "ranks")
     assert status == 0, said
     shared, ours = load_file(tmp_path / "ranks" / "trim.safetensors"), dict(whole.model.state_dict())
     assert shared.keys() == ours.keys() and all(torch.equal(shared[name], ours[name]) for name in ours)

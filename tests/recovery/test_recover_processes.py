@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 from recipes import grouped
+from run_ranks import run_forked_ranks
 from safetensors.torch import load_file
+from warm import WarmProcesses
 
 import secateur
 
@@ -54,17 +56,31 @@ secateur.prune(model, yaml.safe_load(open(recipe)), out=out, overwrite=True)
 """
 
 
-def run(launch: list[str], settings: dict[str, Any], pruned: Path, teacher: Path, place: Path, script: str = ""):
-    """Run `secateur recover`, or a script, under a launcher of two processes; what it wrote is in `place`/two."""
+def run(
+    launch: list[str],
+    settings: dict[str, Any],
+    pruned: Path,
+    teacher: Path,
+    place: Path,
+    script: str = "",
+    warm: WarmProcesses | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `secateur recover`, or a script, in two processes; what it wrote is in `place`/two."""
     file, code, out = place / "r.yaml", place / "script.py", place / "two"
     file.write_text(yaml.safe_dump({"recover": settings}), encoding="utf-8")
     code.write_text(script, encoding="utf-8")
     command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
-    return launched(launch, [code, pruned, teacher, out, file] if script else command)
+    return launched(launch, [code, pruned, teacher, out, file] if script else command, warm)
 
 
-def launched(launch: list[str], command: list[Any]) -> subprocess.CompletedProcess[str]:
-    """Run the command under a launcher of two processes."""
+def launched(
+    launch: list[str], command: list[Any], warm: WarmProcesses | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in two processes of a launcher, or without one in two forks."""
+    if not launch:
+        assert warm is not None
+        status, stdout, stderr = run_forked_ranks(warm, 2, *command)
+        return subprocess.CompletedProcess(command, status, stdout, stderr)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,19 +101,20 @@ def assert_trained_alike(before: dict[str, Any], alone: dict[str, Any], together
 @pytest.mark.parametrize(
     ("launch", "settings", "name"),
     [
-        (TORCHRUN, SETTINGS, "llama"),
+        ([], SETTINGS, "llama"),
+        pytest.param(TORCHRUN, SETTINGS, "llama", marks=pytest.mark.slow),
         pytest.param(FSDP.format(2).split(), SETTINGS, "llama", marks=pytest.mark.slow),
         pytest.param(FSDP.format(2).split(), LORA, "llama", marks=pytest.mark.slow),
         pytest.param(FSDP.format(2).split(), GENTLE, "llama-tied", marks=pytest.mark.slow),
     ],
-    ids=["copies", "FSDP", "FSDP and LoRA", "FSDP, tied"],
+    ids=["forks", "copies", "FSDP", "FSDP and LoRA", "FSDP, tied"],
 )
-def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints, recipe, tmp_path):
-    pruned = tmp_path / "pruned"
+def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints, recipe, warm, tmp_path):
+    pruned, copies = tmp_path / "pruned", launch in ([], TORCHRUN)
     secateur.prune(checkpoints[name], grouped({**recipe, "remove": 0.3}), out=pruned)
-    less = {**settings, "batch_tokens": 32} if launch is TORCHRUN else settings  # a block, so one for each process
-    settings = {**settings, "batch_tokens": 64} if launch is TORCHRUN else settings
-    done = run(launch, less, pruned, checkpoints[name], tmp_path)
+    less = {**settings, "batch_tokens": 32} if copies else settings  # a block, so one for each process
+    settings = {**settings, "batch_tokens": 64} if copies else settings
+    done = run(launch, less, pruned, checkpoints[name], tmp_path, warm=warm)
     assert done.returncode == 0, done.stderr
     one = tmp_path / "one"
     record = secateur.recover(pruned, checkpoints[name], {"recover": settings}, out=one)
@@ -105,8 +122,8 @@ def test_two_processes_train_what_one_trains(launch, settings, name, checkpoints
     before, alone, together = (load_file(place / WEIGHTS) for place in (pruned, one, tmp_path / "two"))
     assert_trained_alike(before, alone, together)
     notes = json.loads((tmp_path / "two" / "recovery.json").read_text(encoding="utf-8"))["notes"]
-    assert any("in shards over 2 processes" in note for note in notes) == (launch is not TORCHRUN)
-    assert any("batch_tokens: 64 in place of 32" in note for note in notes) == (launch is TORCHRUN)
+    assert any("in shards over 2 processes" in note for note in notes) != copies
+    assert any("batch_tokens: 64 in place of 32" in note for note in notes) == copies
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "pruned", "r.yaml", "script.py", "two"]
 
 

@@ -167,7 +167,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
     if isinstance(model, PerLayerModel):  # what its layers are does not depend on their widths
         stock, config = stock.__bases__[1], copy.deepcopy(config)
         config.__class__, config.per_layer_config = type(config).__bases__[0], None
-    key = stock, config.to_json_string(use_diff=False)
+    key = stock, str({**config.to_dict(), "_name_or_path": ""})
     if key not in _KNOWN:
         _KNOWN[key] = _Finder(model, stock, config).find()
     return _KNOWN[key]
@@ -187,6 +187,7 @@ class _Finder:
         self.config = text_config(self.twin)
         self.layers = list(self.twin.get_submodule(layers).children())
         self.why: dict[str, str] = {}
+        self.switched: dict[str, Any] = {}
 
     def find(self) -> Structure:
         """Return what is proved."""
@@ -589,12 +590,10 @@ class _Finder:
         for key, value in vars(self.config).items():
             if "bias" not in key or not isinstance(value, bool):
                 continue
-            try:
-                with quiet_transformers(), torch.device("meta"):
-                    built: Any = type(self.twin)._from_config(self._changed({key: not value}))
-            except WRONG_GUESS:
+            if key not in self.switched:
+                self.switched[key] = self._switched(key)
+            if (built := self.switched[key]) is None:
                 continue
-            linears_for_conv(built)
             theirs = built.get_submodule(self.names[1])[index]
             changed = {name.rpartition(".")[0] for name in _shapes(layer).keys() ^ _shapes(theirs).keys()}
             if group.reader.module in changed and changed <= modules:
@@ -602,6 +601,16 @@ class _Finder:
                     key, tuple(axis.module for axis in (*group.writers, group.reader) if axis.module in changed)
                 )
         return None
+
+    def _switched(self, key: str) -> Any:
+        """Return what the config builds with one of its switches turned, on meta; None if it builds nothing."""
+        try:
+            with quiet_transformers(), torch.device("meta"):
+                built: Any = type(self.twin)._from_config(self._changed({key: not getattr(self.config, key)}))
+        except WRONG_GUESS:
+            return None
+        linears_for_conv(built)
+        return built
 
 
 def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, str]]:
