@@ -15,57 +15,30 @@ from secateur.model.group import Group, GroupKey
 MAX_STEPS = 50_000
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """After one group: the option by number of steps, and each option's origin of the end."""
-
-    choice: NDArray[numpy.int16]
-    origin_of_end: list[int]
-
-
 def least_loss(removals: list[list[int]], losses: list[list[float]], target: int) -> list[int]:
     """Return each group's option with the least total loss whose removals sum to `target` or more.
 
-    `target` must be at most the sum of each group's largest removal. O(groups x options x steps).
+    With L_g(n) the least loss by which the first g groups remove n steps or more, L_g(n) = min over the
+    options of group g of L_{g-1}(max(n - steps, 0)) + loss. `target` must be at most the sum of each
+    group's largest removal. O(groups x options x steps).
     """
     largest = sum(max(options) for options in removals)
     assert target <= largest
     step = max(math.gcd(*(removal for options in removals for removal in options)), -(-largest // MAX_STEPS), 1)
-    steps = [[removal // step for removal in options] for options in removals]
-    end = min(-(-target // step), sum(max(options) for options in steps))
-    best = numpy.full(end + 1, math.inf)
-    best[0] = 0
-    stages = []
+    steps = [numpy.array(options)[:, None] // step for options in removals]
+    wanted = numpy.arange(min(-(-target // step), sum(int(options.max()) for options in steps)) + 1)
+    least = numpy.where(wanted > 0, math.inf, 0.0)
+    choices = list[NDArray[numpy.int64]]()
     for options, option_losses in zip(steps, losses, strict=True):
-        best, stage = _add_group(best, options, option_losses)
-        stages.append(stage)
-    return _read_back(stages, steps, end)
+        totals = least[numpy.maximum(wanted - options, 0)] + numpy.array(option_losses)[:, None]
+        choices.append(totals.argmin(axis=0))
+        least = totals.min(axis=0)
 
-
-def _add_group(
-    best: NDArray[numpy.float64], steps: list[int], losses: list[float]
-) -> tuple[NDArray[numpy.float64], _Stage]:
-    """Return the least loss by steps removed; the last entry stands for that many or more."""
-    end = len(best) - 1
-    after, choice, origins = numpy.full_like(best, math.inf), numpy.zeros(end + 1, dtype=numpy.int16), []
-    for option, (removed, loss) in enumerate(zip(steps, losses, strict=True)):
-        removed = min(removed, end)
-        reached = numpy.full_like(best, math.inf)
-        reached[removed:] = best[: end + 1 - removed] + loss
-        origin = end - removed + int(numpy.argmin(best[end - removed :]))
-        reached[end] = best[origin] + loss
-        origins.append(origin)
-        better = reached < after
-        after[better], choice[better] = reached[better], option
-    return after, _Stage(choice, origins)
-
-
-def _read_back(stages: list[_Stage], steps: list[list[int]], end: int) -> list[int]:
-    chosen, position = [], end
-    for stage, options in zip(reversed(stages), reversed(steps), strict=True):
-        option = int(stage.choice[position])
-        chosen.append(option)
-        position = stage.origin_of_end[option] if position == end else position - options[option]
+    # Read the choices back from the last group on.
+    chosen, left = list[int](), int(wanted[-1])
+    for choice, options in zip(reversed(choices), reversed(steps), strict=True):
+        chosen.append(int(choice[left]))
+        left = max(left - int(options[chosen[-1], 0]), 0)
     return chosen[::-1]
 
 
