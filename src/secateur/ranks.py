@@ -356,7 +356,7 @@ def device_called(name: str | None) -> torch.device:
     if device.type == "meta":
         raise RecipeError("machine.device: 'meta' holds no numbers; give cpu, cuda, cuda:1, mps, or leave it out.")
     if size() > 1 and device.type == "cuda":
-        if device.index is not None:
+        if torch.device(name).index is not None:
             raise RecipeError(
                 f"machine.device: '{name}' cannot be that of {size()} ranks; give cuda, and each takes its own."
             )

@@ -96,3 +96,4 @@ def test_quiet_and_json_are_silent(checkpoints, recipe_file, tmp_path):
             again = ("--overwrite",) if option == "--json" and command[0] == "prune" else ()
             run = run_cli(*command, option, *again)
             assert (run.status, run.stderr) == (0, ""), (command, option)
+    assert " sha256" in run_cli("verify", out).stderr

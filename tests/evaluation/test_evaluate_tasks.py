@@ -58,7 +58,7 @@ MBPP = [
     }
     for number in range(2)
 ]
-BLIMP = [{"sentence_good": f"She sees {number}.", "sentence_bad": f"She see {number}."} for number in range(3)]
+XWINOGRAD = ["en", "fr", "jp", "pt", "ru", "zh"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,10 +86,10 @@ def saved(tmp_path_factory) -> Path:
         for name, rows in splits.items():
             each = {split: datasets.Dataset.from_list(items) for split, items in rows.items()}
             datasets.DatasetDict(each).save_to_disk(directory / name)
-        for name in task_manager().task_index["blimp"].cfg["task"]:
-            config = name.removeprefix("blimp_")
-            datasets.DatasetDict({"train": datasets.Dataset.from_list(BLIMP)}).save_to_disk(
-                directory / "nyu-mll/blimp" / config
+        for config in XWINOGRAD:
+            rows = [{**row, "answer": "1" if config == "fr" else row["answer"]} for row in WINOGRANDE]
+            datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(
+                directory / "Muennighoff/xwinograd" / config
             )
     return directory
 
@@ -140,12 +140,21 @@ def test_equal_to_the_harness_alone(task, rows, options, checkpoints, saved, out
 
 
 def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
-    written = evaluate(checkpoints["llama"], tasks=("blimp",), tasks_data=saved, out=out).to_json()
-    found = json.loads(written)["pruned"]["tasks"]
-    leaves = found["group_subtasks"]["blimp"]
+    seen: list[tuple[str, int, int]] = []
+    result = evaluate(
+        checkpoints["llama"],
+        tasks=("xwinograd",),
+        tasks_data=saved,
+        out=out,
+        progress=lambda *parts: seen.append(parts) if "tasks" in parts[0] else None,
+    )
+    found = json.loads(result.to_json())["pruned"]["tasks"]
+    leaves = found["group_subtasks"]["xwinograd"]
     scores = [found["results"][name]["acc,none"] for name in leaves]
-    assert len(leaves) == 67 and found["results"]["blimp"]["acc,none"] == pytest.approx(sum(scores) / len(scores))
-    assert found["groups"]["blimp"] == found["results"]["blimp"]
+    assert sorted(leaves) == [f"xwinograd_{config}" for config in XWINOGRAD] and len(set(scores)) == 2
+    assert found["results"]["xwinograd"]["acc,none"] == pytest.approx(sum(scores) / len(scores))
+    assert found["groups"]["xwinograd"] == found["results"]["xwinograd"]
+    assert seen[0] == ("pruned: questions of tasks", 0, 36) and seen[-1] == ("pruned: questions of tasks", 36, 36)
 
 
 def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out):

@@ -1,5 +1,6 @@
 """Tensors that transformers leaves aside on load: carried where they fit, told where not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def test_its_rows_by_token_are_trimmed_as_the_models(shards: str, tmp_path: Path
     assert (
         save_checkpoint(model, tokenizer, tmp_path / "out", max_shard_size=shards, carry_from=source, kept=kept) == ()
     )
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    parts = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    assert index["metadata"]["total_size"] == sum(each.nbytes for part in parts for each in part.values())
     carried = load_file(tmp_path / "out/model-aside.safetensors")
     assert torch.equal(carried["mtp.embed_tokens.weight"], rows["mtp.embed_tokens.weight"][::2])
     again = load(tmp_path / "out")

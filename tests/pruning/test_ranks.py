@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,6 +24,8 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur import ranks
 from secateur.methods.profile import first_blocks
+from secateur.pruning.open import check_same_run
+from secateur.recipe_file import parse_recipe
 from secateur.stream.walk import make_batches
 from tests.families import tiny_family
 
@@ -85,6 +88,37 @@ def test_a_rank_passes_the_domains_of_which_it_has_no_text(as_rank):
     assert ranks.domains_ended("a", "c", "abc") == ["a", "b"]
     assert ranks.domains_ended("b", "", "abc") == ["b", "c"]
     assert ranks.domains_ended("", "", "abc") == ["a", "b", "c"]
+
+
+def test_each_rank_has_a_gpu_of_its_own_and_none_is_named(as_rank, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    numbered = lambda *_, device: SimpleNamespace(device=torch.device(device.type, device.index or 0))  # noqa: E731
+    monkeypatch.setattr(torch, "empty", numbered)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(ranks.device_called("cuda")) == "cuda:0" and str(ranks.device_called("cuda:1")) == "cuda:1"
+    as_rank(1, 2)
+    assert str(ranks.device_called("cuda")) == str(ranks.device_called(None)) == "cuda:3"
+    with pytest.raises(secateur.RecipeError, match="'cuda:1' cannot be that of 2 ranks; give cuda"):
+        ranks.device_called("cuda:1")
+
+
+def test_several_ranks_compare_what_they_run(monkeypatch):
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr("secateur.pruning.open.check_same", told.append)
+    recipe = parse_recipe({"remove": 0.2})
+    check_same_run(tiny_llama(), recipe)
+    assert not told, "one process alone"
+    monkeypatch.setattr("secateur.pruning.open.size", lambda: 2)
+    for model, asked in (
+        (tiny_llama(), recipe),
+        (tiny_llama(seed=1), recipe),
+        (tiny_llama(), parse_recipe({"remove": 0.3})),
+    ):
+        check_same_run(model, asked)
+    first, other_weights, other_recipe = told
+    assert [key for key in first if first[key] != other_weights[key]] == ["model (weights)"]
+    assert [key for key in first if first[key] != other_recipe[key]] == ["recipe"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -28,6 +29,7 @@ from secateur.model.bind import bind
 from secateur.model.token_bytes import num_bytes as text_bytes
 from secateur.report.measured import Change, Quality, change, mean_change
 from secateur.stream import losses as product
+from secateur.stream.judge import digest_of
 from secateur.stream.losses import (
     block_losses,
     compare_tokens,
@@ -291,3 +293,12 @@ def test_the_heads_input_is_where_a_token_follows() -> None:
         logits_PV = model.lm_head(states_PD).double()
     expected = logits64(model, ids_1T)[0, :-1]
     assert float((logits_PV - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    assert not product._position_losses(model, bind(model), states_PD, ids_1T[0]).requires_grad
+
+
+def test_a_digest_is_of_ids_documents_and_masks() -> None:
+    ids_NT = tiny_ids(batch=3, length=5)
+    plain, mask_NT = Blocks.of(ids_NT), torch.ones(3, 5, dtype=torch.bool)
+    others = [Blocks.of(ids_NT + 1), replace(plain, document_NT=ids_NT), replace(plain, counted_NT=mask_NT), plain[:2]]
+    assert len({digest_of(each) for each in (plain, *others)}) == 5
+    assert digest_of(plain) == digest_of(Blocks.of(ids_NT.clone()))

@@ -65,6 +65,8 @@ def weights(layers: list[nn.Module]) -> list[nn.Parameter]:
 
 
 def test_one_layer_at_a_time_is_in_float32_and_unchanged_ones_return_as_they_were(layers: list[nn.Module]) -> None:
+    seen: list[torch.dtype] = []
+    hook = layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.linear.weight.dtype))
     hosts, owner = weights(layers), LayersOnDevice(layers, CPU, in_float32=True)
     x = torch.ones(1, 4)
     for index, layer in enumerate(layers):
@@ -72,6 +74,8 @@ def test_one_layer_at_a_time_is_in_float32_and_unchanged_ones_return_as_they_wer
         assert [weight.dtype for weight in weights(layers)].count(torch.float32) == 1
         assert weights(layers)[index].dtype == torch.float32
         assert torch.equal(weights(layers)[index], hosts[index].float())
+    assert seen == [torch.float32], "the weights are there before anybody else's hook runs"
+    hook.remove()
     owner.end()
     assert all(now is host for now, host in zip(weights(layers), hosts, strict=True))
     fetch(layers[0])  # nobody's any more
@@ -283,6 +287,7 @@ def test_a_layer_on_disk_is_what_it_was_when_saved(tmp_path: Path, way: str) -> 
         saved.restore(1, layer)
         found.append(counts(layer))
         assert torch.equal(model(tiny_ids()).logits, dense)
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
     else:
         with pytest.raises(KeyError), saved.restored(1, layer):
             found.append(counts(layer))
