@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from secateur.model.group import Group
 from secateur.model.guesses import Unrouted, close_to, mask, remove, some_units
 from secateur.model.per_layer import record_widths
 from secateur.model.structure import places
-from secateur.model.twin import run, token_ids, twin
+from secateur.model.twin import run, token_ids, twins
 from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches
 
@@ -50,6 +51,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
 }
 MARKS = "<!-- types: made by benchmarks/families.py -->", "<!-- end of types -->"
 SECONDS = 240
+MOST_SIZES = 8
 SHARE = 0.2
 CLOSE = 2e-5
 
@@ -93,6 +95,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "glm4v_moe": {"text_config": {"head_dim": 128}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
+        "vision_config": {"sam_config": {"downsample_channels": [512, 896]}},
+    },
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}},
+    "vision-encoder-decoder": {
+        "encoder": {"model_type": "vit"},
+        "decoder": {"model_type": "trocr"},  # as in TrOCR
+    },
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "step3p7": {"text_config": {"sliding_window": 512}},
@@ -153,14 +164,14 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def tiny(model_type: str, auto: Any) -> Any:
-    """Return a tiny random model of the type, from transformers' default config."""
+def tiny(model_type: str, auto: Any) -> Iterator[Any]:
+    """Yield tiny random models of the type, of several sizes, from transformers' default config."""
     with torch.device("meta"):
         model = auto.from_config(CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {})))
     layers = list(model.get_submodule(places(model)[1]).children())
     kinds = [str([(name, each.shape) for name, each in layer.named_parameters()]) for layer in layers]
     deepest = max(kinds.index(kind) for kind in kinds)
-    return twin(type(model), model.config, sum(each.numel() for each in model.parameters()), max(2, deepest + 1))
+    return twins(type(model), model.config, sum(each.numel() for each in model.parameters()), max(2, deepest + 1))
 
 
 def check_walk(model: Any, arch: Arch) -> None:
@@ -220,13 +231,15 @@ def tried(model_type: str, kind: str) -> tuple[tuple[str, ...], str]:
     torch.set_num_threads(1)
     try:
         with at_most(SECONDS), quiet_transformers():
-            model = tiny(model_type, auto)
-            arch = bind(model)
-            names = tuple(dict.fromkeys(group.name for group in arch.groups if group.num_units > 1))
-            if not names:
-                return (), why_none(arch)
-            check_walk(model, arch)
-            held, problems = _held(model, names, auto)
+            for model in islice(tiny(model_type, auto), MOST_SIZES):
+                arch = bind(model)
+                names = tuple(dict.fromkeys(group.name for group in arch.groups if group.num_units > 1))
+                if not names:
+                    return (), why_none(arch)
+                check_walk(model, arch)
+                held, problems = _held(model, names, auto)
+                if held:  # else transformers may not read what it writes of a model of these sizes
+                    break
             return held, problems[-1] if problems else ""
     except Exception as error:  # a row of the table, whatever fails
         return (), reason(error)

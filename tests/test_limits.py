@@ -98,14 +98,14 @@ def test_deep_files_of_a_tokenizer(name, model):
 
 def test_a_deep_header(model):
     (model / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
-    with pytest.raises(CheckpointError, match="its safetensors header is malformed"):
+    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors"):
         open_checkpoint(model)
 
 
 def test_a_header_and_an_index_with_what_no_disk_has(model):
     header = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
-    with pytest.raises(CheckpointError, match="its safetensors header is malformed"):
+    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors"):
         open_checkpoint(model)
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "9" * 5000}}))

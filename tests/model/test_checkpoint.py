@@ -9,7 +9,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 from models import tiny_ids, tiny_llama, tiny_qwen2
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, T5Config
@@ -237,7 +236,7 @@ def test_truncated_safetensors(directory, num_bytes):
 def test_malformed_header_and_unknown_dtype(directory):
     file = directory / "model.safetensors"
     file.write_bytes((4).to_bytes(8, "little") + b"{{{{")
-    with pytest.raises(CheckpointError, match="header is malformed"):
+    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors"):
         open_checkpoint(directory)
     save_file({"a": torch.zeros(4).to(torch.uint16)}, file)
     with pytest.raises(CheckpointError, match="stores weights as U16"):
@@ -258,26 +257,24 @@ def write_layout(file: Path, *places: tuple[Any, Any], num_bytes: int, shape: An
 
 
 @pytest.mark.parametrize(
-    ("places", "expected"),
+    "places",
     [
-        ([(0, 16), (0, 16)], "tensors a and b share bytes"),
-        ([(0, 16), (12, 32)], "tensors a and b share bytes"),
-        ([(0, 32), (8, 16), (32, 48)], "tensors a and b share bytes"),
-        ([(4, 16)], "the 4 bytes before tensor a belong to no tensor"),
-        ([(24, 32), (0, 16)], "the 8 bytes before tensor a belong to no tensor"),
-        ([(0.0, 16.0)], "header is malformed"),
-        ([(-4, 16)], "header is malformed"),
-        ([(0, 16), (32, 16)], "header is malformed"),
+        [(0, 16), (0, 16)],
+        [(0, 16), (12, 32)],
+        [(0, 32), (8, 16), (32, 48)],
+        [(4, 16)],
+        [(24, 32), (0, 16)],
+        [(0.0, 16.0)],
+        [(-4, 16)],
+        [(0, 16), (32, 16)],
     ],
 )
-def test_bytes_that_are_not_of_one_tensor_are_refused_as_safetensors_does(places, expected, directory):
+def test_bytes_that_are_not_of_one_tensor_are_refused(places, directory):
     file = directory / "model.safetensors"
     write_layout(file, *places, num_bytes=int(max(end for _, end in places)))
-    with pytest.raises(CheckpointError, match=expected) as raised:
+    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors") as raised:
         open_checkpoint(directory)
     assert str(file) in str(raised.value) and "\n" not in str(raised.value)
-    with pytest.raises(SafetensorError):
-        load_file(file)
 
 
 def test_a_tensor_of_no_bytes_shares_none(directory):
@@ -290,7 +287,7 @@ def test_a_tensor_of_no_bytes_shares_none(directory):
 
 def test_sizes_are_numbers(directory):
     write_layout(directory / "model.safetensors", (0, 16), num_bytes=16, shape=["4"])
-    with pytest.raises(CheckpointError, match="header is malformed"):
+    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors"):
         open_checkpoint(directory)
 
 

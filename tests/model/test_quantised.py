@@ -1,6 +1,7 @@
 """Quantised checkpoints: what is read equals what transformers or compressed-tensors make of the same files."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 import secateur
 from secateur.errors import CheckpointError
+from secateur.formats import reload_child
 from secateur.model.checkpoint import load_model, meta_model, notes_on, open_checkpoint
 from secateur.model.config import quiet_transformers
 from tests.families import tiny_family
@@ -183,7 +185,10 @@ def integers(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, generator=generator).to(torch.int32)
 
 
-def test_awq_equals_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+def awq(directory: Path, model: Any) -> Path:
     def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
         outputs, inputs = weight.shape
         module, seed = name.removesuffix(".weight"), len(name)
@@ -194,10 +199,13 @@ def test_awq_equals_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
         }
         return {f"{module}.{part}": each for part, each in (packed | {"scales": scales}).items()}
 
-    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-    directory = written(tmp_path / "model", llama(), said, replace)
+    return written(directory, model, AWQ, replace)
+
+
+def test_awq_equals_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
+    directory = awq(tmp_path / "model", llama())
     ours = load_model(open_checkpoint(directory)).state_dict()
-    converter = AutoAWQConverter.from_autoawq_config(said)
+    converter = AutoAWQConverter.from_autoawq_config(AWQ)
     parts = converter.process(load_file(directory / "model.safetensors"))
     (scheme,) = converter._build_quant_config().config_groups.values()
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
@@ -209,12 +217,8 @@ def test_awq_equals_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
         assert torch.equal(ours[f"{module}.weight"], theirs), module
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("in_order", [True, False])
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_gptq_is_read_by_the_formats_definition(version: str, in_order: bool, bits: int, tmp_path: Path) -> None:
-    """Unit by unit: w = s (q - z), 32 / bits inputs to an integer, the first version storing z - 1."""
-    expected: dict[str, Tensor] = {}
+def gptq(directory: Path, model: Any, version: str, in_order: bool, bits: int, expected: dict[str, Tensor]) -> Path:
+    """Write it, and into `expected` what it means: w = s (q - z), the first version storing z - 1."""
 
     def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
         (outputs, inputs), per = weight.shape, 32 // bits
@@ -238,16 +242,24 @@ def test_gptq_is_read_by_the_formats_definition(version: str, in_order: bool, bi
         "desc_act": not in_order,
         "checkpoint_format": version,
     }
-    directory = written(tmp_path / "model", llama(num_layers=1), said, replace)
+    return written(directory, model, said, replace)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_is_read_by_the_formats_definition(version: str, in_order: bool, bits: int, tmp_path: Path) -> None:
+    expected: dict[str, Tensor] = {}
+    directory = gptq(tmp_path / "model", llama(num_layers=1), version, in_order, bits, expected)
     ours = load_model(open_checkpoint(directory)).state_dict()
     assert len(expected) == 7 and all(torch.equal(ours[name], each) for name, each in expected.items())
 
 
-@pytest.mark.parametrize("preset", ["NVFP4", "FP8"])
-def test_modelopt_equals_compressed_tensors_of_the_same_numbers(preset: str, tmp_path: Path) -> None:
+def modelopt(directory: Path, model: Any, preset: str, expected: dict[str, Tensor]) -> Path:
+    """Write it, and into `expected` what compressed-tensors makes of the same numbers."""
     scheme = scheme_of("NVFP4A16" if preset == "NVFP4" else "FP8", None)
     names = {"weight_packed": "weight", "weight_global_scale": "weight_scale_2"}
-    compressor, expected = BaseCompressor.get_value_from_registry(scheme.format), {}
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
 
     def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
         parts = compressed_parts(weight, scheme)
@@ -259,9 +271,13 @@ def test_modelopt_equals_compressed_tensors_of_the_same_numbers(preset: str, tmp
         parts = {f"{base}{names.get(part, part)}": each for part, each in parts.items()}
         return parts | {f"{base}input_scale": torch.ones(())}
 
-    directory = written(
-        tmp_path / "model", llama(num_layers=1), {"quant_method": "modelopt", "quant_algo": preset}, replace
-    )
+    return written(directory, model, {"quant_method": "modelopt", "quant_algo": preset}, replace)
+
+
+@pytest.mark.parametrize("preset", ["NVFP4", "FP8"])
+def test_modelopt_equals_compressed_tensors_of_the_same_numbers(preset: str, tmp_path: Path) -> None:
+    expected: dict[str, Tensor] = {}
+    directory = modelopt(tmp_path / "model", llama(num_layers=1), preset, expected)
     ours = load_model(open_checkpoint(directory)).state_dict()
     assert len(expected) == 7 and all(torch.equal(ours[name], each) for name, each in expected.items())
 
@@ -317,14 +333,45 @@ def test_a_model_is_planned_in_bfloat16_and_says_what_it_came_from(tmp_path: Pat
     assert note.startswith("The weights were quantised (compressed-tensors pack-quantized), and were made bfloat16")
 
 
-@pytest.mark.parametrize("form", ["fp8 in blocks, experts", "W4A16 None"])
+def mxfp8(directory: Path, model: Any) -> Path:
+    """Write bytes of FP8 with a power of two for each 32 inputs."""
+
+    def replace(name: str, weight: Tensor) -> dict[str, Tensor]:
+        scales = torch.randint(118, 126, (len(weight), weight.shape[1] // 32), dtype=torch.uint8)
+        values = weight.to(torch.float8_e4m3fn)
+        return {name: values, f"{name}_scale_inv": scales.view(torch.float8_e8m0fnu)}
+
+    return written(directory, model, {"quant_method": "mxfp8", "weight_block_size": [1, 32]}, replace)
+
+
+EVERY_FORM = {form: write for form, (write, _) in FORMS.items()} | {
+    "mxfp8": lambda path: mxfp8(path, llama()),
+    "awq": lambda path: awq(path, llama()),
+    "gptq": lambda path: gptq(path, llama(), "gptq", False, 4, {}),
+    "modelopt NVFP4": lambda path: modelopt(path, llama(), "NVFP4", {}),
+    "modelopt FP8": lambda path: modelopt(path, llama(), "FP8", {}),
+}
+IN_A_PROCESS_OF_ITS_OWN = ("fp8 in blocks, experts", "W4A16 None")
+
+
+def in_this_process(command: list[str], **_: Any) -> SimpleNamespace:
+    """Run what a reload's fresh process runs, without its seconds of imports."""
+    reload_child.main(*command[-5:])
+    return SimpleNamespace(returncode=0)
+
+
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_a_run_writes_bfloat16_that_loads_without_a_quantiser(
-    form: str, recipe: dict[str, Any], tmp_path: Path
+    form: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = FORMS[form][0](tmp_path / "model")
-    groups = {"groups": ["experts"]} if "experts" in form else {}
-    result = secateur.prune(directory, grouped(recipe | {"remove": {"share": 0.15} | groups}), out=tmp_path / "out")
+    directory = EVERY_FORM[form](tmp_path / "model")
+    if form not in IN_A_PROCESS_OF_ITS_OWN:
+        monkeypatch.setattr(subprocess, "run", in_this_process)
+    experts = form in ("fp8 in blocks, experts", "mxfp4")
+    share = {"share": 0.15} | ({"groups": ["experts"]} if experts else {})
+    result = secateur.prune(directory, grouped(recipe | {"remove": share}), out=tmp_path / "out")
     assert result.summary.reload_max_abs_difference == 0
+    assert result.summary.dense_size.num_params > result.summary.pruned_size.num_params
     assert any(note.startswith("The weights were quantised") for note in result.summary.warnings)
     assert {each.dtype for each in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
     assert "quantization_config" not in (tmp_path / "out/config.json").read_text()

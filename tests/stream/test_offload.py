@@ -273,7 +273,7 @@ def test_a_layer_on_disk_is_what_it_was_when_saved(tmp_path: Path, way: str) -> 
     layer, kinds = decoder_layers(model, arch)[1], ("ffn", "kv_heads")
     groups = [group for group in arch.groups if group.layer == 1 and group.name in kinds]
     # As in a family whose modules count their units.
-    groups = [replace(group, counts=((f"self_attn.{group.name}_left", 1),)) for group in groups]
+    groups = [replace(group, counts=(f"self_attn.{group.name}_left",)) for group in groups]
     layer.self_attn.ffn_left, layer.self_attn.kv_heads_left = 112, 2  # type: ignore[assignment, union-attr]
     dense = model(tiny_ids()).logits
     saved.save(1, layer, groups)

@@ -20,6 +20,7 @@ from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.modules import text_model
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
 from secateur.report.measured import (
@@ -190,7 +191,7 @@ def judge_of_kl(store: Store, dense: Subject, pruned: Subject, text: Mapping[str
 
     def logits(ids_BT: Tensor) -> Tensor:
         model = pruned.model()
-        return model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+        return text_model(model)(input_ids=ids_BT.to(model.device), use_cache=False).logits
 
     def measured() -> Part:
         verdicts = {} if judge is None else judge.verdicts(logits)

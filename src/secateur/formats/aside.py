@@ -5,6 +5,7 @@ shape; a sentence if they were left out. Not handled: quantised sources, and lay
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,9 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
     if (directory / WHOLE).is_file():
         (directory / WHOLE).rename(directory / FIRST)
     files = {name: FIRST if each.file.name == WHOLE else each.file.name for name, each in after.items()}
-    size = sum(each.num_bytes for each in after.values()) + sum(each.nbytes for each in tensors.values())
+    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in after.values()) + sum(
+        each.nbytes for each in tensors.values()
+    )
     places = sorted([*files.items(), *((name, FILE) for name in tensors)])
     index = {"metadata": {"total_size": size}, "weight_map": dict(places)}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

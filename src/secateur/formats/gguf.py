@@ -326,14 +326,6 @@ class Export(Record):
     importance_tokens: dict[str, int] = field(default_factory=dict)
 
 
-def find_exporter(name: str) -> Exporter:
-    """Return a built-in exporter, or the one of that name that an installed package registers.
-
-    Raises RecipeError if there is none, PluginError if a package registers an unusable one.
-    """
-    return look_up(EXPORTER_GROUP, name, EXPORTERS, lambda found: isinstance(found, Exporter), "a secateur.Exporter")
-
-
 def export(
     model: str | Path,
     gguf: str | Path,
@@ -361,7 +353,9 @@ def export(
     Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError
     for a model that llama.cpp cannot run, RecipeError for options.
     """
-    file, exporter = Path(gguf), find_exporter(format)
+    file = Path(gguf)
+    usable = "a secateur.Exporter"
+    exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda found: isinstance(found, Exporter), usable)
     proof = _proof(exporter, format, check)
     check_file(file, overwrite=overwrite)
     checkpoint = open_checkpoint(model)

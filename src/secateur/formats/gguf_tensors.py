@@ -185,9 +185,7 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
 
     `file_type`: one of `TYPES` or `QUANTISED`.
     """
-    stored = {
-        key: StoredTensor(Path(), each.dtype, tuple(each.shape), 0, 0) for key, each in model.state_dict().items()
-    }
+    stored = {key: StoredTensor(Path(), key, each.dtype, tuple(each.shape)) for key, each in model.state_dict().items()}
     if file_type in TYPES:
         return tensors_of(stored, model, family, file_type)
     found = tensors_of(stored, model, family, OWN_TYPES.get(str(model.config.dtype), "f32"))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NUM_NEW_TOKENS = 24
@@ -34,9 +34,12 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
         directory, output_loading_info=True, trust_remote_code=runs_own_code(directory, config)
     )
     model, info = loaded[0].to(device), loaded[1]
+    # A class that needs a picture has a language model inside that does not: the innermost with a head.
+    inner = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.get_output_embeddings()]
+    language = [model, *(each for each in inner if model.get_input_embeddings() in set(each.modules()))][-1]
     with torch.inference_mode():
-        logits_BTV = model(ids_BT, use_cache=False).logits
-        generated_1T = model.generate(
+        logits_BTV = language(input_ids=ids_BT, use_cache=False).logits
+        generated_1T = language.generate(
             ids_BT[:1], attention_mask=torch.ones_like(ids_BT[:1]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False
         )
     new_ids = generated_1T[0, ids_BT.shape[1] :].tolist()

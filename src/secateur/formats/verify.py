@@ -10,6 +10,7 @@ from secateur.facts import Record
 from secateur.formats.save import Verification, verify_reload
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import load_model, open_checkpoint
+from secateur.model.modules import text_model
 from secateur.result_directory import RESULT_FILE, Mismatch, mismatches, read_digests
 
 NUM_TOKENS = 16
@@ -67,7 +68,7 @@ def _reload(directory: Path) -> Verification:
     """Compare stock transformers in a fresh process with the model here. Raises CheckpointError."""
     model = load_model(open_checkpoint(directory), mapped=True)
     ids_1T = torch.arange(1, NUM_TOKENS + 1)[None] % model.config.get_text_config().vocab_size
-    logits_1TV = model(ids_1T, use_cache=False).logits
+    logits_1TV = text_model(model)(input_ids=ids_1T, use_cache=False).logits
     if not logits_1TV.isfinite().all():
         raise CheckpointError(f"{directory}: its logits hold NaN or infinity.")
     return verify_reload(directory, ids_1T, logits_1TV)

@@ -128,8 +128,8 @@ class Group:
 
     `parts`: the modules that hold the units; `kind` decides the type.
     `config_key`: the config key of the number of units. `head_dim`: 0 but for heads.
-    `per_key`: units to one of that key. `counts`: attributes of modules, dotted from the layer, that hold
-    the number of units times a factor.
+    `per_key`: units to one of that key, if the switches of `settings` stand so. `counts`: attributes of
+    modules, dotted from the layer, that hold the number of units.
     `local_config`: the module that needs its own config after a cut.
     `divides`: (factor, whole) if the config class requires that count * factor divides `whole`.
     `at_least`, `multiple_of`: limits on counts for the model to run.
@@ -142,11 +142,12 @@ class Group:
     num_units: int
     params_per_unit: int
     parts: Linears | Experts
-    counts: tuple[tuple[str, int], ...] = ()
+    counts: tuple[str, ...] = ()
     bias_switch: BiasSwitch | None = None
     divides: tuple[int, int] | None = None
     config_key: str = ""
     per_key: float = 1.0
+    settings: tuple[tuple[str, bool], ...] = ()
     head_dim: int = 0
     local_config: str | None = None
     at_least: int = 0
@@ -174,7 +175,7 @@ class Group:
     def attributes(self) -> tuple[str, ...]:
         """What a cut sets besides tensors: attributes, dotted from the layer."""
         config = () if self.local_config is None else (f"{self.local_config}.config",)
-        return (*(name for name, _ in self.counts), *config, *self.parts.attributes)
+        return (*self.counts, *config, *self.parts.attributes)
 
     @property
     def num_inputs(self) -> int:
@@ -204,6 +205,13 @@ def attribute_of(layer: nn.Module, name: str) -> Any:
     """Return the tensor or attribute of that name, dotted from the layer."""
     module, _, attribute = name.rpartition(".")
     return getattr(layer.get_submodule(module), attribute)
+
+
+def set_counts(layer: nn.Module, names: tuple[str, ...], count: int) -> None:
+    """Set attributes of the layer's modules, dotted from the layer."""
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(module), attribute, count)
 
 
 def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
@@ -254,9 +262,7 @@ def cut(
     kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
     reader.weight = _parameter(kept, reader.weight)
     reader.in_features = len(columns)
-    for name, per_unit in group.counts:
-        module, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(module), attribute, per_unit * len(keep))
+    set_counts(layer, group.counts, len(keep))
     if group.local_config is not None:
         _set_local_config(layer.get_submodule(group.local_config), group, reader)
     if reader_bias is not None:

@@ -12,6 +12,12 @@ from transformers import PreTrainedModel
 CausalLM = PreTrainedModel
 
 
+def text_model(model: Any) -> Any:
+    """Return the innermost model that has the embedding and a head: what text alone needs, without towers."""
+    inner = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.get_output_embeddings()]
+    return [model, *(each for each in inner if model.get_input_embeddings() in set(each.modules()))][-1]
+
+
 class TransposedLinear(nn.Linear):
     """A linear whose weight is (outputs, inputs) in memory, (inputs, outputs) when saved."""
 

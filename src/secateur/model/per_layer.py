@@ -30,7 +30,10 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     widths: dict[str, Any] = {}
     for group in groups:
         if not group.head_dim:
-            widths[group.config_key] = round(group.parts.num_units_left(layer) / group.per_key)
+            widths |= {
+                group.config_key: round(group.parts.num_units_left(layer) / group.per_key),
+                **dict(group.settings),
+            }
         elif group.config_key == KV_HEADS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim
             axis = group.writers[-1]

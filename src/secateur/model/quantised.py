@@ -200,11 +200,8 @@ def _gptq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
 
     The first version of the format stores z - 1. Source: Frantar et al., arXiv 2210.17323; files of AutoGPTQ.
     """
-    quantised_OI = _unpacked(parts["qweight"].T, said["bits"])
     zeros_GO = _unpacked(parts["qzeros"], said["bits"]) + (said.get("checkpoint_format") != "gptq_v2")
-    scales_GO, inputs = parts["scales"], torch.arange(quantised_OI.shape[1])
-    group_I = parts["g_idx"].long() if "g_idx" in parts else inputs // (len(inputs) // len(scales_GO))
-    return (quantised_OI - zeros_GO.T[:, group_I]).to(scales_GO.dtype) * scales_GO.T[:, group_I]
+    return _affine(_unpacked(parts["qweight"].T, said["bits"]).T, zeros_GO, parts)
 
 
 def _awq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
@@ -212,9 +209,13 @@ def _awq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
 
     Source: Lin et al., arXiv 2306.00978; the format GEMM of AutoAWQ.
     """
-    quantised_IO, scales_GO = _in_order(parts["qweight"]), parts["scales"]
-    zeros_GO = _in_order(parts["qzeros"]) if "qzeros" in parts else torch.full_like(scales_GO, 8)
-    group_I = torch.arange(len(quantised_IO)) // (len(quantised_IO) // len(scales_GO))
+    zeros_GO = _in_order(parts["qzeros"]) if "qzeros" in parts else torch.full_like(parts["scales"], 8)
+    return _affine(_in_order(parts["qweight"]), zeros_GO, parts)
+
+
+def _affine(quantised_IO: Tensor, zeros_GO: Tensor, parts: Parts) -> Tensor:
+    scales_GO, inputs = parts["scales"], torch.arange(len(quantised_IO))
+    group_I = parts["g_idx"].long() if "g_idx" in parts else inputs // (len(inputs) // len(scales_GO))
     return ((quantised_IO - zeros_GO[group_I]).to(scales_GO.dtype) * scales_GO[group_I]).T.contiguous()
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.model.group import Group, Stacks, attribute_of
+from secateur.model.group import Group, Stacks, attribute_of, set_counts
 
 
 def num_channels(module: nn.Module, stacks: Stacks) -> int:
@@ -53,9 +53,7 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
         is_parameter = isinstance(tensor, nn.Parameter)
         kept = nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept
         setattr(layer.get_submodule(parent), attribute, kept)
-    for name in experts.counts:
-        parent, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(parent), attribute, len(keep))
+    set_counts(layer, experts.counts, len(keep))
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ group's tensors when the twin is built anew. What fails is not offered, and `omi
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import combinations
 from os.path import commonpath
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from secateur.errors import ArchError
+from secateur.errors import ArchError, advice
 from secateur.model.config import BAD_VALUE, quiet_transformers
 from secateur.model.group import BiasSwitch, Group, Stacks
 from secateur.model.guesses import (
@@ -44,7 +46,7 @@ from secateur.model.guesses import (
     stack_guesses,
 )
 from secateur.model.modeling_per_layer import PerLayerModel
-from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv
+from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv, text_model
 from secateur.model.stacks import channel_inputs, reader_of
 from secateur.model.twin import run, token_ids, twin
 
@@ -76,13 +78,14 @@ class Call:
 class Offer:
     """A proved group of one kind of layer. `build` makes it for any layer of that kind.
 
-    `config_key` says the number of units, `per_key` units to one of the key; see `Group`.
+    `config_key` says the number of units, `per_key` units to one of the key, beside `settings`; see `Group`.
     """
 
     build: Build
     config_key: str = ""
     per_key: float = 1.0
-    counts: tuple[tuple[str, int], ...] = ()
+    settings: tuple[tuple[str, bool], ...] = ()
+    counts: tuple[str, ...] = ()
     bias_switch: BiasSwitch | None = None
     local_config: str | None = None
     divides: bool = False
@@ -96,6 +99,7 @@ class Offer:
             group,
             config_key=self.config_key,
             per_key=self.per_key,
+            settings=self.settings,
             multiple_of=max(group.multiple_of, int(self.per_key)),
             counts=self.counts,
             bias_switch=self.bias_switch,
@@ -104,35 +108,69 @@ class Offer:
         )
 
 
-@dataclass(slots=True)
-class Structure:
-    """Where a model's layers are, and which groups each of the twin's layers has.
+@dataclass(frozen=True, slots=True)
+class Arch:
+    """A model's architecture. `groups` lists every layer's groups, layer by layer.
 
-    `twin_layer`: for each layer of the model, the twin's layer of the same kind. `logits`: what follows
-    the head. `num_outputs`: of a layer; 0 if it gives hidden states alone.
+    `family`: the model type. `attention`, `middle`: within a layer, and None if layers differ.
+    `mlp_adds_directly`: what MLPs give is added to the stream as it is. `params_per_layer`: all
+    parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if it
+    gives hidden states alone.
     """
 
+    family: str
     backbone: str
     layers: str
     head: str
     attention: str | None = None
     middle: str | None = None
+    mlp_adds_directly: bool = True
+    groups: tuple[Group, ...] = ()
+    num_layers: int = 0
+    params_per_layer: tuple[int, ...] = ()
     logits: Logits | None = None
+    omits: dict[str, str] = field(default_factory=dict[str, str])
     num_outputs: int = 0
-    twin_layer: tuple[int, ...] = ()
-    offers: list[list[Offer]] = field(default_factory=list)
-    omits: dict[str, str] = field(default_factory=dict)
+
+    def layer_output(self, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which the backbone expects a layer's output."""
+        return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
+
+    def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
+        """Return the groups of these names. Raises ArchError if the model has no such group."""
+        known = {group.name for group in self.groups}
+        for name in names:
+            if name in self.omits and name not in known:
+                raise ArchError(f"remove.groups: a model of type {self.family} cannot lose {name}: {self.omits[name]}.")
+            if name not in known:
+                raise ArchError(
+                    f"remove.groups: a model of type {self.family} has no group '{name}'; it has "
+                    f"{', '.join(sorted(known)) or 'none'}; {advice(name, known)}"
+                )
+        chosen = tuple(group for group in self.groups if group.name in names)
+        for name, other in combinations(names, 2):
+            first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
+            if first.parts.module == second.parts.module:
+                raise ArchError(f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one.")
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """An architecture without its groups, and which ones each of the twin's layers offers.
+
+    `twin_layer`: for each layer of the model, the twin's layer of the same kind.
+    """
+
+    arch: Arch
+    twin_layer: tuple[int, ...]
+    offers: list[list[Offer]]
 
 
 def text_config(model: nn.Module) -> Any:
     """Return the config of the language model, which may be part of a larger model."""
     config: Any = model.config
     return config.get_text_config(decoder=True)
-
-
-def layer_output(hidden: Tensor, num_outputs: int) -> Any:
-    """Return hidden states in the form in which the backbone expects a layer's output."""
-    return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
 def places(model: Any) -> tuple[str, str, str]:
@@ -143,7 +181,7 @@ def places(model: Any) -> tuple[str, str, str]:
     are modules of their own), then that with most parameters. Raises ArchError without one.
     """
     names = {module: name for name, module in model.named_modules()}
-    embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
+    embedding, head = names.get(model.get_input_embeddings()), names.get(text_model(model).get_output_embeddings())
     lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     sizes = {name: sum(each.numel() for each in lists[name].parameters()) for name in outer}
@@ -177,28 +215,27 @@ class _Finder:
     """Looks at one model's twin."""
 
     def __init__(self, model: PreTrainedModel, stock: Any, config: Any) -> None:
-        self.names = backbone, layers, head = places(model)
+        self.names = _, layers, _ = places(model)
         kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(layers).children()]
         first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
-        self.found = Structure(backbone, layers, head, twin_layer=tuple(first[kind] for kind in kinds))
+        self.arch = Arch(model.config.model_type, *self.names)
+        self.twin_layer = tuple(first[kind] for kind in kinds)
         num_params = sum(each.numel() for each in model.parameters())
         self.twin: Any = twin(stock, config, num_params, max(2, max(first.values()) + 1))
         linears_for_conv(self.twin)
         self.config = text_config(self.twin)
         self.layers = list(self.twin.get_submodule(layers).children())
         self.why: dict[str, str] = {}
-        self.switched: dict[str, Any] = {}
 
     def find(self) -> Structure:
         """Return what is proved."""
         self._run()
         self._find_logits()
         self._find_middle()
-        offers = [self._offers(i) if i in self.found.twin_layer else [] for i in range(len(self.layers))]
-        self.found.offers = self._stored(offers)
-        names = {self._group(each, index).name for index, layer in enumerate(self.found.offers) for each in layer}
-        self.found.omits = {name: why for name, why in self.why.items() if name not in names}
-        return self.found
+        offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
+        names = {self._group(each, index).name for index, layer in enumerate(offers) for each in layer}
+        omits = {name: why for name, why in self.why.items() if name not in names}
+        return Structure(replace(self.arch, omits=omits), self.twin_layer, offers)
 
     # What runs, and how.
 
@@ -234,8 +271,11 @@ class _Finder:
         if order != list(range(len(self.layers))):
             raise self._refused("layers do not run once each, in order")
         outputs = [calls[""].output for calls in self.calls]
-        self.found.num_outputs = len(outputs[0]) if isinstance(outputs[0], (tuple, list)) else 0
+        if isinstance(outputs[0], (tuple, list)):
+            self.arch = replace(self.arch, num_outputs=len(outputs[0]))
         entered = self._bypassed()
+        if any(_tensors(output)[0].shape[:2] != token_ids(self.twin).shape for output in outputs):
+            raise self._refused("layers see another length than the text")
         for index, calls in enumerate(self.calls):
             if index and not _equal(_tensors(calls[""].args[:1]), _tensors(outputs[index - 1])[:1]):
                 raise self._refused("layers pass on more than one hidden state")
@@ -251,7 +291,7 @@ class _Finder:
 
         def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(tree_map(_cloned, (args, kwargs)))
-            return layer_output(hidden, self.found.num_outputs)
+            return self.arch.layer_output(hidden)
 
         for layer in self.layers:
             layer.forward = bypass
@@ -284,7 +324,7 @@ class _Finder:
                 continue
             for form in forms if isinstance(plain, Tensor) and plain.shape == self.logits.shape else ():
                 if torch.allclose(ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5):
-                    self.found.head, self.found.logits = name, form if form != forms[0] else None
+                    self.arch = replace(self.arch, head=name, logits=form if form != forms[0] else None)
                     return
         raise self._refused("what follows the head is not known")
 
@@ -302,11 +342,9 @@ class _Finder:
 
     def _find_middle(self) -> None:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
-        pairs = [set(_middles(layer, calls)) for layer, calls in zip(self.layers, self.calls, strict=True)]
-        both = set.intersection(*pairs)
-        order = {name: number for number, (name, _) in enumerate(self.layers[0].named_children())}
-        if both:
-            self.found.attention, self.found.middle = min(both, key=lambda pair: (order[pair[1]], order[pair[0]]))
+        pairs = [list(_middles(*each)) for each in zip(self.layers, self.calls, strict=True)]
+        attention, middle = next((pair for pair in pairs[0] if all(pair in each for each in pairs)), (None, None))
+        self.arch = replace(self.arch, attention=attention, middle=middle)
 
     # What can be cut.
 
@@ -340,7 +378,8 @@ class _Finder:
 
     def _holds(self, index: int, place: str, build: Build) -> bool:
         """Say whether the module at `place`, cut at random, gives what it gives with those units silent."""
-        call = self.calls[index][place]
+        if (call := self.calls[index].get(place)) is None:  # attention to what an encoder gives does not run
+            return False
         others = {p for i, layer in enumerate(self.layers) if i != index for p in layer.parameters()}
         if any(parameter in others for parameter in self.layers[index].get_submodule(place).parameters()):
             return False  # weights that another layer has too
@@ -417,11 +456,11 @@ class _Finder:
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             for name, build in head_guesses(place, linears, config):
                 by_name = {QUERY_HEADS: "num_key_value_groups", KV_HEADS: "num_key_value_heads"}
-                counts = ((f"{place}.{by_name[name]}", 1),) if hasattr(module, by_name[name]) else ()
+                counts = (f"{place}.{by_name[name]}",) if hasattr(module, by_name[name]) else ()
                 tries = [
                     Offer(build),
                     Offer(build, counts=counts),
-                    Offer(build, head_key(name), 1.0, counts, None, place),
+                    Offer(build, config_key=head_key(name), counts=counts, local_config=place),
                 ]
                 tries = tries[1:2] if name == QUERY_HEADS else tries
                 if build(layer, index, config).num_units == 1:  # none can go, which needs no proof
@@ -437,7 +476,7 @@ class _Finder:
 
     def _stored(self, offers: list[list[Offer]]) -> list[list[Offer]]:
         """Return the offers that a config can say, with its keys, and that reload as what was cut."""
-        of_twin = [self.found.twin_layer[index] for index in range(len(self.layers))]
+        of_twin = [self.twin_layer[index] for index in range(len(self.layers))]
         groups = [{self._group(offer, index).name: offer for offer in offers[index]} for index in of_twin]
         kept: list[dict[str, Offer]] = [{} for _ in groups]
         for name in sorted({name for layer in groups for name in layer}):
@@ -465,18 +504,11 @@ class _Finder:
             self.why[name] = f"the router needs all {first.num_units}"
             return {}
         for changes in self._changes(first):
-            try:
-                config = self._changed(changes)
-                with quiet_transformers(), torch.device("meta"):
-                    built = type(self.twin)._from_config(config)
-            except WRONG_GUESS:
+            if (built := self._built(changes)) is None:
                 continue
-            if len(built.get_submodule(self.names[1])) != len(self.layers):
-                continue
-            linears_for_conv(built)
             said = {index: self._said(offer, index, built, changes) for index, offer in offers.items()}
             done = {index: offer for index, offer in said.items() if offer is not None}
-            if done and self._reloads(done, built, config, name):
+            if done and self._reloads(done, built, name):
                 return done
         return {}
 
@@ -495,15 +527,24 @@ class _Finder:
         yield from ({key: fewer} for key, value in whole.items() if value == units)
         yield from ({key: value // 2} for key, value in whole.items() if value != units and units % value == 0)
         yield from ({key: 2 * fewer} for key, value in whole.items() if value == 2 * units)
-        named = ("inner", "ffn", "intermediate")
-        yield from ({key: fewer} for key, value in values.items() if value is None and any(n in key for n in named))
+        named = [key for key in values if any(part in key for part in ("inner", "ffn", "intermediate"))]
+        yield from ({key: fewer} for key in named if values[key] is None)
+        switches = [key for key, value in values.items() if value is True]  # one may derive the width from the key
+        yield from ({key: fewer, switch: False} for key in named if key in whole for switch in switches)
 
-    def _changed(self, changes: dict[str, Any]) -> Any:
+    def _built(self, changes: dict[str, Any]) -> Any:
+        """Return the model, on meta, of the changed config as transformers reads it back; None if it builds none."""
         config = copy.deepcopy(self.twin.config)
         inner: Any = config.get_text_config(decoder=True)
-        for key, value in changes.items():
-            setattr(inner, key, value)
-        return config
+        try:
+            for key, value in changes.items():
+                setattr(inner, key, value)
+            with quiet_transformers(), torch.device("meta"):
+                built = type(self.twin)._from_config(type(config).from_dict(config.to_dict()))
+        except WRONG_GUESS:
+            return None
+        linears_for_conv(built)
+        return built if len(built.get_submodule(self.names[1])) == len(self.layers) else None
 
     def _said(self, offer: Offer, index: int, built: Any, changes: dict[str, Any]) -> Offer | None:
         """Return the offer with what building from the changed config says of it; None if it says nothing."""
@@ -518,10 +559,13 @@ class _Finder:
         key, value = next(iter(changes.items()))
         if group.kind == "heads":
             key = head_key(group.name)
-            return replace(offer, config_key=key, divides=self._heads_divide())
+            odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
+            refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
+            return replace(offer, config_key=key, divides=refused)
         before = getattr(self.config, key)
-        per_key = (group.num_units - left) / (before - value) if type(before) is int else 1.0
-        if per_key > MOST_PER_KEY:
+        settings = tuple(changes.items())[1:]
+        per_key = (group.num_units - left) / (before - value) if type(before) is int and not settings else 1.0
+        if per_key > MOST_PER_KEY or (settings and left != value):
             return None
         if group.kind == "experts":
             changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
@@ -531,10 +575,10 @@ class _Finder:
             weighted, place = group.experts.weighted_inputs, group.experts.module
             build = experts_in(place, group.experts.stacks, router, tuple(rows), counts, weighted=weighted)
             return replace(offer, build=build, config_key=key, per_key=per_key)
-        switch = self._bias_switch(index, group) if group.kind == "channels" else None
-        return replace(offer, config_key=key, per_key=per_key, bias_switch=switch)
+        bias_switch = self._bias_switch(index, group) if group.kind == "channels" else None
+        return replace(offer, config_key=key, per_key=per_key, settings=settings, bias_switch=bias_switch)
 
-    def _reloads(self, offers: dict[int, Offer], built: Any, config: Any, name: str) -> bool:
+    def _reloads(self, offers: dict[int, Offer], built: Any, name: str) -> bool:
         """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
         inside = {parameter for layer in self.layers for parameter in layer.parameters()}
         shared = {id(each): each for each in self.twin.parameters() if each not in inside}  # a tower may be large
@@ -562,7 +606,7 @@ class _Finder:
         self.why[name] = "loaded again, it is not the model that was cut"
         try:
             with quiet_transformers(), torch.random.fork_rng(devices=[]):
-                loaded: Any = type(self.twin)._from_config(config, dtype=torch.float32).eval()
+                loaded: Any = type(self.twin)._from_config(built.config, dtype=torch.float32).eval()
             loaded.load_state_dict(whole.state_dict())
             with Unrouted(unrouted):
                 expected = run(masked)
@@ -571,29 +615,17 @@ class _Finder:
         except WRONG_GUESS:
             return False
 
-    def _heads_divide(self) -> bool:
-        """Say whether the config's class refuses numbers of heads that do not divide the hidden size."""
-        values = self.config.to_dict()
-        odd = self.config.hidden_size // 2 + 1
-        try:
-            with quiet_transformers():
-                type(self.config).from_dict(
-                    values | {"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}
-                )
-        except WRONG_GUESS:
-            return True
-        return False
+    @cached_property
+    def switched(self) -> dict[str, Any]:
+        """What the config builds with one of its switches of biases turned."""
+        switches = [key for key, value in vars(self.config).items() if "bias" in key and type(value) is bool]
+        turned = ((key, self._built({key: not getattr(self.config, key)})) for key in switches)
+        return {key: built for key, built in turned if built is not None}
 
     def _bias_switch(self, index: int, group: Group) -> BiasSwitch | None:
         """Return the config key that gives the reader a bias, if it gives one to nothing else but writers."""
         layer, modules = self.layers[index], {axis.module for axis in (*group.writers, group.reader)}
-        for key, value in vars(self.config).items():
-            if "bias" not in key or not isinstance(value, bool):
-                continue
-            if key not in self.switched:
-                self.switched[key] = self._switched(key)
-            if (built := self.switched[key]) is None:
-                continue
+        for key, built in self.switched.items():
             theirs = built.get_submodule(self.names[1])[index]
             changed = {name.rpartition(".")[0] for name in _shapes(layer).keys() ^ _shapes(theirs).keys()}
             if group.reader.module in changed and changed <= modules:
@@ -602,27 +634,17 @@ class _Finder:
                 )
         return None
 
-    def _switched(self, key: str) -> Any:
-        """Return what the config builds with one of its switches turned, on meta; None if it builds nothing."""
-        try:
-            with quiet_transformers(), torch.device("meta"):
-                built: Any = type(self.twin)._from_config(self._changed({key: not getattr(self.config, key)}))
-        except WRONG_GUESS:
-            return None
-        linears_for_conv(built)
-        return built
-
 
 def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, str]]:
     """Yield (attention, middle): with the attention silent, middle's input instead of the layer's gives the same."""
     whole = calls[""]
     children = [name for name, _ in layer.named_children() if name in calls]
-    for attention in children:
-        if not isinstance(calls[attention].output, tuple):
+    for middle in children:
+        args = calls[middle].args
+        if not args or not isinstance(hidden := args[0], Tensor):
             continue
-        for middle in children:
-            args = calls[middle].args
-            if middle == attention or not args or not isinstance(hidden := args[0], Tensor):
+        for attention in children:
+            if middle == attention or not isinstance(calls[attention].output, tuple):
                 continue
             silent: Any = layer.get_submodule(attention)
             silent.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)  # as the walk does

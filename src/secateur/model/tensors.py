@@ -1,19 +1,17 @@
 """The safetensors files of a checkpoint directory: their names, headers and tensors.
 
-The headers alone reveal a missing shard, a truncated file and every tensor's shape. Tensors are
-read into ordinary memory, or mapped from their files, where they occupy page cache only. Not
+The headers alone reveal a missing shard, a truncated file and every tensor's shape; safetensors checks
+them. Tensors are read into ordinary memory, or mapped from their files, where they occupy page cache only. Not
 handled: pickle files (refused). What quantised tensors mean is in `quantised`.
 """
 
-import math
-import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from secateur.errors import CheckpointError
 from secateur.files import json_of
@@ -37,13 +35,12 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: `num_bytes` bytes at `offset` of `file`."""
+    """What one tensor of a file is."""
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -51,20 +48,16 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError if there are no safetensors weights, or a shard is missing or damaged.
     """
-    headers = (_read_header(file) for file in _weight_files(directory))
-    return {name: stored for header in headers for name, stored in header.items()}
+    return {name: each for file in _weight_files(directory) for name, each in _read_header(file).items()}
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Return the tensor in its own memory. Raises CheckpointError if the file has shrunk."""
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    with stored.file.open("rb") as file:
-        file.seek(stored.offset)
-        num_read = file.readinto(buffer)
-    if num_read != stored.num_bytes:
-        raise CheckpointError(f"{stored.file}: ended while it was being read; is something writing to it?")
-    return tensor
+    """Return the tensor in its own memory. Raises CheckpointError if the file has changed."""
+    try:
+        with safe_open(stored.file, framework="pt") as opened:
+            return opened.get_tensor(stored.name).clone()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{stored.file}: cannot be read again ({error}); is something writing to it?") from None
 
 
 def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -111,47 +104,16 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    num_file_bytes = file.stat().st_size
-    with file.open("rb") as opened:
-        data_start = 8 + int.from_bytes(opened.read(8), "little")
-        if data_start > num_file_bytes:
-            raise CheckpointError(f"{file}: is truncated or not safetensors ({num_file_bytes} bytes); copy it again.")
-        raw = opened.read(data_start - 8)
+    tensors: dict[str, StoredTensor] = {}
     try:
-        header = json_of(raw)
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(file, data_start, entry) for name, entry in header.items()}
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        raise CheckpointError(f"{file}: its safetensors header is malformed; copy the file again.") from None
-    end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
-    if end != num_file_bytes:
-        sizes = f"its header describes {end} bytes, the file has {num_file_bytes}"
-        raise CheckpointError(f"{file}: is truncated or damaged: {sizes}; copy it again.")
-    _check_layout(file, data_start, tensors)
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # no mapping
+                piece = opened.get_slice(name)
+                dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+                if dtype not in _DTYPES:
+                    allowed = ", ".join(_DTYPES)
+                    raise CheckpointError(f"{file}: stores weights as {dtype}, not prunable; allowed: {allowed}.")
+                tensors[name] = StoredTensor(file, name, _DTYPES[dtype], shape)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: is truncated, damaged or not safetensors ({error}); copy it again.") from None
     return tensors
-
-
-def _check_layout(file: Path, data_start: int, tensors: dict[str, StoredTensor]) -> None:
-    """Raise CheckpointError unless every byte belongs to one tensor, as the format demands."""
-    end, before = data_start, ""
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if tensor.offset < end:
-            raise CheckpointError(f"{file}: tensors {before} and {name} share bytes; get the file from its source.")
-        if tensor.offset > end:
-            gap = f"the {tensor.offset - end} bytes before tensor {name} belong to no tensor"
-            raise CheckpointError(f"{file}: {gap}; get the file from its source.")
-        end, before = tensor.offset + tensor.num_bytes, name
-
-
-def _stored(file: Path, data_start: int, entry: Any) -> StoredTensor:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        allowed = ", ".join(_DTYPES)
-        raise CheckpointError(f"{file}: stores weights as {entry['dtype']}, not prunable; allowed: {allowed}.")
-    begin, end = map(operator.index, entry["data_offsets"])
-    shape = tuple(map(operator.index, entry["shape"]))
-    if end - begin != math.prod(shape) * dtype.itemsize or min(begin, *shape, 0) < 0:
-        raise ValueError("offsets and shape disagree")
-    return StoredTensor(file, dtype, shape, data_start + begin, end - begin)

@@ -8,6 +8,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,12 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ArchError
 from secateur.model.config import BAD_VALUE, one_line, quiet_transformers
+from secateur.model.modules import text_model
 
 NUM_TOKENS, NUM_BLOCKS = 12, 2
 # A model of fewer parameters is its own twin; a twin has at most so many.
 SMALL, LARGEST = 2_000_000, 400_000_000
 MOST_EXPERTS, MOST_LAYERS = 8, 1000
 MOST_TOKENS = 512
+# So many sizes that fail alike do not fail for their size.
+SAME_PROBLEM = 3
 
 _LAYERS = re.compile(r"(num_hidden|num|n|num_decoder|decoder)_layers?|depth|num_blocks")
 _KEPT = re.compile(
@@ -40,29 +44,44 @@ def twin(stock: Any, config: Any, num_params: int, num_layers: int) -> PreTraine
 
     Raises ArchError if no small model runs.
     """
-    problem = ""
-    towers = (MOST_LAYERS, num_layers)  # of images and sound: whole, as configs name layers of theirs; else shallow
-    for sizes, depth in ((sizes, depth) for depth in towers for sizes in _scales(config, num_params)):
-        try:
-            with quiet_transformers(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                small = shrunk(config, num_layers, depth, *sizes) if sizes else copy.deepcopy(config)
-                if _num_params(stock, small) > LARGEST:
-                    continue
-                built = randomised(stock._from_config(small, dtype=torch.float32).eval())
-                if not run(built).isfinite().all():
-                    raise ValueError("it gives no finite numbers")
-            return built
-        except (*BAD_VALUE, NotImplementedError, ImportError) as error:
-            problem = problem or one_line(error)
-    raise ArchError(f"model type '{config.model_type}': no small model of it can be run to try cuts on ({problem}).")
+    return next(twins(stock, config, num_params, num_layers))
 
 
-def shrunk(config: Any, num_layers: int, in_towers: int, by_heads: int, by_width: int) -> Any:
+def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator[PreTrainedModel]:
+    """Yield such twins of several sizes, and raise ArchError behind the last one."""
+    problems: list[str] = []
+    # Towers of images and sound are deep, as configs name layers of theirs, else shallow, else whole with their tokens.
+    for kind in ((MOST_LAYERS, MOST_TOKENS), (num_layers, MOST_TOKENS), (num_layers, math.inf)):
+        for sizes in _scales(config, num_params):
+            try:
+                with quiet_transformers(), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    small = shrunk(config, num_layers, *kind, *sizes) if sizes else copy.deepcopy(config)
+                    small = type(small).from_dict(small.to_dict())  # else what is saved may not be read
+                    with torch.device("meta"):
+                        size = sum(each.numel() for each in stock._from_config(small).parameters())
+                    if size > LARGEST:
+                        continue
+                    built = randomised(stock._from_config(small, dtype=torch.float32).eval())
+                    if not run(built).isfinite().all():
+                        raise ValueError("it gives no finite numbers")
+            except (*BAD_VALUE, NotImplementedError, ImportError) as error:
+                problems.append(one_line(error))
+                if problems.count(problems[-1]) >= SAME_PROBLEM:
+                    break
+                continue
+            yield built
+    raise ArchError(
+        f"model type '{config.model_type}': no small model of it can be run to try cuts on ({(problems or [''])[0]})."
+    )
+
+
+def shrunk(config: Any, num_layers: int, in_towers: int, tokens: float, by_heads: int, by_width: int) -> Any:
     """Return the config with heads divided by one number, head sizes by the other, widths by both.
 
     Proportions stay, so that what must divide another still does. Lists with an entry for every layer
-    are cut to `num_layers`, in configs that are not of the text to `in_towers`.
+    are cut to `num_layers`, in configs that are not of the text to `in_towers`. `tokens`: the most; without
+    a limit, what is not of the text keeps its widths.
     """
     config = copy.deepcopy(config)
     values, text = vars(config), config.get_text_config(decoder=True)
@@ -70,16 +89,24 @@ def shrunk(config: Any, num_layers: int, in_towers: int, by_heads: int, by_width
     tops = {key: value for key, value in values.items() if "per_tok" in key or "top_k" in key or "topk" in key}
     most_chosen = max((value for value in tops.values() if isinstance(value, int)), default=1)
     most_chosen = max(most_chosen, 2 * (values.get("n_group") or 1))  # each group of experts is ranked by two
+    smaller = partial(
+        _smaller, num_layers=num_layers, by_heads=by_heads, by_width=by_width, chosen=most_chosen, tokens=tokens
+    )
+    own = config.to_dict()["per_layer_config"] if config.is_heterogeneous else {}
     for key, value in values.items():
         if isinstance(value, PreTrainedConfig):
             holds_text = any(each is text for each in (value, *vars(value).values()))
-            values[key] = shrunk(value, num_layers if holds_text else in_towers, in_towers, by_heads, by_width)
+            scales = (by_heads, by_width) if holds_text or tokens < math.inf else (1, 1)
+            values[key] = shrunk(value, num_layers if holds_text else in_towers, in_towers, tokens, *scales)
         elif isinstance(value, dict):
             values[key] = {name: _sections(name, part, by_width) for name, part in value.items()}
         elif isinstance(value, (list, tuple)) and len(value) == depth > num_layers:
             values[key] = type(value)(value[:num_layers])
         elif isinstance(value, int) and not isinstance(value, bool) and not key.startswith("_"):
-            values[key] = _smaller(key, value, num_layers, by_heads, by_width, most_chosen)
+            values[key] = smaller(key, value)
+    if own:  # layers that have sizes of their own
+        kept = {index: sizes for index, sizes in own.items() if int(index) < num_layers}
+        config.per_layer_config = {index: {key: smaller(key, n) for key, n in kept[index].items()} for index in kept}
     _keep_tokens_inside(values)
     return config
 
@@ -107,7 +134,7 @@ def token_ids(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def run(model: PreTrainedModel) -> Tensor:
     """Return the logits of the twin's tokens."""
-    return model(token_ids(model), use_cache=False).logits
+    return text_model(model)(input_ids=token_ids(model), use_cache=False).logits
 
 
 def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
@@ -126,20 +153,15 @@ def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
             yield by_heads, by_width
 
 
-def _num_params(stock: Any, config: Any) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in stock._from_config(config).parameters())
-
-
-def _smaller(key: str, value: int, num_layers: int, by_heads: int, by_width: int, most_chosen: int) -> int:
-    if value < 2:
+def _smaller(key: str, value: Any, *, num_layers: int, by_heads: int, by_width: int, chosen: int, tokens: float) -> Any:
+    if type(value) is not int or value < 2:
         return value
     if _LAYERS.fullmatch(key) or key.endswith("_layers"):
         return min(value, num_layers)
     if "vocab" in key and "size" in key:
-        return min(value, MOST_TOKENS)
+        return min(value, tokens)
     if "expert" in key and "per_tok" not in key and "size" not in key and "top" not in key:
-        return min(value, max(MOST_EXPERTS, 2 * most_chosen))
+        return min(value, max(MOST_EXPERTS, 2 * chosen))
     if _KEPT.fullmatch(key):
         return value
     if _HEADS.fullmatch(key):

@@ -15,7 +15,7 @@ from secateur.files import sha256_of
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import human_bytes, versions
 from secateur.methods.prices import token_prices
-from secateur.model.bind import text_config
+from secateur.model.bind import text_config, text_model
 from secateur.model.checkpoint import CausalLM, Tokenizer, open_checkpoint, planned_model
 from secateur.model.group import Group
 from secateur.model.identity import lineage
@@ -188,7 +188,7 @@ def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> V
         services.progress("verify", 0, 1)
         ids_1T = run.text.domains[0].held_out.ids_NT[:1, :VERIFY_TOKENS].to(run.model.device)
         with torch.inference_mode():
-            logits = run.model(ids_1T, use_cache=False).logits
+            logits = text_model(run.model)(input_ids=ids_1T, use_cache=False).logits
         proof = verify_reload(directory, ids_1T, logits)
         services.progress("verify", 1, 1)
     return proof

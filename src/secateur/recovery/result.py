@@ -17,6 +17,7 @@ from secateur.formats.save import Verification, has_own, save_checkpoint, verify
 from secateur.log import LOG_FILE, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
+from secateur.model.modules import text_model
 from secateur.recipe_file import dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.open import Job
 from secateur.recovery.train import Work
@@ -97,7 +98,7 @@ def _verify(work: Work, directory: Path) -> Verification:
     ids_1T = next(iter(work.text.held_out.values())).ids_NT[:1, :VERIFY_TOKENS].to(work.pruned.device)
     work.progress("verify", 0, 1)
     with torch.inference_mode():
-        logits = work.pruned(ids_1T, use_cache=False).logits
+        logits = text_model(work.pruned)(input_ids=ids_1T, use_cache=False).logits
     proof = verify_reload(directory, ids_1T, logits)
     work.progress("verify", 1, 1)
     return proof
