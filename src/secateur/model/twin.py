@@ -76,7 +76,7 @@ def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator
     )
 
 
-def shrunk(config: Any, num_layers: int, in_towers: int, tokens: float, by_heads: int, by_width: int) -> Any:
+def shrunk(config: Any, num_layers: int, in_towers: int, tokens: int | float, by_heads: int, by_width: int) -> Any:
     """Return the config with heads divided by one number, head sizes by the other, widths by both.
 
     Proportions stay, so that what must divide another still does. Lists with an entry for every layer
@@ -153,7 +153,9 @@ def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
             yield by_heads, by_width
 
 
-def _smaller(key: str, value: Any, *, num_layers: int, by_heads: int, by_width: int, chosen: int, tokens: float) -> Any:
+def _smaller(
+    key: str, value: Any, *, num_layers: int, by_heads: int, by_width: int, chosen: int, tokens: int | float
+) -> Any:
     if type(value) is not int or value < 2:
         return value
     if _LAYERS.fullmatch(key) or key.endswith("_layers"):
