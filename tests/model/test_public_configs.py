@@ -15,6 +15,7 @@ import pytest
 from recipes import grouped
 from transformers import CONFIG_MAPPING
 
+from secateur.formats.runtimes import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
 from secateur.pruning.inspect import inspect
@@ -51,8 +52,6 @@ def smallest_of_each_kind() -> list[Any]:
 # By model type; the rest of the public configs hold what llama.cpp takes for granted.
 NOT_IN_LLAMA_CPP = {
     "exaone4": "takes sliding_window to be None, the config says 4096",
-    "opt": "not 'opt'",
-    "phimoe": "not 'phimoe'",
 }
 
 
@@ -66,7 +65,8 @@ def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: 
     assert {group.name for group in found.possible} | set(found.impossible) >= known - {"ffn"}
     assert all(0 < group.num_params < found.size.num_params for group in found.possible)
     assert found.remove_reached == pytest.approx(0.1, abs=0.03)  # an eighth of the experts in Mixtral
-    problem = NOT_IN_LLAMA_CPP.get(model_type, "without the tokenizer")
+    unknown = "without the tokenizer" if model_type in gguf_specs() else f"not '{model_type}'"
+    problem = NOT_IN_LLAMA_CPP.get(model_type, unknown)
     assert found.files_problem is not None and problem in found.files_problem
     assert bool(found.files) == (problem == "without the tokenizer")
 
