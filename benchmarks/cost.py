@@ -37,7 +37,7 @@ from secateur.pruning.loop import prune_in_place
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.device import release_freed
 from secateur.stream.walk import make_batches
 

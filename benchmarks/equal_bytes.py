@@ -34,7 +34,7 @@ from secateur.facts import Workload
 from secateur.formats.save import open_llama_cpp, save_checkpoint
 from secateur.log import silent
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.recipe_file import RECIPE_FILE
+from secateur.recipe import RECIPE_FILE
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q3_k_m+importance", "q2_k", "q2_k+importance")
 PIECE = 1000  # characters

@@ -27,7 +27,7 @@ from secateur.model.checkpoint import load
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import method_of
 from secateur.pruning.resolve import DEFAULT_TARGET_MIX
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.losses import domain_losses
 from secateur.stream.walk import Walk, make_batches
 

@@ -17,8 +17,7 @@ from typing import Any
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from secateur.evaluation.rows import find_rows
-from secateur.evaluation.tasks import TaskOptions, load_tasks, quiet_harness, run_task, task_manager
+from secateur.evaluation.tasks import TaskOptions, find_rows, load_tasks, quiet_harness, run_task, task_manager
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.report.measured import task_metrics
 

@@ -160,7 +160,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     from secateur.data.pool import Amounts, TextPool
     from secateur.model.checkpoint import load_tokenizer, open_checkpoint
-    from secateur.recipe_file import parse_recipe
+    from secateur.recipe import parse_recipe
 
     tokenizer, dense = load_tokenizer(open_checkpoint(MODEL)), arguments.out / "dense"
     if not dense.exists():
@@ -229,7 +229,7 @@ def judged(pruned: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import secateur
     from secateur.evaluation.parts import differences
-    from secateur.recipe_file import parse_recipe
+    from secateur.recipe import parse_recipe
 
     domains = {name: {"files": [text_file(name, 1)]} for name in HYBRID}
     parsed = parse_recipe({"calibration": {"domains": domains}}).calibration.domains

@@ -30,8 +30,7 @@ from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
-from secateur.recipe import Calibration, Domain
-from secateur.recipe_file import merged, parse_recipe
+from secateur.recipe import Calibration, Domain, merged, parse_recipe
 from secateur.stream.losses import domain_losses
 
 

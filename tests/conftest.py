@@ -30,6 +30,8 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 settings.register_profile("first", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
 
+# What judges runs of tests, in place of the files of the package.
+JUDGING = {"prompts.yaml": ("Why?", "Two and two?"), "other_text.yaml": ("The bridge was closed.", "It rained.")}
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
 
@@ -39,9 +41,8 @@ def judged_by_what_guards() -> Iterator[None]:
     """Runs in this process have no text of their own to judge them, and few questions; the command line's have all."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.data.pool.JUDGED_TOKENS", 0)
-        patched.setattr("secateur.stream.judge.judging_prompts", lambda: ("Why?", "Two and two?"))
-        patched.setattr("secateur.stream.own_answers.ANSWER_TOKENS", 4)
-        patched.setattr("secateur.stream.judge.other_documents", lambda: ("The bridge was closed.", "It rained."))
+        patched.setattr("secateur.stream.judge.ANSWER_TOKENS", 4)
+        patched.setattr("secateur.stream.judge.shipped", JUDGING.__getitem__)
         yield
 
 

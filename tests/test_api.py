@@ -18,7 +18,7 @@ import secateur
 from secateur.cli import app
 from secateur.model.bind import bind
 from secateur.model.checkpoint import check_in_memory, restore_buffers
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.losses import domain_losses
 
 TOKENIZER = tiny_tokenizer()

@@ -32,8 +32,7 @@ from transformers import AutoTokenizer
 import secateur
 from secateur.cli import app
 from secateur.model.config import quiet_transformers
-from secateur.recipe import Recipe
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}

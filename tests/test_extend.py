@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -18,7 +17,6 @@ import yaml
 from models import randomised
 from recipes import grouped
 from run_cli import run_cli
-from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
 from warm import WarmProcesses
@@ -28,8 +26,7 @@ from secateur.data.sources import SOURCES
 from secateur.formats import gguf as export
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
 from secateur.model.config import quiet_transformers
-from secateur.recipe import SCORE_NAMES, SOURCE_NAMES
-from secateur.recipe_file import dump_recipe, parse_recipe
+from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, parse_recipe
 from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
@@ -86,11 +83,11 @@ def helium(site: Path) -> Path:
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
     choose = torch.Generator().manual_seed(0)
-    with sqlite3.connect(tmp_path / "notes.db") as connection:
-        connection.execute("create table notes (body text)")
-        picks = torch.randint(len(WORDS), (300, 20), generator=choose).tolist()
-        connection.executemany("insert into notes values (?)", [(" ".join(WORDS[i] for i in row),) for row in picks])
-    return tmp_path / "notes.db"
+    picks = torch.randint(len(WORDS), (300, 20), generator=choose).tolist()
+    (tmp_path / "notes.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(WORDS[i] for i in row)}) + "\n" for row in picks)
+    )
+    return tmp_path / "notes.jsonl"
 
 
 def secateur_from(site: Path, warm: WarmProcesses, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -102,8 +99,7 @@ def secateur_from(site: Path, warm: WarmProcesses, *arguments: object) -> subpro
 def test_the_package_of_the_page_prunes_and_exports(
     site: Path, helium: Path, notes: Path, tmp_path: Path, warm: WarmProcesses
 ) -> None:
-    domain = {"sqlite": {"file": str(notes), "query": "select body from notes"}, "share": 2}
-    calibration = {"domains": {"notes": domain}, "num_tokens": 640, "sequence_length": 32}
+    calibration = {"domains": {"notes": {"files": str(notes)}}, "num_tokens": 640, "sequence_length": 32}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration})), encoding="utf-8"
@@ -114,10 +110,7 @@ def test_the_package_of_the_page_prunes_and_exports(
     result = json.loads(pruned.stdout)
     assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
     used = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert (
-        used["choose"]["score"] == "loudest" and used["calibration"]["domains"]["notes"]["sqlite"] == domain["sqlite"]
-    )
-    assert "sqlite {" in (out / "report.html").read_text()
+    assert used["choose"]["score"] == "loudest"
 
     written = secateur_from(site, warm, "export", out, "--format", "npz", "--out", file, "--quiet")
     assert written.returncode == 0, written.stderr
@@ -133,8 +126,6 @@ def test_the_package_of_the_page_prunes_and_exports(
 def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"unknown choose.score 'loudest'; allowed: random, .* give one of these"):
         parse_recipe(grouped({"score": "loudest"}))
-    with pytest.raises(RecipeError, match=r"unknown key 'calibration\.domains\.notes\.sqlite'"):
-        parse_recipe(grouped({"calibration": {"domains": {"notes": {"sqlite": "notes.db"}}}}))
     with pytest.raises(RecipeError, match="unknown exporter 'npz'; allowed: gguf; give one of these"):
         export.export(helium, tmp_path / "out.npz", format="npz")
 
@@ -157,20 +148,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_names_are_checked_without_an_import(installed: Installed) -> None:
-    points = {"secateur.scores": {"mine": "absent_module:mine"}, "secateur.sources": {"mail": "absent_module:mail"}}
-    installed("absent", {}, points)
+    installed("absent", {}, {"secateur.scores": {"mine": "absent_module:mine"}})
     assert parse_recipe(grouped({"score": "mine"})).choose.score == "mine"
-    recipe = parse_recipe(grouped({"calibration": {"domains": {"a": {"mail": ["inbox", 3]}}}}))
-    assert recipe.calibration.domains["a"].source == ("mail", ["inbox", 3])
-    assert parse_recipe(grouped(yaml.safe_load(dump_recipe(recipe)))) == recipe
     sentence = r"unknown choose.score 'mino'; allowed: .*, reap, mine; did you mean 'mine'\?"
     with pytest.raises(RecipeError, match=sentence):
         parse_recipe(grouped({"score": "mino"}))
-    with pytest.raises(RecipeError, match=r"unknown key 'calibration.domains.a.mial'; did you mean 'mail'?"):
-        parse_recipe(grouped({"calibration": {"domains": {"a": {"mial": 1}}}}))
-    for wrong, got in (({"mail": 1, "files": "a.txt"}, "files and mail"), ({"mail": None}, "none")):
-        with pytest.raises(RecipeError, match=f"one of installed, files, dataset, mail; got {got}"):
-            parse_recipe(grouped({"calibration": {"domains": {"a": wrong}}}))
     with pytest.raises(PluginError, match=r"package absent, score 'mine': cannot be loaded \(ModuleNotFoundError: "):
         find_score("mine")
 
@@ -179,11 +161,8 @@ def test_names_are_checked_without_an_import(installed: Installed) -> None:
     ("group", "name", "message"),
     [
         ("scores", "obs", "package bad, score 'obs': the name is secateur's own; rename it in bad"),
-        ("sources", "files", "package bad, source 'files': the name is secateur's own"),
-        ("sources", "share", "package bad, source 'share': the name is secateur's own"),
         ("exporters", "gguf", "package bad, exporter 'gguf': the name is secateur's own"),
         ("scores", "mine", "package bad, score 'mine': must be a secateur.Score, got int; see docs/extend.md"),
-        ("sources", "mine", "package bad, source 'mine': must be a function of a value and a random order, got int"),
         ("exporters", "mine", "package bad, exporter 'mine': must be a secateur.Exporter, got int"),
     ],
 )
@@ -194,14 +173,8 @@ def test_an_entry_point_that_is_wrong_is_one_sentence(
     with pytest.raises(PluginError, match=message):
         if group == "scores":
             find_score(name)
-        elif group == "exporters":
-            export.export(tmp_path, tmp_path / "out", format=name)
         else:
-            domain = {"mine": 1} if name == "mine" else {"installed": "code"}
-            calibration = parse_recipe(
-                grouped(dict(calibration={"domains": {"a": domain}, "sequence_length": 32}))
-            ).calibration  # type: ignore
-            learning_text(calibration, 320, tiny_tokenizer(), 0)
+            export.export(tmp_path, tmp_path / "out", format=name)
 
 
 def test_two_packages_with_one_name(installed: Installed) -> None:

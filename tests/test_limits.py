@@ -14,7 +14,7 @@ from secateur.files import MAX_LEVELS, json_of, yaml_of
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import directory_config
 from secateur.model.kept_units import KEEP_FILE
-from secateur.recipe_file import as_recipe
+from secateur.recipe import as_recipe
 from secateur.recovery.pair import _check_layers
 from secateur.report.records import Summary
 

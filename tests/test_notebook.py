@@ -12,8 +12,7 @@ from recipes import grouped
 import secateur
 from secateur.evaluation.study import Comparison, FoundCell
 from secateur.facts import TrainingRecord, Verdict
-from secateur.recipe import Choose, Remove, Strict
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Choose, Remove, Strict, parse_recipe
 from secateur.report.measured import RecoveryRecord
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from secateur.data.blocks import LearningText
 from secateur.data.pool import Amounts, CalibrationText, Split, TextPool
-from secateur.evaluation.evaluate import measured_by
+from secateur.evaluation.parts import measured_by
 from secateur.log import Progress, silent
 from secateur.model.bind import bind
 from secateur.report.measured import Quality

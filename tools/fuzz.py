@@ -54,8 +54,12 @@ from secateur.model.checkpoint import (  # noqa: E402
     open_checkpoint,
 )
 from secateur.model.config import quiet_transformers  # noqa: E402
-from secateur.recipe import Domain  # noqa: E402
-from secateur.recipe_file import as_recipe, dump_recipe, parse_recipe  # noqa: E402
+from secateur.recipe import (  # noqa: E402
+    Domain,
+    as_recipe,
+    dump_recipe,
+    parse_recipe,
+)
 from secateur.store import Store, _sealed, place_beside  # noqa: E402
 
 HANG_SECONDS, MEMORY_BYTES = 30, 6 << 30

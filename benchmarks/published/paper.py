@@ -15,7 +15,7 @@ from secateur.pruning.loop import prune_in_place
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 
 ALIGN = 8
 

@@ -23,7 +23,7 @@ from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, prune, push, recover, table
+    from secateur.api import Result, prune, recover, table
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from secateur.methods.scores import Score
     from secateur.model.checkpoint import load
     from secateur.pruning.inspect import inspect
+    from secateur.report.push import push
 
 __all__ = [
     "ArchError",
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Result", "prune", "push", "recover", "table"),
+    "api": ("Result", "prune", "recover", "table"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
@@ -71,6 +72,7 @@ _MODULES = {
     "formats.gguf": ("Exporter", "export"),
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),
+    "report.push": ("push",),
 }
 
 

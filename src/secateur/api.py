@@ -1,33 +1,27 @@
-"""`prune`: a run. `recover`: a training of its result.
-
-`push`: the result to the hub. `table`: what a verb returned, as tables.
-"""
+"""`prune`: a run. `recover`: a training of its result. `table`: what a verb returned, as tables."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.evaluation.study import Comparison
-from secateur.evaluation.study_tables import comparison_table
+from secateur.evaluation.study import Comparison, comparison_table
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
-from secateur.pruning.result import Result, recipe_like
+from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
-from secateur.recipe import Recipe
-from secateur.recipe_file import as_recipe
+from secateur.recipe import Recipe, as_recipe
 from secateur.recovery import recover as recovery
 from secateur.recovery.weights import wants_shards
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
-from secateur.report.push import push
 from secateur.report.records import Inspection, Summary
 from secateur.report.report import write_pages, write_recovered_pages
 from secateur.report.rows import Tables, inspection_table, summary_table
 from secateur.report.rows_measured import bench_table, evaluation_table, recovery_table
 
-__all__ = ["Result", "prune", "push", "recover", "table"]
+__all__ = ["Result", "prune", "recover", "table"]
 
 
 @joined()
@@ -67,7 +61,7 @@ def prune(
     Raises a SecateurError, one sentence, for what a user can correct.
     """
     progress = progress if is_first() else silent
-    parsed = as_recipe(recipe) if like is None else recipe_like(Path(like), as_recipe(recipe))
+    parsed = as_recipe(recipe)
     if parsed.recover is not None:
         raise RecipeError("recover: is what secateur recover reads, once a model is pruned; leave it out of a prune.")
     return prune_run(

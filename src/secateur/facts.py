@@ -1,4 +1,4 @@
-"""Plain facts that several packages share (sizes, losses, verdicts, costs, batches), and JSON records."""
+"""What is counted and measured as plain numbers, which all rooms share, and JSON records of it."""
 
 import dataclasses
 import json
@@ -7,106 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from secateur.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How units are chosen and readers repaired: numbers, and names as in recipes."""
-
-    score: str
-    obs_batch: int | None
-    compensate: str
-    damping: float
-    damping_factors: tuple[float, ...]
-    target_mix: float
-    weighting: str
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Blocks of one domain. `held_out`: for the guard and the evaluation, never for statistics.
-
-    `first_block`: the number of its first block in the domain; a rank has only some blocks.
-    `counted_BT`: which tokens count, others give context alone; None: all. A position counts if the
-    token that it predicts does, and a block's last one if its own token does.
-    """
-
-    domain: str
-    held_out: bool
-    ids_BT: Tensor
-    first_block: int = 0
-    counted_BT: Tensor | None = None
-
-    def counted(self, values: Tensor) -> Tensor:
-        """Return the rows of (..., T, X) values at the positions that count, P x X.
-
-        Values that stand for all tokens several times over, as of every expert, keep their order.
-        """
-        rows_TX = values.flatten(0, -2)
-        if self.counted_BT is None:
-            return rows_TX
-        predicts_BT = torch.cat([self.counted_BT[:, 1:], self.counted_BT[:, -1:]], dim=1)
-        counted_T = predicts_BT.flatten().to(rows_TX.device)
-        return rows_TX[counted_T.repeat(len(rows_TX) // len(counted_T))]
-
-    @property
-    def num_predicted(self) -> int:
-        """The predicted tokens that count: without a mask all but each block's first."""
-        return self.ids_BT[:, 1:].numel() if self.counted_BT is None else int(self.counted_BT[:, 1:].sum())
-
-
-# Tokens in an n-gram of `held_out_overlap`.
-NGRAM_TOKENS = 13
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """`num_params`: all parameters, tied ones once. `num_bytes`: their storage."""
-
-    num_params: int
-    num_bytes: int
-
-    @classmethod
-    def of(cls, model: Any) -> "Size":
-        """Count a model's parameters."""
-        counts = [(parameter.numel(), parameter.element_size()) for parameter in model.parameters()]
-        return cls(sum(count for count, _ in counts), sum(count * size for count, size in counts))
-
-
-def weight_size(model: Any) -> float:
-    """Return the root mean square of the weights in matrices, embedding and head left out."""
-    words = (model.get_input_embeddings(), model.get_output_embeddings())
-    left_out = {id(parameter) for module in words for parameter in module.parameters()}
-    matrices = [each for each in model.parameters() if each.dim() > 1 and id(each) not in left_out]
-    squares = sum(each.double().square().sum().item() for each in matrices)
-    return math.sqrt(squares / sum(each.numel() for each in matrices))
-
-
-@dataclass(frozen=True, slots=True)
-class Ancestor:
-    """A model that a result was pruned from, as `result.json` names it.
-
-    `name`: its hub id, or the last part of its path. `fingerprint`: see `model.identity`; None for a
-    model in memory. The rest is as its own model card says, None or empty where that is not known.
-    `license_link`: a URL, or a file that results carry along.
-    """
-
-    name: str
-    fingerprint: str | None
-    num_params: int
-    hub_id: str | None = None
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    languages: tuple[str, ...] = ()
 
 
 def standard_error(sums_D: Sequence[float], tokens_D: Sequence[int]) -> float | None:
@@ -175,25 +78,6 @@ class Divergence:
     standard_error: float | None
     top1_agreement: float
     num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What a run does: `batch` prompts of `prompt_tokens`, then `new_tokens` (>= 2) for each."""
-
-    batch: int = 1
-    prompt_tokens: int = 256
-    new_tokens: int = 32
-    repeats: int = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """The least work of a model at a workload."""
-
-    decode_bytes_per_token: float
-    prefill_flops_per_token: float
-    kv_cache_bytes_per_token: int
 
 
 Kind = TypeVar("Kind")
@@ -311,3 +195,114 @@ class Trained:
         if won > 0:
             share += f", {won:.1%} won back"
         return f"{share} with {self.training.num_tokens:,} tokens"
+
+
+# Of an answer. More would cost as many steps again, and what differs shows by then.
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPair:
+    """What both models answer to a prompt, greedily."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAnswers:
+    """What pruning cost on the dense model's own answers. Nats are per token of the dense tokenizer.
+
+    `standard_error`: of `nats_lost`, over prompts. `same_first`: the share of the answers' tokens that
+    are the pruned model's first choice, too. `ended`: the share of a model's answers that end by
+    themselves. `repeated`: the share of their runs of four tokens that were there before; both as
+    (dense, pruned).
+    """
+
+    num_prompts: int
+    num_tokens: int
+    dense_nats: float
+    nats: float
+    standard_error: float
+    same_first: float
+    ended: tuple[float, float]
+    repeated: tuple[float, float]
+    shown: tuple[AnswerPair, ...]
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "OwnAnswers":
+        """Return the figures from a mapping that JSON has kept."""
+        shown = tuple(AnswerPair(**pair) for pair in plain["shown"])
+        pairs = {name: (plain[name][0], plain[name][1]) for name in ("ended", "repeated")}
+        return cls(**{**plain, **pairs, "shown": shown})
+
+    @property
+    def nats_lost(self) -> float:
+        """Nats per token of the pruned model less those of the dense one."""
+        return self.nats - self.dense_nats
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a model lost, in nats per token of the dense tokenizer.
+
+    `domains`: on text of the kinds that the run learnt by. `other`: on text of other sources.
+    `answers`: on the dense model's own; None for that model, and where it was not asked.
+    """
+
+    domains: dict[str, Loss]
+    other: Loss
+    answers: OwnAnswers | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """`num_params`: all parameters, tied ones once. `num_bytes`: their storage."""
+
+    num_params: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Size":
+        """Count a model's parameters."""
+        counts = [(parameter.numel(), parameter.element_size()) for parameter in model.parameters()]
+        return cls(sum(count for count, _ in counts), sum(count * size for count, size in counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a run does: `batch` prompts of `prompt_tokens`, then `new_tokens` (>= 2) for each."""
+
+    batch: int = 1
+    prompt_tokens: int = 256
+    new_tokens: int = 32
+    repeats: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The least work of a model at a workload."""
+
+    decode_bytes_per_token: float
+    prefill_flops_per_token: float
+    kv_cache_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A model that a result was pruned from, as `result.json` names it.
+
+    `name`: its hub id, or the last part of its path. `fingerprint`: see `model.identity`; None for a
+    model in memory. The rest is as its own model card says, None or empty where that is not known.
+    `license_link`: a URL, or a file that results carry along.
+    """
+
+    name: str
+    fingerprint: str | None
+    num_params: int
+    hub_id: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What other packages add by entry points: scores, calibration sources, exporters.
+"""What other packages add by entry points: scores and exporters.
 
 In: a group of entry points, and what is built in. Out: names, or the objects, which imports their
 package. Installing a package is enough: docs/extend.md. And where general text comes from.
@@ -16,7 +16,6 @@ import yaml
 from secateur.errors import PluginError, RecipeError, advice
 
 SCORE_GROUP = "secateur.scores"
-SOURCE_GROUP = "secateur.sources"
 EXPORTER_GROUP = "secateur.exporters"
 
 # Calibration text that is not technical: the package that carries it, and its file.
@@ -68,7 +67,7 @@ def plugin_names(group: str) -> tuple[str, ...]:
 
 def plugin_packages() -> dict[str, str]:
     """Return the packages that register anything, with versions. Imports nothing."""
-    groups = (SCORE_GROUP, SOURCE_GROUP, EXPORTER_GROUP)
+    groups = (SCORE_GROUP, EXPORTER_GROUP)
     found = (point.dist for group in groups for point in _entry_points(group))
     return dict(sorted((each.name, each.version) for each in found if each is not None))
 
@@ -108,13 +107,12 @@ def look_up(
     built_in: Mapping[str, Kind],
     is_right: Callable[[Any], bool],
     expected: str,
-    taken: Collection[str] = (),
 ) -> Kind:
-    """Return what `name` stands for, built in or registered. `taken`: other names not free.
+    """Return what `name` stands for, built in or registered.
 
     Raises RecipeError for an unknown name, listing the known ones; PluginError as above.
     """
-    others = plugins(group, {*built_in, *taken})
+    others = plugins(group, built_in)
     if name in built_in:
         return built_in[name]
     if name not in others:

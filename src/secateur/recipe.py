@@ -1,17 +1,20 @@
-"""The recipe: all that a run does, in groups of keys. It holds all defaults of the product.
+"""The recipe: all that a run does, in groups of keys, from a YAML file or a mapping. It holds all defaults.
 
 What depends on the model is None here; `pruning.resolve` fills it in, and that copy is saved.
 """
 
+import math
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from secateur.errors import RecipeError
-from secateur.files import is_size
-from secateur.plugins import SCORE_GROUP, SOURCE_GROUP, default_domains, mixture, plugin_names
-from secateur.recipe_errors import sentence_of
+from secateur.errors import RecipeError, advice, one_of, shown, web_address
+from secateur.files import is_size, without_places, yaml_of
+from secateur.plugins import SCORE_GROUP, default_domains, mixture, plugin_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -88,26 +91,24 @@ INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 VOCABULARY = "vocabulary"
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "paper", "reap")
-# A domain has exactly one of these keys, its source. Packages add others.
+# A domain has exactly one of these keys, its source.
 SOURCE_NAMES = ("installed", "files", "dataset")
 
 
 class Domain(Strict):
     """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
-    A source is one of the first three keys, or the name of one that an installed package registers.
-    installed: text in installed Python packages. files: local tables (.jsonl .json .csv .tsv
-    .parquet), text and code (.txt .md .py ...), directories or patterns (data/**/*.md), relative to
-    the working directory. dataset: a `datasets` hub id, with `config` and `split`. answers:
-    what the dense model answers, before it is pruned, to the source's rows as prompts (a chat up to
-    its first user's turn); without a source, to prompts that come with secateur. Answers alone count.
+    A source is one of the first three keys. installed: text in installed Python packages. files:
+    local tables (.jsonl .json .csv .tsv .parquet), text and code (.txt .md .py ...), directories or
+    patterns (data/**/*.md), relative to the working directory. dataset: a `datasets` hub id, with
+    `config` and `split`. answers: what the dense model answers, before it is pruned, to the
+    source's rows as prompts (a chat up to its first user's turn); without a source, to prompts that
+    come with secateur. Answers alone count.
     config, revision, split: of a `dataset`. column: of the text in tables; a list of messages goes
     through the chat template, and without a column `text` so do the usual forms of chats
     (docs/data.md). share: of the tokens, relative to the other domains. protect: the share by which
     this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
     """
-
-    model_config = ConfigDict(extra="allow")  # sources of packages; other keys are refused below
 
     installed: InstalledDomain | None = None
     files: tuple[str, ...] | None = None
@@ -125,21 +126,11 @@ class Domain(Strict):
     def _one_file_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
-        unknown = [key for key in unknown if key not in plugin_names(SOURCE_GROUP)]
-        wrong = [InitErrorDetails(type="extra_forbidden", loc=(str(key),), input=data[key]) for key in unknown]
-        if wrong:
-            raise ValidationError.from_exception_data(cls.__name__, wrong)
-        return data
-
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "Domain":
         given = self._sources()
         if len(given) != 1 and not (self.answers and not given):
-            names = ", ".join((*SOURCE_NAMES, *plugin_names(SOURCE_GROUP)))
+            names = ", ".join(SOURCE_NAMES)
             raise ValueError(f"needs exactly one of {names}; got {' and '.join(given) or 'none'}")
         return self
 
@@ -149,9 +140,7 @@ class Domain(Strict):
         return next(iter(self._sources().items()), ("answers", True))
 
     def _sources(self) -> dict[str, Any]:
-        built_in = {name: getattr(self, name) for name in SOURCE_NAMES}
-        others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
-        return {name: value for name, value in built_in.items() if value} | others
+        return {name: value for name in SOURCE_NAMES if (value := getattr(self, name))}
 
 
 class Calibration(Strict):
@@ -345,3 +334,141 @@ class Recipe(Strict):
     @classmethod
     def _a_number_is_the_share(cls, value: Any) -> Any:
         return value if isinstance(value, dict | Remove) else {"share": value}
+
+
+def sentence_of(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return what is wrong with a recipe, or a part of it, that was made by its name."""
+    name = model.__name__
+    return f"{name}: {sentence(error, model).removeprefix(f'{name.lower()}: ')}"
+
+
+def sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return what is wrong with a recipe: the key, what it got, what is allowed, the nearest known name."""
+    errors = error.errors()
+    # A wrong list for a key that takes a name or a list is not a wrong name.
+    first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
+    location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
+    key = ".".join(location) or model.__name__.lower()
+    kind, got = first["type"], first.get("input")
+    if kind == "extra_forbidden" and key == "preset":
+        return f"preset: belongs to a mapping; where a recipe is asked for, give {{'preset': {got!r}, ...}}."
+    if kind == "extra_forbidden":
+        elsewhere = [name for name in grouped_keys(model) if name.partition(".")[2] == key]
+        if elsewhere:
+            return f"unknown key '{key}'; did you mean {' or '.join(elsewhere)}?"
+        allowed = _allowed_keys(location[:-1], model)
+        return f"unknown key '{key}'; {advice(location[-1], allowed, one_of(allowed))}"
+    if kind == "literal_error":
+        allowed = first.get("ctx", {}).get("expected", "")
+        names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"unknown {key} {shown(got)}; allowed: {', '.join(names)}; {advice(str(got), names)}"
+    message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    if key == "remove.share" or (model.__name__ == "Remove" and key == "share"):
+        share = "NaN" if isinstance(got, float) and math.isnan(got) else got
+        message = "the share of total parameters to remove must be a number above 0 and below 1"
+        return f"remove: {message}, got {share}."
+    if location[:2] == ["remove", "vocabulary"]:  # a number or a name, so pydantic says two things
+        key, message = "remove.vocabulary", "must be auto, or how many tokens stay, a multiple of 64"
+    return f"{key}: {message}, got {shown(got)}."
+
+
+def grouped_keys(model: type[BaseModel]) -> list[str]:
+    """Return the keys of a recipe's groups, as group.key."""
+    return [f"{group}.{key}" for group, field in model.model_fields.items() for key in _keys_of(field.annotation)]
+
+
+def _keys_of(annotation: Any) -> tuple[str, ...]:
+    models = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+    return tuple(key for each in models if issubclass(each, BaseModel) for key in each.model_fields)
+
+
+def _allowed_keys(location: list[str], model: type[BaseModel]) -> list[str]:
+    """Return the keys that may stand at a place of the recipe, or of its part."""
+    for name in location:
+        if name in model.model_fields:  # else it is the name of a domain
+            annotation = model.model_fields[name].annotation
+            types = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+            model = next(each for each in types if issubclass(each, BaseModel))
+    top = ["preset"] if model.__name__ == "Recipe" else []
+    return [*top, *model.model_fields]
+
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
+    """Return the validated recipe. `where`: its source, for messages. `preset`: one of `presets/`.
+
+    Raises RecipeError: the key, what it got, what is allowed, the nearest known name.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    if "preset" in data:
+        data = over_preset(data, where)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {sentence(error, Recipe)}") from None
+
+
+def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
+    """Return a recipe from a Recipe, a mapping, a YAML file or None. Raises RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Path | str):
+        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
+    return parse_recipe(recipe or {})
+
+
+def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `data` merged over the preset that it names. Raises RecipeError if unknown."""
+    texts, own = preset_texts(), dict(data)
+    name = own.pop("preset")
+    if not isinstance(name, str) or name not in texts:
+        hint = advice(str(name), texts)
+        raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(texts)}; {hint}")
+    return merged(yaml.safe_load(texts[name]), own)
+
+
+def preset_texts() -> dict[str, str]:
+    """Return the presets' YAML by name."""
+    files = sorted((resources.files("secateur") / "presets").iterdir(), key=lambda file: file.name)
+    found = [file for file in files if file.name.endswith(".yaml")]
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in found}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` merged in; `remove: 0.2` is `remove: {share: 0.2}`."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        if key == "remove" and (isinstance(old, dict) or isinstance(value, dict)):
+            old, value = (each if isinstance(each, dict) or each is None else {"share": each} for each in (old, value))
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a plain mapping, so that options can override keys before validation.
+
+    Raises RecipeError if the file is missing, not UTF-8 or not YAML.
+    """
+    try:
+        data = yaml_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "it is a web address" if web_address(str(path)) else " ".join(str(error).split())
+        raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+    return data
+
+
+def dump_recipe(recipe: Recipe, *, places: bool = True) -> str:
+    """Return the recipe as YAML that `parse_recipe` reads back to an equal recipe.
+
+    Without `places` paths of this machine are their last parts, as others may see them.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(values if places else without_places(values), sort_keys=False)

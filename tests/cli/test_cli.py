@@ -29,8 +29,7 @@ from secateur.cli import app, main
 from secateur.evaluation.study import shipped_studies
 from secateur.facts import Size
 from secateur.pruning.resolve import resolve
-from secateur.recipe import Recipe
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Recipe, parse_recipe
 
 pytestmark = pytest.mark.usefixtures("judging")
 
@@ -41,7 +40,7 @@ COMMANDS = {
     "prune": "MODEL OUT --remove --to --recipe --preset --domain --answers --vocabulary --polish --budget "
     "--device --set --like --resume --overwrite --force --quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
-    "inspect": "MODEL --remove --to --recipe --preset --set --vocabulary --quiet --json",
+    "inspect": "MODEL --remove --to --recipe --preset --set --quiet --json",
     "recipe": "PRESET",
     "demo": "OUT --overwrite --quiet --json",
     "verify": "RESULT --quiet --json",
@@ -207,10 +206,9 @@ def test_inspect_promises_what_prune_reaches(happy, checkpoints):
     [ffn] = told["groups"]
     assert [ffn["num_units"], ffn["num_keep"]] == result["widths"]["ffn"][:2]
     assert told["num_calibration_tokens"] == sum(result["calibration"]["num_tokens"].values())
-    shown = run_cli(*arguments, "--vocabulary")
-    assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout and "count tokens" in shown.stderr
-    vocabulary = told["vocabulary"]
-    assert vocabulary["num_tokens"] == 320 and vocabulary["num_params"] == 2 * 320 * 48  # not tied
+    shown = run_cli(*arguments)
+    assert shown.status == 0 and "100,176 -> 79,440" in shown.stdout
+    assert told["num_tokens"] == 320 and told["num_token_params"] == 2 * 320 * 48  # not tied
     assert "320 tokens, 30.7% of all parameters" in " ".join(shown.stdout.split())
 
 

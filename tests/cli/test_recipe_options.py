@@ -14,8 +14,7 @@ from secateur.cli.common import COMMANDS, parse_domains, parse_sets
 from secateur.cli.recipe import documented
 from secateur.model.config import quiet_transformers
 from secateur.plugins import mixtures
-from secateur.recipe import Recipe, RecoverySettings
-from secateur.recipe_file import parse_recipe, preset_texts
+from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
 from tests.families import tiny_family
 
 

@@ -161,7 +161,7 @@ def test_prune_takes_a_number_or_auto(place, tmp_path, value):
 
 def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
     arguments: list[Any] = ["prune", place / "model", tmp_path / "out", "--remove", "0.3", "--vocabulary", SIZE]
-    arguments += ["--domain", f"prose={place / 'prose.txt'}", "--keep-script", "cyrillic", "--json"]
+    arguments += ["--domain", f"prose={place / 'prose.txt'}", "--set", "remove.keep_scripts=[cyrillic]", "--json"]
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{remove: {align: 8}, calibration: {num_tokens: 1280, sequence_length: 32}}")
     outcome = run_cli(*arguments, "--recipe", recipe)

@@ -17,12 +17,11 @@ from secateur.data import answers
 from secateur.data.answers import Answers, Conversation, Speaker, packed, with_answers
 from secateur.data.blocks import Blocks, JudgedText, LearningDomain, LearningText
 from secateur.data.chat import closing_of_turn
-from secateur.data.shipped import shipped_prompts
+from secateur.data.shipped import shipped
 from secateur.data.sources import documents
 from secateur.errors import CalibrationError, NumericsError
 from secateur.model.bind import bind
 from secateur.recipe import Domain
-from secateur.stream.own_answers import judging_prompts
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
@@ -244,11 +243,11 @@ def test_both_parts_are_written_in_few_batches_of_like_size() -> None:
 def test_without_a_source_the_prompts_that_come_with_secateur_are_asked_and_none_of_them_judges() -> None:
     tokenizer = speaker(tiny_llama()).tokenizer
     first, second = (list(documents("answers", Domain(answers=True), tokenizer, seed)) for seed in (0, 1))
-    shipped = shipped_prompts("questions.yaml")
+    questions = shipped("questions.yaml")
     assert first != second and sorted(first) == sorted(second)
-    assert sorted(first) == sorted(f"<user>{text}<eos><assistant>~" for text in shipped)
-    assert len(set(shipped)) == len(shipped) > 200
-    assert not {text.casefold() for text in shipped} & {text.casefold() for text in judging_prompts()}
+    assert sorted(first) == sorted(f"<user>{text}<eos><assistant>~" for text in questions)
+    assert len(set(questions)) == len(questions) > 200
+    assert not {text.casefold() for text in questions} & {text.casefold() for text in shipped("prompts.yaml")}
 
 
 def conversation(size: int, num_prompt: int, start: int = 0) -> Conversation:

@@ -10,9 +10,7 @@ import torch
 from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.blocks import Blocks, LearningText
-from secateur.data.counts import count_tokens
-from secateur.data.overlap import ngram_overlap
+from secateur.data.blocks import Blocks, LearningText, count_tokens, ngram_overlap
 from secateur.recipe import Calibration, Domain
 
 LENGTH = 32

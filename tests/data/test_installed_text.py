@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from secateur.data.installed_text import MIN_DOCSTRING_CHARACTERS, MIN_SOURCE_BYTES, installed_documents
+from secateur.data.sources import MIN_DOCSTRING_CHARACTERS, MIN_SOURCE_BYTES, installed_documents
 from secateur.errors import CalibrationError
 from secateur.recipe import INSTALLED_DOMAINS, Calibration
 

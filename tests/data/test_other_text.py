@@ -11,9 +11,9 @@ from models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.data import installed_text
-from secateur.data.installed_text import installed_documents
-from secateur.data.other_text import other_documents, other_text
+from secateur.data import sources
+from secateur.data.shipped import other_text, shipped
+from secateur.data.sources import installed_documents
 from secateur.errors import CalibrationError
 from secateur.plugins import GENERAL_TEXT
 
@@ -22,8 +22,8 @@ DOCUMENTS = [text for kind in KINDS.values() for text in kind]
 
 
 def test_there_are_documents_of_several_kinds():
-    assert len(KINDS) >= 15 and len(DOCUMENTS) >= 20 and sorted(other_documents()) == sorted(DOCUMENTS)
-    assert other_documents()[1] == KINDS[list(KINDS)[1]][0], "kinds by turns"
+    assert len(KINDS) >= 15 and len(DOCUMENTS) >= 20 and sorted(shipped("other_text.yaml")) == sorted(DOCUMENTS)
+    assert shipped("other_text.yaml")[1] == KINDS[list(KINDS)[1]][0], "kinds by turns"
     assert len(set(DOCUMENTS)) == len(DOCUMENTS)
     assert all(160 <= len(text.split()) <= 220 for text in DOCUMENTS)
 
@@ -56,5 +56,5 @@ def test_no_text_of_the_defaults_holds_it(kind):
 
 @pytest.mark.parametrize("kind", ["code", "mathematics", "science"])
 def test_no_domain_reads_this_package(kind):
-    read = [str(document.args[0]) for document in installed_text._KINDS[kind][0]()]
+    read = [str(document.args[0]) for document in sources._KINDS[kind][0]()]
     assert not [path for path in read if "secateur" in Path(path).parts]

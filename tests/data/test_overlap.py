@@ -4,8 +4,7 @@ import pytest
 import torch
 from models import tiny_ids
 
-from secateur.data.overlap import ngram_overlap
-from secateur.facts import NGRAM_TOKENS
+from secateur.data.blocks import NGRAM_TOKENS, ngram_overlap
 
 BLOCKS = tiny_ids(batch=3, length=40, seed=1)
 

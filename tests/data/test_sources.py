@@ -320,7 +320,7 @@ def test_a_row_group_that_is_too_large_is_one_sentence(tmp_path: Path, column: l
 READ_ALL = """
 import hashlib, itertools, sys
 from random import Random
-from secateur.data.installed_text import installed_documents
+from secateur.data.sources import installed_documents
 before = set(sys.modules)
 for kind in sys.argv[1:]:
     for text in itertools.islice(installed_documents(kind, Random("0:x")), 5):

@@ -1,7 +1,7 @@
 """Bench: models take turns, every token is timed, memory and speed-ups are what their definitions say."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from secateur.formats.save import save_checkpoint
 from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
-from secateur.report.measured import ALIKE, BenchResult, Ratio
+from secateur.report.measured import ALIKE, BenchResult, Spread
 from secateur.report.rows import faster
 from secateur.report.rows_measured import bench_tables
 from tests.trims import trimmed_pair
@@ -71,14 +71,14 @@ def test_rates_by_hand():
     assert prefill_rates(runs, SMALL) == [32, 64, 16]  # 2 prompts of 8 tokens
     assert decode_rates(runs, SMALL) == pytest.approx([10, 8, 4])  # 2 tokens of 2 prompts after the first
     found = speed(runs, SMALL)
-    assert (found.prefill_tokens_per_second, found.prefill_range) == (32, (16, 64))
-    assert (found.decode_tokens_per_second, *found.decode_range) == pytest.approx((8, 4, 10))
-    assert (found.first_token_seconds, found.first_token_range, found.repeats) == (0.5, (0.25, 1.0), 3)
+    assert found.prefill == Spread(median=32.0, lowest=16.0, highest=64.0)
+    assert astuple(found.decode) == pytest.approx((8, 4, 10))
+    assert found.first_token_seconds == Spread(median=0.5, lowest=0.25, highest=1.0)
 
 
 def test_ratios_are_taken_within_each_repeat():
     # A machine that slows down by half between repeats changes no ratio.
-    assert paired_ratio([30.0, 15.0], [20.0, 10.0]) == Ratio(1.5, 1.5, 1.5)
+    assert paired_ratio([30.0, 15.0], [20.0, 10.0]) == Spread(1.5, 1.5, 1.5)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -126,15 +126,15 @@ def test_the_command_writes_what_it_shows(pair):
 @pytest.mark.parametrize(
     ("ratio", "text"),
     [
-        (Ratio(1.2, 1.1, 1.3), "1.20x (1.10 to 1.30)"),
-        (Ratio(0.8, 0.7, 0.9), "0.80x (0.70 to 0.90)"),
-        (Ratio(1.2, 0.9, 1.3), "not measurably different (0.90 to 1.30)"),
-        (Ratio(1.2, 1.0, 1.3), "not measurably different (1.00 to 1.30)"),
-        (Ratio(0.9, 0.8, 1.0), "not measurably different (0.80 to 1.00)"),
+        (Spread(1.2, 1.1, 1.3), "1.20x (1.10 to 1.30)"),
+        (Spread(0.8, 0.7, 0.9), "0.80x (0.70 to 0.90)"),
+        (Spread(1.2, 0.9, 1.3), "not measurably different (0.90 to 1.30)"),
+        (Spread(1.2, 1.0, 1.3), "not measurably different (1.00 to 1.30)"),
+        (Spread(0.9, 0.8, 1.0), "not measurably different (0.80 to 1.00)"),
     ],
 )
 def test_a_speed_up_is_told_where_1_is_not_in_its_range(pair, ratio, text):
-    assert ratio.text() == text and ratio.is_told == (ALIKE not in text)
+    assert ratio.ratio_text() == text and ratio.is_told == (ALIKE not in text)
     found = bench(*pair, **asdict(SMALL))
     found = replace(found, prefill=replace(found.decode, measured=ratio, share_of_ideal=0.97))
     ((_, shown, _, share), _) = bench_tables(found)[1].rows

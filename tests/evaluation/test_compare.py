@@ -19,8 +19,18 @@ from rich.console import Console
 
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare
-from secateur.evaluation.study import Comparison, FoundCell, cells, load_study, shipped_studies
-from secateur.evaluation.study_tables import comparison_table, over_dense_table, save_comparison, task_table, verdict
+from secateur.evaluation.study import (
+    Comparison,
+    FoundCell,
+    cells,
+    comparison_table,
+    load_study,
+    over_dense_table,
+    save_comparison,
+    shipped_studies,
+    task_table,
+    verdict,
+)
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
 from secateur.data.blocks import JudgedText
-from secateur.data.other_text import other_documents
+from secateur.data.shipped import shipped
 from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (
@@ -34,7 +34,6 @@ from secateur.facts import standard_error
 from secateur.log import silent
 from secateur.recipe import Domain
 from secateur.report.measured import Evaluation
-from secateur.stream import own_answers
 
 ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \n" for number in range(40)), ""]
 
@@ -165,10 +164,8 @@ def test_wikitext_of_a_real_model(tmp_path):
 
 def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm, monkeypatch):
     # The process that is killed judges by all of the text and all of the questions.
-    monkeypatch.setattr("secateur.stream.judge.other_documents", other_documents)
-    monkeypatch.setattr("secateur.stream.judge.judging_prompts", own_answers.judging_prompts)
-    for module in ("secateur.stream.judge", "secateur.stream.own_answers"):
-        monkeypatch.setattr(f"{module}.ANSWER_TOKENS", 64)
+    monkeypatch.setattr("secateur.stream.judge.shipped", shipped)
+    monkeypatch.setattr("secateur.stream.judge.ANSWER_TOKENS", 64)
     domains = [f"--domain={name}={file}" for name, file in texts.items()]
     arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
     arguments += ["--num-blocks", "8", "--sequence-length", "32", "--quiet", "--json"]

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from run_cli import run_cli
 
-from secateur.evaluation import rows as evaluate_rows
+from secateur.evaluation import tasks as evaluate_tasks
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.rows import find_rows, table
-from secateur.evaluation.tasks import TaskOptions, quiet_harness, reporting_model, task_manager
+from secateur.evaluation.tasks import TaskOptions, find_rows, quiet_harness, reporting_model, table, task_manager
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -65,7 +64,7 @@ XWINOGRAD = ["en", "fr", "jp", "pt", "ru", "zh"]
 def no_package():
     """No installed rows: what is found comes from the test's own directory."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluate_rows, "PACKAGE", "no-such-package")
+        patched.setattr(evaluate_tasks, "PACKAGE", "no-such-package")
         yield
 
 
@@ -169,7 +168,7 @@ def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out
     assert any(pairs)
     assert found.differences is not None and found.differences.tasks is not None
     change = found.differences.tasks["arc_easy"]["acc,none"]
-    assert change.difference == pytest.approx(statistics.mean(pairs))
+    assert change.value == pytest.approx(statistics.mean(pairs))
     assert change.standard_error == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
 
 
@@ -243,7 +242,7 @@ def test_requests_become_the_hubs_rows(tmp_path):
     rows = {}
     with quiet_harness():
         for dataset, (config, split) in places.items():
-            found = evaluate_rows._read(tmp_path, table()[dataset][config][split], config)
+            found = evaluate_tasks._read(tmp_path, table()[dataset][config][split], config)
             assert len(found) == 1
             rows[dataset] = found[0]
     assert rows["allenai/ai2_arc"] == {
@@ -291,7 +290,7 @@ def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_ask
         chats.append(as_chat(self, *arguments, **options))
         return chats[-1]
 
-    monkeypatch.setattr("secateur.evaluation.run_code.passes", passed)
+    monkeypatch.setattr("secateur.evaluation.tasks.passes", passed)
     monkeypatch.setattr(wrapper, "apply_chat_template", counted)
     names = ("gsm8k_cot_zeroshot", "mbpp_instruct", "arc_easy")
     options = {"tasks_data": saved, "out": out, "num_fewshot": 0, "batch_size": 2, "run_code": True, "limit": 2}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from secateur.evaluation import run_code
-from secateur.evaluation.run_code import CodeMetric, load_metric, passes
+from secateur.evaluation import tasks
+from secateur.evaluation.tasks import CodeMetric, load_metric, passes
 
 RIGHT, WRONG = "def add(a, b):\n    return a + b", "def add(a, b):\n    return a * b"
 TESTS = "assert add(2, 3) == 5"
@@ -45,7 +45,7 @@ def test_the_tests_of_right_code_decide_even_if_it_prints():
 
 
 def test_code_without_an_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(run_code, "MAX_SECONDS", 1)
+    monkeypatch.setattr(tasks, "MAX_SECONDS", 1)
     assert not passes("while True:\n    pass", TESTS)
 
 

@@ -17,8 +17,7 @@ from secateur.errors import CalibrationError, NumericsError, RecipeError
 from secateur.evaluation.text import named_blocks, recipe_blocks, wikitext_blocks
 from secateur.facts import Loss, Size
 from secateur.log import silent
-from secateur.recipe import Domain
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Domain, parse_recipe
 from secateur.report.records import CalibrationFacts, Summary
 
 TOKENIZER = tiny_tokenizer()

@@ -25,7 +25,7 @@ from secateur.formats.save import save_checkpoint
 from secateur.formats.serving import gguf_family
 from secateur.log import silent
 from secateur.model.checkpoint import load_tokenizer, meta_model, open_checkpoint
-from secateur.recipe_file import load_recipe, parse_recipe
+from secateur.recipe import load_recipe, parse_recipe
 from tests.formats.test_quants import SIZES, needs_llama_cpp, saved, told_by_llama_cpp
 
 LENGTH = 64

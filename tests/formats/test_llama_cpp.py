@@ -12,8 +12,8 @@ import torch
 from recipes import grouped
 
 from secateur.formats.gguf import export
-from secateur.formats.runtimes import gguf_specs
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.formats.serving import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.checkpoint import load_model, open_checkpoint
 from secateur.model.per_layer import record_widths

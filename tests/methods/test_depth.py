@@ -11,10 +11,9 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from secateur.errors import ArchError, NumericsError, RecipeError
-from secateur.facts import Batch
 from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers, remove_layers
 from secateur.model.bind import bind
-from secateur.stream.walk import make_batches
+from secateur.stream.walk import Batch, make_batches
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 FAMILIES = [(tiny_llama, {}), (tiny_llama, {"tied": True}), (tiny_qwen2, {}), (tiny_qwen2, SLIDING)]

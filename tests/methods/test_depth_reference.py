@@ -9,11 +9,10 @@ import torch
 from models import tiny_ids, tiny_llama
 
 from secateur.errors import NumericsError
-from secateur.facts import Batch
 from secateur.methods import depth
 from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers
 from secateur.model.bind import bind
-from secateur.stream.walk import make_batches
+from secateur.stream.walk import Batch, make_batches
 
 # Domains of unequal size: a fold and a divergence are sums over tokens, not means over domains.
 TEXT = {"a": tiny_ids(batch=24, length=20, seed=1), "b": tiny_ids(batch=6, length=20, seed=2) % 20}

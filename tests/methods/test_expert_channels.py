@@ -11,12 +11,12 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.methods import expert_channels
 from secateur.methods.expert_channels import _observe, prune_expert_channels
-from secateur.methods.expert_refit import channel_inputs
+from secateur.methods.experts import channel_inputs
 from secateur.methods.scores import SCORES, Score, wanda
 from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers
 from secateur.pruning.group_step import method_of
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.methods.test_experts import expert_output

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from secateur.methods.compensate import Guard, HeldOutError
-from secateur.methods.expert_refit import best_step, refit_experts
-from secateur.methods.experts import observe_routing
+from secateur.methods.experts import best_step, observe_routing, refit_experts
 from secateur.model.bind import bind
 from secateur.stream.walk import Walk, make_batches
 from tests.families import FAMILIES, GROUPS, row, tiny_family

@@ -11,7 +11,7 @@ from secateur.errors import RecipeError
 from secateur.methods.experts import _steps, keep_experts, observe_routing
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration

@@ -11,12 +11,11 @@ from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 
 from secateur.errors import NumericsError
-from secateur.facts import Batch
 from secateur.methods.budget import MAX_LEVELS, level_grid
 from secateur.methods.profile import ProfileSettings, _Refit, first_blocks, profile
 from secateur.model.bind import bind
 from secateur.model.group import linear
-from secateur.stream.walk import make_batches
+from secateur.stream.walk import Batch, make_batches
 
 SHARES = {"prose": 0.6, "code": 0.4}
 SETTINGS = ProfileSettings(

@@ -11,8 +11,7 @@ import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
 
-from secateur.data.blocks import Block
-from secateur.data.counts import TokenCounts, count_tokens
+from secateur.data.blocks import Block, TokenCounts, count_tokens
 from secateur.errors import RecipeError
 from secateur.methods import vocabulary as module
 from secateur.methods.depth import narrow_kl, narrow_readers

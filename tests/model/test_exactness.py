@@ -24,7 +24,7 @@ from secateur.pruning import loop
 from secateur.pruning.loop import prune_in_place
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.store import Services
 from secateur.stream.walk import Walk, make_batches
 from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur.errors import RecipeError
 from secateur.model.checkpoint import load
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from tests.families import tiny_family
 from tests.models import opened
 from tests.tiny_tokenizer import tiny_tokenizer

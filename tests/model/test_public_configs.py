@@ -15,11 +15,11 @@ import pytest
 from recipes import grouped
 from transformers import CONFIG_MAPPING
 
-from secateur.formats.runtimes import gguf_specs
+from secateur.formats.serving import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
 from secateur.pruning.inspect import inspect
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.report.records import Inspection
 from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
 from tests.model.test_families import cut_units, kept_of

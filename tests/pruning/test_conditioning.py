@@ -3,7 +3,7 @@
 import torch
 
 from secateur.pruning.result import ill_conditioned
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from tests.model.test_exactness import prune_tiny, random_calibration
 from tests.models import tiny_llama
 

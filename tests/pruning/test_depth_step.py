@@ -28,7 +28,7 @@ from secateur.pruning.inspect import inspect
 from secateur.pruning.loop import _narrow_readers, remove_depth
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.walk import Walk
 
 TOKENIZER = tiny_tokenizer()

@@ -15,7 +15,7 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.model.checkpoint import load_model, open_checkpoint
 from secateur.pruning.inspect import inspect
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 
 
 def budget_between(model: Path, recipe: dict[str, Any]) -> str:

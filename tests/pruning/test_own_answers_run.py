@@ -17,7 +17,7 @@ from secateur.report.records import read_result
 from secateur.report.report import report_page
 from secateur.report.rows import verdict
 from secateur.stream import judge as judge_module
-from secateur.stream.own_answers import ask, judge
+from secateur.stream.judge import ask, judge
 
 PROMPTS = ("Why?", "Two and two?")
 
@@ -51,7 +51,7 @@ def test_a_run_that_names_its_tokens_is_asked_the_prompts_that_go_with_them(chec
 
 
 def test_text_of_other_sources_is_the_second_figure_and_of_the_two_saved_models(checkpoints, pruned):
-    texts = judge_module.other_documents()
+    texts = judge_module.shipped("other_text.yaml")
     tokens = len(texts[0]) + len(texts[1]) - 2  # the tiny tokenizer's tokens are bytes, the first of each is context
     for loss, directory in zip(pruned.summary.other_text, (checkpoints["llama"], pruned.out), strict=True):
         own = speaker(directory)

@@ -25,7 +25,7 @@ import secateur
 from secateur import ranks
 from secateur.methods.profile import first_blocks
 from secateur.pruning.open import check_same_run
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.stream.walk import make_batches
 from tests.families import tiny_family
 

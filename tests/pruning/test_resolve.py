@@ -18,8 +18,7 @@ from secateur.model.group import GroupKey
 from secateur.pruning.cost import params_after
 from secateur.pruning.group_step import method_of
 from secateur.pruning.resolve import Resolved, resolve
-from secateur.recipe import Recipe
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Recipe, parse_recipe
 from tests.families import tiny_family
 
 UNIT, WIDTH = 3 * 48, 112  # of the tiny models: parameters of a channel, channels of an FFN

@@ -25,7 +25,7 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur.formats.save import Verification
 from secateur.pruning.inspect import inspect
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.result_directory import staging
 from secateur.store import Store, place_beside
 

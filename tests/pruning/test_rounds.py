@@ -21,7 +21,7 @@ from secateur.pruning.loop import prune_in_place
 from secateur.pruning.resolve import resolve
 from secateur.pruning.round_plan import layer_seed
 from secateur.pruning.run import LossWatch, Run, watched_losses
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.store import Services, Store
 from secateur.stream.walk import Walk
 from tests.model.test_exactness import random_calibration

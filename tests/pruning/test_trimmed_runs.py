@@ -32,8 +32,7 @@ from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.run import too_dear
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
-from secateur.recipe import Domain
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Domain, parse_recipe
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights

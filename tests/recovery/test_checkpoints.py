@@ -31,7 +31,7 @@ def quick() -> Iterator[None]:
     proof = Verification(0.0, 0.0, "")
     with (
         patch("secateur.pruning.result.verify_reload", lambda *_: proof),
-        patch("secateur.recovery.result.verify_reload", lambda *_: proof),
+        patch("secateur.recovery.recover.verify_reload", lambda *_: proof),
     ):
         yield
 

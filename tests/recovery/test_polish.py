@@ -23,8 +23,7 @@ from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_p
 from secateur.pruning.inspect import inspect
 from secateur.pruning.open import computes_in_float32, open_model
 from secateur.pruning.resolve import checked, resolve
-from secateur.recipe import Recipe, RecoverySettings
-from secateur.recipe_file import parse_recipe
+from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery import attention, train
 from secateur.recovery.cost import polish_settings, training_bytes
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward

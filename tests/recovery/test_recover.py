@@ -19,15 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur import recover
-from secateur.facts import TrainingRecord, mean_kl, mean_nats, weight_size
+from secateur.facts import TrainingRecord, mean_kl, mean_nats
+from secateur.methods.prices import weight_size
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings
 from secateur.recovery import pair as recovery_pair
 from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
 from secateur.recovery.open import open_job, prepare
-from secateur.recovery.pair import check_training
 from secateur.recovery.train import Work, train_guarded
+from secateur.recovery.weights import check_training
 from secateur.report.measured import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
 

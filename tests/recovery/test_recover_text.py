@@ -9,9 +9,9 @@ from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CalibrationError, RecipeError
-from secateur.recipe import Recipe, RecoverySettings
-from secateur.recipe_file import parse_recipe
-from secateur.recovery.pair import RecoveryText, blocks_per_step, recovery_text, shared_out
+from secateur.recipe import Recipe, RecoverySettings, parse_recipe
+from secateur.recovery.cost import blocks_per_step
+from secateur.recovery.pair import RecoveryText, recovery_text, shared_out
 
 TOKENIZER, LENGTH = tiny_tokenizer(), 32
 

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import RecipeError
-from secateur.facts import Verdict, weight_size
+from secateur.facts import Verdict
+from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
 from secateur.recipe import RecoverySettings

@@ -232,21 +232,6 @@ def test_what_is_sent_holds_no_place_and_is_whole(once, hub):
     assert outcome.status == 0, outcome.stdout
 
 
-def test_the_card_that_is_sent_tells_the_speed(once, places, hub):
-    assert run_cli("bench", once, "--against", places["dense"], *TIMED).status == 0
-    bench = json.loads((once / "bench.json").read_text())
-    bench["prefill"]["measured"] = {"median": 1.2, "lowest": 1.1, "highest": 1.3}
-    bench["decode"]["measured"] = {"median": 1.04, "lowest": 0.97, "highest": 1.25}
-    (once / "bench.json").write_text(json.dumps(bench))
-    assert run_cli("push", once, "me/tiny", "--quiet").status == 0
-    card = (hub.place / CARD).read_text()
-    assert (
-        "| prefill | 1.20x (1.10 to 1.30) |" in card and "| decode | not measurably different (0.97 to 1.25) |" in card
-    )
-    assert card.index("## What it was calibrated on") < card.index("## Speed") < card.index("## How it was made")
-    assert "## Speed" not in (once / CARD).read_text()
-
-
 def test_a_result_that_is_not_whole_is_not_sent(once, tmp_path):
     weights = Path(shutil.move(once / "model.safetensors", tmp_path))
     for link in (False, True):

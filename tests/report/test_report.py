@@ -15,13 +15,12 @@ from run_cli import run_cli
 
 from secateur.api import prune
 from secateur.errors import CheckpointError
-from secateur.facts import Loss
+from secateur.facts import Loss, OwnAnswers
 from secateur.report.card import model_card
-from secateur.report.measured import Ratio, plus_minus
+from secateur.report.measured import Spread, plus_minus
 from secateur.report.records import Summary
 from secateur.report.report import write_report
 from secateur.report.rows import beside_verdict, caveats, escaped, loss_rows, verdict
-from secateur.stream.own_answers import OwnAnswers
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
@@ -140,7 +139,7 @@ def test_the_verdict_is_a_short_headline_and_says_what_was_not_measured(result):
         beside.startswith("Perplexity: x2.36 on text of other sources, x") and "like what it was trained on" in beside
     )
     assert beside.endswith("Not measured: tasks, other languages, long text, speed.")
-    ratio = {"decode": Ratio(1.2, 1.1, 1.3)}
+    ratio = {"decode": Spread(1.2, 1.1, 1.3)}
     assert beside_verdict(chat, ratio, asked_tasks=True).endswith(
         "Decode runs 1.20 (1.10 to 1.30) times as fast. Not measured: other languages, long text."
     )

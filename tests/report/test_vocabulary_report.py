@@ -19,11 +19,11 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from secateur.pruning.trimmed import MOST_WORDS, vocabulary_facts
 from secateur.recipe import Recipe
-from secateur.report import sections
-from secateur.report import vocabulary as rows
+from secateur.report import rows
 from secateur.report.card import model_card
 from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
+from secateur.report.report import removed_section
 from secateur.report.rows import summary_table
 
 RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
@@ -153,6 +153,6 @@ def test_texts_of_tokens_and_names_are_text(name):
 
 
 def page_of(facts: VocabularyFacts) -> str:
-    section = sections.removed(ResultFiles(trimmed(facts), (), (), Recipe(), None, None))
+    section = removed_section(ResultFiles(trimmed(facts), (), (), Recipe(), None, None))
     assert section is not None
     return render(Page("title", "verdict", (), (), (section,)))

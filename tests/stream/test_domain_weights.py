@@ -4,11 +4,10 @@ import pytest
 import torch
 from models import tiny_ids, tiny_llama
 
-from secateur.facts import Batch
 from secateur.model.bind import bind
 from secateur.stream.measure import measure, minimax_weights, removal_damage
 from secateur.stream.statistics import Statistics, pool
-from secateur.stream.walk import Walk, make_batches
+from secateur.stream.walk import Batch, Walk, make_batches
 
 NUM_COLUMNS, NUM_KEEP, DAMPING = 24, 15, 1e-3
 COLUMNS = torch.arange(NUM_COLUMNS)[:, None]

@@ -11,7 +11,6 @@ from models import tiny_ids, tiny_llama
 from torch import Tensor, nn
 
 from secateur.data.blocks import Blocks
-from secateur.facts import Batch
 from secateur.methods.depth import fold_patch, layer_kl, narrow_kl, narrow_readers
 from secateur.methods.expert_channels import prune_expert_channels
 from secateur.methods.experts import prune_experts
@@ -25,7 +24,7 @@ from secateur.recovery.judge import Judge
 from secateur.recovery.loss import distillation_loss, masked_loss
 from secateur.stream.losses import domain_losses
 from secateur.stream.measure import measure
-from secateur.stream.walk import Walk, make_batches
+from secateur.stream.walk import Batch, Walk, make_batches
 
 LENGTH, NUM_COUNTED = 16, 9
 SHARES = {"a": 1.0}

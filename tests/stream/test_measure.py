@@ -13,12 +13,11 @@ from reference import FLOAT32_STEP, Sums, domain_factor, domain_sums, weighted
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Batch
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Group, linear
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Measurement, Statistics
-from secateur.stream.walk import Walk, make_batches
+from secateur.stream.walk import Batch, Walk, make_batches
 
 LENGTH = 12
 # Blocks per domain; the last has one block only, and each batch holds two at most.

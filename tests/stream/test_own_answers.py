@@ -9,9 +9,10 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 from secateur.data.answers import Conversation, Speaker
+from secateur.data.shipped import shipped
 from secateur.model.bind import bind
-from secateur.stream import own_answers
-from secateur.stream.own_answers import AnswerSheet, ask, judge, judging_prompts
+from secateur.stream import judge as judging
+from secateur.stream.judge import AnswerSheet, ask, judge
 
 PROMPTS = ("Why is the sky blue?", "Two and two?", "A poem, please.")
 
@@ -24,7 +25,7 @@ def speaker(seed: int, *, dtype: torch.dtype = torch.float32) -> Speaker:
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(own_answers, "ANSWER_TOKENS", 9)
+    monkeypatch.setattr(judging, "ANSWER_TOKENS", 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,14 +79,14 @@ def test_ends_and_repetitions_are_counted():
     def of(answer: list[int]) -> Conversation:
         return Conversation(ids_T=torch.tensor([7, 7, *answer]), num_prompt=2)
 
-    assert own_answers._ended([of([1] * 3), of([1] * own_answers.ANSWER_TOKENS)]) == 0.5
+    assert judging._ended([of([1] * 3), of([1] * judging.ANSWER_TOKENS)]) == 0.5
     # Runs of four of 1 2 3 4 1 2 3 4: five, of which the last was there before.
-    assert own_answers._repeated([of([1, 2, 3, 4, 1, 2, 3, 4])]) == pytest.approx(1 / 5)
-    assert own_answers._repeated([of([1, 2, 3])]) == 0
+    assert judging._repeated([of([1, 2, 3, 4, 1, 2, 3, 4])]) == pytest.approx(1 / 5)
+    assert judging._repeated([of([1, 2, 3])]) == 0
 
 
 def test_the_prompts_of_the_package_are_questions_of_several_kinds_by_turns():
-    prompts = judging_prompts()
+    prompts = shipped("prompts.yaml")
     assert len(prompts) == len(set(prompts)) == 48
     assert all(isinstance(prompt, str) and 10 < len(prompt) < 300 for prompt in prompts)
     assert prompts[0].startswith("How do I get a red wine stain") and "sky" in prompts[1]

@@ -8,11 +8,11 @@ to standard output, progress to standard error. Importing a command's module reg
 import os
 import sys
 
-from secateur.cli import export, measure, prune, recipe
+from secateur.cli import measure, prune, recipe
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
-__all__ = ["app", "export", "main", "measure", "prune", "recipe"]
+__all__ = ["app", "main", "measure", "prune", "recipe"]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import typer.core
@@ -25,8 +25,7 @@ from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
 from secateur.log import Progress, silent
 from secateur.plugins import mixtures
-from secateur.recipe import INSTALLED_DOMAINS
-from secateur.recipe_file import merged, parse_recipe, preset_texts
+from secateur.recipe import INSTALLED_DOMAINS, merged, parse_recipe, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
@@ -243,7 +242,6 @@ CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the calibration draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
 Force = Annotated[bool, typer.Option("--force", help="Write a trim that costs more than was foretold or is bearable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
@@ -311,14 +309,21 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class Listeners(NamedTuple):
+    """What a command reports to: steps done, and lines of text."""
+
+    progress: Progress
+    tell: Callable[[str], None]
+
+
 @contextmanager
-def listeners(*, quiet: bool, as_json: bool) -> Iterator[dict[str, Any]]:
+def listeners(*, quiet: bool, as_json: bool) -> Iterator[Listeners]:
     """Yield `progress` and `tell` for a command that ranks may share: those of other ranks print nothing."""
     from secateur.ranks import is_first
 
     enabled = is_first() and not (quiet or as_json)
     with progress_bar(enabled=enabled) as progress:
-        yield {"progress": progress, "tell": tell if enabled else lambda text: None}
+        yield Listeners(progress, tell if enabled else lambda text: None)
 
 
 def show(record: Any, written: str = "", *, as_json: bool) -> None:

@@ -1,13 +1,14 @@
-"""The commands that measure: `evaluate`, `bench` and `compare`."""
+"""The commands that measure (`evaluate`, `bench`, `compare`) and that hand a model on (`export`, `push`)."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import secateur
 import secateur.cli.common as common
-from secateur.recipe_file import parse_recipe
+from secateur.errors import RecipeError
+from secateur.recipe import parse_recipe
 
 Wikitext = Annotated[
     str | None, typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`.")
@@ -44,16 +45,30 @@ def evaluate(
     """Measure DIR on its recipe's held-out text (or --domain) and on tasks; resumes by itself."""
     domains = None
     if domain:
-        asked = {"calibration": {"domains": common.parse_domains(domain)}}
-        domains = parse_recipe(asked, "--domain").calibration.domains
+        calibration = {"calibration": {"domains": common.parse_domains(domain)}}
+        domains = parse_recipe(calibration, "--domain").calibration.domains
     names = common.task_names(tasks, tasks_data)
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
-        text: dict[str, Any] = {"domains": domains, "num_blocks": num_blocks, "sequence_length": sequence_length}
-        text |= {"wikitext2": wikitext2, "wikitext2_length": wikitext2_length}
-        asked: dict[str, Any] = {"tasks": names, "limit": limit, "num_fewshot": num_fewshot}
-        asked |= {"batch_size": batch_size, "run_code": run_code, "tasks_data": tasks_data}
-        asked |= {"device": device, "other_dense": other_dense, "out": out}
-        result = secateur.evaluate(model, against, **text, **asked, **listeners)
+        result = secateur.evaluate(
+            model,
+            against,
+            domains=domains,
+            num_blocks=num_blocks,
+            sequence_length=sequence_length,
+            wikitext2=wikitext2,
+            wikitext2_length=wikitext2_length,
+            tasks=names,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            run_code=run_code,
+            tasks_data=tasks_data,
+            device=device,
+            other_dense=other_dense,
+            out=out,
+            progress=listeners.progress,
+            tell=listeners.tell,
+        )
     common.show(result, f"{(out or Path(model)) / 'evaluation.json'}", as_json=as_json)
 
 
@@ -75,16 +90,19 @@ def bench(
     from secateur.model.identity import is_result
     from secateur.result_directory import BENCH_FILE
 
-    workload = {
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-    }
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        options: dict[str, Any] = {"device": device, "compiled": compiled, "progress": progress}
-        options |= {"other_dense": other_dense}
-        result = secateur.bench(model, against, **workload, **options)
+        result = secateur.bench(
+            model,
+            against,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            device=device,
+            compiled=compiled,
+            other_dense=other_dense,
+            progress=progress,
+        )
     common.show(result, f"{Path(model, BENCH_FILE)}" if is_result(Path(model)) else "", as_json=as_json)
 
 
@@ -101,5 +119,131 @@ def compare(
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
-        comparison = secateur.compare(study, out, model=model, small=small, **listeners)
+        comparison = secateur.compare(
+            study, out, model=model, small=small, progress=listeners.progress, tell=listeners.tell
+        )
     common.show(comparison, f"{out}: table.md, results.json", as_json=as_json)
+
+
+@common.app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
+def export(
+    model: common.Model,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Short for --format gguf --out FILE: for llama.cpp.")
+    ] = None,
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="gguf, or a format that an installed package adds.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --format: the file to write.")] = None,
+    type_name: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="For GGUF f32, f16, bf16, q8_0, or, by llama.cpp, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k, ...; by default "
+            "the weights' own type.",
+        ),
+    ] = None,
+    importance: Annotated[
+        bool,
+        typer.Option(
+            "--importance",
+            help="With a type of llama.cpp's quantiser: round the weights of loud channels more exactly, measured on "
+            "the text that MODEL was pruned with, else on the default domains.",
+        ),
+    ] = False,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Only leave the file if llama.cpp gives transformers' tokens and perplexity; "
+            "by default if llama-cpp-python is installed. Added formats may have no such check.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
+    from secateur.log import human_bytes
+
+    name, file = _wanted(gguf, format_name, out)
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+        done = secateur.export(
+            model,
+            file,
+            format=name,
+            type_name=type_name,
+            importance=importance,
+            check=check,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print(done.to_json(), end="")
+        return
+    context = "" if done.context_length is None else f", context {done.context_length:,}"
+    said = f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}."
+    common.CONSOLE.print(said, soft_wrap=True)
+    if done.num_params:
+        total = sum(done.num_params.values())
+        types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
+        wider = f"{done.wider_share:.1%} in a wider type than asked, as their rows do not fit its blocks"
+        common.CONSOLE.print(f"Parameters by type: {types}; {wider}.", soft_wrap=True)
+    if done.importance_tokens:
+        read = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
+        common.CONSOLE.print(f"Importance of channels: measured on {read} tokens.", soft_wrap=True)
+    found = done.check
+    if found is not None:
+        common.CONSOLE.print(
+            f"Checked: perplexity of {found.num_tokens} held-out tokens {found.perplexity_llama_cpp:.3f} in llama.cpp, "
+            f"{found.perplexity_transformers:.3f} in transformers; {found.num_greedy_equal} of {found.num_greedy} "
+            f"greedy tokens equal (largest gap {found.largest_gap_nats:.3f} nats)."
+        )
+    elif name == "gguf":
+        why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
+        common.CONSOLE.print(f"Not checked against llama.cpp: {why}.")
+
+
+def _wanted(gguf: Path | None, name: str | None, out: Path | None) -> tuple[str, Path]:
+    """Return format and file. Raises RecipeError unless each is given once."""
+    if gguf is not None and name is None and out is None:
+        return "gguf", gguf
+    if gguf is None and name is not None and out is not None:
+        return name, out
+    raise RecipeError("export: give --gguf FILE, or --format NAME and --out FILE.")
+
+
+@common.app.command(epilog="Example: secateur push smaller me/Qwen2.5-0.5B-pruned --dry-run")
+def push(
+    result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model's name on the Hugging Face hub.")],
+    base_model: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="The dense model's hub id, if it is not known.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it; by default only its owner.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent; no network.")] = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Upload RESULT with its model card to the hub: what secateur wrote, without local paths."""
+    import yaml
+
+    from secateur.log import human_bytes
+    from secateur.report.page import Table
+    from secateur.report.rows import terminal
+
+    with common.progress_bar(enabled=not (quiet or as_json or dry_run)) as progress:
+        found = secateur.push(result, repo, base_model=base_model, public=public, dry_run=dry_run, progress=progress)
+    if as_json:
+        print(found.to_json(), end="")
+        return
+    rows = [(name, human_bytes(size)) for name, size in found.files.items()]
+    rows.append(("together", human_bytes(sum(found.files.values()))))
+    common.CONSOLE.print(terminal([Table("", ("file", "size"), rows)]))
+    text = yaml.safe_dump({"model card": found.metadata}, sort_keys=False, allow_unicode=True, width=100)
+    common.CONSOLE.print(text, end="", soft_wrap=True)
+    for note in found.notes:
+        common.CONSOLE.print(f"note: {note}", soft_wrap=True)
+    seen = "private" if found.private else "public"
+    done = f"Would go to {repo}, {seen}; nothing was sent" if found.url is None else f"Pushed to {found.url}, {seen}"
+    common.CONSOLE.print(f"{done}.", soft_wrap=True)

@@ -8,8 +8,7 @@ import typer
 import secateur
 import secateur.cli.common as common
 from secateur.errors import RecipeError
-from secateur.recipe import Recipe
-from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import Recipe, load_recipe, merged, over_preset, parse_recipe
 
 
 @common.app.command(epilog="Example: secateur report smaller")
@@ -86,9 +85,6 @@ def inspect(
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     sets: common.Sets = None,
-    vocabulary: Annotated[
-        bool, typer.Option("--vocabulary", help="Also count how many tokens the domains' text uses.")
-    ] = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -96,7 +92,7 @@ def inspect(
     keys = _keys(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
     parsed = parse_recipe(keys, "command line")
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        inspection = secateur.inspect(model, parsed, vocabulary=vocabulary, progress=progress)
+        inspection = secateur.inspect(model, parsed, progress=progress)
     common.show(inspection, as_json=as_json)
 
 
@@ -146,9 +142,19 @@ def prune_and_tell(
     as_json: bool,
 ) -> None:
     """Prune, and print the result."""
-    options: dict[str, Any] = {"like": like, "resume": resume, "overwrite": overwrite, "force": force}
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
-        made = secateur.prune(model, recipe, out=out, command=common.command_line(out), **options, **listeners)
+        made = secateur.prune(
+            model,
+            recipe,
+            out=out,
+            like=like,
+            overwrite=overwrite,
+            resume=resume,
+            force=force,
+            command=common.command_line(out),
+            progress=listeners.progress,
+            tell=listeners.tell,
+        )
     summary = made.summary
     loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
     common.show(summary, f"{out}. Load it with {loader}('{out}')", as_json=as_json)
@@ -217,9 +223,7 @@ def verify(
 def trim(
     model: common.Model,
     out: common.Out,
-    vocabulary: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64; see secateur inspect.")
-    ],
+    vocabulary: Annotated[int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64.")],
     domain: common.Domains = None,
     keep_text: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Keep every token that this text needs; repeatable.")
@@ -227,7 +231,7 @@ def trim(
     keep_script: Annotated[
         str, typer.Option(metavar="NAMES", help="Keep all tokens of these scripts: latin,cyrillic.")
     ] = "",
-    seed: common.Seed = None,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
     quiet: common.Quiet = False,
@@ -239,8 +243,7 @@ def trim(
     """
     scripts = [name.strip() for name in keep_script.split(",") if name]
     remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text or [], "keep_scripts": scripts}
-    data: dict[str, Any] = {"remove": remove}
-    data |= {} if seed is None else {"seed": seed}
+    data: dict[str, Any] = {"remove": remove, "seed": seed}
     data |= {"calibration": {"domains": common.parse_domains(domain)}} if domain else {}
     recipe = parse_recipe(data, "command line")
     prune_and_tell(model, out, recipe, resume=False, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json)
@@ -265,7 +268,16 @@ def recover(
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     changes = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
-    options: dict[str, Any] = {"command": common.command_line(out), "overwrite": overwrite, "other_dense": other_dense}
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
-        record = secateur.recover(pruned, teacher, changes, out=out, **options, **listeners)
+        record = secateur.recover(
+            pruned,
+            teacher,
+            changes,
+            out=out,
+            overwrite=overwrite,
+            other_dense=other_dense,
+            command=common.command_line(out),
+            progress=listeners.progress,
+            tell=listeners.tell,
+        )
     common.show(record, str(out), as_json=as_json)

@@ -11,8 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 import secateur.cli.common as common
-from secateur.recipe import SCORE_NAMES, Domain, RecoverySettings, Strict
-from secateur.recipe_file import parse_recipe, preset_texts
+from secateur.recipe import SCORE_NAMES, Domain, RecoverySettings, Strict, parse_recipe, preset_texts
 
 WIDTH = 100
 

@@ -24,7 +24,7 @@ from secateur.data.chat import chat_text, closing_of_turn
 from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
-from secateur.model.bind import Arch, head_of
+from secateur.model.bind import Arch, head_of, head_width, num_kv_heads
 from secateur.model.checkpoint import Tokenizer, eval_mode
 from secateur.model.modules import CausalLM
 
@@ -88,9 +88,8 @@ class Speaker:
     def rows(self) -> int:
         """Return how many conversations are written at a time; it depends on the model alone."""
         config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_row = 2 * self.arch.num_layers * heads * size * self.length * self.model.dtype.itemsize
+        width = num_kv_heads(config) * head_width(config)
+        per_row = 2 * self.arch.num_layers * width * self.length * self.model.dtype.itemsize
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS
         return max(LEAST_ROWS, min(most, max(CACHE_BYTES, weights // 4) // per_row))

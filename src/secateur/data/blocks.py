@@ -1,4 +1,4 @@
-"""Blocks of token ids, and the two kinds of text of a run: what it learns by, and what judges it.
+"""Blocks of token ids, the two kinds of text of a run (what it learns by, what judges it), and counts of both.
 
 In: ids with the document of each. Out: plain data, which ranks send each other. Whatever learns takes
 a `LearningText`, which has no way to the text that judges; that is a `JudgedText`.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
 
@@ -191,3 +191,55 @@ def text_hash(parts: Iterable[tuple[str, float, Blocks]]) -> str:
         if blocks.counted_NT is not None:
             digest.update(blocks.counted_NT.numpy().tobytes())
     return digest.hexdigest()
+
+
+# Tokens in an n-gram of `ngram_overlap`.
+NGRAM_TOKENS = 13
+
+
+def ngram_overlap(
+    calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor], num_tokens: int = NGRAM_TOKENS
+) -> dict[str, float | None]:
+    """Return, per evaluation domain, the share of its n-grams that occur in any calibration block.
+
+    Repeats count. None if no evaluation block has `num_tokens` tokens.
+    """
+    wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks, num_tokens)}
+    seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks, num_tokens) if ngram in wanted}
+    found = {domain: [n in seen for n in _ngrams(blocks, num_tokens)] for domain, blocks in evaluation_NT.items()}
+    return {domain: sum(hits) / len(hits) if hits else None for domain, hits in found.items()}
+
+
+def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]:
+    for ids_T in blocks_NT.cpu().numpy().astype("<i4"):
+        data = ids_T.tobytes()
+        for start in range(0, len(data) - 4 * num_tokens + 1, 4):
+            yield data[start : start + 4 * num_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """How often a text has each token.
+
+    `damped_V`: each document counts as the square root of how often it has the token.
+    """
+
+    tokens_V: Int64[Tensor, " V"]
+    damped_V: Float64[Tensor, " V"]
+
+
+def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
+    """Return the counts of the ids in the documents, a tensor each. V: `num_rows`, of the embedding."""
+    tokens_V, damped_V = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.float64)
+    for ids_T in documents:
+        ids_U, counts_U = ids_T.unique(return_counts=True)
+        tokens_V[ids_U] += counts_U
+        damped_V[ids_U] += counts_U.double().sqrt()
+    return TokenCounts(tokens_V, damped_V)
+
+
+def counted_documents(blocks: Blocks) -> Iterator[Int64[Tensor, " T"]]:
+    """Yield each document's ids that count: of answers those of the answer, none of its prompt."""
+    counts_NT = torch.ones_like(blocks.ids_NT, dtype=torch.bool) if blocks.counted_NT is None else blocks.counted_NT
+    for number in sorted(blocks.documents):
+        yield blocks.ids_NT[counts_NT & (blocks.document_NT == number)]

@@ -7,16 +7,18 @@ everything but the messages.
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+
+from transformers.utils import chat_template_utils
 
 from secateur.data.forms import Note, NoText, unheard
 from secateur.errors import CalibrationError
 from secateur.model.checkpoint import Tokenizer
+from secateur.model.config import replaced
 
 # What templates that ask for the date are told, so that the same chat is the same text on any day: the
 # date that Llama 3.1's writes where it cannot ask.
 TODAY = datetime(2024, 7, 26)
-CLOCK = "transformers.utils.chat_template_utils.datetime"  # of which `strftime_now` asks `now`
+CLOCK = "datetime"  # of which a template's `strftime_now` asks `now`
 # Stands for what a user says.
 MARK = "secateur"
 
@@ -83,7 +85,7 @@ def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, 
     )
     try:
         how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
-        with patch(CLOCK, SimpleNamespace(now=lambda: TODAY)):
+        with replaced(vars(chat_template_utils), CLOCK, SimpleNamespace(now=lambda: TODAY)):
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how))
     except (*raised, MemoryError) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__

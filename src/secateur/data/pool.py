@@ -22,8 +22,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from secateur.data.blocks import Blocks, JudgedText, LearningDomain, LearningText, num_blocks_of
-from secateur.data.counts import TokenCounts, count_tokens, counted_documents
+from secateur.data.blocks import (
+    Blocks,
+    JudgedText,
+    LearningDomain,
+    LearningText,
+    TokenCounts,
+    count_tokens,
+    counted_documents,
+    num_blocks_of,
+)
 from secateur.data.forms import Note, Notes
 from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError

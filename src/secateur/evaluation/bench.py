@@ -6,7 +6,6 @@ the configs can tell is checked before any weights are read.
 
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +28,7 @@ from secateur.model.checkpoint import Checkpoint, check_weights, load_model, met
 from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.ranks import device_called
-from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Ratio, Speed, SpeedUp
+from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Speed, SpeedUp, Spread
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 
@@ -181,19 +180,10 @@ def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: s
 
 def speed(runs: list[list[float]], workload: Workload) -> Speed:
     """Return medians and ranges of `runs` (seconds to each token, per repeat)."""
-    prefill, decode = prefill_rates(runs, workload), decode_rates(runs, workload)
-    first = [run[0] for run in runs]
     return Speed(
-        prefill_tokens_per_second=statistics.median(prefill),
-        decode_tokens_per_second=statistics.median(decode),
-        first_token_seconds=statistics.median(first),
-        prefill_range=(min(prefill), max(prefill)),
-        decode_range=(min(decode), max(decode)),
-        first_token_range=(min(first), max(first)),
-        batch=workload.batch,
-        prompt_tokens=workload.prompt_tokens,
-        new_tokens=workload.new_tokens,
-        repeats=len(runs),
+        prefill=Spread.of(prefill_rates(runs, workload)),
+        decode=Spread.of(decode_rates(runs, workload)),
+        first_token_seconds=Spread.of([run[0] for run in runs]),
     )
 
 
@@ -207,10 +197,9 @@ def decode_rates(runs: list[list[float]], workload: Workload) -> list[float]:
     return [workload.batch * (len(run) - 1) / (run[-1] - run[0]) for run in runs]
 
 
-def paired_ratio(rates: list[float], against: list[float]) -> Ratio:
+def paired_ratio(rates: list[float], against: list[float]) -> Spread:
     """Return how much faster `rates` are than `against`, repeat by repeat."""
-    ratios = [rate / other for rate, other in zip(rates, against, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    return Spread.of([rate / other for rate, other in zip(rates, against, strict=True)])
 
 
 def prompt_ids(workload: Workload, vocab_size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Runs one program from its standard input, as a script of its own: see `run_code`.
+"""Runs one program from its standard input, as a script of its own: see `evaluation.tasks`.
 
 No network: by a name space of the kernel where it gives one, and by refusal in any case, as for
 processes and for files that are written. The number that is its argument is printed at the end.

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from secateur.data.blocks import Blocks
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.parts import Subject, subject_of
-from secateur.evaluation.study import DENSE, Cell, Comparison, FoundCell, Study, cells, load_study
-from secateur.evaluation.study_tables import save_comparison
+from secateur.evaluation.study import DENSE, Cell, Comparison, FoundCell, Study, cells, load_study, save_comparison
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.evaluation.text import losses_of_dense_tokens, named_blocks
 from secateur.log import Progress, silent, versions

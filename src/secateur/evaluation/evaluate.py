@@ -4,7 +4,7 @@ In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a re
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,28 +12,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.blocks import Blocks, Text, blocks_of
+from secateur.data.blocks import Blocks, Text
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
-from secateur.evaluation.text import check_length, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.evaluation.text import check_length, has_recipe, named_blocks, recipe_blocks, wikitext_blocks
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.model.checkpoint import load_tokenizer
 from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
-from secateur.model.token_bytes import num_bytes
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
-from secateur.recipe_file import RECIPE_FILE
-from secateur.report.measured import Evaluation, Measured, Quality, TaskResults
+from secateur.report.measured import Evaluation
 from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
-from secateur.stream.judge import OTHER, Judge, Judgement
-
-# Beside the domains, whose names do not end with a space.
-WIKITEXT = "WikiText-2 "
+from secateur.stream.judge import Judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +104,11 @@ def evaluate(
     CheckpointError for models, NumericsError for a loss that is not finite.
     """
     options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code)
-    text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
-    settings = _Settings(*text, tuple(tasks), options, tasks_data, device)
+    of_text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
+    settings = _Settings(*of_text, tuple(tasks), options, tasks_data, device)
     progress = progress if is_first() else silent
-    place = None if out is None else Path(out)
-    return _evaluate(model, against, settings, place, progress, tell, other_dense=other_dense)
-
-
-def _evaluate(
-    model: str | Path,
-    against: str | Path | None,
-    settings: _Settings,
-    out: Path | None,
-    progress: Progress,
-    tell: Callable[[str], None],
-    *,
-    other_dense: bool,
-) -> Evaluation:
     pruned = parts.open_subject("pruned", model, settings.device)
-    directory = _output_directory(out, pruned)
+    directory = _output_directory(None if out is None else Path(out), pruned)
     dense = None if against is None else parts.open_subject("dense", against, settings.device)
     of_dense, alone = (), "evaluate each alone and compare bits per byte"
     if dense is not None:
@@ -139,7 +120,7 @@ def _evaluate(
     if (note := _note_on_tokens(pruned, trim)) is not None:
         text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    judged = dict[str, Text](text.domains) | ({} if text.wikitext2 is None else {WIKITEXT: text.wikitext2})
+    judged = dict[str, Text](text.domains) | ({} if text.wikitext2 is None else {parts.WIKITEXT: text.wikitext2})
     judge = Judge(judged, text.tokenizer, pruned.checkpoint.config, store, progress, trim)
     asks_tasks = partial(_tasks, store, text, settings.task_options, progress)
     before = kl_of = kl = changes = None
@@ -147,14 +128,14 @@ def _evaluate(
     if dense is not None:
         scores = judge.dense(dense.to_judge())
         harness = asks_tasks(dense, judge.dense_tokenizer)
-        before = measured_by(scores, judge.dense_text, judge.dense_tokenizer, harness)
+        before = parts.measured_by(scores, judge.dense_text, judge.dense_tokenizer, harness)
         if trim is not None:
             dense.keep(trim.kept)
         kl_of = parts.judge_of_kl(store, dense, pruned, text.domains, progress)
         dense.forget()
     scores = judge.pruned(pruned.to_judge())
     own_harness = asks_tasks(pruned, text.tokenizer)
-    after = measured_by(scores, judge.text, text.tokenizer, own_harness)
+    after = parts.measured_by(scores, judge.text, text.tokenizer, own_harness)
     if before is not None and kl_of is not None:
         kl = kl_of()
         tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
@@ -207,7 +188,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
         num_blocks, length = settings.num_blocks, settings.sequence_length
         domains, notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
         check_length("--sequence-length", length, config.get_text_config())
-    elif (directory / RECIPE_FILE).is_file() or not (settings.tasks or settings.wikitext2):
+    elif has_recipe(directory) or not (settings.tasks or settings.wikitext2):
         domains, notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None
     if settings.tasks:
@@ -243,22 +224,6 @@ def _tasks(
     if text.tasks is None:
         return {}
     return parts.task_parts(store, subject, tokenizer, text.tasks, options, progress)
-
-
-def measured_by(
-    scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
-) -> Measured:
-    """Return what was measured of one model."""
-    losses = {**scores.domains, OTHER: scores.other}
-    sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
-    found = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
-    other, wikitext2 = found.pop(OTHER), found.pop(WIKITEXT, None)
-    if not harness:
-        return Measured(found, wikitext2, other_text=other)
-    # The parts save the thousands of scores by question; evaluation.json leaves them out.
-    more = {key: value for key, value in harness.items() if key != "item_scores"}
-    results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
-    return Measured(found, wikitext2, results, other)
 
 
 def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:

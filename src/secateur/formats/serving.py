@@ -1,19 +1,68 @@
-"""What llama.cpp needs to run a result.
+"""What llama.cpp needs to run a result, and what it computes for a model type: YAML files in `families/`.
 
 In: a checkpoint or its config. Out: a sentence with the problem, or llama.cpp's facts of the family
-and the widths by layer.
+and the widths by layer. What a model consists of, `model.structure` finds in the modules.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
 
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from transformers import PreTrainedConfig
 
 from secateur.errors import ArchError
-from secateur.formats.runtimes import GgufSpec, gguf_specs
-from secateur.model.bind import head_width
+from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.modeling_per_layer import is_per_layer
+
+
+class GgufSpec(BaseModel):
+    """What llama.cpp computes for an architecture. `takes`, `same`, `at_most`: what it assumes.
+
+    A key that the config lacks counts as None; a dot leads into a mapping. Not handled: images;
+    experts in some layers only, unless in all but the first few.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    takes: dict[str, Any] = {}  # config key -> its value
+    same: dict[str, str] = {}  # config key -> the key that has the same value
+    at_most: dict[str, int] = {}  # config key -> its largest value
+    # The key or value of the norms' epsilon. Only `rms_norm_eps` means RMS norms.
+    eps: str | float = "rms_norm_eps"
+    scales: dict[str, str] = {}  # config key -> the `add_` method of gguf's writer
+    # Rotates channels 2i and 2i+1, not i and i + head_dim/2, so rows of q and k are permuted.
+    interleaved_rotary: bool = False
+    full_width_heads: bool = False  # query heads * head_dim must be the hidden size
+    norm_offset: int = 0  # transformers adds it to norm weights, llama.cpp does not
+    window_period: int = 0  # every n-th layer has no sliding window, the others do; 0: none do
+    rotary_period: int = 0  # every n-th layer has no rotary positions; 0: all do
+    # The model of this depth scales attention by hidden_size / heads, not head_dim.
+    largest_num_layers: int | None = None
+    # The matrix that holds an expert's gate and input together; llama.cpp stores two.
+    fused_gate: str = ""
+    alternating_gate: bool = False  # their rows alternate
+    transposed: tuple[str, ...] = ()  # modules that store their weight transposed
+    fused_qkv: bool = False  # q, k and v are separate here, one matrix in llama.cpp
+    latent_attention: bool = False  # DeepSeek's MLA: one latent vector holds all keys and values
+    # The architecture that computes the same with per-layer widths: `deci` (Nemotron's pruned
+    # Llamas), or `openelm`, which has query and key norms.
+    per_layer: "GgufSpec | None" = None
+
+
+_FILE = TypeAdapter(dict[str, dict[Literal["gguf"], GgufSpec]])
+
+
+@cache
+def gguf_specs() -> dict[str, GgufSpec]:
+    """Return what is known, by model type."""
+    files = sorted(resources.files("secateur.formats.families").iterdir(), key=lambda file: file.name)
+    texts = [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")]
+    return {key: row["gguf"] for text in texts for key, row in _FILE.validate_python(yaml.safe_load(text)).items()}
 
 
 def rotary(config: PreTrainedConfig) -> dict[str, Any]:
@@ -37,15 +86,6 @@ def layer_widths(config: PreTrainedConfig) -> tuple[list[int], list[int], list[i
     layers = sizes.per_layer_config if is_per_layer(config) else [sizes] * sizes.num_hidden_layers
     num_heads = [layer.num_attention_heads for layer in layers]
     return num_heads, [num_kv_heads(layer) for layer in layers], [_ffn_width(layer) for layer in layers]
-
-
-def num_kv_heads(config: PreTrainedConfig) -> int:
-    """Return the heads of keys and values."""
-    sizes: Any = config
-    if sizes.model_type == "falcon" and not sizes.new_decoder_architecture:
-        return 1 if sizes.multi_query else sizes.num_attention_heads
-    found = (getattr(sizes, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
-    return next(number for number in found if number)
 
 
 def _ffn_width(sizes: Any) -> int:

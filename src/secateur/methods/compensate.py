@@ -13,13 +13,25 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Method
 from secateur.stream.device import float64_device
 from secateur.stream.statistics import Decide, Gram, Measurement, exact_product_precision, here, ridge_of, totals
 
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
 MAX_DAMPING_RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How units are chosen and readers repaired: numbers, and names as in recipes."""
+
+    score: str
+    obs_batch: int | None
+    compensate: str
+    damping: float
+    damping_factors: tuple[float, ...]
+    target_mix: float
+    weighting: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import ArchError, NumericsError, RecipeError
-from secateur.facts import Batch
 from secateur.log import Progress, silent
 from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
 from secateur.model.group import linear
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
 from secateur.stream.statistics import Decide, Gram, here, keep_highest, sum_over_ranks, totals
-from secateur.stream.walk import LAYERS_AT_ONCE, Walk, at_hand
+from secateur.stream.walk import LAYERS_AT_ONCE, Batch, Walk, at_hand
 
 # Keys of transformers' mixtures: the layers with an FFN, those with experts; how many come before experts.
 LAYER_NUMBERS, FIRST_LAYERS = ("mlp_only_layers", "moe_layers"), ("first_k_dense_replace",)

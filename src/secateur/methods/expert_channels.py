@@ -17,14 +17,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Batch, Method
-from secateur.methods.compensate import least_squares
-from secateur.methods.expert_refit import FEW_TOKENS_PER_CHANNEL, Call, HeldOut, counted_call, put_readers
+from secateur.methods.compensate import Method, least_squares
+from secateur.methods.experts import FEW_TOKENS_PER_CHANNEL, Call, HeldOut, counted_call, put_readers
 from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
 from secateur.model.group import Group, Stacks
 from secateur.model.stacks import channel_inputs, cut_expert_channels, num_channels, reader_of
 from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
-from secateur.stream.walk import Walk
+from secateur.stream.walk import Batch, Walk
 
 # An expert with few tokens of its own borrows from this many, or as many as there are.
 NUM_SAMPLED = 2048
@@ -55,7 +54,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
     num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
     seen = _observe(task.walk, group, task.method.weighting, task.shares, task.seed)
-    line = log_line(group, num_keep, num_units, seen.energy, torch.zeros(0))
+    line = log_line(group, num_keep, num_units, seen.energy)
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
         found = [task.decide(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]

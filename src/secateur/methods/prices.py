@@ -1,5 +1,6 @@
 """What layers and tokens take of a model's parameters, and the least costs of a model."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -7,7 +8,16 @@ from torch import nn
 from secateur.errors import RecipeError
 from secateur.facts import Costs, Workload
 from secateur.methods.budget import Prices
-from secateur.model.bind import Arch
+from secateur.model.bind import Arch, head_width, num_kv_heads
+
+
+def weight_size(model: Any) -> float:
+    """Return the root mean square of the weights in matrices, embedding and head left out."""
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(parameter) for module in words for parameter in module.parameters()}
+    matrices = [each for each in model.parameters() if each.dim() > 1 and id(each) not in left_out]
+    squares = sum(each.double().square().sum().item() for each in matrices)
+    return math.sqrt(squares / sum(each.numel() for each in matrices))
 
 
 def least_costs(model: Any, workload: Workload) -> Costs:
@@ -63,17 +73,9 @@ def _attention(model: Any) -> tuple[int, int]:
     layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
     num_query_channels = num_kv_channels = 0
     for layer in layers:
-        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        num_query_channels += layer.num_attention_heads * head_dim
-        num_kv_channels += _num_kv_heads(layer) * head_dim
+        num_query_channels += layer.num_attention_heads * head_width(layer)
+        num_kv_channels += num_kv_heads(layer) * head_width(layer)
     return num_query_channels, num_kv_channels
-
-
-def _num_kv_heads(config: Any) -> int:
-    """Return the number of KV heads: that of query heads in families without grouped queries."""
-    if getattr(config, "multi_query", False):  # Falcon
-        return config.num_kv_heads if config.new_decoder_architecture else 1
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 DEFAULT_SEQUENCE_LENGTH = 512

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Batch
 from secateur.log import Progress, silent
 from secateur.methods.budget import levels_of
 from secateur.methods.compensate import least_squares, weight_replaced
@@ -20,7 +19,7 @@ from secateur.model.group import Group, GroupKey, linear, rows_of, unit_columns
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Decide, Gram, Statistics, damped_gram, here, totals
-from secateur.stream.walk import Walk
+from secateur.stream.walk import Batch, Walk
 
 
 class Probe:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.facts import Method
+from secateur.methods.compensate import Method
 from secateur.methods.scores import ScoreInputs, scored
 from secateur.model.group import Group, linear, unit_columns
 from secateur.stream.statistics import Decide, Statistics, damped_gram, here, inverse_of, keep_highest, removal_errors
@@ -19,13 +19,12 @@ MIN_BATCH_COLUMNS, MAX_BATCHES = 32, 48
 
 @dataclass(frozen=True, slots=True)
 class ObsSelection:
-    """`keep`: sorted units that stay; `scores_U`: all, before removal; `removed`: in order.
+    """`keep`: sorted units that stay; `removed`: the others, in order.
 
     `error_curve[k]`: squared output error after k+1 batches, the other columns refitted.
     """
 
     keep: Tensor
-    scores_U: Tensor
     removed: Tensor
     error_curve: Tensor
 
@@ -59,7 +58,6 @@ def greedy_obs(
     columns_UW = columns_UW.to(weight.device)
     active = torch.ones(len(columns_UW), dtype=torch.bool, device=weight.device)
     num_left, error, curve, order = len(columns_UW), inverse.new_zeros(()), [], []
-    first_scores = removal_errors(weight, inverse, columns_UW)
     while num_left > num_keep:
         scores = removal_errors(weight, inverse, columns_UW)
         scores[~active] = torch.inf
@@ -83,7 +81,7 @@ def greedy_obs(
     removed = torch.cat(order) if order else columns_UW.new_zeros(0)
     errors, device = torch.stack(curve) if curve else inverse.new_zeros(0), reader_HF.device
     keep = active.nonzero().flatten().to(device)
-    return ObsSelection(keep, first_scores.float().to(device), removed.to(device), errors)
+    return ObsSelection(keep, removed.to(device), errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,40 +106,27 @@ class Task:
         return self.walk.layers[self.group.layer]
 
 
-def log_line(group: Group, kept: int, total: int, output_energy: dict[str, float], scores: Tensor) -> dict[str, Any]:
-    """Return the run log's line of a group's step: its counts, and the quartiles of its scores."""
-    ordered = scores.float().sort().values
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0) if len(ordered) else ()
-    quantiles = [float(ordered[round(share * (len(ordered) - 1))]) for share in shares]
-    line = {"layer": group.layer, "group": group.name, "kept": kept, "total": total}
-    return {**line, "output_energy": output_energy, "score_quantiles": quantiles}
+def log_line(group: Group, kept: int, total: int, output_energy: dict[str, float]) -> dict[str, Any]:
+    """Return the run log's line of a group's step."""
+    return {"layer": group.layer, "group": group.name, "kept": kept, "total": total, "output_energy": output_energy}
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """`keep`: sorted indices among the current units; `scores`: all, or none if all stay."""
-
-    keep: Tensor
-    scores: Tensor
-
-
-def select(task: Task, pooled: Statistics) -> Selection:
-    """Return the units that stay: those of `task.keep`, greedily for `obs`, or by the score."""
+def select(task: Task, pooled: Statistics) -> Int64[Tensor, " K"]:
+    """Return the sorted units that stay: those of `task.keep`, greedily for `obs`, or by the score."""
     layer, group, method, num_keep = task.layer, task.group, task.method, task.num_keep
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
     if num_keep == num_units:
-        return Selection(torch.arange(num_keep, device=reader.weight.device), reader.weight.new_zeros(0))
+        return torch.arange(num_keep, device=reader.weight.device)
     if task.keep is not None:
-        return Selection(task.keep.to(reader.weight.device), reader.weight.new_zeros(0))
+        return task.keep.to(reader.weight.device)
     if method.score == "obs":
         hessian = damped_gram(pooled.gram, method.damping)
         columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
         batch = units_at_once(method.obs_batch, reader.in_features, group.width)
-        found = greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch)
-        return Selection(found.keep, found.scores_U)
+        return greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch).keep
     scores_U = unit_scores(layer, group, pooled, method.score, method.damping, task.seed)
-    return Selection(keep_highest(scores_U, num_keep), scores_U)
+    return keep_highest(scores_U, num_keep)
 
 
 def unit_scores(

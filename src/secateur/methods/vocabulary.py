@@ -18,11 +18,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.data.blocks import Block, Text, blocks_of
-from secateur.data.counts import TokenCounts
+from secateur.data.blocks import Block, Text, TokenCounts, blocks_of
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
-from secateur.facts import Batch
 from secateur.log import Progress, silent
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
@@ -31,6 +29,7 @@ from secateur.model.kept_tokens import Trim
 from secateur.model.vocabulary import Vocabulary, with_parts
 from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
 from secateur.stream.statistics import Decide
+from secateur.stream.walk import Batch
 
 # Sizes that suit tensor cores.
 ALIGN_TOKENS = 64

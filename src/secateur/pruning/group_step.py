@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from secateur.facts import Method
-from secateur.methods.compensate import repair
+from secateur.methods.compensate import Method, repair
 from secateur.methods.depth import remove_layers
 from secateur.methods.expert_channels import prune_expert_channels
 from secateur.methods.experts import prune_experts
@@ -45,14 +44,14 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     if measured.by_domain and task.num_keep < num_units:
         weights = task.decide(lambda: _weights(task, measured, reader))
         measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
-    selection = task.decide(lambda: select(task, measured.pooled))
-    columns = rows_of(selection.keep, group.reader.segments, num_units)
+    keep = task.decide(lambda: select(task, measured.pooled))
+    columns = rows_of(keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, method, task.decide)
-    cut(layer, group, selection.keep, num_units, repaired.weight_HS, repaired.bias_H)
-    line = log_line(group, len(selection.keep), num_units, measured.energy, selection.scores)
+    cut(layer, group, keep, num_units, repaired.weight_HS, repaired.bias_H)
+    line = log_line(group, len(keep), num_units, measured.energy)
     if repaired.guard is not None:
         line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
-    return selection.keep, line | ({"domain_weights": weights} if weights else {})
+    return keep, line | ({"domain_weights": weights} if weights else {})
 
 
 def cut_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:

@@ -7,26 +7,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
-from secateur.data.pool import Amounts, TextPool
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
 from secateur.log import Progress, silent
-from secateur.methods import vocabulary as methods
 from secateur.methods.budget import align_of
 from secateur.methods.prices import token_prices
 from secateur.model.checkpoint import meta_model, notes_on
 from secateur.model.group import Group
-from secateur.model.vocabulary import read_vocabulary, with_parts
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, nearest, resolve
 from secateur.pruning.trim import trim_to
-from secateur.recipe import Recipe
-from secateur.recipe_file import as_recipe
-from secateur.report.records import GroupFacts, InspectedVocabulary, Inspection
+from secateur.recipe import Recipe, as_recipe
+from secateur.report.records import GroupFacts, Inspection
 from secateur.store import Services
 
 FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
@@ -49,49 +45,6 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
     return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), problem
 
 
-# Tokens of a domain's text that are looked at: seconds, where all of it may take minutes.
-MOST_COUNTED = 100_000
-
-
-def inspected_vocabulary(
-    opened: Opened, resolved: Resolved, progress: Progress, *, counted: bool
-) -> InspectedVocabulary:
-    """Return the vocabulary's share of the model and, if `counted`, what a trim frees before it costs the domains.
-
-    If tokens cannot go or the text cannot be read, the record says why.
-    """
-    recipe, embedding = resolved.recipe, cast(Any, opened.model.get_input_embeddings())
-    num_rows: int = embedding.num_embeddings
-
-    def params(num_tokens: int) -> int:
-        return token_prices(opened.model, num_tokens)
-
-    if not counted:
-        return InspectedVocabulary(num_rows, params(num_rows))
-    try:
-        tokenizer = tokenizer_of(opened)
-        vocabulary = read_vocabulary(tokenizer, opened.model)
-        read = {name: domain for name, domain in recipe.calibration.domains.items() if not domain.answers}
-        calibration = recipe.calibration.model_copy(update={"domains": read})
-        pool = TextPool(calibration, tokenizer, recipe.seed)
-        learning = pool.split(calibration, Amounts(num_tokens=resolved.num_tokens)).learning
-        counts = learning.counts(num_rows, progress, most=MOST_COUNTED)
-    except SecateurError as error:
-        problem = str(error).removeprefix("remove.").removeprefix("vocabulary: ")
-        return InspectedVocabulary(num_rows, params(num_rows), problem=problem)
-    used = {name: set(each.tokens_V.nonzero().flatten().tolist()) for name, each in counts.items()}
-    needed = len(with_parts(vocabulary, set[int]().union(*used.values())))
-    smallest = min(num_rows, -(-needed // methods.ALIGN_TOKENS) * methods.ALIGN_TOKENS)
-    return InspectedVocabulary(
-        num_rows,
-        params(num_rows),
-        {name: len(ids) for name, ids in used.items()},
-        {name: int(each.tokens_V.sum()) for name, each in counts.items()},
-        smallest,
-        params(num_rows - smallest),
-    )
-
-
 def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
     """Return the model with as many tokens gone as the recipe says, and a note if a run measures it."""
     size = opened.recipe.remove.vocabulary
@@ -110,13 +63,11 @@ def inspect(
     model: str | Path,
     recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
-    vocabulary: bool = False,
     progress: Progress = silent,
 ) -> Inspection:
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
-    `vocabulary`: read the domains' text, too, and count how many of the model's tokens it has.
     `progress`: called with (stage, done, total).
 
     Returns groups, widths before and after, bytes, memory and disk, how much of the model
@@ -126,7 +77,7 @@ def inspect(
     share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
-    return _inspection(opened, progress, vocabulary=vocabulary)
+    return _inspection(opened, progress)
 
 
 def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
@@ -144,7 +95,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
         return resolve(possible), (f"a run would be refused ({why}); shown is remove: {share:g}.",)
 
 
-def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Inspection:
+def _inspection(opened: Opened, progress: Progress) -> Inspection:
     aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
     services = Services(progress=progress)
     opened = checked(opened)
@@ -155,6 +106,8 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
     memory = memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = params_after(resolved)
+    embedding: Any = opened.model.get_input_embeddings()
+    num_tokens: int = embedding.num_embeddings
     files, files_problem = gguf_files(opened, resolved)
     cut = {group.name for group in resolved.groups}  # not those that protected layers alone have
     return Inspection(
@@ -179,7 +132,8 @@ def _inspection(opened: Opened, progress: Progress, *, vocabulary: bool) -> Insp
         warnings=(*refused, *measured_later, *resolved.warnings, *aside),
         possible=tuple(_facts(name, arch.groups, {}) for name in dict.fromkeys(group.name for group in arch.groups)),
         impossible=arch.omits,
-        vocabulary=inspected_vocabulary(opened, resolved, progress, counted=vocabulary),
+        num_tokens=num_tokens,
+        num_token_params=token_prices(opened.model, num_tokens),
         files=files,
         files_problem=files_problem,
     )

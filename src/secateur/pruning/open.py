@@ -38,8 +38,7 @@ from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.kept_units import Keeps
 from secateur.ranks import check_same, device_called, is_first, size
-from secateur.recipe import Recipe
-from secateur.recipe_file import dump_recipe
+from secateur.recipe import Recipe, dump_recipe
 from secateur.store import Store
 from secateur.stream.device import CPU, LOW, multiplies_in_software
 from secateur.stream.offload import Placement

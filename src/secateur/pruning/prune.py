@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, silent
 from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
 from secateur.model.kept_units import Keeps
-from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
+from secateur.pruning.cost import MemoryPlan, check_disk, memory_for, with_polish_that_fits
+from secateur.pruning.like import opened_like, recipe_like
 from secateur.pruning.loop import prune_in_place, remove_depth
 from secateur.pruning.open import (
     Opened,
@@ -28,15 +28,7 @@ from secateur.pruning.open import (
     tokenizer_of,
 )
 from secateur.pruning.resolve import Resolved, checked, resolve
-from secateur.pruning.result import (
-    Result,
-    calibration_facts,
-    foretold,
-    opened_like,
-    save_and_prove,
-    save_pruned,
-    summary_of,
-)
+from secateur.pruning.result import Result, calibration_facts, foretold, save_and_prove, save_pruned, summary_of
 from secateur.pruning.run import Run, without_tokens
 from secateur.pruning.text import Drawn, run_text, with_share_of_answers, without_answers
 from secateur.pruning.trim import plan_trim
@@ -76,8 +68,9 @@ def prune_run(
 ) -> Result:
     """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`.
 
-    With `like` the recipe is that of `recipe_like`. `finish`: writes what people read of a finished run.
+    `finish`: writes what people read of a finished run.
     """
+    recipe = recipe if like is None else recipe_like(Path(like), recipe)
     opened = open_model(model, recipe, tokenizer)
     opened = with_share_of_answers(checked(opened if like is None else opened_like(opened, Path(like))))
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
@@ -208,7 +201,7 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
     if plan.weights_on_disk or plan.one_layer_at_a_time:
         resolved = _without_answers(opened, resolved)
     if services.scratch is not None:
-        check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
+        check_disk(services.scratch, opened, resolved, plan)
     if is_first():
         services.tell(foretold(opened, resolved, plan))
     with log.time("calibration"):

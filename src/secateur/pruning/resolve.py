@@ -34,7 +34,7 @@ from secateur.model.group import OF_EXPERTS, Group, GroupKey
 from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
-from secateur.recovery.pair import check_training
+from secateur.recovery.weights import check_training
 from secateur.stream.statistics import BY_DOMAIN
 
 # Layers go for the share of units beyond UNITS_ALONE: LAYERS_PER_UNIT times that share of layers.

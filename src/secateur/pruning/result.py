@@ -1,35 +1,29 @@
 """What a run returns and writes: checkpoint, proof, kept units, summary."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.data.overlap import ngram_overlap
-from secateur.errors import CheckpointError, RecipeError
+from secateur.data.blocks import ngram_overlap
 from secateur.facts import Size
-from secateur.files import sha256_of
 from secateur.formats.save import Verification, save_checkpoint, verify_reload
 from secateur.log import human_bytes, versions
-from secateur.methods.prices import token_prices
-from secateur.model.bind import text_config, text_model
-from secateur.model.checkpoint import CausalLM, Tokenizer, open_checkpoint, planned_model
+from secateur.model.bind import text_model
+from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
-from secateur.model.identity import lineage
-from secateur.model.kept_tokens import kept_tokens_of
-from secateur.model.kept_units import KEEP_FILE, Keeps, bad_keeps, read_keeps, write_keeps
+from secateur.model.kept_units import Keeps, write_keeps
 from secateur.pruning.cost import MemoryPlan
-from secateur.pruning.open import Like, Opened, tokenizer_of
-from secateur.pruning.resolve import Resolved, groups_of
+from secateur.pruning.open import Opened, tokenizer_of
+from secateur.pruning.resolve import Resolved
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
 from secateur.pruning.trimmed import vocabulary_facts
-from secateur.recipe import Recipe
-from secateur.recipe_file import RECIPE_FILE, dump_recipe, load_recipe, merged, parse_recipe
-from secateur.report.records import CalibrationFacts, Summary, read_summary
+from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
+from secateur.report.records import CalibrationFacts, Summary
 
 
 def calibration_facts(drawn: Drawn) -> CalibrationFacts:
@@ -51,83 +45,6 @@ def calibration_facts(drawn: Drawn) -> CalibrationFacts:
 
 
 ROUNDS = "rounds"
-
-
-def recipe_like(directory: Path, changes: Recipe) -> Recipe:
-    """Return a result's recipe, with those keys of `changes` that were given.
-
-    Raises CheckpointError if the directory holds no result, RecipeError for a key by which other
-    units would go.
-    """
-    read_summary(directory)
-    base = load_recipe(directory / RECIPE_FILE)
-    recipe = parse_recipe(base, f"recipe {directory / RECIPE_FILE}")
-    for group in ("remove", "choose"):
-        mine, there = getattr(changes, group), getattr(recipe, group)
-        for key in sorted(mine.model_fields_set):
-            if (got := getattr(mine, key)) != (has := getattr(there, key)):
-                raise RecipeError(
-                    f"{group}.{key}: is {has} in the run that like {directory} repeats, got {got}; leave it out, "
-                    "as that run has chosen which units go."
-                )
-    asked = changes.model_dump(mode="json", exclude_unset=True, exclude={"remove", "choose"})
-    if "domains" in asked.get("calibration", {}):  # they replace the old ones
-        base.get("calibration", {}).pop("domains", None)
-    return parse_recipe(merged(base, asked), "recipe")
-
-
-def opened_like(opened: Opened, directory: Path) -> Opened:
-    """Return the model with another result's units as those that stay, all others to go in one round.
-
-    Its recipe names the layers that go, and goes in one round.
-    Raises CheckpointError for a damaged result, or if the model that it was pruned from was of
-    another shape: which number differs first.
-    """
-    checkpoint, summary = open_checkpoint(directory, weights=False), read_summary(directory)
-    layers, keeps = read_keeps(directory, summary.num_layers[0])
-    other = planned_model(checkpoint)
-    _check_shape(opened, other, summary, directory)
-    gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
-    remove: dict[str, Any] = {"layers": tuple(gone), "depth": len(gone)}
-    recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
-    groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
-    if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
-        raise bad_keeps(directory)
-    tokens, source = kept_tokens_of(directory), lineage(checkpoint, Size.of(other).num_params)[-1]
-    like = Like(checkpoint, source, sha256_of(directory / KEEP_FILE), keeps, tokens)
-    return replace(opened.asking(recipe), like=like)
-
-
-def _are_of(keep: Tensor, group: Group) -> bool:
-    return int(keep.max()) < group.num_units and (keep.ndim == 1 or group.kind == "expert_channels")
-
-
-def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: Path) -> None:
-    """Raise CheckpointError if the model is not shaped as the one that `summary` tells of."""
-    tokens, models = kept_tokens_of(directory), (opened.model, other)
-    embeddings: list[Any] = [model.get_input_embeddings() for model in models]
-    rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
-    facts = zip((opened.size, summary.dense_size), models, rows, strict=True)
-    # Siblings may have more tokens than were there when none of these went.
-    own, dense = (size.num_params - token_prices(model, count) for size, model, count in facts)
-    units = {group.name: group.num_units for group in reversed(opened.arch.groups)}
-    found = [
-        ("family", opened.arch.family, summary.family),
-        ("number of layers", opened.arch.num_layers, summary.num_layers[0]),
-        ("hidden size", *(text_config(model).hidden_size for model in models)),
-        *(
-            (f"number of {name} units in a layer", units.get(name, 0), was)
-            for name, (was, _, _) in summary.widths.items()
-        ),
-        *([] if tokens is None else [("number of tokens", *rows)]),
-        ("number of parameters without those of tokens", own, dense),
-    ]
-    for what, got, wanted in found:
-        if got != wanted:
-            raise CheckpointError(
-                f"like {directory}: the {what} of {opened.name} is {got}, and of the model that was pruned there "
-                f"{wanted}; give a model of that shape, or leave like out to choose units anew."
-            )
 
 
 def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path, number: int | None = None) -> tuple[str, ...]:

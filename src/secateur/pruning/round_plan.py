@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from secateur.facts import Batch
 from secateur.methods.budget import Plan, least_keep
 from secateur.methods.curve import curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
@@ -11,6 +10,7 @@ from secateur.model.bind import decoder_layers
 from secateur.pruning.run import Run
 from secateur.ranks import from_first
 from secateur.stream.statistics import BY_DOMAIN
+from secateur.stream.walk import Batch
 
 
 def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> Plan:

@@ -11,7 +11,7 @@ import torch
 from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
-from secateur.facts import Batch, Loss, standard_error
+from secateur.facts import Loss, standard_error
 from secateur.model.bind import Arch
 from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.kept_units import Keeps
@@ -20,7 +20,7 @@ from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services
 from secateur.stream.losses import domain_losses, predicted_tokens
-from secateur.stream.walk import Walk, make_batches
+from secateur.stream.walk import Batch, Walk, make_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

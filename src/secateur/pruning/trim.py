@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 
-from secateur.data.blocks import Blocks
-from secateur.data.counts import TokenCounts
+from secateur.data.blocks import Blocks, TokenCounts
 from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Batch
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step
 from secateur.methods.prices import prices_of, token_prices
@@ -31,7 +29,7 @@ from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, res
 from secateur.pruning.text import RunText
 from secateur.ranks import from_first, is_first, own_part
 from secateur.store import Services
-from secateur.stream.walk import make_batches
+from secateur.stream.walk import Batch, make_batches
 
 # FFNs that lose more of their channels than this are extrapolated, not measured.
 MOST_CHANNELS = 0.85

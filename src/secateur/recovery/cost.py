@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from secateur.facts import Size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.loss import HEAD_POSITIONS
-from secateur.recovery.pair import Candidates, blocks_per_step
 from secateur.recovery.weights import autocasts, words_of
 
 # Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
@@ -24,13 +23,18 @@ def polish_settings(recipe: Recipe) -> RecoverySettings | None:
     return RecoverySettings(**recipe.polish.model_dump()) if recipe.polish.num_tokens else None
 
 
-def scratch_bytes(candidates: Candidates, settings: RecoverySettings) -> int:
+def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
+    """Return how many blocks make one step of `batch_tokens` tokens, at least one."""
+    return max(1, batch_tokens // sequence_length)
+
+
+def scratch_bytes(pruned: PreTrainedModel, settings: RecoverySettings) -> int:
     """Return the most bytes that a recovery writes beside its result.
 
     Checkpoints of weights and two moments: the best, the last, one being written; and the result.
     """
-    size = Size.of(candidates.pruned_shape)
-    states = size.num_params + 2 * num_trained(candidates.pruned_shape, settings)
+    size = Size.of(pruned)
+    states = size.num_params + 2 * num_trained(pruned, settings)
     return 3 * 4 * states + size.num_bytes
 
 

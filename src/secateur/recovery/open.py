@@ -18,12 +18,12 @@ from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
 from secateur.model.modules import CausalLM
 from secateur.ranks import launched_size
-from secateur.recipe import Recipe, RecoverySettings
-from secateur.recipe_file import load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Candidates, RecoveryText, check_training, open_pair, recovery_text, shared_out
+from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text, shared_out
 from secateur.recovery.train import Work
+from secateur.recovery.weights import check_training
 from secateur.report.records import RECIPE_FILE
 from secateur.store import Store
 from secateur.stream.judge import Judge as LastJudge
@@ -102,7 +102,7 @@ def prepare(
         scratch.mkdir(parents=True, exist_ok=True)
     for line in _left_behind(scratch, out):
         tell(line)
-    check_free_space(scratch, scratch_bytes(candidates, settings))
+    check_free_space(scratch, scratch_bytes(candidates.pruned_shape, settings))
     log = RunLog()
     for note in candidates.notes:
         log.write({"event": "note", "text": note})

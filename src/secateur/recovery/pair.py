@@ -4,7 +4,6 @@ In: references of both models; a recipe. Out: `Candidates`; blocks to train on a
 """
 
 import copy
-import importlib.util
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +31,9 @@ from secateur.model.checkpoint import (
 from secateur.model.identity import check_dense
 from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.model.kept_units import KEEP_FILE, read_keeps
-from secateur.recipe import Recipe, RecoverySettings, Training
+from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.answers import answers_of
+from secateur.recovery.cost import blocks_per_step
 from secateur.store import Store
 
 
@@ -200,11 +200,6 @@ def recovery_text(
     )
 
 
-def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
-    """Return how many blocks make one step of `batch_tokens` tokens, at least one."""
-    return max(1, batch_tokens // sequence_length)
-
-
 def shared_out(
     settings: RecoverySettings, length: int, num_ranks: int, num_blocks: int | None = None
 ) -> RecoverySettings:
@@ -216,12 +211,6 @@ def shared_out(
     per_rank = -(-min(asked, num_blocks or asked) // num_ranks)
     at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
     return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
-
-
-def check_training(settings: Training, key: str) -> None:
-    """Raise RecipeError, naming the recipe's `key`, if what training needs is missing."""
-    if settings.train == "lora" and importlib.util.find_spec("peft") is None:
-        raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
 
 
 def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int, key: str) -> Sequence[Block]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from secateur.data.blocks import LearningText
-from secateur.facts import Batch
 from secateur.model.bind import Arch
 from secateur.model.modules import CausalLM
 from secateur.ranks import from_first, size
@@ -31,7 +30,7 @@ from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import PolishRecord
 from secateur.store import Services
 from secateur.stream.losses import head_inputs, states_for_head
-from secateur.stream.walk import Walk
+from secateur.stream.walk import Batch, Walk
 
 STAGE, FOLDER = "polish", "polish"
 

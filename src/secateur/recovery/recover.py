@@ -1,19 +1,37 @@
 """A recovery: a pruned checkpoint and its dense model in, a better checkpoint out."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateur.log import Progress, silent
+import torch
+
+from secateur.facts import TrainingRecord, Verdicts
+from secateur.files import without_places
+from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
+from secateur.log import LOG_FILE, Progress, silent, versions
+from secateur.model.checkpoint import TOKENS_FILE
+from secateur.model.identity import name_of
+from secateur.model.modules import text_model
 from secateur.ranks import alone, is_first, meet, staging_if_any
-from secateur.recovery.open import changes_of, open_job, prepare, to_judge
-from secateur.recovery.result import Finish, write_result
+from secateur.recipe import dump_recipe, load_recipe, parse_recipe
+from secateur.recovery.open import Job, changes_of, open_job, prepare, to_judge
 from secateur.recovery.train import Work, train_guarded
-from secateur.report.measured import RecoveryRecord
-from secateur.result_directory import check_replaceable, restore
-from secateur.stream.device import keeping_freed
+from secateur.report.measured import RECOVERY_FILE, RecoveryRecord
+from secateur.report.records import RECIPE_FILE
+from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable, restore
+from secateur.stream.device import keeping_freed, peak_bytes
+
+# Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
+CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
+
+VERIFY_TOKENS = 64
+
+# Adds the record to the card in the directory, and writes digests and page.
+Finish = Callable[[Path, RecoveryRecord], None]
 
 
 @keeping_freed()
@@ -77,3 +95,82 @@ def _told_if_interrupted(work: Work) -> Iterator[None]:
             work.tell(
                 f"{place}: keeps what is finished; the same command goes on from there, or delete it to start anew."
             )
+
+
+def write_result(
+    work: Work,
+    job: Job,
+    before: Verdicts,
+    training: TrainingRecord,
+    directory: Path,
+    command: str,
+    finish: Finish,
+) -> RecoveryRecord:
+    """Write everything that belongs to the result into `directory` and return its record.
+
+    `before`: the verdicts before the training. `finish`: writes what people read.
+    """
+    with work.log.time("save"):
+        _save(work, job, directory)
+    with work.log.time("verify"):
+        proof = _verify(work, directory)
+    pruned, teacher = job.candidates.pruned, job.candidates.teacher
+    record = RecoveryRecord(
+        name_of(pruned),
+        name_of(teacher),
+        command,
+        calibration=without_places(job.recipe.calibration.model_dump(mode="json", exclude_none=True)),
+        settings=work.settings.model_dump(mode="json"),
+        seed=work.seed,
+        content_hash=work.text.content_hash,
+        sequence_length=work.text.sequence_length,
+        num_held_out_tokens=work.text.num_held_out_tokens,
+        dense=work.judge.dense(),
+        before=before,
+        training=training,
+        seconds={stage: round(seconds, 2) for stage, seconds in work.log.seconds.items()},
+        peak_bytes=peak_bytes(),
+        reload_max_abs_difference=proof.max_abs_difference,
+        notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
+        versions=versions(),
+        judged=work.judgements,
+    )
+    _write_record(record, work, job.candidates.pruned.directory, directory)
+    finish(directory, record)
+    return record
+
+
+def _save(work: Work, job: Job, directory: Path) -> None:
+    """Write weights, configs, tokenizer, recipe, and what is carried over from the pruned model.
+
+    The recipe is the pruned model's own, which still describes it, with `recover` added. Where the
+    recovery used other text, recovery.json says which.
+    """
+    source, recipe = job.candidates.pruned.directory, job.recipe
+    if (path := source / RECIPE_FILE).is_file():
+        recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
+    options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
+    for sentence in save_checkpoint(work.pruned, job.candidates.tokenizer, directory, **options):
+        work.log.write({"event": "note", "text": sentence})
+    (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    for name in CARRIED:
+        if has_own(source, name):
+            shutil.copyfile(source / name, directory / name)
+
+
+def _verify(work: Work, directory: Path) -> Verification:
+    ids_1T = next(iter(work.text.held_out.values())).ids_NT[:1, :VERIFY_TOKENS].to(work.pruned.device)
+    work.progress("verify", 0, 1)
+    with torch.inference_mode():
+        logits = text_model(work.pruned)(input_ids=ids_1T, use_cache=False).logits
+    proof = verify_reload(directory, ids_1T, logits)
+    work.progress("verify", 1, 1)
+    return proof
+
+
+def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
+    """Write recovery.json, and continue the run log."""
+    (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
+    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
+    added = "".join(json.dumps(line) + "\n" for line in work.log.lines)
+    (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")

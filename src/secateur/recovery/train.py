@@ -27,18 +27,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from secateur.facts import TrainingRecord, Verdicts, mean_kl, weight_size
+from secateur.facts import Judgement, TrainingRecord, Verdicts, mean_kl
 from secateur.files import make_lasting
 from secateur.log import Progress, RunLog
+from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
 from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.checkpoints import Checkpoints
+from secateur.recovery.cost import blocks_per_step
 from secateur.recovery.judge import Judge, objective, share_for, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.pair import Block, RecoveryText, blocks_per_step
+from secateur.recovery.pair import Block, RecoveryText
 from secateur.recovery.weights import (
     autocasts,
     handed_over,
@@ -52,7 +54,6 @@ from secateur.recovery.weights import (
 from secateur.store import Store
 from secateur.stream.device import release_freed
 from secateur.stream.judge import Judge as LastJudge
-from secateur.stream.judge import Judgement
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.

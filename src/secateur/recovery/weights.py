@@ -4,6 +4,7 @@ In: a model and what a recipe or a launcher asks for. Out: a model to train; who
 """
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any, cast
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from secateur.errors import RecipeError
 from secateur.model.config import quiet_transformers
+from secateur.recipe import Training
 from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.offload import forget_weights
 
@@ -84,6 +86,12 @@ def prepare_weights(model: PreTrainedModel, train: str, *, float_all: bool) -> N
         parameter.requires_grad_(parameter not in frozen)
         if float_all or parameter not in frozen:  # not .float(): buffers keep their dtype
             parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
+
+
+def check_training(settings: Training, key: str) -> None:
+    """Raise RecipeError, naming the recipe's `key`, if what training needs is missing."""
+    if settings.train == "lora" and importlib.util.find_spec("peft") is None:
+        raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:

@@ -23,9 +23,9 @@ from secateur.report.rows import (
     note_rows,
     quality_and_size,
     verdict,
+    who_suffers,
 )
 from secateur.report.rows_measured import recovery_card
-from secateur.report.vocabulary import who_suffers
 
 TAGS = ("secateur", "pruned", "structured-pruning")
 NUM_WORST = 3  # domains named as those that suffered most
@@ -145,12 +145,7 @@ def _loading(summary: Summary) -> list[str]:
 
 
 def recovered_card(card: str | None, record: RecoveryRecord) -> str:
-    """Return the pruned model's card, or a new one, with a section on the recovery."""
+    """Return the pruned model's card, or a new one, with a section on the recovery before how it was made."""
     text = f"# {escaped(record.pruned)}, recovered by secateur\n" if card is None else card
-    return with_section(text, recovery_card(record))
-
-
-def with_section(card: str, section: str) -> str:
-    """Return the card with one section more, before how it was made."""
-    before, heading, after = card.partition("\n## How it was made\n")
-    return f"{before.rstrip()}\n\n{section}{heading}{after}"
+    before, heading, after = text.partition("\n## How it was made\n")
+    return f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}"

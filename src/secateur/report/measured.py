@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.facts import (
     Costs,
+    Judgement,
     Loss,
+    OwnAnswers,
     Record,
     Size,
     Trained,
@@ -19,8 +21,6 @@ from secateur.facts import (
     standard_error,
     won_back,
 )
-from secateur.stream.judge import Judgement
-from secateur.stream.own_answers import OwnAnswers
 
 RECOVERY_FILE = "recovery.json"
 
@@ -75,7 +75,7 @@ class TaskResults:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """A metric of a task, or a difference of two. `error`: the standard error, if it has one."""
+    """A metric of a task, or a difference of two. `error`: the standard error; None for groups and what is no mean."""
 
     value: float
     error: float | None
@@ -152,20 +152,12 @@ def mean_change(changes: Collection[Change]) -> Change:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskChange:
-    """Pruned minus dense. No error for groups and for metrics that are not means."""
-
-    difference: float
-    standard_error: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Differences:
     """Pruned minus dense, over the same documents or questions. None: not measured."""
 
     domains: dict[str, Change]
     wikitext2: Change | None = None
-    tasks: dict[str, dict[str, TaskChange]] | None = None
+    tasks: Scores | None = None
     other_text: Change | None = None
 
 
@@ -207,41 +199,39 @@ class Evaluation(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """Medians over repeats, and (lowest, highest). All tokens of a batch count.
-
-    `prefill`: prompt tokens/s up to the first new token. `decode`: new tokens/s after the first.
-    """
-
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    first_token_seconds: float
-    prefill_range: tuple[float, float]
-    decode_range: tuple[float, float]
-    first_token_range: tuple[float, float]
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """One model's speed over another's: the ratio within each repeat, median and extremes."""
+class Spread:
+    """Median and extremes over repeats: of a figure, or of one model's speed over another's within each repeat."""
 
     median: float
     lowest: float
     highest: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of a value per repeat."""
+        return cls(statistics.median(values), min(values), max(values))
+
     @property
     def is_told(self) -> bool:
-        """Whether all repeats agree which model is faster: 1 is not in the range."""
+        """Whether all repeats agree which model is faster: the ratio 1 is not in the range."""
         return not self.lowest <= 1 <= self.highest
 
-    def text(self) -> str:
-        """Return the ratio with its range; of one that is not told from 1 the range alone."""
+    def ratio_text(self) -> str:
+        """Return a ratio with its range; of one that is not told from 1 the range alone."""
         spread = f"({self.lowest:.2f} to {self.highest:.2f})"
         return f"{self.median:.2f}x {spread}" if self.is_told else f"{ALIKE} {spread}"
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second, of all of a batch, and seconds.
+
+    `prefill`: prompt tokens up to the first new token. `decode`: new tokens after the first.
+    """
+
+    prefill: Spread
+    decode: Spread
+    first_token_seconds: Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +258,7 @@ class ModelFigures:
 class SpeedUp:
     """Pruned over dense speed: measured, the ideal, and the share of the ideal."""
 
-    measured: Ratio
+    measured: Spread
     ideal: float
     share_of_ideal: float
 

@@ -25,10 +25,9 @@ from secateur.facts import Record
 from secateur.files import lies_in
 from secateur.log import Progress, silent
 from secateur.model.config import one_line, quiet_transformers
-from secateur.recipe_file import RECIPE_FILE, dump_recipe
-from secateur.report.card import card_data, unknown, with_metadata, with_section
+from secateur.recipe import RECIPE_FILE, dump_recipe
+from secateur.report.card import card_data, unknown, with_metadata
 from secateur.report.records import read_result
-from secateur.report.rows_measured import bench_card
 from secateur.result_directory import LATER_FILES, RESULT_FILE, read_digests, write_summary
 
 CARD = "README.md"
@@ -93,8 +92,6 @@ def push(
         stage = Path(scratch)
         _stage(directory, stage, digests)
         card = (directory / CARD).read_text(encoding="utf-8") if CARD in digests else ""
-        if files.bench is not None and files.bench.dense is not None:
-            card = with_section(card, bench_card(files.bench))
         _write(stage, CARD, with_metadata(card, data))
         _write(stage, RECIPE_FILE, dump_recipe(files.recipe, places=False))
         (stage / RESULT_FILE).unlink()

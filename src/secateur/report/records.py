@@ -6,18 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
-from secateur.facts import (
-    Ancestor,
-    Kind,
-    Loss,
-    Record,
-    Size,
-    geometric_mean_perplexity,
-    parse_json,
-)
+from secateur.facts import Ancestor, Kind, Loss, OwnAnswers, Record, Size, geometric_mean_perplexity, parse_json
 from secateur.log import LOG_FILE
-from secateur.recipe import Recipe
-from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
 from secateur.report.measured import (
     RECOVERY_FILE,
     BenchResult,
@@ -26,7 +17,6 @@ from secateur.report.measured import (
     RecoveryRecord,
 )
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, RESULT_FILE
-from secateur.stream.own_answers import OwnAnswers
 
 Losses = dict[str, Loss]
 
@@ -74,31 +64,14 @@ class GroupFacts:
     num_params: int
 
 
-@dataclass(frozen=True, slots=True)
-class InspectedVocabulary:
-    """A model's vocabulary. `num_params`: of all rows of embedding and head, tied ones once.
-
-    `used`: by domain, the distinct tokens of `num_counted` tokens of its text. `smallest`: the size
-    at which all of these stay; `params_freed`: by a trim to it; both None if no text was to be read.
-    `problem`: why it was not counted all the same.
-    """
-
-    num_tokens: int
-    num_params: int
-    used: dict[str, int] = field(default_factory=dict[str, int])
-    num_counted: dict[str, int] = field(default_factory=dict[str, int])
-    smallest: int | None = None
-    params_freed: int | None = None
-    problem: str | None = None
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class Inspection(Record):
     """A model's structure and the outcome of a recipe's `remove`.
 
     `remove_asked`, `remove_reached`, `largest_remove`: shares of all parameters. `groups`: over the
     unprotected layers that stay. `possible`, `impossible`: groups that the family has, and those it
-    cannot have, with the reason. `disk_bytes`: the most written. `files`: bytes of a GGUF file by type,
+    cannot have, with the reason. `disk_bytes`: the most written. `num_token_params`: of all rows of
+    embedding and head, tied ones once. `files`: bytes of a GGUF file by type,
     of the dense model and of the result, by the widths that `uniform` gives; where a run measures widths
     they are rounded, and the bytes are near. `files_problem`: why there are none, or what they leave out.
     """
@@ -124,7 +97,8 @@ class Inspection(Record):
     warnings: tuple[str, ...]
     possible: tuple[GroupFacts, ...]
     impossible: dict[str, str]
-    vocabulary: InspectedVocabulary
+    num_tokens: int
+    num_token_params: int
     files: dict[str, tuple[int, int]]
     files_problem: str | None
 

@@ -1,30 +1,221 @@
 """What people read of a result: `report.html`, one page that needs no network, and the card. In: its directory."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from secateur.data.blocks import NGRAM_TOKENS
 from secateur.errors import CheckpointError
+from secateur.facts import Trained
 from secateur.files import check_file, staged_file
 from secateur.log import human_bytes
-from secateur.recipe import Recipe
-from secateur.recipe_file import RECIPE_FILE, load_recipe, parse_recipe
-from secateur.report import sections
-from secateur.report.card import card_data, model_card, recovered_card, with_metadata
-from secateur.report.measured import ALIKE, Evaluation, RecoveryRecord
-from secateur.report.page import KeyFigure, Page, Section, render
-from secateur.report.records import ResultFiles, Summary, read_result, read_summary
-from secateur.report.rows import OTHER_TEXT, beside_verdict, caveats, verdict
+from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe, load_recipe, parse_recipe
+from secateur.report import rows_measured
+from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
+from secateur.report.measured import ALIKE, BenchResult, Evaluation, RecoveryRecord, Spread, mean_change
+from secateur.report.page import KeyFigure, Page, Section, Table, render
+from secateur.report.records import GroupStep, RemovedLayer, ResultFiles, Summary, read_result, read_summary
+from secateur.report.rows import (
+    OTHER_TEXT,
+    SIDES,
+    answer_rows,
+    answer_tables,
+    beside_verdict,
+    caveats,
+    figure_rows,
+    loss_changes,
+    loss_rows,
+    note_rows,
+    of_dense,
+    other_rows,
+    overlap_cell,
+    verdict,
+    vocabulary_tables,
+    who_suffers,
+)
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, RESULT_FILE, write_summary
 
 CARD_FILE = "README.md"
+
+SpeedFigures = tuple[str, float, float, Spread]
+
+
+def quality_section(files: ResultFiles) -> Section | None:
+    """Loss by domain, before and after; what training won back; what `secateur evaluate` measured."""
+    summary, changes = files.summary, loss_changes(files.summary)
+    text, tables = list[str](), list[Table]()
+    if changes:
+        unit = f"nats per token{of_dense(summary)}"
+        worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
+        about = "one standard error over the same documents"
+        if not any(each.standard_error for each in changes.values()):
+            about = "unknown, as there is one document alone"
+        text.append(
+            f"In {unit}; lower is better. Worst change on text like what it was trained on: {changes[worst].text()} "
+            f"on {worst}. ± is {about}."
+        )
+        first = [*answer_rows(summary.own_answers), *other_rows(summary.other_text)]
+        rises = [change.nats_per_token for change in (*changes.values(), mean_change(changes.values()))]
+        bars = [[max(0.0, rise) / max(*rises, 1e-9)] for rise in rises]
+        caption = f"{unit.capitalize()} (perplexity); bars: the difference"
+        rows = [*first, *loss_rows(summary)]
+        tables.append(Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(first) + 1)), *bars]))
+    if summary.polish is not None:
+        trained = _trained("The polish, on the text that guards it", summary.polish, "polished")
+        tables.append(trained)
+    if files.recovery is not None:
+        text.append(
+            f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page are of the model "
+            "before recovery, unless measured later."
+        )
+        tables.append(rows_measured.judged_table(files.recovery))
+        tables.append(_trained("The recovery, on the text that guards it", files.recovery, "recovered"))
+    if files.evaluation is not None:
+        text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
+        tables += [*rows_measured.text_tables(files.evaluation), rows_measured.task_table(files.evaluation)]
+    shown = [table for table in tables if table.rows]
+    return Section("quality", "Quality by domain", text, shown) if shown else None
+
+
+def _trained(caption: str, record: Trained, name: str) -> Table:
+    return rows_measured.verdict_table(record, f"{caption}: nats per token, KL to the dense model", name)
+
+
+def samples_section(files: ResultFiles) -> Section | None:
+    """What both models answer to the same prompts."""
+    tables = answer_tables(files.summary.own_answers)
+    text = "Both models answer the same prompts, always by the likeliest token."
+    return Section("samples", "Answers of both", (text,), tables=tables) if tables else None
+
+
+def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
+    """Return (phase, dense and pruned tokens/s, speed-up), if measured by `secateur bench`."""
+    bench = files.bench
+    if bench is None or bench.dense is None:
+        return []
+    before, after = bench.dense.speed, bench.pruned.speed
+    rates = {
+        "prefill": (before.prefill.median, after.prefill.median),
+        "decode": (before.decode.median, after.decode.median),
+    }
+    return [(phase, *rates[phase], up.measured) for phase, up in bench.speed_ups.items()]
+
+
+def speed_section(files: ResultFiles) -> Section:
+    """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
+    bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
+    if bench is None or bench.dense is None:
+        return Section("speed", "Size", tables=(sizes,))
+    tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
+    return Section("speed", "Speed and memory", text, tables)
+
+
+def _how_timed(bench: BenchResult) -> str:
+    work = bench.workload
+    return (
+        f"secateur bench: transformers on {bench.settings.device}, batch {work.batch}, {work.prompt_tokens} "
+        f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. "
+        "Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
+    )
+
+
+def removed_section(files: ResultFiles) -> Section | None:
+    """Which layers, units of every layer, and tokens went."""
+    text, tables = list[str](), list[Table]()
+    if files.removed_layers:
+        before, after = files.summary.num_layers
+        text.append(f"{before} layers → {after}; their table numbers layers as the dense model did.")
+        tables.append(_layer_table(files.removed_layers))
+    if files.steps:
+        groups = _counts(files.steps)
+        sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
+        shares = ", ".join(f"{kept / before:.1%} of {name}" for name, (before, kept) in sums.items())
+        text.append(f"Kept: {shares} units.")
+        rows, bars = list[tuple[str, ...]](), list[list[float]]()
+        # Layers may have different groups: experts in some, an MLP in others.
+        for layer in sorted({layer for units in groups.values() for layer in units}):
+            cells = ["{:,} → {:,}".format(*units[layer]) if layer in units else "" for units in groups.values()]
+            rows.append((f"layer {layer}", *cells))
+            bars.append(
+                [kept / before for before, kept in (units[layer] for units in groups.values() if layer in units)]
+            )
+        caption = "Units by layer, before → kept; bars: the share that stays"
+        tables.append(Table(caption, ("", *groups), rows, bars=bars))
+    if (facts := files.summary.vocabulary) is not None:
+        text.append(who_suffers(facts))
+        text += [f"Longest words lost: {', '.join(facts.longest_lost)}."] if facts.longest_lost else []
+        tables += vocabulary_tables(facts)
+    return Section("removed", "What went where", text, tables) if tables else None
+
+
+def _layer_table(layers: Sequence[RemovedLayer]) -> Table:
+    """Return the removed layers in the order chosen."""
+    measured = any(layer.kl is not None for layer in layers)
+    rows = []
+    for layer in sorted(layers, key=lambda layer: layer.chosen or layer.layer):
+        errors = [100 * error for error in (layer.error_after or {}).values()]
+        left = f"{sum(errors) / len(errors):.1f}%" if errors else "not patched"
+        choice = () if layer.kl is None else (str(layer.chosen), f"{layer.kl:.4f}")
+        rows.append((f"layer {layer.layer}", *choice, left))
+    header = ("", *(("chosen", "KL without it") if measured else ()), "missing after the patch")
+    return Table("Removed layers by choice" if measured else "Removed layers", header, rows)
+
+
+def _counts(steps: Sequence[GroupStep]) -> dict[str, dict[int, tuple[int, int]]]:
+    """Return units before the first round and kept by the last, by group and layer."""
+    before = {(step.group, step.layer): step.total for step in steps if step.round == 1}
+    last = max(step.round for step in steps)
+    groups: dict[str, dict[int, tuple[int, int]]] = {}
+    for step in sorted((step for step in steps if step.round == last), key=lambda step: step.layer):
+        groups.setdefault(step.group, {})[step.layer] = (before[step.group, step.layer], step.kept)
+    return groups
+
+
+def text_section(files: ResultFiles) -> Section:
+    """Which text, how much, and whether calibration saw held-out text."""
+    facts, domains = files.summary.calibration, files.recipe.calibration.domains
+    about = (
+        f"{sum(facts.num_tokens.values()):,} tokens to measure on, {sum(facts.num_held_out_tokens.values()):,} that "
+        f"guard the run and {sum(facts.num_judged_tokens.values()):,} that judge it, in blocks of "
+        f"{facts.sequence_length}. A text too short for both judges by what guards. Overlap: the share of the judging "
+        f"text's {NGRAM_TOKENS}-grams of tokens that the calibration text has too; boilerplate counts.",
+        f"SHA-256 of all token blocks: {facts.content_hash}",
+    )
+    rows = []
+    for name, num in facts.num_tokens.items():
+        counts = (num, facts.num_held_out_tokens[name], facts.num_judged_tokens[name])
+        overlap = overlap_cell(facts.held_out_overlap[name])
+        rows.append((name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name])))
+    header = ("domain", "tokens", "guard", "judge", "overlap", "source")
+    return Section("text", "Text", about, (Table("Text by domain", header, rows),))
+
+
+def repeat_section(files: ResultFiles) -> Section:
+    """The commands and the recipe that make the result again, and what the run was made with."""
+    summary = files.summary
+    lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
+    lines += [f"pip install transformers=={summary.versions['transformers']}"]
+    lines += [f"secateur prune {shlex.quote(summary.model)} OUT --recipe recipe.yaml"]
+    lines += ["", "# recipe.yaml, every default filled in", dump_recipe(files.recipe, places=False).strip()]
+    made = f"This run: {summary.command}" if summary.command else "This run: secateur.prune, from Python"
+    about = (
+        made,
+        "On the same machine with the same versions the weights come out the same to the byte; the calibration hash "
+        "tells whether the text is the same.",
+    )
+    rows = [*note_rows(summary), *summary.versions.items()]
+    table = Table("Cost, proof of reload, versions", (), rows, numbers=False, folded=True)
+    return Section("repeat", "How to repeat it", about, tables=(table,), code="\n".join(lines))
+
+
 # Each returns None where the run has nothing of what it is about.
 SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
-    sections.quality,
-    sections.samples,
-    sections.speed,
-    sections.removed,
-    sections.text,
-    sections.repeat,
+    quality_section,
+    samples_section,
+    speed_section,
+    removed_section,
+    text_section,
+    repeat_section,
 )
 
 
@@ -88,14 +279,14 @@ def report_page(files: ResultFiles) -> Page:
     """Return the report of one run."""
     summary = files.summary
     shown = [section for make in SECTIONS if (section := make(files)) is not None]
-    rates = sections.speed_figures(files)
+    rates = speed_figures(files)
     tasks = files.evaluation is not None and files.evaluation.pruned.tasks is not None
     beside = beside_verdict(summary, {phase: ratio for phase, _, _, ratio in rates}, asked_tasks=tasks)
     title = f"{summary.model}, pruned by secateur"
     return Page(title, f"{verdict(summary)}.", caveats(summary), key_figures(summary, rates), shown, beside)
 
 
-def key_figures(summary: Summary, rates: list[sections.SpeedFigures]) -> list[KeyFigure]:
+def key_figures(summary: Summary, rates: list[SpeedFigures]) -> list[KeyFigure]:
     """Return size, quality and speed, before and after."""
     dense, pruned = summary.dense_size, summary.pruned_size
     figures = [

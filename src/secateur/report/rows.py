@@ -10,13 +10,12 @@ from rich.console import Group
 from rich.jupyter import JupyterMixin
 from rich.text import Text
 
-from secateur.facts import NGRAM_TOKENS, Loss, geometric_mean_perplexity
+from secateur.data.blocks import NGRAM_TOKENS
+from secateur.facts import ANSWER_TOKENS, Loss, OwnAnswers, geometric_mean_perplexity
 from secateur.log import human_bytes
-from secateur.report.answers import answer_note, answer_rows
-from secateur.report.measured import ALIKE, Change, Ratio, change, mean_change
+from secateur.report.measured import ALIKE, Change, Spread, change, mean_change
 from secateur.report.page import Table
-from secateur.report.records import Inspection, Summary
-from secateur.report.vocabulary import of_dense, vocabulary_cell, vocabulary_notes
+from secateur.report.records import Inspection, Summary, VocabularyFacts
 
 SIDES = ("dense", "pruned", "difference")
 # Warn of a larger share of common n-grams.
@@ -112,7 +111,9 @@ def _times(nats: float) -> str:
     return f"x{math.exp(nats):.2f}" if nats < LARGEST_RATIO else "x1000+"
 
 
-def beside_verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = None, *, asked_tasks: bool = False) -> str:
+def beside_verdict(
+    summary: Summary, speed_ups: Mapping[str, Spread] | None = None, *, asked_tasks: bool = False
+) -> str:
     """Say what other text cost, how much faster the model is, and what was not measured.
 
     `speed_ups`: by phase, if `secateur bench` has measured them. `asked_tasks`: whether `evaluate` has.
@@ -130,7 +131,7 @@ def beside_verdict(summary: Summary, speed_ups: Mapping[str, Ratio] | None = Non
     return " ".join([*sentences, f"Not measured: {', '.join(unknown)}."])
 
 
-def faster(phase: str, ratio: Ratio) -> str:
+def faster(phase: str, ratio: Spread) -> str:
     """Say how much faster a phase runs, with the range over repeats, or that it is not told."""
     spread = f"({ratio.lowest:.2f} to {ratio.highest:.2f})"
     if not ratio.is_told:
@@ -308,7 +309,8 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"{choosing}{polish}; the interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
-    yield "vocabulary", vocabulary_cell(inspection)
+    of_tokens = f"{inspection.num_token_params / size.num_params:.1%} of all parameters"
+    yield "vocabulary", f"{inspection.num_tokens:,} tokens, {of_tokens}"
     yield from _possible_groups(inspection)
     for warning in inspection.warnings:
         yield "note", warning
@@ -323,3 +325,111 @@ def _possible_groups(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "could also go", f"{group.name}: {size}, {group.num_params:,} parameters"
     for name, reason in inspection.impossible.items():
         yield "cannot go", f"{name}: {reason}"
+
+
+def lost_cell(answers: OwnAnswers) -> str:
+    """Return the nats lost per token with their error over prompts."""
+    return f"{answers.nats_lost:+.3f} ± {answers.standard_error:.3f}"
+
+
+def answer_rows(answers: OwnAnswers | None) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (label, dense, pruned, difference) on the dense model's own answers."""
+    if answers is None:
+        return
+    yield "own answers, nats/token", f"{answers.dense_nats:.3f}", f"{answers.nats:.3f}", lost_cell(answers)
+    yield "same first choice there", "all", f"{answers.same_first:.1%}", ""
+    for label, (before, after) in (("answers that end", answers.ended), ("repeats itself", answers.repeated)):
+        yield label, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
+
+
+def answer_tables(answers: OwnAnswers | None) -> list[Table]:
+    """Return the answers of both models to a few prompts, side by side."""
+    if answers is None:
+        return []
+    return [
+        Table(pair.prompt, (), [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))], numbers=False)
+        for pair in answers.shown
+    ]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
+
+
+def answer_note(answers: OwnAnswers | None) -> Iterator[tuple[str, str]]:
+    """Yield of which text the figures on answers are."""
+    if answers is not None:
+        yield (
+            "own answers",
+            f"the dense model's, greedy, up to {ANSWER_TOKENS} tokens, {answers.num_tokens:,} in all, to "
+            f"{answers.num_prompts} prompts that come with secateur; ± is one standard error over prompts",
+        )
+
+
+# Scripts of fewer tokens are not named, nor more than so many of those that lose most.
+LEAST_TOKENS, MOST_SCRIPTS = 16, 5
+
+TokenCounts = Mapping[str, tuple[int, int]]
+
+
+def growth(before: int, after: int) -> float:
+    """Return the share of tokens that the same text takes more."""
+    return after / before - 1 if before else 0.0
+
+
+def of_dense(summary: Summary) -> str:
+    """Return which tokens losses are counted per, if not simply the model's own."""
+    return "" if summary.vocabulary is None else " of the dense tokenizer"
+
+
+def who_suffers(facts: VocabularyFacts) -> str:
+    """Say what the trim costs the run's own domains, and which scripts lose most of their tokens."""
+    before, after = (sum(column) for column in zip(*facts.by_domain.values(), strict=True))
+    lost = [cut - dense for dense, cut in facts.nats.values()]
+    own = f"takes {growth(before, after):.1%} more tokens"
+    if lost:
+        own += f" and loses {sum(lost) / len(lost):.2f} nats per token by it"
+    scripts = ", ".join(f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(facts))
+    worse = f" What is written in these scripts is predicted worse: {scripts} stay." if scripts else ""
+    return (
+        f"The vocabulary was trimmed from {facts.num_before:,} to {facts.num_after:,} tokens. Held-out text of the "
+        f"run's own domains {own}.{worse}"
+    )
+
+
+def _worst(facts: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
+    """Return the scripts that lose the largest share of their tokens, and these before and behind it."""
+    lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
+    return [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
+
+
+def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
+    """Yield what a trim does to text: more tokens and nats by domain, scripts that lose most."""
+    yield "text growth", f"{_growths(facts.by_domain, 1)} more tokens for the same held-out text"
+    if facts.nats:
+        more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in facts.nats.items())
+        told = "" if facts.foretold is None else f"; {facts.foretold:.3f} were foretold"
+        yield "trim alone", f"{more} nats per token of the dense tokenizer{told}"
+    if scripts := _worst(facts):
+        yield "scripts", f"tokens that stay: {', '.join(f'{name} {b:,} of {a:,}' for name, (a, b) in scripts)}"
+
+
+def _growths(counts: TokenCounts, digits: int) -> str:
+    return ", ".join(f"{name} {growth(*pair):+.{digits}%}" for name, pair in counts.items())
+
+
+def vocabulary_tables(facts: VocabularyFacts) -> list[Table]:
+    """Return tokens and nats of the same text by domain, before and after a trim."""
+    header = ("domain", "dense", "without tokens", "change")
+    rows = [(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}") for name, (a, b) in facts.nats.items()]
+    return [
+        _counted("Tokens of the same held-out text", "domain", facts.by_domain),
+        Table("Nats per dense token of held-out text, by the trim alone", header, rows),
+    ]
+
+
+def _counted(caption: str, what: str, counts: TokenCounts) -> Table:
+    rows = [
+        (name, f"{before:,}", f"{after:,}", f"{growth(before, after):+.1%}") for name, (before, after) in counts.items()
+    ]
+    return Table(caption, (what, "dense", "pruned", "change"), rows)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 from secateur.facts import Trained, Verdict, mean_kl, mean_nats
 from secateur.log import human_bytes
-from secateur.report.answers import answer_rows, lost_cell
 from secateur.report.measured import (
     BenchResult,
     Change,
@@ -13,12 +12,12 @@ from secateur.report.measured import (
     ModelFigures,
     Quality,
     RecoveryRecord,
-    TaskScore,
+    Spread,
     change,
     plus_minus,
 )
 from secateur.report.page import Table
-from secateur.report.rows import OTHER_TEXT, Tables, code, escaped, markdown, terminal
+from secateur.report.rows import OTHER_TEXT, Tables, answer_rows, code, escaped, lost_cell, markdown, terminal
 
 Row = tuple[str, ...]
 
@@ -51,8 +50,7 @@ def task_table(evaluation: Evaluation) -> Table:
         for metric in by_metric:
             cells = [of[task][metric].text() for of in scores]
             if changes is not None:
-                change = changes[task][metric]
-                cells.append(TaskScore(change.difference, change.standard_error).text("+"))
+                cells.append(changes[task][metric].text("+"))
             rows.append((task_label(task, metric), *cells))
     columns = (*_models(evaluation), *(["difference"] if changes is not None else []))
     return Table("score ± standard error", ("task", *columns), rows)
@@ -124,31 +122,23 @@ def bench_tables(result: BenchResult) -> list[Table]:
     speed_ups = []
     for label, found in result.speed_ups.items():
         share = f"{found.share_of_ideal:.0%}" if found.measured.is_told else ""
-        speed_ups.append((label, found.measured.text(), f"{found.ideal:.2f}x", share))
+        speed_ups.append((label, found.measured.ratio_text(), f"{found.ideal:.2f}x", share))
     return [
         Table(caption, ("median (lowest to highest)", *models), figures),
         Table("speed-up, median and range of the repeats' ratios", ("", "measured", "ideal", "of ideal"), speed_ups),
     ]
 
 
-def bench_card(result: BenchResult) -> str:
-    """Return the model card's section on the speed-up, in Markdown."""
-    figures, speed_ups = bench_tables(result)
-    about = f"{_run(result)}, {figures.caption}, {result.workload.repeats} repeats in turns with the dense model."
-    lines = ["## Speed", "", escaped(f"Times the dense model's speed: {about}"), "", *markdown(speed_ups), ""]
-    return "\n".join([*lines, *(f"- {escaped(note)}" for note in result.notes)]).rstrip() + "\n"
-
-
-def _spread(median: float, extremes: tuple[float, float], digits: int = 1) -> str:
-    digits = 0 if median >= 100 else digits  # or two models' numbers are wider than 80 columns
-    low, middle, high = (f"{value:,.{digits}f}" for value in (extremes[0], median, extremes[1]))
+def _spread(figure: Spread, digits: int = 1) -> str:
+    digits = 0 if figure.median >= 100 else digits  # or two models' numbers are wider than 80 columns
+    low, middle, high = (f"{value:,.{digits}f}" for value in (figure.lowest, figure.median, figure.highest))
     return f"{middle} ({low} to {high})"
 
 
 _ROWS: dict[str, Callable[[ModelFigures], str]] = {
-    "prefill, tokens/s": lambda each: _spread(each.speed.prefill_tokens_per_second, each.speed.prefill_range),
-    "decode, tokens/s": lambda each: _spread(each.speed.decode_tokens_per_second, each.speed.decode_range),
-    "first token, s": lambda each: _spread(each.speed.first_token_seconds, each.speed.first_token_range, 3),
+    "prefill, tokens/s": lambda each: _spread(each.speed.prefill),
+    "decode, tokens/s": lambda each: _spread(each.speed.decode),
+    "first token, s": lambda each: _spread(each.speed.first_token_seconds, 3),
     "parameters": lambda each: f"{each.size.num_params:,}",
     "weights": lambda each: human_bytes(each.size.num_bytes),
     "peak memory": lambda each: human_bytes(each.peak_bytes),

@@ -1,27 +1,187 @@
 """What judges models: the one judge of `prune`, `evaluate` and `recover`.
 
-In: text by domain; the dense model, then what was pruned from it. Out: the `Judgement` on each: on the
-dense model's own answers, on text of other sources, and by domain on text like what a run learnt by.
+In: text by domain, prompts that no run learns by; the dense model, then what was pruned from it. Out: the
+`Judgement` on each: on the dense model's own answers, on text of other sources, and by domain on text
+like what a run learnt by. The dense model answers greedily, so each token of an answer is also its first
+choice there: where the pruned model's first choice is the same token, both would go on alike.
+
+P prompts, A tokens of an answer, T tokens of a conversation, D hidden size.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.data.answers import Speaker
-from secateur.data.blocks import Text, blocks_of
-from secateur.data.other_text import other_documents, other_text
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from secateur.data.answers import Conversation, Speaker, greedy_answers, in_tokens_of
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.data.retokenised import retokenised
-from secateur.facts import Loss
+from secateur.data.shipped import other_text, shipped
+from secateur.errors import NumericsError
+from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
 from secateur.log import Progress, silent
-from secateur.model.bind import Arch
+from secateur.model.bind import Arch, head_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
 from secateur.model.modules import CausalLM
+from secateur.ranks import from_first
 from secateur.store import Store
-from secateur.stream.losses import domain_losses, predicted_tokens
-from secateur.stream.own_answers import ANSWER_TOKENS, AnswerSheet, OwnAnswers, ask, judge, judging_prompts
+from secateur.stream.losses import HEAD_POSITIONS, domain_losses, head_inputs, predicted_tokens
+
+# A text that says the same four tokens again repeats itself.
+REPEATED_TOKENS = 4
+# Prompts whose two answers are shown side by side.
+NUM_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSheet:
+    """The dense model's answers, and its nats for each of them."""
+
+    prompts: tuple[str, ...]
+    conversations: tuple[Conversation, ...]
+    nats_P: Float[Tensor, " P"]
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the prompts as JSON has it."""
+        return {
+            "ids": [each.ids_T.tolist() for each in self.conversations],
+            "num_prompt": [each.num_prompt for each in self.conversations],
+            "nats": self.nats_P.tolist(),
+        }
+
+    @classmethod
+    def of(cls, prompts: tuple[str, ...], plain: dict[str, Any]) -> "AnswerSheet":
+        """Return the sheet of what `plain` gave."""
+        pairs = zip(plain["ids"], plain["num_prompt"], strict=True)
+        conversations = tuple(Conversation(ids_T=torch.tensor(ids), num_prompt=number) for ids, number in pairs)
+        nats_P = torch.tensor(plain["nats"], dtype=torch.float64)
+        return cls(prompts=prompts, conversations=conversations, nats_P=nats_P)
+
+
+def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress = silent) -> AnswerSheet:
+    """Return what the dense model answers to the prompts, and its nats for that.
+
+    All ranks call this, and the first one writes. Raises NumericsError if a logit is not finite.
+    """
+    conversations = from_first(lambda: greedy_answers(speaker, prompts, ANSWER_TOKENS, "ask the dense model", progress))
+    nats_P, _ = _nats(speaker, conversations, "dense on its answers", progress)
+    return AnswerSheet(prompts=tuple(prompts), conversations=tuple(conversations), nats_P=nats_P)
+
+
+def judge(
+    speaker: Speaker,
+    sheet: AnswerSheet,
+    dense_tokenizer: Tokenizer,
+    progress: Progress = silent,
+) -> OwnAnswers:
+    """Return how the pruned model, `speaker`, stands to the dense one on the sheet's answers.
+
+    With nats n_p and m_p of prompt p's answer by the pruned and by the dense model, and a_p tokens of
+    it, nats lost are r = sum_p (n_p - m_p) / sum_p a_p. Their variance is that of a ratio,
+    P / (P - 1) sum_p (n_p - m_p - r a_p)^2 / (sum_p a_p)^2.
+
+    `dense_tokenizer`: the sheet's, of which the speaker's may be a trim; nats are then of the same
+    text in the trimmed tokens, per token of the dense tokenizer.
+
+    Raises NumericsError if a logit is not finite.
+    """
+    # The same text in the pruned model's tokens.
+    own = list(sheet.conversations)
+    if speaker.tokenizer is not dense_tokenizer:
+        own = [*map(in_tokens_of(dense_tokenizer, speaker.tokenizer), own)]
+    nats_P, same_first = _nats(speaker, own, "pruned on the dense model's answers", progress)
+
+    # Per token of the dense tokenizer; the spread is that over prompts.
+    tokens_P = torch.tensor([len(each.ids_T) - each.num_prompt for each in sheet.conversations], dtype=torch.float64)
+    lost_P = nats_P - sheet.nats_P
+    lost = lost_P.sum() / tokens_P.sum()
+    deviation = (lost_P - lost * tokens_P).square().sum().sqrt() / tokens_P.sum()
+    num_prompts = len(sheet.prompts)
+
+    # What the pruned model answers by itself.
+    written = from_first(
+        lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress)
+    )
+    pairs = list(zip(sheet.prompts, sheet.conversations, written, strict=True))[:NUM_SHOWN]
+    return OwnAnswers(
+        num_prompts=num_prompts,
+        num_tokens=int(tokens_P.sum()),
+        dense_nats=float(sheet.nats_P.sum() / tokens_P.sum()),
+        nats=float(nats_P.sum() / tokens_P.sum()),
+        standard_error=float(deviation) * math.sqrt(num_prompts / max(num_prompts - 1, 1)),
+        same_first=same_first,
+        ended=(_ended(sheet.conversations), _ended(written)),
+        repeated=(_repeated(sheet.conversations), _repeated(written)),
+        shown=tuple(
+            AnswerPair(prompt=prompt, dense=_text(dense, dense_tokenizer), pruned=_text(pruned, speaker.tokenizer))
+            for prompt, dense, pruned in pairs
+        ),
+    )
+
+
+def _nats(
+    speaker: Speaker, conversations: Sequence[Conversation], stage: str, progress: Progress
+) -> tuple[Float[Tensor, " P"], float]:
+    """Return the nats of each answer, and the share of all their tokens that are the model's first choice."""
+    model, arch, num_words = speaker.model, speaker.arch, len(speaker.tokenizer)
+    head, nats, num_same, num_tokens = head_of(model, arch), list[float](), 0, 0
+    text = [Block(each.ids_T, torch.zeros_like(each.ids_T)) for each in conversations]
+    states = head_inputs(model, arch, text, progress, stage)
+    for states_PD, each in zip(states, conversations, strict=True):
+        # State t predicts token t + 1.
+        answer_A = each.ids_T[each.num_prompt :]
+        losses_A, same_A = _losses(states_PD[each.num_prompt - 1 :], head, answer_A, num_words)
+        # Some devices have no float64.
+        nats.append(float(losses_A.cpu().double().sum()))
+        num_same += int(same_A.sum())
+        num_tokens += len(answer_A)
+    nats_P = torch.tensor(nats, dtype=torch.float64)
+    if not bool(nats_P.isfinite().all()):
+        raise NumericsError(f"{stage}: a loss is not finite; the model gives no finite logits.")
+    return nats_P, num_same / num_tokens
+
+
+@torch.inference_mode()
+def _losses(states_AD: Tensor, head: nn.Module, answer_A: Int64[Tensor, " A"], num_words: int) -> tuple[Tensor, Tensor]:
+    """Return -log p of each token, and whether it is the first choice, a slice of logits at a time.
+
+    `num_words`: of the tokenizer, in which an answer is written; a model may have rows beyond them.
+    """
+    device = next(head.parameters()).device
+    losses, same = [], []
+    for states_SD, ids_S in zip(states_AD.split(HEAD_POSITIONS), answer_A.split(HEAD_POSITIONS), strict=True):
+        logits_SV = head(states_SD.to(device)).float()
+        ids_S = ids_S.to(device)
+        losses.append(nn.functional.cross_entropy(logits_SV, ids_S, reduction="none"))
+        same.append(logits_SV[:, :num_words].argmax(dim=-1) == ids_S)
+    return torch.cat(losses), torch.cat(same)
+
+
+def _ended(conversations: Sequence[Conversation]) -> float:
+    """Return the share of answers that are shorter than they might be: these ended by themselves."""
+    return sum(len(each.ids_T) - each.num_prompt < ANSWER_TOKENS for each in conversations) / len(conversations)
+
+
+def _repeated(conversations: Sequence[Conversation]) -> float:
+    """Return the share of the answers' runs of `REPEATED_TOKENS` tokens that the answer had before."""
+    num_runs = num_repeated = 0
+    for each in conversations:
+        ids = each.ids_T[each.num_prompt :].tolist()
+        runs = [tuple(ids[start : start + REPEATED_TOKENS]) for start in range(len(ids) - REPEATED_TOKENS + 1)]
+        num_runs += len(runs)
+        num_repeated += len(runs) - len(set(runs))
+    return num_repeated / max(num_runs, 1)
+
+
+def _text(each: Conversation, tokenizer: Tokenizer) -> str:
+    return str(tokenizer.decode(each.ids_T[each.num_prompt :], skip_special_tokens=True)).strip()
+
 
 # Among the texts by their names; no domain's name ends with a space.
 OTHER = "other text "
@@ -46,19 +206,6 @@ class ToJudge:
         return Speaker(model=model, arch=arch, tokenizer=tokenizer, seed="", length=self.length)
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What a model lost, in nats per token of the dense tokenizer.
-
-    `domains`: on text of the kinds that the run learnt by. `other`: on text of other sources.
-    `answers`: on the dense model's own; None for that model, and where it was not asked.
-    """
-
-    domains: dict[str, Loss]
-    other: Loss
-    answers: OwnAnswers | None = None
-
-
 class Judge:
     """Judges models by the same text and answers; ranks share the work, and all get the figures.
 
@@ -77,7 +224,7 @@ class Judge:
         trim: Trim | None = None,
         share: float = 1.0,
     ) -> None:
-        documents = _first(other_documents(), share, least=2)
+        documents = _first(shipped("other_text.yaml"), share, least=2)
         self.text: Mapping[str, Text] = {**text, OTHER: other_text(documents, tokenizer, config)}
         self.dense_text, self.tokenizer, self.dense_tokenizer = self.text, tokenizer, tokenizer
         self.num_tokens: dict[str, dict[int, int]] | None = None
@@ -95,7 +242,7 @@ class Judge:
         """
         losses = self._losses(model, self.dense_text, None)
         if asks and self.dense_tokenizer.chat_template is not None:
-            prompts = _first(judging_prompts(), self._share, least=1)
+            prompts = _first(shipped("prompts.yaml"), self._share, least=1)
             plain = self._kept(
                 f"answers of {model.which}",
                 lambda: ask(model.speaker(self.dense_tokenizer), prompts, self._progress).plain(),

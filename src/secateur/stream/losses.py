@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from secateur.data.blocks import Block, Text, blocks_of
 from secateur.errors import NumericsError
-from secateur.facts import Batch, Divergence, Loss, standard_error
+from secateur.facts import Divergence, Loss, standard_error
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, decoder_layers, head_of
 from secateur.ranks import size, spread
 from secateur.stream.device import release_freed
-from secateur.stream.walk import Walk, forwards_replaced
+from secateur.stream.walk import Batch, Walk, forwards_replaced
 
 T = TypeVar("T")
 

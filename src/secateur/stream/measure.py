@@ -11,7 +11,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.facts import Batch
 from secateur.model.group import Group, linear
 from secateur.stream.statistics import (
     BY_DOMAIN,
@@ -26,7 +25,7 @@ from secateur.stream.statistics import (
     pool,
     removal_errors,
 )
-from secateur.stream.walk import Walk
+from secateur.stream.walk import Batch, Walk
 
 NUM_STEPS = 5
 STEP_SIZE = 0.5

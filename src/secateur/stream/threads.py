@@ -13,10 +13,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from secateur.facts import Batch
 from secateur.model.bind import Arch
 from secateur.store import Services
-from secateur.stream.walk import CPU_BATCH_TOKENS, Walk
+from secateur.stream.walk import CPU_BATCH_TOKENS, Batch, Walk
 
 # The user's own number, which stands.
 VARIABLE = "OMP_NUM_THREADS"

@@ -9,12 +9,12 @@ Letters: B blocks of a batch, T tokens of a block, D hidden size.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.facts import Arguments, Batch
 from secateur.model.bind import Arch, decoder_layers
 from secateur.stream.device import release_freed
 from secateur.stream.offload import fetch, settle
@@ -23,6 +23,42 @@ from secateur.stream.offload import fetch, settle
 CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
 # Layer removals that one walk measures together; more would often be wasted.
 LAYERS_AT_ONCE = 4
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Blocks of one domain. `held_out`: for the guard and the evaluation, never for statistics.
+
+    `first_block`: the number of its first block in the domain; a rank has only some blocks.
+    `counted_BT`: which tokens count, others give context alone; None: all. A position counts if the
+    token that it predicts does, and a block's last one if its own token does.
+    """
+
+    domain: str
+    held_out: bool
+    ids_BT: Tensor
+    first_block: int = 0
+    counted_BT: Tensor | None = None
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Return the rows of (..., T, X) values at the positions that count, P x X.
+
+        Values that stand for all tokens several times over, as of every expert, keep their order.
+        """
+        rows_TX = values.flatten(0, -2)
+        if self.counted_BT is None:
+            return rows_TX
+        predicts_BT = torch.cat([self.counted_BT[:, 1:], self.counted_BT[:, -1:]], dim=1)
+        counted_T = predicts_BT.flatten().to(rows_TX.device)
+        return rows_TX[counted_T.repeat(len(rows_TX) // len(counted_T))]
+
+    @property
+    def num_predicted(self) -> int:
+        """The predicted tokens that count: without a mask all but each block's first."""
+        return self.ids_BT[:, 1:].numel() if self.counted_BT is None else int(self.counted_BT[:, 1:].sum())
 
 
 def make_batches(
