@@ -9,8 +9,9 @@ demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, with
 	$(BIN)/secateur demo demo-out --overwrite
 
 # One thread a process (tests/conftest.py), so that two processes do not wait for each other; a file's tests share what
-# they make. Ten gigabytes of memory are enough for eight.
-IN_PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+# they make. Ten gigabytes of memory are enough for eight. Files come in their order: by the number of their tests, as
+# xdist has it, files of one long test would be last, and one process would wait for another.
+IN_PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: .venv/dev.installed  ## the default tests: no network, no GPU, ten minutes on two cores
 	$(BIN)/python -m pytest $(IN_PARALLEL)
