@@ -77,7 +77,7 @@ def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe,
 
 
 def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
-    model = tiny_llama(num_layers=20)
+    model = tiny_llama(num_layers=40)
     model.save_pretrained(tmp_path / "deep")
     tiny_tokenizer().save_pretrained(tmp_path / "deep")
     asked = {**recipe, "remove": 0.3, "groups": ["ffn"]}
