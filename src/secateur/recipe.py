@@ -40,16 +40,15 @@ class Strict(BaseModel):
 class Training(Strict):
     """End-to-end training, until the model predicts more like the dense one.
 
-    learning_rate: the highest; a tenth of the steps leads up to it, a cosine down. None: 0.001
-    times the root mean square of the layers' matrices in a polish, 0.0005 times in `recover`, and
-    ten times as much for `lora`. batch_tokens: per optimizer step, over all processes.
-    blocks_per_device: per forward pass. kl_share: the part of the loss that is KL to the dense
-    model's predictions; the rest is cross-entropy. 0: no teacher. train: all weights but embedding
-    and head (`layers`), all weights (`full`), or low-rank additions that are merged at the end
-    (`lora`, needs secateur[recover]). lora_rank: of these. gradient_checkpointing: computes
-    activations again in place of storing them. evaluations: number of
-    held-out ones on the way, beside those before and after; the weights of the least loss stay.
-    patience: stop after so many without a fall.
+    learning_rate: the highest; a tenth of the steps leads up to it, a cosine down. None: 0.0005
+    times the root mean square of the layers' matrices, and ten times as much for `lora`.
+    batch_tokens: per optimizer step, over all processes. blocks_per_device: per forward pass.
+    kl_share: the part of the loss that is KL to the dense model's predictions; the rest is
+    cross-entropy. 0: no teacher. train: all weights but embedding and head (`layers`), all
+    weights (`full`), or low-rank additions that are merged at the end (`lora`, needs
+    secateur[recover]). lora_rank: of these. gradient_checkpointing: computes activations again
+    in place of storing them. evaluations: number of held-out ones on the way, beside those
+    before and after; the weights of the least loss stay.
     """
 
     learning_rate: Positive | None = None
@@ -60,7 +59,6 @@ class Training(Strict):
     lora_rank: Count = 16
     gradient_checkpointing: bool = False
     evaluations: Annotated[int, Field(ge=0)] = 4
-    patience: Count = 2
 
 
 class PolishSettings(Training):

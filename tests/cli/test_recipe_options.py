@@ -50,8 +50,8 @@ def test_the_same_keys_for_inspect_and_recover(checkpoints, recipe_file):
     assert shown.status == 0, shown.stderr
     told = json.loads(shown.stdout)
     assert [group["name"] for group in told["groups"]] == ["kv_heads"] and told["remove_asked"] == 0.05
-    refused = run_cli("recover", "pruned", "--teacher", "dense", "--out", "o", "--set", "recover.patience=0")
-    assert refused.status == 2 and refused.stderr.startswith("secateur: --set: recover.patience: ")
+    refused = run_cli("recover", "pruned", "--teacher", "dense", "--out", "o", "--set", "recover.lora_rank=0")
+    assert refused.status == 2 and refused.stderr.startswith("secateur: --set: recover.lora_rank: ")
 
 
 def test_values_of_set_are_yaml():

@@ -48,7 +48,6 @@ def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
     assert found.load_best_model_at_end and found.metric_for_best_model == "eval_objective"
     assert found.greater_is_better is False and found.seed == 7 and found.bf16 is False
     assert found.train_sampling_strategy == "sequential"
-    assert found.restore_callback_states_from_checkpoint
     assert arguments_of(tmp_path, 5).warmup_steps == 1
     assert arguments_of(tmp_path, 1).warmup_steps == 0, "the first step of a warm-up has a rate of 0"
     assert arguments_of(tmp_path, 8, evaluations=4).eval_steps == 2

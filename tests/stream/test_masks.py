@@ -167,8 +167,11 @@ def test_a_loss_is_the_mean_over_the_tokens_that_count() -> None:
     assert found.num_tokens == len(nats) and found.nats_per_token == pytest.approx(float(nats.mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize("shares", [(1.0, 0.5, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0)])
-def test_training_minimises_the_mean_over_blocks_of_what_counts_in_each(shares: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("kl_share", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("answers", [(True, False, False, True), (True,) * 4])
+def test_training_minimises_the_mean_over_blocks_of_what_counts_in_each(
+    answers: tuple[bool, ...], kl_share: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     states, dense = (torch.randn(4 * (LENGTH - 1), 12, generator=generator) for _ in range(2))
     head = nn.Linear(12, 30, bias=False)
@@ -179,14 +182,17 @@ def test_training_minimises_the_mean_over_blocks_of_what_counts_in_each(shares: 
     own = states.double().requires_grad_()
     log_q, log_p = (own @ weight.T).log_softmax(-1), (dense.double() @ head.weight.detach().double().T).log_softmax(-1)
     kl_NP = (log_p.exp() * (log_p - log_q)).sum(-1).view(4, -1)
+    reverse_NP = (log_q.exp() * (log_q - log_p)).sum(-1).view(4, -1)
     nats_NP = -log_q.view(4, LENGTH - 1, 30).gather(2, ids_NT[:, 1:, None])[..., 0]
-    blocks = [(share * kl_NP[n] + (1 - share) * nats_NP[n])[mask_NT[n, 1:]].mean() for n, share in enumerate(shares)]
-    expected = torch.stack(blocks).mean()
+    of_text_NP = kl_share * kl_NP + (1 - kl_share) * nats_NP
+    of_answers_NP = reverse_NP if kl_share > 0 else nats_NP
+    blocks = [(of_answers_NP if is_answer else of_text_NP)[n] for n, is_answer in enumerate(answers)]
+    expected = torch.stack([block[mask_NT[n, 1:]].mean() for n, block in enumerate(blocks)]).mean()
     expected.backward()
 
     ours = states.clone().requires_grad_()
     teacher = dense, copy.deepcopy(head).requires_grad_(False)
-    loss = masked_loss(ours, head, ids_NT, teacher, mask_NT, torch.tensor(shares))
+    loss = masked_loss(ours, head, ids_NT, teacher, mask_NT, torch.tensor(answers), kl_share=kl_share)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert ours.grad is not None and own.grad is not None and head.weight.grad is not None
@@ -199,5 +205,7 @@ def test_a_mask_of_ones_trains_as_none() -> None:
     states, dense = torch.randn(4 * (LENGTH - 1), 12), torch.randn(4 * (LENGTH - 1), 12)
     head, ids_NT = nn.Linear(12, 30, bias=False), torch.randint(30, (4, LENGTH))
     plain = distillation_loss(states, head, ids_NT[:, 1:].flatten(), (dense, head), kl_share=0.5)
-    masked = masked_loss(states, head, ids_NT, (dense, head), masks(ones=True), torch.full((4,), 0.5))
+    masked = masked_loss(
+        states, head, ids_NT, (dense, head), masks(ones=True), torch.zeros(4, dtype=torch.bool), kl_share=0.5
+    )
     torch.testing.assert_close(plain, masked, rtol=1e-6, atol=0)

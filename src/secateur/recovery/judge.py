@@ -99,21 +99,18 @@ def objective(
     answers: Collection[str] = (),
     before: Verdicts | None = None,
 ) -> float:
-    """Return what training minimises: kl_share * KL + (1 - kl_share) * nats per token, means.
+    """Return what judges a training: kl_share * KL + (1 - kl_share) * nats per token, means.
 
-    `answers`: domains of what the dense model says, whose target is its distribution: KL alone, where
-    `kl_share` is not 0. Infinite without verdicts, and if a model is further from the dense one on
-    these than it was `before`.
+    `answers`: domains of what the dense model says: KL alone, where `kl_share` is not 0. It is
+    KL(dense || model) there, too, where training minimises the reverse, so that a model which only
+    grows surer does not pass. Infinite without verdicts, and if a model is further from the dense one
+    on answers than it was `before`.
     """
     if verdicts is None:
         return math.inf
     if before is not None and any(verdicts[name].kl > before[name].kl for name in answers):
         return math.inf
-    shares = {name: share_for(kl_share, is_answer=name in answers) for name in verdicts}
+    whole = answers if kl_share > 0 else ()
+    shares = {name: 1.0 if name in whole else kl_share for name in verdicts}
     values = [shares[name] * each.kl + (1 - shares[name]) * each.nats_per_token for name, each in verdicts.items()]
     return sum(values) / len(values)
-
-
-def share_for(kl_share: float, *, is_answer: bool) -> float:
-    """Return the part of the loss that is KL: of answers all, unless there is no teacher."""
-    return 1.0 if is_answer and kl_share > 0 else kl_share

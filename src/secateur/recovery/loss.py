@@ -30,16 +30,19 @@ def distillation_loss(
     teacher: Teacher | None,
     *,
     kl_share: float = 1.0,
+    reverse: bool = False,
 ) -> Float[Tensor, ""]:
     """Return mean_P of s * KL(p || q) - (1 - s) * log q(next), in nats.
 
     s: `kl_share`; q = softmax(head(states)); p: the same of `teacher`, which gets no gradient.
-    `teacher` None: plain cross-entropy.
+    `reverse`: KL(q || p) in place of KL(p || q). `teacher` None: plain cross-entropy.
 
-    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2, at a temperature of 1.
+    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2, at a temperature of 1; reversed: Gu et
+    al., arXiv 2306.08543, section 2.1, of each token's distribution.
     """
     share = 0.0 if teacher is None else kl_share
-    return _Distillation.apply(states_PD, head, next_P, teacher if share > 0 else None, share, *head.parameters())
+    teacher = teacher if share > 0 else None
+    return _Distillation.apply(states_PD, head, next_P, teacher, share, reverse, *head.parameters())
 
 
 class _Distillation(torch.autograd.Function):
@@ -51,6 +54,7 @@ class _Distillation(torch.autograd.Function):
         next_P: Tensor,
         teacher: Teacher | None,
         share: float,
+        reverse: bool,
         *weights: Tensor,
     ) -> Tensor:
         """Return the loss; compute its gradients on the way, slice by slice."""
@@ -63,7 +67,9 @@ class _Distillation(torch.autograd.Function):
                 states_SD = states_PD[part].detach().requires_grad_()
                 logits_SV = head(states_SD)
             dense_SV = None if teacher is None else teacher[1](teacher[0][part])
-            nats, gradient_SV = _loss_and_gradient(logits_SV.detach(), next_P[part], dense_SV, share, len(states_PD))
+            nats, gradient_SV = _loss_and_gradient(
+                logits_SV.detach(), next_P[part], dense_SV, share, len(states_PD), reverse=reverse
+            )
             total += nats
             of_states_PD[part], *found = torch.autograd.grad(logits_SV, (states_SD, *trained), gradient_SV)
             for gradient, more in zip(of_weights, found, strict=True):
@@ -77,11 +83,11 @@ class _Distillation(torch.autograd.Function):
         """Scale the saved gradients, in place: autograd refuses a second call."""
         of_states_PD, *of_weights = (gradient.mul_(outer.to(gradient.dtype)) for gradient in ctx.saved_tensors)
         found = iter(of_weights)
-        return of_states_PD, None, None, None, None, *(next(found) if each else None for each in ctx.is_trained)
+        return of_states_PD, None, None, None, None, None, *(next(found) if each else None for each in ctx.is_trained)
 
 
 def _loss_and_gradient(
-    logits_SV: Tensor, next_S: Tensor, dense_SV: Tensor | None, share: float, num_positions: int
+    logits_SV: Tensor, next_S: Tensor, dense_SV: Tensor | None, share: float, num_positions: int, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of losses, and the gradient of their mean over `num_positions`, in the logits' dtype."""
     gradient_SV = torch.empty_like(logits_SV)
@@ -95,9 +101,15 @@ def _loss_and_gradient(
         if dense_SV is not None:
             dense = dense_SV[part].float()
             p, dense_log_sum = _softmax(dense)
-            divergence_R = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
+            if reverse:
+                log_ratio = (dense - logits).add_((log_sum - dense_log_sum)[:, None])  # log p - log q
+                divergence_R = -torch.linalg.vecdot(gradient, log_ratio)
+                # The slope of KL(q || p) is q (log q - log p - KL), that of the cross-entropy q - next.
+                gradient.mul_((1 - share) - share * (log_ratio + divergence_R[:, None]))
+            else:
+                divergence_R = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
+                gradient.sub_(p, alpha=share)  # q - p: the slope of KL(p || q)
             loss_R += share * divergence_R
-            gradient.sub_(p, alpha=share)  # q - p: the slope of KL(p || q)
         gradient.scatter_add_(1, next_R1, logits.new_full(next_R1.shape, share - 1))
         total += loss_R.double().sum()
         gradient_SV[part] = gradient.mul_(1 / num_positions)
@@ -121,22 +133,28 @@ def masked_loss(
     ids_BT: Int[Tensor, "B T"],
     teacher: Teacher | None,
     counted_BT: Bool[Tensor, "B T"],
-    kl_shares_B: Float[Tensor, " B"],
+    answers_B: Bool[Tensor, " B"],
+    *,
+    kl_share: float,
 ) -> Float[Tensor, ""]:
     """Return the mean over blocks of `distillation_loss` of the tokens of each that count.
 
-    P = B * (T - 1) predicting positions. `kl_shares_B`: of each block, so that answers have the dense
-    model's distribution as their target, and text may have another. The head reads no position that
-    does not count.
+    P = B * (T - 1) predicting positions. `answers_B`: which blocks are what the dense model says. Their
+    target is its distribution alone, by KL(q || p): a model that cannot follow p everywhere stays as
+    sure as p, where KL(p || q) would have it spread over all that p may say. The head reads no position
+    that does not count.
     """
     losses: list[Tensor] = []
     size = ids_BT.shape[1] - 1
-    for block, share in enumerate(kl_shares_B.tolist()):
+    for block, is_answer in enumerate(answers_B.tolist()):
+        share = 1.0 if is_answer and kl_share > 0 else kl_share
         counted_P = counted_BT[block, 1:]
         part = slice(block * size, (block + 1) * size)
         own = None if teacher is None else (teacher[0][part][counted_P], teacher[1])
         next_P = ids_BT[block, 1:][counted_P]
-        losses.append(distillation_loss(states_PD[part][counted_P], head, next_P, own, kl_share=share))
+        losses.append(
+            distillation_loss(states_PD[part][counted_P], head, next_P, own, kl_share=share, reverse=is_answer)
+        )
     return torch.stack(losses).mean()
 
 
@@ -144,7 +162,7 @@ def masked_loss(
 def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool = False) -> Iterator[None]:
     """Inside, `model(ids, learns=True, teacher=...)` returns its loss; without `learns`, what it did.
 
-    With a mask, `counted`, and `kl_shares` by block it is `masked_loss`.
+    With a mask, `counted`, and `answers` by block it is `masked_loss`.
 
     It is a call of the model, and not of its parts, since copies on several devices are kept in
     step so. `in_shards`: as for `teacher_in_forward`. The stream is float32, though embeddings that
@@ -160,14 +178,14 @@ def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_s
         learns: bool = False,
         teacher: Teacher | None = None,
         counted: Tensor | None = None,
-        kl_shares: Tensor | None = None,
+        answers: Tensor | None = None,
         **others: Any,
     ) -> Any:
         if not learns:
             return plain(input_ids=input_ids, **others)
         read = _read_by_head(model, arch, plain if in_shards else None, input_ids)
-        if counted is not None and kl_shares is not None:
-            return masked_loss(*read, input_ids, teacher, counted, kl_shares)
+        if counted is not None and answers is not None:
+            return masked_loss(*read, input_ids, teacher, counted, answers, kl_share=kl_share)
         return distillation_loss(*read, input_ids[:, 1:].flatten(), teacher, kl_share=kl_share)
 
     try:

@@ -17,7 +17,6 @@ from accelerate.utils import wait_for_everyone
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -38,7 +37,7 @@ from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.cost import blocks_per_step
-from secateur.recovery.judge import Judge, objective, share_for, unless_diverged
+from secateur.recovery.judge import Judge, objective, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import Block, RecoveryText
 from secateur.recovery.weights import (
@@ -57,7 +56,7 @@ from secateur.stream.judge import Judge as LastJudge
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
-POLISH_RATE, RECOVER_RATE = 0.001, 0.0005
+RELATIVE_RATE = 0.0005
 # In so many parts is a training saved that is evaluated before and after it alone.
 SAVED_PARTS = 2
 FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
@@ -79,7 +78,7 @@ class Distiller(Trainer):
         elif self.teacher is not None:
             with torch.no_grad():
                 teacher = self.teacher(ids_BT)
-        masks = {name: inputs[name] for name in ("counted", "kl_shares") if name in inputs}
+        masks = {name: inputs[name] for name in ("counted", "answers") if name in inputs}
         return model(input_ids=ids_BT, learns=True, teacher=teacher, **masks)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -259,7 +258,7 @@ def _train(work: Work) -> dict[str, Any]:
 
 
 def recover_logits(work: Work) -> int:
-    """Train `work.pruned` in place and return the tokens trained on, fewer after an early stop.
+    """Train `work.pruned` in place and return the tokens trained on, fewer if it diverged.
 
     What is trained is float32; a bfloat16 model computes and ends in bfloat16 (autocast).
     AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
@@ -274,8 +273,7 @@ def recover_logits(work: Work) -> int:
     size = blocks_per_step(settings.batch_tokens, length)
     num_steps = len(work.text.blocks) // size
     faster = FASTER_IN_LORA if settings.train == "lora" else 1
-    relative = faster * (POLISH_RATE if work.name == "polish" else RECOVER_RATE)
-    rate = settings.learning_rate or relative * weight_size(work.pruned)
+    rate = settings.learning_rate or faster * RELATIVE_RATE * weight_size(work.pruned)
     prepare_weights(work.pruned, settings.train, float_all=wants_shards() or not autocasts(dtype, on_cpu=work.on_cpu))
     torch.manual_seed(work.seed)
     model = handed_over(work.pruned) if wants_shards() else work.pruned
@@ -314,16 +312,11 @@ def _trainer(
     listener = Listener(work.name, checkpoints, tokens_per_step, work.progress, tell)
     items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
     if work.text.is_masked:
-        items = [
-            {**item, **_mask_of(block, work.settings)} for item, block in zip(items, work.text.blocks, strict=True)
-        ]
+        items = [{**item, **_mask_of(block)} for item, block in zip(items, work.text.blocks, strict=True)]
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
-    callbacks: list[TrainerCallback] = [listener]
-    if arguments.load_best_model_at_end:
-        callbacks.append(EarlyStoppingCallback(work.settings.patience))
     data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items, "eval_dataset": items}
-    trainer = Distiller(model=trained, args=arguments, callbacks=callbacks, **data)
+    trainer = Distiller(model=trained, args=arguments, callbacks=[listener], **data)
     trainer.remove_callback(PrinterCallback)
     # Else the Trainer sums the losses of a step's parts; ours, of equal length, are averaged.
     trainer.model_accepts_loss_kwargs = False
@@ -350,11 +343,11 @@ def _trainer(
     return trainer
 
 
-def _mask_of(block: Block, settings: RecoverySettings) -> dict[str, Any]:
-    """Return which of the block's tokens count, and the part of its loss that is KL."""
+def _mask_of(block: Block) -> dict[str, Any]:
+    """Return which of the block's tokens count, and whether the dense model says them."""
     _, ids_T, counted_T = block
-    share = share_for(settings.kl_share, is_answer=counted_T is not None)
-    return {"counted": torch.ones_like(ids_T, dtype=torch.bool) if counted_T is None else counted_T, "kl_shares": share}
+    is_text = counted_T is None
+    return {"counted": torch.ones_like(ids_T, dtype=torch.bool) if is_text else counted_T, "answers": not is_text}
 
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:
@@ -384,7 +377,6 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         train_sampling_strategy="sequential",
         use_cpu=on_cpu,
         disable_tqdm=True,
-        restore_callback_states_from_checkpoint=True,  # else patience starts anew
         seed=work.seed,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel multiplies the batch
