@@ -105,6 +105,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "encoder": {"model_type": "vit"},
         "decoder": {"model_type": "trocr"},  # as in TrOCR
     },
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {"embed_dim": 1024, "img_size": [448, 448], "depth": 23, "global_pool": ""},
+        },
+    },
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "step3p7": {"text_config": {"sliding_window": 512}},

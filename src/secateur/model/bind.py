@@ -7,7 +7,8 @@ from torch import nn
 
 from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS
 from secateur.model.modules import ScaledHead, head_at, linears_for_conv, text_model
-from secateur.model.structure import Arch, of_layer, structure_of, text_config
+from secateur.model.structure import Arch, structure_of, text_config
+from secateur.model.twin import of_layer
 
 __all__ = [
     "EXPERTS",

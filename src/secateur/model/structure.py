@@ -48,7 +48,7 @@ from secateur.model.guesses import (
 from secateur.model.modeling_per_layer import PerLayerModel
 from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv, text_model
 from secateur.model.stacks import channel_inputs, reader_of
-from secateur.model.twin import run, token_ids, twin
+from secateur.model.twin import of_layer, run, token_ids, twin
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
@@ -672,12 +672,6 @@ def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tuple(each.shape) for name, each in tensors}
-
-
-def of_layer(config: Any, index: int) -> Any:
-    """Return the layer's config, which is the model's if all layers have one."""
-    layers = getattr(config, "per_layer_config", None)
-    return layers[index] if layers else config
 
 
 def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:

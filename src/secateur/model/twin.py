@@ -25,7 +25,7 @@ SMALL, LARGEST = 2_000_000, 400_000_000
 MOST_EXPERTS, MOST_LAYERS = 8, 1000
 MOST_TOKENS = 512
 # So many sizes that fail alike do not fail for their size.
-SAME_PROBLEM = 3
+SAME_PROBLEM = 8
 
 _LAYERS = re.compile(r"(num_hidden|num|n|num_decoder|decoder)_layers?|depth|num_blocks")
 _KEPT = re.compile(
@@ -51,13 +51,15 @@ def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator
     """Yield such twins of several sizes, and raise ArchError behind the last one."""
     problems: list[str] = []
     # Towers of images and sound are deep, as configs name layers of theirs, else shallow, else whole with their tokens.
-    for kind in ((MOST_LAYERS, MOST_TOKENS), (num_layers, MOST_TOKENS), (num_layers, math.inf)):
+    towers = (MOST_LAYERS, MOST_TOKENS), (num_layers, MOST_TOKENS), (num_layers, math.inf), (MOST_LAYERS, MOST_TOKENS)
+    for number, kind in enumerate(towers):
         for sizes in _scales(config, num_params):
             try:
                 with quiet_transformers(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     small = shrunk(config, num_layers, *kind, *sizes) if sizes else copy.deepcopy(config)
-                    small = type(small).from_dict(small.to_dict())  # else what is saved may not be read
+                    if number < 3:  # the last ones need not be read back by transformers
+                        small = type(small).from_dict(small.to_dict())
                     with torch.device("meta"):
                         size = sum(each.numel() for each in stock._from_config(small).parameters())
                     if size > LARGEST:
@@ -86,9 +88,8 @@ def shrunk(config: Any, num_layers: int, in_towers: int, tokens: int | float, by
     config = copy.deepcopy(config)
     values, text = vars(config), config.get_text_config(decoder=True)
     depth = next((value for key, value in values.items() if _LAYERS.fullmatch(key) and isinstance(value, int)), 0)
-    tops = {key: value for key, value in values.items() if "per_tok" in key or "top_k" in key or "topk" in key}
-    most_chosen = max((value for value in tops.values() if isinstance(value, int)), default=1)
-    most_chosen = max(most_chosen, 2 * (values.get("n_group") or 1))  # each group of experts is ranked by two
+    tops = [value for key, value in values.items() if re.search("per_tok|top_?k", key) and isinstance(value, int)]
+    most_chosen = max([2 * (values.get("n_group") or 1), *tops])  # each group of experts is ranked by two
     smaller = partial(
         _smaller, num_layers=num_layers, by_heads=by_heads, by_width=by_width, chosen=most_chosen, tokens=tokens
     )
@@ -137,13 +138,17 @@ def run(model: PreTrainedModel) -> Tensor:
     return text_model(model)(input_ids=token_ids(model), use_cache=False).logits
 
 
+def of_layer(config: Any, index: int) -> Any:
+    """Return the layer's config, which is the model's if all layers have one."""
+    layers = getattr(config, "per_layer_config", None)
+    return layers[index] if layers else config
+
+
 def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
     """Yield divisors of heads and of head sizes to try; None first if the model is small."""
     if num_params <= SMALL:
         yield None
-    sizes = config.get_text_config(decoder=True)
-    layers = getattr(sizes, "per_layer_config", None)
-    sizes = layers[0] if layers else sizes
+    sizes = of_layer(config.get_text_config(decoder=True), 0)
     heads, keys = (getattr(sizes, key, None) or 1 for key in ("num_attention_heads", "num_key_value_heads"))
     heads, keys = (number if isinstance(number, int) else 1 for number in (heads, keys))
     shared = math.gcd(heads, keys)
