@@ -138,8 +138,8 @@ def evaluate(
     after = parts.measured_by(scores, judge.text, text.tokenizer, own_harness)
     if before is not None and kl_of is not None:
         kl = kl_of()
-        tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
-        changes = parts.differences(before, after, tasks)
+        of_tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
+        changes = parts.differences(before, after, of_tasks)
     evaluation = Evaluation(
         model=name_of(pruned.checkpoint),
         against=None if dense is None else name_of(dense.checkpoint),

