@@ -9,6 +9,12 @@ RIGHT, WRONG = "def add(a, b):\n    return a + b", "def add(a, b):\n    return a
 TESTS = "assert add(2, 3) == 5"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a busy machine a process may take long to begin."""
+    monkeypatch.setattr(tasks, "MAX_SECONDS", 3600)
+
+
 def test_right_code_passes_and_wrong_code_does_not():
     assert passes(RIGHT, TESTS)
     assert passes("import math, re, collections, heapq\n" + RIGHT, TESTS)
