@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 NUM_NEW_TOKENS = 24
 OWN_CODE = Path(__file__).parents[1] / "model" / "modeling_per_layer.py"
@@ -28,7 +31,9 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
     torch.set_num_threads(int(num_threads))
     ids_BT = load_file(ids_file)["input_ids"].to(device)
     config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
-    is_wrapped = config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config["model_type"])
+    is_wrapped = causal is None or (causal != whole and config["architectures"] == [whole])
     auto: Any = AutoModelForImageTextToText if is_wrapped else AutoModelForCausalLM
     loaded: Any = auto.from_pretrained(
         directory, output_loading_info=True, trust_remote_code=runs_own_code(directory, config)

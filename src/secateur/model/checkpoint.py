@@ -30,6 +30,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from secateur.errors import CheckpointError
 from secateur.model.config import (
@@ -92,11 +93,17 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         with quiet_transformers(), torch.device("meta"):
             if is_per_layer(config):
                 return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]])._from_config(config)
-            auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+            auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
             return auto.from_config(config, trust_remote_code=False)
     except BAD_VALUE as error:
         reason = f"no model can be built from it ({one_line(error)})"
         raise CheckpointError(f"config of a {config.model_type} model: {reason}.") from None
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Say whether the config is of a whole model with towers; some types have their language model as well."""
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or whole in (config.architectures or ())
 
 
 def planned_model(checkpoint: Checkpoint) -> PreTrainedModel:

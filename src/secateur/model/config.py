@@ -279,10 +279,10 @@ def _check_sizes(raw: dict[str, Any], path: Path) -> None:
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
     # An image-text model is allowed: its language model is what gets pruned.
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    known = known or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    tables = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = [table[model_type] for table in tables if model_type in table]
     names = architectures if isinstance(architectures, list) else []
-    if known is None or (names and not any(str(name).endswith("ForCausalLM") or name == known for name in names)):
+    if not known or (names and not any(str(name).endswith("ForCausalLM") or name in known for name in names)):
         got = ", ".join(str(name) for name in names) or f"model_type '{model_type}'"
         raise ArchError(f"{path}: not a causal language model (got {got}); secateur prunes ...ForCausalLM models only.")
 
