@@ -30,10 +30,11 @@ def small(recipe):
     return {**recipe, "evaluate": False}
 
 
-VERBS = ("prune", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
+VERBS = ("prune", "measure", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
     "prune": "remove to fit context type_name preset domains answers vocabulary keep_text keep_script polish "
     "groups budget align rounds seed memory_budget device set",
+    "measure": "preset domains answers budget device set",
     "inspect": "remove to fit context type_name preset polish groups budget align rounds memory_budget set",
     "recover": "domains answers set",
     "export": "out",  # with --format; FILE is `gguf` in Python
@@ -58,7 +59,7 @@ def test_a_verb_says_what_it_takes_returns_and_raises(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_words_of_the_command_line_are_those_of_the_function(verb):
     of_the_terminal = {"quiet", "json", "dry_run"}
-    renamed = {"domain": "domains", "compile": "compiled", "type": "type_name"}
+    renamed = {"domain": "domains", "compile": "compiled", "type": "type_name", "from": "from_"}
     takes = of_the_terminal | set(inspect.signature(secateur.__getattr__(verb)).parameters)
     takes |= set(KEYS_OF_THE_RECIPE.get(verb, "").split())
     for parameter in typer.main.get_command(app).commands[verb].params:

@@ -1,6 +1,6 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-The command line's verbs are functions here: `prune`, `inspect`, `evaluate`, `bench`, `recover`,
+The command line's verbs are functions here: `measure`, `prune`, `inspect`, `evaluate`, `bench`, `recover`,
 `export`, `push`, `verify` and `compare`; `load` opens what they wrote. The errors are those that a
 user can correct. Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs
 torch is imported on first use, so that the command line's help does not wait for it.
@@ -23,7 +23,7 @@ from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, prune, recover, table
+    from secateur.api import Result, measure, prune, prune_sizes, recover, table
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
@@ -55,7 +55,9 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "measure",
     "prune",
+    "prune_sizes",
     "push",
     "recover",
     "table",
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Result", "prune", "recover", "table"),
+    "api": ("Result", "measure", "prune", "prune_sizes", "recover", "table"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),

@@ -1,6 +1,6 @@
 """`prune`: a run. `recover`: a training of its result. `table`: what a verb returned, as tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,21 @@ from secateur.evaluation.study import Comparison, comparison_table
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
+from secateur.pruning.measure import measure_run
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
-from secateur.recipe import Recipe, as_recipe
+from secateur.recipe import Recipe, Remove, as_recipe
 from secateur.recovery import recover as recovery
 from secateur.recovery.weights import wants_shards
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
-from secateur.report.records import Inspection, Summary
+from secateur.report.records import Inspection, Measurement, Summary
 from secateur.report.report import write_pages, write_recovered_pages
 from secateur.report.rows import Tables, inspection_table, summary_table
 from secateur.report.rows_measured import bench_table, evaluation_table, recovery_table
+from secateur.report.size_curve import measurement_table, write_measurement
 
-__all__ = ["Result", "prune", "recover", "table"]
+__all__ = ["Result", "measure", "prune", "prune_sizes", "recover", "table"]
 
 
 @joined()
@@ -31,6 +33,7 @@ def prune(
     *,
     out: Path | str | None = None,
     like: Path | str | None = None,
+    from_: Path | str | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -49,9 +52,11 @@ def prune(
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: the directory to
     write; it appears complete or not at all. `like`: a result whose units go here too, for a sibling
     of the model that was pruned there: its recipe holds, with the keys that `recipe` gives on top,
-    and what stays is repaired and polished on this model. `resume`: continue an interrupted run of the same
-    inputs, whose steps are in a hidden directory beside `out`. `tell`: gets a line about that, and
-    one about what the run will do and how long it takes. `force`: write a trim of the vocabulary, too,
+    and what stays is repaired and polished on this model. `from_`: what `measure` wrote for this model:
+    its recipe holds, with the keys that `recipe` gives on top, and its curves plan widths by layer.
+    `resume`: continue an interrupted run of the same inputs, whose steps are in a hidden directory beside
+    `out`. `tell`: gets a line about that, and one about what the run will do and how long it takes.
+    `force`: write a trim of the vocabulary, too,
     that costs more than 0.5 nats per token or twice what was foretold. `command`: how to repeat the
     run, for the model card, which shows it as it is.
 
@@ -64,18 +69,98 @@ def prune(
     parsed = as_recipe(recipe)
     if parsed.recover is not None:
         raise RecipeError("recover: is what secateur recover reads, once a model is pruned; leave it out of a prune.")
-    return prune_run(
+    (result,) = prune_run(
         model,
         parsed,
         finish=write_pages,
         out=out,
         like=like,
+        from_=from_,
         tokenizer=tokenizer,
         overwrite=overwrite,
         resume=resume,
         force=force,
         command=command,
         progress=progress,
+        tell=tell,
+    )
+    return result
+
+
+@joined()
+def prune_sizes(
+    model: CausalLM | str | Path,
+    recipe: Recipe | dict[str, Any] | Path | str | None,
+    sizes: Sequence[float | str],
+    *,
+    out: Path | str | None = None,
+    from_: Path | str | None = None,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Result]:
+    """Prune a causal LM to several sizes in one walk over its layers; each is what a run of its own would give.
+
+    `sizes`: each as a recipe's `remove.share` (0.2), or its `to` ("100M"). `out`: has a directory for each, named
+    20 or 100M. All else as for `prune`; a copy of the weights is in memory for each size.
+
+    Returns the results in the order of `sizes`.
+
+    Raises a SecateurError, one sentence, for what a user can correct.
+    """
+    keys = [Remove(to=size) if isinstance(size, str) else Remove(share=size) for size in sizes]
+    named = {each.to or f"{100 * each.share:.4g}": each.model_dump(exclude_unset=True) for each in keys}
+    return prune_run(
+        model,
+        as_recipe(recipe),
+        finish=write_pages,
+        from_=from_,
+        sizes=named,
+        out=out,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        resume=resume,
+        command=command,
+        progress=progress if is_first() else silent,
+        tell=tell,
+    )
+
+
+@joined()
+def measure(
+    model: str | Path,
+    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    *,
+    out: Path | str,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Measurement:
+    """Foretell what each size of a model would cost, before anything is cut.
+
+    Copies of the model are cut to three sizes in one walk and judged, as `prune` without a polish would; losses
+    between are interpolated. `model`, `recipe`: as for `prune`; the recipe does not say how much goes. With budget
+    `curve` widths by layer are foretold, too, from a profile. `out`: the directory to write, with `result.json`,
+    the error curves and `report.html`. `overwrite`, `resume`, `command`, `progress`, `tell`: as for `prune`.
+
+    Returns the `Measurement` that `result.json` holds.
+
+    Raises a SecateurError, one sentence, for what a user can correct.
+    """
+    return measure_run(
+        model,
+        as_recipe(recipe),
+        finish=write_measurement,
+        out=out,
+        overwrite=overwrite,
+        resume=resume,
+        command=command,
+        progress=progress if is_first() else silent,
         tell=tell,
     )
 
@@ -131,6 +216,7 @@ def recover(
 _TABLES: dict[type, Callable[[Any], Tables]] = {
     Summary: summary_table,
     Inspection: inspection_table,
+    Measurement: measurement_table,
     Evaluation: evaluation_table,
     BenchResult: bench_table,
     RecoveryRecord: recovery_table,
@@ -141,13 +227,13 @@ _TABLES: dict[type, Callable[[Any], Tables]] = {
 def table(result: Any) -> Tables:
     """Return the tables that the command line prints of a result; a notebook draws them.
 
-    `result`: what `prune`, `inspect`, `evaluate`, `bench`, `recover` or `compare` returned. Raises
+    `result`: what `prune`, `measure`, `inspect`, `evaluate`, `bench`, `recover` or `compare` returned. Raises
     RecipeError for anything else.
     """
     record = result.summary if isinstance(result, Result) else result
     kind = next((kind for kind in _TABLES if isinstance(record, kind)), None)
     if kind is None:
         raise RecipeError(
-            f"table: takes what prune, inspect, evaluate, bench, recover or compare returned, got {record!r}."
+            f"table: takes what prune, measure, inspect, evaluate, bench, recover or compare returned, got {record!r}."
         )
     return _TABLES[kind](record)

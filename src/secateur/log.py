@@ -51,8 +51,16 @@ class RunLog:
         self._path: Path | None = None
 
     def append_to(self, directory: Path) -> None:
-        """From now on also write to the directory's `run.jsonl`."""
-        self._path = directory / LOG_FILE
+        """Also write to the directory's `run.jsonl`."""
+        self._path, lines, self.lines = directory / LOG_FILE, self.lines, []
+        for line in lines:
+            self.write(line)
+
+    def part(self) -> "RunLog":
+        """Return a log that goes on from these lines by itself, with the same clock."""
+        log = RunLog()
+        log.lines, log.seconds = list(self.lines), self.seconds
+        return log
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one line."""

@@ -288,12 +288,11 @@ class Output(Strict):
 
     evaluate: held-out loss before and after, on 1,024 tokens of each domain or as many as it says,
     on 23 documents of other sources, and on a chat model's own answers to 48 prompts, of both a share
-    as large as of 1,024 tokens; standard errors tell how far to trust all. keep_rounds: also a checkpoint after each
-    round but the last, before the polish. max_shard_size: of the written safetensors files.
+    as large as of 1,024 tokens; standard errors tell how far to trust all. max_shard_size:
+    of the written safetensors files.
     """
 
     evaluate: bool | Count = True
-    keep_rounds: bool = False
     max_shard_size: str = "5GB"
 
 

@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +307,17 @@ class Services:
     store: Store = field(default_factory=Store)
     scratch: Path | None = None
     tell: Callable[[str], None] = lambda text: None
+
+    def part(self, name: str) -> "Services":
+        """Return those of a part of the job: a log of its own, and folders of its name."""
+        self.store.value(f"part {name}", lambda: True)  # or a store of parts alone would count as empty
+        log, folders = self.log.part(), [each and each / name for each in (self.store.directory, self.scratch)]
+        for folder in filter(None, folders):
+            folder.mkdir(exist_ok=True)
+        if folders[1] is not None:
+            log.append_to(folders[1])
+        store = Store(folders[0], log=log, label=self.store.label, tell=self.store.tell)
+        return replace(self, log=log, store=store, scratch=folders[1])
 
 
 def place_beside(out: Path) -> Path:

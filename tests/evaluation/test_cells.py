@@ -37,12 +37,12 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         evaluation=Evaluation(num_blocks=NUM_BLOCKS),
         train_dense=True,
     )
-    prune, losses, depends = steps.prune_in_place, module.losses_of_dense_tokens, module._depends_on
+    prune, losses, depends = steps.prune_together, module.losses_of_dense_tokens, module._depends_on
     learn = steps.learn
 
-    def spy_prune(run: Any) -> Any:
-        found["texts"].append(run.text)
-        return prune(run)
+    def spy_prune(runs: Any) -> Any:
+        found["texts"] += [run.text for run in runs]
+        return prune(runs)
 
     def spy_losses(model: Any, arch: Any, blocks: dict[str, Blocks], *more: Any) -> Any:
         if blocks:  # the other kinds of text, of which there are none
@@ -59,7 +59,7 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         return found["depends"][-1][1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(steps, "prune_in_place", spy_prune)
+        patched.setattr(steps, "prune_together", spy_prune)
         patched.setattr(module, "losses_of_dense_tokens", spy_losses)
         patched.setattr(steps, "learn", spy_learn)
         patched.setattr(module, "_depends_on", spy_depends)

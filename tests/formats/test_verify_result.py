@@ -19,12 +19,12 @@ from secateur.formats.save import Verification
 from secateur.report.records import read_summary
 from secateur.result_directory import LATER_FILES, Mismatch, read_digests, write_summary
 
-SHARDED = {"max_shard_size": "60KB", "keep_rounds": True, "rounds": 2}
+SHARDED = {"max_shard_size": "60KB"}
 
 
 @pytest.fixture(scope="module")
 def results(checkpoints, recipe, tmp_path_factory) -> dict[str, Path]:
-    """A whole result, and one in shards of tied weights that keeps its rounds."""
+    """A whole result, and one in shards of tied weights."""
     place, found = tmp_path_factory.mktemp("verify"), {}
     with pytest.MonkeyPatch.context() as patched:  # what is reloaded below
         patched.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
@@ -74,7 +74,7 @@ def test_every_file_but_those_that_come_later_has_its_digest(results):
         assert sorted(digests) == [name for name in files_of(directory) if name not in LATER_FILES]
         assert all(sha256_of(directory / name) == digest for name, digest in digests.items() if name != "result.json")
     assert sum(name.endswith(".safetensors") for name in files_of(results["sharded"])) > 4
-    assert "rounds/1/model.safetensors.index.json" in files_of(results["sharded"])
+    assert "model.safetensors.index.json" in files_of(results["sharded"])
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
@@ -155,7 +155,6 @@ def sealed_again(directory: Path) -> None:
 
 def test_the_reload_finds_tied_weights_that_are_stored_twice_and_differ(results, tmp_path):
     copy = Path(shutil.copytree(results["sharded"], tmp_path / "copy"))
-    shutil.rmtree(copy / "rounds")
     shards = sorted(copy.glob("*.safetensors"))
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     for file in (*shards, copy / "model.safetensors.index.json"):

@@ -262,12 +262,12 @@ def test_rounds_beyond_the_steps_of_align_are_noted():
 
 
 def test_nothing_of_the_recipe_is_lost():
-    short = {"seed": 7, "score": "flap", "groups": ["ffn", "kv_heads"], "keep_rounds": True, "min_keep": 0.125}
+    short = {"seed": 7, "score": "flap", "groups": ["ffn", "kv_heads"], "max_shard_size": "2GB", "min_keep": 0.125}
     found = resolved(**short).recipe
     again = parse_recipe(found.model_dump(mode="json", exclude_none=True))
     assert again == found
     assert (found.seed, found.choose.score, found.remove.groups) == (7, "flap", ("ffn", "kv_heads"))
-    assert found.output.keep_rounds and found.remove.min_keep == 0.125
+    assert found.output.max_shard_size == "2GB" and found.remove.min_keep == 0.125
     filled = Recipe().filled(remove={"align": 64}, choose={"rounds": 2})
     assert filled.remove.align == 64 and filled.choose.rounds == 2 and filled.remove.share == 0.2
     assert filled.repair == Recipe().repair and Recipe().remove.align is None

@@ -31,7 +31,7 @@ from secateur.store import Store, place_beside
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "rounds": {"groups": ["ffn", "kv_heads"], "rounds": 3, "keep_rounds": True},
+    "rounds": {"groups": ["ffn", "kv_heads"], "rounds": 3},
     "curve": {"budget": "curve", "rounds": 2},
     "depth": {"depth": 1},
     "flap": {"score": "flap", "rounds": 2, "evaluate": False},

@@ -304,7 +304,7 @@ def test_a_repeated_choice_is_judged_too(untied, asked, tmp_path):
     "changes",
     [
         {"vocabulary": "auto"},
-        {"rounds": 2, "keep_rounds": True},
+        {"rounds": 2},
         {"depth": 1, "evaluate": False, "remove": 0.5},
         {"groups": []},
     ],

@@ -192,6 +192,7 @@ COMMANDS = (
     *(
         "inspect",
         "recipe",
+        "measure",
         "prune",
         "trim",
         "recover",
@@ -254,6 +255,16 @@ Preset = Annotated[
     typer.Option(help=f"Start from {', '.join(preset_texts())}; --recipe and options override it."),
 ]
 Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
+Removes = Annotated[
+    str | None,
+    typer.Option(
+        "--remove", metavar="SHARE[,...]", help="Share of all parameters that goes; several are cut in one walk."
+    ),
+]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="DIR", help="What measure has written: its recipe, and its curves plan widths."),
+]
 Answers = Annotated[
     str | None,
     typer.Option(
@@ -351,6 +362,14 @@ def _public(word: str, out: Path) -> str:
     if value.startswith(("{", "[")) and "/" in value:
         return f"{name}=..."  # recipe.yaml has it whole
     return f"{name}{sign}{out.name if value == str(out) else without_places(value)}"
+
+
+def shares(text: str | None) -> list[float]:
+    """Return the numbers in `--remove`. Raises RecipeError for what is none."""
+    try:
+        return [float(each) for each in text.split(",")] if text else []
+    except ValueError:
+        raise RecipeError(f"--remove {text}: give a share such as 0.2, or several with commas between.") from None
 
 
 def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ DEMO_WORKLOAD: dict[str, Any] = {"repeats": 3}
 def prune(
     model: common.Model,
     out: common.Out,
-    remove: common.Remove = None,
+    remove: common.Removes = None,
     to: common.To = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
@@ -58,23 +58,85 @@ def prune(
     like: Annotated[
         Path | None, typer.Option(metavar="RESULT", help="Remove what went there, with its recipe; refit on MODEL.")
     ] = None,
+    from_: common.From = None,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Prune MODEL and write the smaller checkpoint to OUT."""
+    """Prune MODEL and write the smaller checkpoint to OUT; of several sizes each to OUT/SIZE."""
+    sizes = [*common.shares(remove), *(to.split(",") if to else ())]
+    is_alone = len(sizes) < 2 or bool(remove and to)
+    goes = {"share": sizes[0] if remove else None, "to": to} if is_alone else {}
     options = {
-        "remove": {"share": remove, "to": to, "vocabulary": vocabulary},
+        "remove": {**goes, "vocabulary": vocabulary},
         "choose": {"budget": budget},
         "polish": {"num_tokens": polish},
         "machine": {"device": device},
     }
     parsed = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
-    prune_and_tell(
-        model, out, parsed, like=like, resume=resume, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json
-    )
+    if is_alone:
+        return prune_and_tell(
+            model,
+            out,
+            parsed,
+            like=like,
+            from_=from_,
+            resume=resume,
+            overwrite=overwrite,
+            force=force,
+            quiet=quiet,
+            as_json=as_json,
+        )
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        results = secateur.prune_sizes(
+            model,
+            parsed,
+            sizes,
+            out=out,
+            from_=from_,
+            resume=resume,
+            overwrite=overwrite,
+            command=common.command_line(out),
+            progress=listeners.progress,
+            tell=listeners.tell,
+        )
+    for made in results:
+        common.show(made.summary, str(made.out), as_json=as_json)
+
+
+@common.app.command(epilog="Example: secateur measure Qwen/Qwen2.5-0.5B sizes --set calibration.num_tokens=16384")
+def measure(
+    model: common.Model,
+    out: common.Out,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    domain: common.Domains = None,
+    answers: common.Answers = None,
+    budget: common.Budget = None,
+    device: common.Device = None,
+    sets: common.Sets = None,
+    resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
+    options = {"choose": {"budget": budget}, "machine": {"device": device}}
+    asked = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        found = secateur.measure(
+            model,
+            asked,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            command=common.command_line(out),
+            progress=listeners.progress,
+            tell=listeners.tell,
+        )
+    common.show(found, f"{out}: result.json, report.html", as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
@@ -135,6 +197,7 @@ def prune_and_tell(
     recipe: Recipe,
     *,
     like: Path | None = None,
+    from_: Path | None = None,
     resume: bool,
     overwrite: bool,
     force: bool = False,
@@ -148,6 +211,7 @@ def prune_and_tell(
             recipe,
             out=out,
             like=like,
+            from_=from_,
             overwrite=overwrite,
             resume=resume,
             force=force,

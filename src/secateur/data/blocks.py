@@ -145,6 +145,12 @@ class LearningText:
         return text_hash(parts)
 
     @property
+    def measured_hash(self) -> str:
+        """The hash of the text that units are measured on and that guards; answers follow from the model."""
+        text = [each for each in self.domains if each.blocks.counted_NT is None]
+        return text_hash((each.name, each.share, part) for each in text for part in (each.calibration, each.held_out))
+
+    @property
     def num_tokens(self) -> int:
         """Calibration tokens, without the held-out ones."""
         return sum(domain.calibration.num_tokens for domain in self.domains)

@@ -19,7 +19,8 @@ from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_
 from secateur.evaluation.text import losses_of_dense_tokens, named_blocks
 from secateur.log import Progress, silent, versions
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.prune import prepared, shaped
+from secateur.pruning.prepare import prepared
+from secateur.pruning.prune import shaped
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.text import run_text, with_share_of_answers
 from secateur.ranks import in_turns, is_first, joined
@@ -153,7 +154,7 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
             return figures | _judge(shared, replace(shared.dense), shared.opened, judged)
         start, num_blocks = time.perf_counter(), shared.study.evaluation.num_blocks
         ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=num_blocks)
-        run, _, _ = shaped(ready, force=True, cut=cell.ratio > 0)
+        run = next(shaped(ready, force=True, cut=cell.ratio > 0)).run
         seconds = time.perf_counter() - start
         num_params = sum(parameter.numel() for parameter in run.model.parameters())
         subject = replace(shared.dense, arch=run.arch, loaded=run.model)

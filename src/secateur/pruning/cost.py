@@ -238,7 +238,7 @@ def check_disk(directory: Path, opened: Opened, resolved: Resolved, plan: Memory
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
-    The result, at most as large as the dense model, once per saved round; each round's refitted
+    The result, at most as large as the dense model, ; each round's refitted
     readers; the dense layers if there are several rounds; finished layers if weights stay on disk.
     """
     model, num_rounds = opened.model, len(resolved.plans)
@@ -248,7 +248,7 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    total = num_bytes * (num_rounds if resolved.recipe.output.keep_rounds else 1) + num_rounds * readers
+    total = num_bytes + num_rounds * readers
     if num_rounds > 1 and resolved.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

@@ -3,7 +3,7 @@
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -28,7 +28,9 @@ from secateur.store import Services
 FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
 
-def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int, int]], str | None]:
+def gguf_files(
+    opened: Opened, resolved: Resolved, types: Sequence[str] = FILE_TYPES
+) -> tuple[dict[str, tuple[int, int]], str | None]:
     """Return `files` and `files_problem`."""
     config, name, problem = opened.model.config, opened.name, None
     steps = {(group.layer, group.name): align_of(group, resolved.align) for group in resolved.groups}
@@ -39,10 +41,10 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
         except CheckpointError as error:
             metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
         models = meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left)
-        dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in FILE_TYPES] for each in models)
+        dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in types] for each in models)
     except SecateurError as error:
         return {}, str(error).removesuffix(".")
-    return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), problem
+    return dict(zip(types, zip(dense, left, strict=True), strict=True)), problem
 
 
 def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:

@@ -1,9 +1,10 @@
-"""`--like`: another result's units go from a sibling of the model that was pruned there.
+"""What a run takes from a directory: units of another result (`--like`), or what was measured (`--from`).
 
-In: a result's directory, changes to its recipe, and the model. Out: the recipe, and the model with what stays.
+In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays; profiles.
 """
 
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Size
 from secateur.files import sha256_of
+from secateur.log import versions
+from secateur.methods.curve import Profiles
 from secateur.methods.prices import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import CausalLM, open_checkpoint, planned_model
@@ -21,8 +24,10 @@ from secateur.model.kept_tokens import kept_tokens_of
 from secateur.model.kept_units import KEEP_FILE, bad_keeps, read_keeps
 from secateur.pruning.open import Like, Opened
 from secateur.pruning.resolve import groups_of
+from secateur.pruning.run import Run
 from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, merged, parse_recipe
-from secateur.report.records import Summary, read_summary
+from secateur.report.records import Measurement, Summary, read_summary
+from secateur.result_directory import RESULT_FILE, read_digests
 
 
 def recipe_like(directory: Path, changes: Recipe) -> Recipe:
@@ -43,7 +48,12 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
                     f"{group}.{key}: is {has} in the run that like {directory} repeats, got {got}; leave it out, "
                     "as that run has chosen which units go."
                 )
-    asked = changes.model_dump(mode="json", exclude_unset=True, exclude={"remove", "choose"})
+    return recipe_over(base, changes, but={"remove", "choose"})
+
+
+def recipe_over(base: dict[str, Any], changes: Recipe, but: Collection[str] = ()) -> Recipe:
+    """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
+    asked = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
     if "domains" in asked.get("calibration", {}):  # they replace the old ones
         base.get("calibration", {}).pop("domains", None)
     return parse_recipe(merged(base, asked), "recipe")
@@ -101,3 +111,42 @@ def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: P
                 f"like {directory}: the {what} of {opened.name} is {got}, and of the model that was pruned there "
                 f"{wanted}; give a model of that shape, or leave like out to choose units anew."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A directory of `measure`, and its record. `same_text`: a run by it is to have the text that was measured."""
+
+    directory: Path
+    record: Measurement
+    same_text: bool
+
+    @classmethod
+    def of(cls, directory: Path, *, same_text: bool) -> "Measured":
+        """Read the directory. Raises CheckpointError if it is none that `measure` wrote, or is damaged."""
+        digests, path = read_digests(directory), directory / RESULT_FILE
+        if digests is None:
+            raise CheckpointError(f"from {directory}: {RESULT_FILE} was changed since; measure again.")
+        return cls(directory, Measurement.from_json(path.read_bytes(), str(path)), same_text)
+
+    @property
+    def profiles(self) -> Profiles:
+        """The profiles of the groups; none where widths by layer were not asked for."""
+        return {(layer, group): profile for layer, group, profile in self.record.profiles}
+
+    def check_model(self, opened: Opened) -> None:
+        """Raise CheckpointError if it is of another model or version."""
+        measured, record = self.record.versions, self.record
+        if record.lineage[-1].fingerprint != opened.lineage[-1].fingerprint:
+            raise self._other(f"is of another model, {record.model}")
+        for name, version in versions().items():
+            if measured.get(name) != version:
+                raise self._other(f"was measured with {name} {measured.get(name)}, and here is {version}")
+
+    def check_text(self, run: Run) -> None:
+        """Raise CheckpointError if it was measured on another text."""
+        if self.same_text and self.record.text_hash != run.text.measured_hash:
+            raise self._other("was measured on another text than the domains give now")
+
+    def _other(self, how: str) -> CheckpointError:
+        return CheckpointError(f"from {self.directory}: {how}; measure again, or leave it out.")

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -113,73 +115,114 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
     return patch
 
 
+@dataclasses.dataclass(slots=True)
+class _Member:
+    """A model that is cut: its run, the units that stay so far, and in a round its plan and its stream."""
+
+    run: Run
+    watch: LossWatch
+    keeps: Keeps
+    plan: Plan = field(init=False)
+    walk: Walk = field(init=False)
+
+    @classmethod
+    def of(cls, run: Run) -> "_Member":
+        """Return the whole model, with what its recipe adds to its readers."""
+        assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
+        groups, layers = run.resolved.groups, decoder_layers(run.model, run.arch)
+        if run.resolved.recipe.repair.compensate == "bias":
+            for group in groups:
+                add_zero_biases(layers[group.layer], group)
+        keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in groups}
+        return cls(run, LossWatch(run), keeps)
+
+    @property
+    def target_mix(self) -> float:
+        """The part of the drift that is made up for, by which a dense stream runs beside."""
+        return self.run.resolved.target_mix
+
+
 def prune_in_place(run: Run) -> Keeps:
-    """Prune the model, all rounds; return each group's kept units by their original indices.
+    """Prune the model of one run, see `prune_together`."""
+    return prune_together([run])[0]
+
+
+def prune_together(runs: Sequence[Run]) -> list[Keeps]:
+    """Prune the models, all rounds; return each group's kept units by their original indices.
+
+    Several are copies of one dense model, on the same text, that lose different shares in one round each.
+    One walk carries a pruned stream of each beside one dense stream; each becomes what it would be alone,
+    to the byte.
 
     Call `remove_depth` first; layers are numbered as the model then does. Raises RecipeError if
     a protected domain allows no further round.
     """
-    assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
-    keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in run.resolved.groups}
-    if run.resolved.recipe.repair.compensate == "bias":
-        layers = decoder_layers(run.model, run.arch)
-        for group in run.resolved.groups:
-            add_zero_biases(layers[group.layer], group)
+    run, num_rounds = runs[0], len(runs[0].resolved.plans)
+    assert len(runs) == 1 or {len(each.resolved.plans) for each in runs} == {1}, "several go in one round"
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
-    on_disk = run.weights_on_disk and run.dense_tokens is None  # a trim leaves embedding and head in memory
+    # A trim leaves embedding and head in memory.
+    on_disk = run.weights_on_disk and run.dense_tokens is None
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
-        dense_layers, watch = LayersOnDisk(Path(folder), "dense"), LossWatch(run)
-        for number in range(1, len(run.resolved.plans) + 1):
+        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member.of(each) for each in runs]
+        for number in range(1, num_rounds + 1):
             # No width left to remove in this round: skip it.
-            if run.resolved.removals[number - 1] > 0:
-                batches = run.batches()
-                plan = plan_round(run, number, batches, watch.allowed_rise())
-                # A round that the store has whole needs no stream, unless somebody waits for it.
-                stored = all(run.services.store.has(_step_name(number, group)) for group in run.resolved.groups)
-                idle = stored and run.after_dense is None
-                walk = Walk(run.model, run.arch, [] if idle else batches, dense=bool(run.resolved.target_mix))
+            if any(each.resolved.removals[number - 1] > 0 for each in runs):
+                _begin_round(members, number)
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
                 finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
-                _one_round(run, walk, plan, number, keeps, dense_layers, finished)
-            watch.after_round(number)
-            _update_config(run)
-            if run.after_round is not None:
-                run.after_round(number, keeps)
-    _update_config(run)
-    return keeps
+                _one_round(members, number, dense_layers, finished)
+            for member in members:
+                member.watch.after_round(number)
+                _update_config(member.run)
+    return [member.keeps for member in members]
 
 
-def _one_round(
-    run: Run,
-    walk: Walk,
-    plan: Plan,
-    number: int,
-    keeps: Keeps,
-    dense_layers: LayersOnDisk,
-    finished: LayersOnDisk | None,
-) -> None:
-    num_rounds = len(run.resolved.plans)
-    stage = f"prune, round {number} of {num_rounds}"
-    run.services.progress(stage, 0, run.arch.num_layers)
-    for index in range(run.arch.num_layers):
-        groups = [group for group in run.resolved.groups if group.layer == index]
-        if run.resolved.target_mix:
-            _advance_dense(walk, index, groups, dense_layers, is_last=number == num_rounds)
-        for group in groups:
-            key = (group.layer, group.name)
-            keep = _group_step(run, walk, group, number, plan.num_keep[key])
-            keeps[key] = original_units(keeps[key], keep.cpu())
-        if index + 1 < run.arch.num_layers:
-            walk.advance(index)
-        if finished is not None:
-            offload(walk.layers[index])  # it is mapped again and must be in its file only
-            finished.save(index, walk.layers[index], [])
-            finished.restore(index, walk.layers[index])
-        release_freed()
-        run.services.progress(stage, index + 1, run.arch.num_layers)
+def _begin_round(members: list[_Member], number: int) -> None:
+    """Plan the round of each member, and bring their streams to the first layer."""
+    first = members[0].run
+    batches = first.batches()
+    for member in members:
+        member.plan = plan_round(member.run, number, batches, member.watch.allowed_rise())
+    # A round that the store has whole needs no stream, unless somebody waits for it.
+    steps = ((each.run, group) for each in members for group in each.run.resolved.groups)
+    idle = all(run.services.store.has(_step_name(number, group)) for run, group in steps) and first.after_dense is None
+    for member in members:
+        dense = bool(member.target_mix) and member is members[0]
+        member.walk = Walk(member.run.model, member.run.arch, [] if idle else batches, dense=dense)
+        member.walk.dense_BTD = members[0].walk.dense_BTD
+
+
+def _one_round(members: list[_Member], number: int, dense_layers: LayersOnDisk, finished: LayersOnDisk | None) -> None:
+    run, num_rounds = members[0].run, len(members[0].run.resolved.plans)
+    stage, num_layers = f"prune, round {number} of {num_rounds}", run.arch.num_layers
+    run.services.progress(stage, 0, num_layers * len(members))
+    for index in range(num_layers):
+        if members[0].target_mix:
+            groups = [group for group in run.resolved.groups if group.layer == index]
+            _advance_dense(members[0].walk, index, groups, dense_layers, is_last=number == num_rounds)
+        for place, member in enumerate(members):
+            _one_layer(member, index, number)
+            if finished is not None:
+                layer = member.walk.layers[index]
+                offload(layer)  # it is mapped again and must be in its file only
+                finished.save(index, layer, [])
+                finished.restore(index, layer)
+            release_freed()
+            run.services.progress(stage, index * len(members) + place + 1, num_layers * len(members))
     if number == 1 and run.after_dense is not None:
-        run.after_dense(walk)
+        run.after_dense(members[0].walk)
+
+
+def _one_layer(member: _Member, index: int, number: int) -> None:
+    """Prune the layer's groups, and move the member's stream through what is left."""
+    for group in member.run.resolved.groups:
+        if group.layer == index:
+            key = (index, group.name)
+            keep = _group_step(member.run, member.walk, group, number, member.plan.num_keep[key])
+            member.keeps[key] = original_units(member.keeps[key], keep.cpu())
+    if index + 1 < member.run.arch.num_layers:
+        member.walk.advance(index)
 
 
 def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) -> Tensor:

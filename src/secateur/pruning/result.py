@@ -44,29 +44,19 @@ def calibration_facts(drawn: Drawn) -> CalibrationFacts:
     )
 
 
-ROUNDS = "rounds"
-
-
-def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path, number: int | None = None) -> tuple[str, ...]:
-    """Write the model, a round's under `rounds/NUMBER`; the last round is the result itself.
-
-    Returns a sentence about every side file of the source that was left behind.
-    """
+def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> tuple[str, ...]:
+    """Write the model; return a sentence about every side file of the source that was left behind."""
     recipe = run.resolved.recipe
-    if number == recipe.choose.rounds:
-        return ()
-    place = directory if number is None else directory / ROUNDS / str(number)
-    place.mkdir(parents=True, exist_ok=number is None)
     left = save_checkpoint(
         run.model,
         tokenizer_of(opened),
-        place,
+        directory,
         kept=None if opened.trim is None else opened.trim.kept,
         max_shard_size=recipe.output.max_shard_size,
         carry_from=opened.directory,
     )
-    (place / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-    write_keeps(place, run.resolved.layers if run.resolved.depth else (), keeps)
+    (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_keeps(directory, run.resolved.layers if run.resolved.depth else (), keeps)
     return left
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from secateur.methods.budget import Plan, least_keep
-from secateur.methods.curve import curve_plan, predicted_rise
+from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
 from secateur.pruning.run import Run
@@ -33,13 +33,26 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
 def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> Plan:
     resolved, remove = run.resolved, run.resolved.removals[number - 1]
     least = least_keep(resolved.groups, resolved.align, resolved.recipe.remove.min_keep)
-    prices = resolved.prices_left
-    settings, progress = _profile_settings(run, number), run.services.progress
-    profiles = profile(run.model, run.arch, resolved.groups, batches, settings, decide=from_first, progress=progress)
+    prices, profiles = resolved.prices_left, run.profiles or profiles_of(run, number, batches)
     plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
     predicted = predicted_rise(profiles, plan.num_keep)
     run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
     return plan
+
+
+def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:
+    """Return the profiles of the model as it is now; slopes are those of this round's share."""
+
+    def made() -> list[list[Any]]:
+        options: dict[str, Any] = {"decide": from_first, "progress": run.services.progress}
+        profiles = profile(run.model, run.arch, run.resolved.groups, batches, _profile_settings(run, number), **options)
+        return [[*key, *dataclasses.astuple(each)] for key, each in profiles.items()]
+
+    found = run.services.store.value(f"round-{number}-profiles", made)
+    return {
+        (layer, name): GroupProfile(tuple(levels), tuple(errors), slopes)
+        for layer, name, levels, errors, slopes in found
+    }
 
 
 def _profile_settings(run: Run, number: int) -> ProfileSettings:

@@ -12,7 +12,9 @@ from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Loss, standard_error
+from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
+from secateur.model.group import GroupKey
 from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.kept_units import Keeps
 from secateur.model.modules import CausalLM
@@ -27,13 +29,12 @@ from secateur.stream.walk import Batch, Walk, make_batches
 class Run:
     """What a prune works on, step by step. `text`: what it may learn by; what judges it is elsewhere.
 
-    `weights_on_disk`: finished layers are mapped from files. `after_round`: called with the number
-    and kept units of every round, with the model and its config as that round left them.
-    `dense_losses`: held-out nats per token by domain before layers went, if something watches them.
+    `weights_on_disk`: finished layers are mapped from files. `dense_losses`: held-out nats per token by
+    domain before layers went, if something watches them.
     `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
     losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
     `kept`: the units that stay, if another result has chosen them. `after_dense`: called with the first
-    round's walk when its dense stream has left the last layer.
+    round's walk when its dense stream has left the last layer. `profiles`: of the groups, if known.
     """
 
     model: CausalLM
@@ -42,12 +43,12 @@ class Run:
     text: LearningText
     services: Services = field(default_factory=Services)
     weights_on_disk: bool = False
-    after_round: Callable[[int, Keeps], None] | None = None
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense_tokens: dict[str, dict[int, int]] | None = None
     trimmed: dict[str, tuple[Loss, Loss]] = field(default_factory=dict[str, tuple[Loss, Loss]])
     kept: Keeps = field(default_factory=Keeps)
     after_dense: Callable[[Walk], None] | None = None
+    profiles: Profiles = field(default_factory=dict[GroupKey, GroupProfile])
 
     @property
     def shares(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A self-contained HTML page. In: sentences and tables. Out: HTML, in which all text is escaped here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -21,6 +21,16 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines by name, each of (share, height) from the origin on, up to `top`; `marks`: shares by name."""
+
+    caption: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    marks: Mapping[str, float]
+    top: float
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """`name`: the id in the page. `code`: preformatted text."""
 
@@ -29,6 +39,7 @@ class Section:
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     code: str = ""
+    chart: Chart | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,6 @@ from secateur.report.records import read_result
 from secateur.result_directory import LATER_FILES, RESULT_FILE, read_digests, write_summary
 
 CARD = "README.md"
-# Rounds stay here.
-NOT_SENT = "rounds"
 # Of an earlier upload: its index or a file of its weights could be loaded in place of the new ones.
 STALE = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -129,8 +127,6 @@ def _stage(directory: Path, stage: Path, digests: dict[str, str]) -> None:
     """
     later = [name for name in LATER_FILES if (directory / name).is_file()]
     for name in (*digests, *later):
-        if name.split("/")[0] == NOT_SENT:
-            continue
         if not (directory / name).is_file() or not lies_in(directory, directory / name):
             raise CheckpointError(
                 f"{directory / name}: is gone, or a link to a file outside the result; bring it back, or prune again."

@@ -1,13 +1,17 @@
 """Records of a run and of an inspection as plain numbers, and a result directory read back."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
 from secateur.facts import Ancestor, Kind, Loss, OwnAnswers, Record, Size, geometric_mean_perplexity, parse_json
 from secateur.log import LOG_FILE
+from secateur.methods.curve import GroupProfile
 from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
 from secateur.report.measured import (
     RECOVERY_FILE,
@@ -199,6 +203,62 @@ class Summary(Record):
         """Return the evaluated models' losses, dense first."""
         named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
         return {name: losses for name, losses in named.items() if losses}
+
+
+@dataclass(frozen=True, slots=True)
+class SizeCost:
+    """A smaller model: the share of all parameters that goes, and nats per token lost by what judges.
+
+    `num_bytes`: of a GGUF file by type, where llama.cpp runs the family.
+    """
+
+    removed: float
+    num_params: int
+    lost: dict[str, float]
+    num_bytes: dict[str, int] = field(default_factory=dict[str, int])
+
+
+# A loss below this, in nats per token, is within the noise of what judges.
+LEAST_NATS = 1e-3
+
+
+def nats_at(probes: Sequence[SizeCost], judged: str, removed: float, units: float) -> float:
+    """Return the nats lost at a share, by a power law between two probes, the nearest ones beyond all.
+
+    nats = a x^p with x = -ln(1 - removed / units), where `units` is the share that all units are, and a and p are
+    from both probes. Each equal part of what is left then adds the same to x, and none are lost where nothing goes.
+    """
+    pair = next((pair for pair in pairwise(probes) if removed <= pair[1].removed), probes[-2:])
+    left, right, here = (-math.log1p(-share / units) for share in (pair[0].removed, pair[1].removed, removed))
+    before, after = (max(probe.lost[judged], LEAST_NATS) for probe in pair)
+    power = math.log(after / before) / math.log(right / left)
+    return before * (here / left) ** max(power, 0.0)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Measurement(Record):
+    """What sizes of a model cost without a polish: `probes` were cut and judged, `forms` are foretold from these.
+
+    `band`: how far off the middle probe is foretold by the others, a mean share of its loss. `units`: the share of all
+    parameters that the groups' units are.
+    """
+
+    model: str
+    command: str
+    dense_size: Size
+    calibration: CalibrationFacts
+    probes: tuple[SizeCost, ...]
+    forms: dict[str, tuple[SizeCost, ...]]
+    band: float
+    units: float
+    seconds: dict[str, float]
+    peak_bytes: int
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+    text_hash: str  # of what was measured on
+    lineage: tuple[Ancestor, ...]
+    profiles: tuple[tuple[int, str, GroupProfile], ...] = ()  # with layer and group, if widths by layer were asked for
+    files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,210 @@
+"""A run up to where its model is loaded and still dense: its text, its memory, what judges it, a copy for each size.
+
+In: an opened model. Out: a `Prepared` run, or several of them that share their text.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from secateur.errors import RecipeError
+from secateur.log import Progress, RunLog
+from secateur.model.checkpoint import eval_mode
+from secateur.pruning.cost import MemoryPlan, check_disk, memory_for, with_polish_that_fits
+from secateur.pruning.open import (
+    Opened,
+    check_same_run,
+    computes_in_float32,
+    loaded,
+    onload,
+    store_for,
+    tokenizer_of,
+)
+from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.pruning.result import foretold
+from secateur.pruning.run import Run
+from secateur.pruning.text import Drawn, run_text, without_answers
+from secateur.pruning.trim import plan_trim
+from secateur.ranks import from_first, is_first, size, staging_if_any
+from secateur.store import Services
+from secateur.stream.judge import Judge, Judgement, ToJudge
+from secateur.stream.offload import Placement
+from secateur.stream.threads import choose_threads
+
+# A run that names the tokens of a domain that judge it gets a share of prompts and documents, all with so many.
+TOKENS_BESIDE_ALL = 1024
+# What is to go, by the name of a size: keys of the recipe's `remove`.
+Sizes = Mapping[str, dict[str, Any]]
+
+
+@contextmanager
+def begun(
+    opened: Opened,
+    out: Path | str | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> Iterator[Services]:
+    """Yield what a run reports to and resumes from; its `scratch` becomes `out` when the block succeeds."""
+    place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
+    computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
+    computes |= {"units that stay": opened.like and opened.like.digest}
+    target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
+    with store_for(place, opened.recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
+        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
+
+
+class Prepared(NamedTuple):
+    """A run whose model is still dense, with its weights. `opened`: with its tokenizer, and the trim of it.
+
+    `notes`: for people, on the text, on the weights and on memory.
+    """
+
+    opened: Opened
+    run: Run
+    drawn: Drawn
+    placement: Placement
+    notes: tuple[str, ...] = ()
+
+
+def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | None = None) -> Prepared:
+    """Return a run up to where its model is loaded, and in place on the device.
+
+    `num_judged_blocks`: of each domain, to judge by; None: as the recipe says.
+
+    Raises a SecateurError for what the recipe, the memory or the text does not allow.
+    """
+    opened = replace(opened, tokenizer=tokenizer_of(opened))
+    text = run_text(opened, services.progress, num_judged_blocks=num_judged_blocks)
+    if opened.recipe.remove.vocabulary is not None:
+        opened = plan_trim(opened, services, text)
+    resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
+    plan = memory_for(opened, resolved)
+    if plan.weights_on_disk or plan.one_layer_at_a_time:
+        resolved = _without_answers(opened, resolved)
+    if services.scratch is not None:
+        check_disk(services.scratch, opened, resolved, plan)
+    if is_first():
+        services.tell(foretold(opened, resolved, plan))
+    with log.time("calibration"):
+        drawn = from_first(partial(text.drawn, opened, resolved))
+    text_notes = (*drawn.learning.notes, *drawn.judged.notes)
+    if is_first():
+        for sentence in text_notes:
+            services.tell(sentence)
+    with log.time("load"):
+        services.progress("load", 0, 1)
+        opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
+        notes = text_notes + notes + _notes(opened, plan)
+        resolved = replace(resolved, warnings=resolved.warnings + notes)
+        check_same_run(opened.model, resolved.recipe)
+        placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+        if opened.device.type == "cpu" and size() == 1:
+            choose_threads(opened.model, opened.arch, services)
+        services.progress("load", 1, 1)
+    model = opened.model
+    with log.time("calibration"), eval_mode(model):
+        if any(blocks.is_meta for blocks in drawn.learning.held_out.values()):
+            drawn = drawn.written(opened, text.answers(opened, services))
+        services.store.check_input("calibration text", drawn.learning.content_hash + drawn.judged.content_hash)
+    run = Run(
+        model=model,
+        arch=opened.arch,
+        resolved=resolved,
+        text=drawn.learning,
+        services=services,
+        weights_on_disk=plan.weights_on_disk,
+        kept={} if opened.like is None else opened.like.keeps,
+    )
+    return Prepared(opened, run, drawn, placement, notes)
+
+
+def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:
+    """Return the run without what the model would answer: each token would move all weights."""
+    if not any(domain.answers for domain in resolved.recipe.calibration.domains.values()):
+        return resolved
+    recipe = without_answers(opened.asking(resolved.recipe)).recipe
+    note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
+    return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))
+
+
+def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
+    """Return notes for people on how the run keeps within memory."""
+    notes: tuple[str, ...] = ()
+    if plan.one_layer_at_a_time and plan.budget_bytes is not None:
+        limit = f"{plan.budget_bytes / 1e9:.2f} GB"
+        notes += (f"layers came to {opened.device} one at a time to keep within {limit}.",)
+    if plan.in_float32:
+        stored = str(opened.model.dtype).removeprefix("torch.")
+        notes += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)
+    return notes
+
+
+def _sized(opened: Opened, remove: dict[str, Any]) -> Opened:
+    return checked(opened.asking(opened.recipe.filled(remove=remove)))
+
+
+def check_sizes(opened: Opened, sizes: Sizes) -> None:
+    """Raise RecipeError for a size that cannot be, or for what several at once cannot do."""
+    remove, choose, machine = opened.recipe.remove, opened.recipe.choose, opened.recipe.machine
+    if remove.vocabulary or choose.rounds > 1 or machine.memory_budget or machine.device_budget:
+        raise RecipeError(
+            "remove: several sizes at once go in one round each, on a copy of the weights, and keep all tokens; leave "
+            "out rounds, memory_budget, device_budget and vocabulary, or prune to one size at a time."
+        )
+    for goes in sizes.values():
+        resolve(_sized(opened, goes))
+
+
+def of_sizes(ready: Prepared, sizes: Sizes) -> dict[str, Prepared]:
+    """Return a run for each size, by its name: on a copy of the dense model, and on the same text.
+
+    Raises RecipeError where the weights do not fit the device.
+    """
+    opened, first, drawn, placement, notes = ready
+    if placement.one_at_a_time and not placement.in_float32:
+        raise RecipeError("remove: several sizes at once need all weights on the device; prune to one size at a time.")
+    with placement.on_host():
+        models = [opened.model, *(copy.deepcopy(opened.model) for _ in range(1, len(sizes)))]
+    base = opened.recipe.model_copy(update={"calibration": first.resolved.recipe.calibration})
+    members = dict[str, Prepared]()
+    for (name, remove), model in zip(sizes.items(), models, strict=True):
+        own = _sized(replace(opened, model=model, recipe=base), remove)
+        resolved = with_polish_that_fits(own, resolve(own))
+        resolved = replace(resolved, warnings=resolved.warnings + notes)
+        at_once = {"one_at_a_time": placement.one_at_a_time, "in_float32": placement.in_float32}
+        place = onload(own, **at_once) if members else placement
+        run = replace(first, model=model, resolved=resolved, services=first.services.part(name))
+        members[name] = Prepared(own, run, drawn, place)
+    return members
+
+
+def judge_of(ready: Prepared) -> Judge | None:
+    """Return what judges the run, None if nothing is to."""
+    opened, run, drawn, *_ = ready
+    evaluate = run.resolved.recipe.output.evaluate
+    if not evaluate:
+        return None
+    text, services, config = drawn.judged.blocks, run.services, run.model.config
+    share = 1.0 if evaluate is True else evaluate / TOKENS_BESIDE_ALL
+    return Judge(text, tokenizer_of(opened), config, services.store, services.progress, opened.trim, share)
+
+
+def judged_dense(ready: Prepared, judge: Judge) -> Judgement:
+    """Judge the dense model, which answers unless each token would move weights that are not in memory."""
+    asks = not (ready.run.weights_on_disk or ready.placement.one_at_a_time)
+    return judged(ready.run, "dense", partial(judge.dense, asks=asks))
+
+
+def judged(run: Run, which: str, judged: Callable[[ToJudge], Judgement]) -> Judgement:
+    """Judge the run's model as it is now."""
+    with run.services.log.time("evaluate"):
+        return judged(ToJudge(which, lambda: (run.model, run.arch), run.text.sequence_length))

@@ -1,0 +1,179 @@
+"""Measuring: what is foretold rests on models that were cut and judged, and holds for those that `prune` writes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from models import tiny_llama
+from recipes import grouped
+from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
+
+import secateur
+from secateur.errors import CheckpointError, RecipeError
+from secateur.formats.save import Verification
+from secateur.pruning.measure import PROBES
+from secateur.report.records import Measurement, SizeCost, nats_at
+from tests.pruning.test_resume import Stopped, stopped_after
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """No reload, which other tests are about."""
+    with patch("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, "")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoints, recipe, tmp_path_factory) -> tuple[Measurement, Path]:
+    out = tmp_path_factory.mktemp("measured") / "out"
+    return secateur.measure(checkpoints["llama"], grouped({**recipe, "budget": "curve"}), out=out), out
+
+
+def test_a_probe_lost_what_a_prune_to_its_size_loses(measured, checkpoints, recipe):
+    probes = measured[0].probes
+    assert len(probes) == len(PROBES)
+    for probe in probes:
+        summary = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": probe.removed, "depth": 0})).summary
+        assert summary.pruned_size.num_params == probe.num_params
+        lost = {
+            name: summary.pruned_losses[name].nats_per_token - dense.nats_per_token
+            for name, dense in summary.dense_losses.items()
+        }
+        assert {name: probe.lost[name] for name in lost} == lost
+        dense, pruned = summary.other_text
+        assert probe.lost["other text"] == pruned.nats_per_token - dense.nats_per_token
+
+
+def test_the_record_is_that_on_disk(measured):
+    record, out = measured
+    assert Measurement.from_json((out / "result.json").read_text(), "x") == record
+    assert set(record.files) >= {"recipe.yaml", "probe-0/run.jsonl", "result.json"}
+
+
+def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, recipe, tmp_path):
+    """With slopes of the same cut; else by those of the measured one."""
+    record, out = measured
+    middle = record.probes[1].removed
+    asked = {**recipe, "budget": "curve", "remove": middle, "depth": 0}
+    with patch("secateur.pruning.round_plan.profile", side_effect=AssertionError("measured already")):
+        planned = secateur.prune(checkpoints["llama"], {"remove": middle}, from_=out)
+    alone = secateur.prune(checkpoints["llama"], grouped(asked))
+    assert {key: keep.tolist() for key, keep in planned.keeps.items()} == {
+        key: keep.tolist() for key, keep in alone.keeps.items()
+    }
+    states = planned.model.state_dict(), alone.model.state_dict()
+    assert all((states[0][name] == tensor).all() for name, tensor in states[1].items())
+
+
+def test_another_model_text_or_version_is_refused(measured, checkpoints, tmp_path, monkeypatch):
+    _, out = measured
+    with pytest.raises(CheckpointError, match=rf"^from {out}: is of another model, llama; measure again, or leave"):
+        secateur.prune(checkpoints["qwen2"], {}, from_=out)
+    monkeypatch.setattr("secateur.pruning.like.versions", lambda: {"secateur": "9.9"})
+    with pytest.raises(CheckpointError, match=r"was measured with secateur .*, and here is 9\.9; measure again"):
+        secateur.prune(checkpoints["llama"], {}, from_=out)
+    monkeypatch.undo()
+    record = Path(out / "result.json").read_text()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "result.json").write_text(record.replace('"band"', '"bond"'))
+    with pytest.raises(CheckpointError, match=r"result\.json was changed since; measure again"):
+        secateur.prune(checkpoints["llama"], {}, from_=damaged)
+
+
+def test_other_text_is_refused_unless_it_is_asked_for(measured, checkpoints, recipe, texts, tmp_path):
+    _, out = measured
+    before = texts["prose"].read_text(encoding="utf-8")
+    try:
+        texts["prose"].write_text(before.replace("the", "a"), encoding="utf-8")
+        with pytest.raises(CheckpointError, match="was measured on another text than the domains give now"):
+            secateur.prune(checkpoints["llama"], {}, from_=out)
+    finally:
+        texts["prose"].write_text(before, encoding="utf-8")
+    result = secateur.prune(checkpoints["llama"], {"calibration": {"num_tokens": 640}, "polish": False}, from_=out)
+    assert sum(result.summary.calibration.num_tokens.values()) == 640
+
+
+def test_answers_and_a_long_polish_belong_to_the_same_measurement(tmp_path):
+    """They are written anew, and differ with how many are asked for; the text that they stand beside does not."""
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(2000)))
+    chats = [[{"role": "user", "content": f"a{number}"}, {"role": "assistant", "content": "x"}] for number in range(60)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    files = {
+        "chat": {"files": str(tmp_path / "chat.jsonl"), "answers": True},
+        "lines": {"files": str(tmp_path / "a.txt")},
+    }
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    asked = grouped({"align": 8, "calibration": {"num_tokens": 1152, "sequence_length": 32, "domains": files}})
+    secateur.measure(tmp_path / "model", asked, out=tmp_path / "sizes")
+    polish = {"num_tokens": 2304, "batch_tokens": 64}
+    result = secateur.prune(tmp_path / "model", {"polish": polish}, from_=tmp_path / "sizes")
+    assert result.summary.polish is not None and result.summary.polish.training.num_tokens == 2304
+
+
+def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, checkpoints, recipe, tmp_path):
+    _, whole = measured
+    out, num_stops = tmp_path / "out", 0
+    while not out.exists():
+        try:
+            with stopped_after(3 + 2 * num_stops):
+                secateur.measure(checkpoints["llama"], grouped({**recipe, "budget": "curve"}), out=out, resume=True)
+        except Stopped:
+            num_stops += 1
+    assert num_stops >= 2
+    again = json.loads((out / "result.json").read_text())
+    first = json.loads((whole / "result.json").read_text())
+    of_the_clock = ("seconds", "peak_bytes", "files")
+    assert {k: v for k, v in again.items() if k not in of_the_clock} == {
+        k: v for k, v in first.items() if k not in of_the_clock
+    }
+
+
+def test_a_recipe_that_says_how_much_goes_is_refused(checkpoints, recipe, tmp_path):
+    with pytest.raises(RecipeError, match="leave out depth and rounds"):
+        asked = grouped({**recipe, "depth": 1, "rounds": 2})
+        secateur.measure(checkpoints["llama"], asked, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def kept(share: float) -> float:
+    """Return the share of all parameters that goes where so much of the units, half of all, stays."""
+    return 0.5 * (1 - share)
+
+
+PROBED = tuple(SizeCost(kept(share), 1, {"x": nats}) for share, nats in ((0.8, 0.2), (0.64, 0.8), (0.4096, 1.6)))
+
+
+@pytest.mark.parametrize(
+    ("left", "nats"),
+    [(1.0, 0.0), (0.8, 0.2), (0.64, 0.8), (0.512, 1.2), (0.4096, 1.6), (0.32768, 2.0), (0.894427191, 0.05)],
+)
+def test_a_loss_between_two_sizes_is_a_power_of_how_often_a_part_of_the_rest_went(left, nats):
+    """A fifth of what is left goes each time: twice as often costs four times as much at first, then twice."""
+    assert nats_at(PROBED, "x", kept(left), 0.5) == pytest.approx(nats)
+
+
+def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, recipe_file, tmp_path):
+    sizes, family = tmp_path / "sizes", tmp_path / "family"
+    run = run_cli("measure", checkpoints["llama"], sizes, "--recipe", recipe_file, "--quiet")
+    assert run.status == 0 and max(map(len, run.stdout.splitlines()[:-1])) <= 80
+    for said in ("own answers", "mean of domains", "q4_k_m", "hardly noticed", f"Written to {sizes}: result.json"):
+        assert said in run.stdout
+    assert "<svg" in (sizes / "report.html").read_text()
+    asked = ("--from", sizes, "--set", "polish=false", "--quiet")
+    run = run_cli("prune", checkpoints["llama"], family, "--remove", "0.1,0.2", *asked)
+    assert run.status == 0 and sorted(path.name for path in family.iterdir()) == ["10", "20"]
+    assert run.stdout.count("removed (asked") == 2
+    for wrong, said in (
+        ("0.1,x", "--remove 0.1,x: give a share such as 0.2"),
+        ("0.1,2", "must be a number above 0 and below 1, got 2"),
+        ("0.1,0.9", "remove: 0.9 of all"),
+    ):
+        run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", wrong, *asked)
+        assert run.status == 2 and said in run.stderr and run.stderr.count("\n") == 1
+    run = run_cli("prune", checkpoints["qwen2"], tmp_path / "no", "--remove", "0.2", *asked)
+    assert run.status == 2 and "is of another model" in run.stderr and not (tmp_path / "no").exists()
