@@ -23,10 +23,11 @@ from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, measure, prune, prune_sizes, recover, table
+    from secateur.api import Result, prune, prune_sizes, recover, table
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
+    from secateur.evaluation.measure import measure
     from secateur.formats.gguf import Exporter, export
     from secateur.formats.verify import verify
     from secateur.methods.scores import Score
@@ -65,10 +66,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Result", "measure", "prune", "prune_sizes", "recover", "table"),
+    "api": ("Result", "prune", "prune_sizes", "recover", "table"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
+    "evaluation.measure": ("measure",),
     "pruning.inspect": ("inspect",),
     "formats.verify": ("verify",),
     "formats.gguf": ("Exporter", "export"),

@@ -9,7 +9,6 @@ from secateur.evaluation.study import Comparison, comparison_table
 from secateur.log import Progress, silent
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
-from secateur.pruning.measure import measure_run
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
@@ -21,9 +20,9 @@ from secateur.report.records import Inspection, Measurement, Summary
 from secateur.report.report import write_pages, write_recovered_pages
 from secateur.report.rows import Tables, inspection_table, summary_table
 from secateur.report.rows_measured import bench_table, evaluation_table, recovery_table
-from secateur.report.size_curve import measurement_table, write_measurement
+from secateur.report.size_curve import measurement_table
 
-__all__ = ["Result", "measure", "prune", "prune_sizes", "recover", "table"]
+__all__ = ["Result", "prune", "prune_sizes", "recover", "table"]
 
 
 @joined()
@@ -121,42 +120,6 @@ def prune_sizes(
         sizes=named,
         out=out,
         tokenizer=tokenizer,
-        overwrite=overwrite,
-        resume=resume,
-        command=command,
-        progress=progress if is_first() else silent,
-        tell=tell,
-    )
-
-
-@joined()
-def measure(
-    model: str | Path,
-    recipe: Recipe | dict[str, Any] | Path | str | None = None,
-    *,
-    out: Path | str,
-    overwrite: bool = False,
-    resume: bool = False,
-    command: str = "",
-    progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Measurement:
-    """Foretell what each size of a model would cost, before anything is cut.
-
-    Copies of the model are cut to three sizes in one walk and judged, as `prune` without a polish would; losses
-    between are interpolated. `model`, `recipe`: as for `prune`; the recipe does not say how much goes. With budget
-    `curve` widths by layer are foretold, too, from a profile. `out`: the directory to write, with `result.json`,
-    the error curves and `report.html`. `overwrite`, `resume`, `command`, `progress`, `tell`: as for `prune`.
-
-    Returns the `Measurement` that `result.json` holds.
-
-    Raises a SecateurError, one sentence, for what a user can correct.
-    """
-    return measure_run(
-        model,
-        as_recipe(recipe),
-        finish=write_measurement,
-        out=out,
         overwrite=overwrite,
         resume=resume,
         command=command,

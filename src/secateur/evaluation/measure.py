@@ -7,11 +7,11 @@ to a few sizes in one walk and judged; between these sizes losses are interpolat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.log import Progress, silent, versions
 from secateur.methods.curve import Profiles, curve_plan, predicted_rise
-from secateur.model.checkpoint import eval_mode
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import Prepared, begun, judge_of, judged, judged_dense, of_sizes, prepared
@@ -20,8 +20,10 @@ from secateur.pruning.resolve import checked, nearest, resolve
 from secateur.pruning.result import calibration_facts
 from secateur.pruning.round_plan import profiles_of
 from secateur.pruning.text import with_share_of_answers
-from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
+from secateur.ranks import is_first, joined
+from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
+from secateur.report.size_curve import write_measurement
 from secateur.stream.device import keeping_freed, peak_bytes
 from secateur.stream.judge import Judgement
 from secateur.stream.threads import threads_kept
@@ -34,16 +36,15 @@ FILE_TYPES = ("bf16", "q8_0", "q4_k_m")
 NOT_MEASURED = ("to", "layers", "depth", "vocabulary")
 EQUAL, BY_LAYER = "equal widths", "widths by layer"
 OTHER, ANSWERS = "other text", "own answers"
-Finish = Callable[[Path, Measurement], Measurement]
 
 
+@joined()
 @keeping_freed()
 @threads_kept()
-def measure_run(
+def measure(
     model: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | dict[str, Any] | Path | str | None = None,
     *,
-    finish: Finish,
     out: Path | str,
     overwrite: bool = False,
     resume: bool = False,
@@ -51,15 +52,24 @@ def measure_run(
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
-    """Measure a causal LM. Arguments, errors: see `api.measure`. `finish`: writes what people read."""
-    opened = with_share_of_answers(_plain(open_model(model, recipe)))
+    """Foretell what each size of a model would cost, before anything is cut.
+
+    Copies of the model are cut to three sizes in one walk and judged, as `prune` without a polish would; losses
+    between are interpolated. `model`, `recipe`: as for `prune`; the recipe does not say how much goes. With budget
+    `curve` widths by layer are foretold, too, from a profile. `out`: the directory to write, with `result.json`,
+    the error curves and `report.html`. `overwrite`, `resume`, `command`, `progress`, `tell`: as for `prune`.
+
+    Returns the `Measurement` that `result.json` holds.
+
+    Raises a SecateurError, one sentence, for what a user can correct.
+    """
+    asked, progress = as_recipe(recipe), progress if is_first() else silent
+    opened = with_share_of_answers(_plain(open_model(model, asked)))
     with begun(opened, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
-        directory, ready = services.scratch, prepared(opened, services)
-        with eval_mode(ready.run.model):
-            measurement = _measured(ready, command)
+        directory, measurement = services.scratch, _measured(prepared(opened, services), command)
         if directory is not None:
-            (directory / RECIPE_FILE).write_text(dump_recipe(recipe.filled(remove={"depth": 0})), encoding="utf-8")
-            measurement = finish(directory, measurement)
+            (directory / RECIPE_FILE).write_text(dump_recipe(asked.filled(remove={"depth": 0})), encoding="utf-8")
+            measurement = write_measurement(directory, measurement)
     return measurement
 
 

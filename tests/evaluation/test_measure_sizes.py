@@ -13,8 +13,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
+from secateur.evaluation.measure import PROBES
 from secateur.formats.save import Verification
-from secateur.pruning.measure import PROBES
 from secateur.report.records import Measurement, SizeCost, nats_at
 from tests.pruning.test_resume import Stopped, stopped_after
 
