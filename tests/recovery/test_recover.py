@@ -286,7 +286,7 @@ def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, re
         recover(pruned, checkpoints["llama"], changes, out=tmp_path / name)
     small = weight_size(secateur.load(pruned))
     for name, event, rate in (
-        ("polished", "polish_step", 0.001 * small),
+        ("polished", "polish_step", 0.0005 * small),
         ("recovered", "recover_step", 0.0005 * small),
         ("low_rank", "recover_step", 0.005 * small),
     ):
