@@ -47,6 +47,20 @@ def test_a_probe_lost_what_a_prune_to_its_size_loses(measured, checkpoints, reci
         assert probe.lost["other text"] == pruned.nats_per_token - dense.nats_per_token
 
 
+def test_sizes_are_told_of_the_whole_model(measured, checkpoints, recipe):
+    record, _ = measured
+    assert set(record.forms) == {"equal widths", "widths by layer"}
+    for costs in record.forms.values():
+        assert [cost.removed for cost in costs] == pytest.approx(
+            [1 - cost.num_params / record.dense_size.num_params for cost in costs], rel=1e-12
+        )
+    largest = record.forms["equal widths"][-1]
+    told = secateur.inspect(
+        checkpoints["llama"], grouped({**recipe, "remove": largest.removed, "depth": 0, "budget": "uniform"})
+    )
+    assert told.num_params_after == largest.num_params
+
+
 def test_the_record_is_that_on_disk(measured):
     record, out = measured
     assert Measurement.from_json((out / "result.json").read_text(), "x") == record

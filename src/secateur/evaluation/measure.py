@@ -4,6 +4,7 @@ In: a dense model. Out: a `Measurement`, and the error curves of its groups. Cop
 to a few sizes in one walk and judged; between these sizes losses are interpolated.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,12 @@ def _measured(ready: Prepared, command: str) -> Measurement:
         with services.log.time("profile"):
             profiles = profiles_of(middle, 1, middle.batches())
 
+    # Sizes are those of the whole model, which is the first copy.
+    shares = [share for share in SHARES if share <= opened.recipe.remove.share]
+    equal = [_sized(_asking(opened, "uniform", share)) for share in shares]
+    worth = [_worth_of_widths(opened, cost.removed, profiles) for cost in equal] if profiles else []
+    units = sum(group.num_units * group.params_per_unit for group in run.resolved.groups) / opened.size.num_params
+
     # Cut the copies in one walk, and judge them.
     probes = list[SizeCost]()
     for name, shape in zip(sizes, shaped(plain, members), strict=True):
@@ -112,12 +119,15 @@ def _measured(ready: Prepared, command: str) -> Measurement:
         plan = shape.run.resolved.plans[-1]
         probes.append(SizeCost(plan.removed_share, plan.cost_after, _lost(dense, pruned)))
 
-    shares = [share for share in SHARES if share <= opened.recipe.remove.share]
-    units = sum(group.num_units * group.params_per_unit for group in run.resolved.groups) / opened.size.num_params
-    equal = [_foretold(_asking(opened, "uniform", share), probes, units) for share in shares]
+    # Foretell each size by these.
+    texts = probes[0].lost
+    equal = [replace(cost, lost={name: nats_at(probes, name, cost.removed, units) for name in texts}) for cost in equal]
     forms = {EQUAL: equal}
-    if profiles:
-        forms[BY_LAYER] = [_by_layer(opened, cost, profiles) for cost in equal]
+    if worth:
+        forms[BY_LAYER] = [
+            replace(cost, lost={name: nats * by_layer[name] for name, nats in cost.lost.items()})
+            for cost, by_layer in zip(equal, worth, strict=True)
+        ]
     return Measurement(
         model=opened.public_name,
         lineage=opened.lineage,
@@ -144,12 +154,11 @@ def _lost(dense: Judgement, pruned: Judgement) -> dict[str, float]:
     return lost if pruned.answers is None else {**lost, ANSWERS: pruned.answers.nats_lost}
 
 
-def _foretold(asked: Opened, probes: Sequence[SizeCost], units: float) -> SizeCost:
-    """Return what an even cut to this share costs, with its bytes by type of file. `units`: see `nats_at`."""
+def _sized(asked: Opened) -> SizeCost:
+    """Return an even cut to this share with its bytes by type of file; what it loses is not known yet."""
     resolved = resolve(asked)
     plan, (files, _) = resolved.plans[-1], gguf_files(asked, resolved, FILE_TYPES)
-    lost = {name: nats_at(probes, name, plan.removed_share, units) for name in probes[0].lost}
-    return SizeCost(plan.removed_share, plan.cost_after, lost, {name: left for name, (_, left) in files.items()})
+    return SizeCost(plan.removed_share, plan.cost_after, {}, {name: left for name, (_, left) in files.items()})
 
 
 def _band(probes: Sequence[SizeCost], units: float) -> float:
@@ -160,15 +169,15 @@ def _band(probes: Sequence[SizeCost], units: float) -> float:
     return sum(errors) / max(len(errors), 1)
 
 
-def _by_layer(opened: Opened, equal: SizeCost, profiles: Profiles) -> SizeCost:
-    """Return what the same cut costs with widths by layer: less by what the profiles say that these are worth."""
-    resolved = resolve(_asking(opened, "curve", equal.removed))
-    plan = curve_plan(resolved.groups, profiles, resolved.prices_left, equal.removed, min_keep=resolved.least_keep)
+def _worth_of_widths(opened: Opened, share: float, profiles: Profiles) -> defaultdict[str, float]:
+    """Return the part of the loss of equal widths that widths by layer have, by domain; else the mean of these."""
+    resolved = resolve(_asking(opened, "curve", share))
+    plan = curve_plan(resolved.groups, profiles, resolved.prices_left, share, min_keep=resolved.least_keep)
     even = {  # at the levels that are nearest to equal widths
         key: min(profiles[key].levels, key=lambda level: abs(level - count))
-        for key, count in resolve(_asking(opened, "uniform", equal.removed)).plans[-1].num_keep.items()
+        for key, count in resolve(_asking(opened, "uniform", share)).plans[-1].num_keep.items()
     }
     least, most = predicted_rise(profiles, plan.num_keep), predicted_rise(profiles, even)
     worth = {name: least[name] / most[name] for name in least if most[name] > 0}
     mean = sum(worth.values()) / max(len(worth), 1)
-    return replace(equal, lost={name: lost * worth.get(name, mean) for name, lost in equal.lost.items()})
+    return defaultdict(lambda: mean, worth)
