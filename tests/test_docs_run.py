@@ -67,6 +67,7 @@ SIZES = {
 }
 BEHIND = {
     "prune": [*SETS, "--quiet"],
+    "measure": [*SETS, "--quiet"],
     "inspect": SETS,
     "trim": ["--domain=prose=law.txt", "--quiet"],
     "recover": ["--set=recover.held_out_blocks=1", "--set=recover.batch_tokens=64", "--quiet"],
@@ -200,7 +201,7 @@ def run_small(words: list[str]) -> None:
     if tuple(words) in DONE:
         return
     DONE.add(tuple(words))
-    if verb in ("prune", "trim") and "--overwrite" not in rest:
+    if verb in ("prune", "trim", "measure") and "--overwrite" not in rest:
         shutil.rmtree(rest[1], ignore_errors=True)
     done = run_cli(verb, *rest, *BEHIND.get(verb, []))
     assert done.status == 0, (verb, rest, done.stderr)

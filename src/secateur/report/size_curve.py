@@ -32,7 +32,7 @@ def measurement_table(measurement: Measurement) -> Tables:
 def measurement_page(measurement: Measurement) -> Page:
     """Return the page: the picture first, then the tables, and what was cut to foretell from."""
     shares = marked(measurement)
-    verdict = "; ".join(f"{name}: {_until(name)} {share:.0%}" for name, share in shares.items())
+    verdict = "; ".join(f"{name}: {_until(name)} {share:.1%}" for name, share in shares.items())
     lines = {
         (judged if form == next(iter(measurement.forms)) else f"{judged}, {form}"): _line(costs, judged)
         for form, costs in measurement.forms.items()
