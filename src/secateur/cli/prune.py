@@ -89,6 +89,8 @@ def prune(
             quiet=quiet,
             as_json=as_json,
         )
+    if like is not None:
+        raise RecipeError(f"--like {like}: says what goes, which is one size; leave it out, or --remove and --to.")
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
         results = secateur.prune_sizes(
             model,
