@@ -23,7 +23,7 @@ import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.model.config import quiet_transformers
 from secateur.pruning import cost as estimate
-from secateur.pruning import prune as preparation
+from secateur.pruning import prepare as preparation
 from secateur.pruning import trim
 from secateur.ranks import device_called
 from secateur.stream import walk

@@ -398,7 +398,7 @@ def test_disk_full_in_export(error, model, tmp_path, monkeypatch):
     [
         ("prune", "Missing argument"),
         ("prune model", "Missing argument"),
-        ("prune model out --remove abc", "Invalid value for '--remove'"),
+        ("prune model out --remove abc", "--remove abc: give a share such as 0.2"),
         ("prune model out --remvoe 0.2", "No such option: --remvoe"),
         ("prnue model out", "No such command 'prnue'"),
         ("inspect model --seed 1", "No such option: --seed"),

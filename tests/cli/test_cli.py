@@ -38,7 +38,9 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
     "prune": "MODEL OUT --remove --to --recipe --preset --domain --answers --vocabulary --polish --budget "
-    "--device --set --like --resume --overwrite --force --quiet --json",
+    "--device --set --like --from --resume --overwrite --force --quiet --json",
+    "measure": "MODEL OUT --recipe --preset --domain --answers --budget --device --set --resume --overwrite "
+    "--quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
     "inspect": "MODEL --remove --to --recipe --preset --set --quiet --json",
     "recipe": "PRESET",

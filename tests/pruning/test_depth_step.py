@@ -77,6 +77,8 @@ def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList(layers[index] for index in kept[0]["keep"])
     model.config.num_hidden_layers = len(model.model.layers)
+    if types := getattr(model.config, "layer_types", None):  # transformers reads no config whose layers do not agree
+        model.config.layer_types = [types[index] for index in kept[0]["keep"]]
     arch = bind(model)
     for entry in kept[1:]:
         (group,) = (g for g in arch.select((entry["group"],)) if g.layer == entry["layer"])
