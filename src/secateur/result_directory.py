@@ -144,8 +144,8 @@ def staging(
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
     """Raise CheckpointError if `out` must not be written: what is there is not ours, or is being read.
 
-    With `overwrite` an empty directory may be replaced, and a result, or one with a result for each of several
-    sizes, of which every file is as secateur wrote it, or is one that a later command writes.
+    With `overwrite` an empty directory may be replaced, and a result of which every file is as secateur wrote it,
+    or is one that a later command writes. A directory of several results is not: they may be of several runs.
     """
     if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
         raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
@@ -165,11 +165,8 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
         raise CheckpointError(f"OUT {out}: is {kind}, which is never replaced; choose a new directory.")
     if not overwrite:
         raise CheckpointError(f"OUT {out}: already exists; choose a new directory or give --overwrite to replace it.")
-    digests, theirs = _digests_of(out), _of_the_user(out, _digests_of(out))
-    for size in () if digests else sorted(file.parent for file in out.glob(f"*/{RESULT_FILE}")):
-        theirs = [name for name in theirs if not name.startswith(f"{size.name}/")]
-        theirs += [f"{size.name}/{name}" for name in _of_the_user(size, _digests_of(size))]
-    if theirs:
+    digests = (read_digests(out) if (out / RESULT_FILE).is_file() else None) or {}
+    if theirs := _of_the_user(out, digests):
         is_result = "" if digests else f"is no result of secateur (it has no {RESULT_FILE} with its digest), and "
         shown, more = ", ".join(theirs[:NUM_SHOWN]), len(theirs) - NUM_SHOWN
         listed = f"{shown} and {more:,} more" if more > 0 else shown
@@ -177,10 +174,6 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
             f"OUT {out}: {is_result}--overwrite would delete what is not as secateur wrote it: {listed}; move it "
             "elsewhere, or choose a new directory."
         )
-
-
-def _digests_of(directory: Path) -> dict[str, str]:
-    return (read_digests(directory) if (directory / RESULT_FILE).is_file() else None) or {}
 
 
 def _of_the_user(directory: Path, digests: Mapping[str, str]) -> list[str]:

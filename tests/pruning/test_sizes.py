@@ -82,19 +82,20 @@ def test_sizes_that_were_stopped_end_with_the_same_bytes(checkpoints, recipe, al
         assert [json.loads(line)["event"] for line in (out / name / "run.jsonl").read_text().splitlines()]
 
 
-def test_sizes_are_replaced_as_a_whole_but_for_files_of_the_user(checkpoints, recipe, tmp_path):
+def test_results_side_by_side_are_never_replaced(checkpoints, recipe, tmp_path):
     out, asked = tmp_path / "out", grouped({**recipe, "evaluate": False})
     secateur.prune_sizes(checkpoints["llama"], asked, (0.1, "80K"), out=out)
     assert sorted(path.name for path in out.iterdir()) == ["10", "80K"]
     assert sum(each.numel() for each in secateur.load(out / "80K").parameters()) <= 80_000
     with pytest.raises(CheckpointError, match="already exists"):
         secateur.prune_sizes(checkpoints["llama"], asked, (0.2,), out=out)
-    (out / "10" / "notes.md").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"would delete what is not as secateur wrote it: 10/notes\.md; move"):
+    # Whoever wrote them, one result in their place would delete them all.
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"is no result of secateur .* would delete .*10/"):
         secateur.prune_sizes(checkpoints["llama"], asked, (0.2,), out=out, overwrite=True)
-    (out / "10" / "notes.md").unlink()
-    secateur.prune_sizes(checkpoints["llama"], asked, (0.2,), out=out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["20"] and [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(CheckpointError, match=r"is no result of secateur .* would delete .*10/"):
+        secateur.prune(checkpoints["llama"], asked, out=out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("asked", [{"rounds": 2}, {"memory_budget": "1GB"}, {"vocabulary": 640}])
