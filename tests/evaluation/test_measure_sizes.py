@@ -191,5 +191,7 @@ def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, re
         assert run.status == 2 and said in run.stderr and run.stderr.count("\n") == 1
     run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", "0.1,0.2", "--like", family / "10")
     assert run.status == 2 and "which is one size" in run.stderr
+    run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", "0.2", "--from", tmp_path)
+    assert run.status == 2 and "give a directory that measure has written" in run.stderr
     run = run_cli("prune", checkpoints["qwen2"], tmp_path / "no", "--remove", "0.2", *asked)
     assert run.status == 2 and "is of another model" in run.stderr and not (tmp_path / "no").exists()

@@ -124,8 +124,10 @@ class Measured:
     @classmethod
     def of(cls, directory: Path, *, same_text: bool) -> "Measured":
         """Read the directory. Raises CheckpointError if it is none that `measure` wrote, or is damaged."""
-        digests, path = read_digests(directory), directory / RESULT_FILE
-        if digests is None:
+        path = directory / RESULT_FILE
+        if not path.is_file():
+            raise CheckpointError(f"from {directory}: has no {RESULT_FILE}; give a directory that measure has written.")
+        if read_digests(directory) is None:
             raise CheckpointError(f"from {directory}: {RESULT_FILE} was changed since; measure again.")
         return cls(directory, Measurement.from_json(path.read_bytes(), str(path)), same_text)
 
