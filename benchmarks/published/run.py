@@ -35,8 +35,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur
 from secateur.data.pool import Amounts, TextPool
+from secateur.data.rows import read_rows
 from secateur.evaluation.tasks import TaskOptions, load_tasks
-from secateur.evaluation.text import wikitext_blocks
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.recipe import Calibration, Domain
 
@@ -98,7 +98,10 @@ def as_published(row: str, share: float, draw: int, blocks_NT: Tensor, model: Pr
 def text_of(draw: int, tokenizer: Any, config: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
     """Return one draw's blocks to be judged by; WikiText-2's are spread evenly over the test split."""
     drawn_set = drawn(1, arguments.eval_blocks * len(HYBRID) * LENGTH, tokenizer, draw)
-    whole = wikitext_blocks(str(DATA / "wikitext2_test_rows.jsonl.gz"), None, tokenizer, config).ids_NT
+    length = min(config.max_position_embeddings, 2048)
+    rows = [row["text"] for _, row in read_rows(DATA / "wikitext2_test_rows.jsonl.gz")]
+    ids_T = torch.tensor(tokenizer("\n\n".join(rows), verbose=False)["input_ids"])
+    whole = ids_T[: len(ids_T) // length * length].view(-1, length)
     step = max(1, len(whole) // arguments.wikitext_blocks)
     some = whole[draw % step :: step][: arguments.wikitext_blocks]
     return {domain.name: domain.calibration.ids_NT for domain in drawn_set.domains} | {WIKITEXT: some}

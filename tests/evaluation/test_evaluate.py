@@ -1,7 +1,6 @@
 """`secateur evaluate` on text: figures against computations by hand, resume after a kill, mistakes in a sentence."""
 
 import contextlib
-import gzip
 import json
 import math
 import os
@@ -18,7 +17,6 @@ import torch
 from recipes import grouped
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
@@ -29,14 +27,11 @@ from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (
     _changes,
     named_blocks,
-    wikitext_blocks,
 )
 from secateur.facts import standard_error
 from secateur.log import silent
 from secateur.recipe import Domain
 from secateur.report.measured import Evaluation
-
-ROWS = ["", " = Title = \n", "", *(f" Row number {number} of a short article . \n" for number in range(40)), ""]
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +45,6 @@ def result(checkpoints, recipe, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(result, tmp_path) -> Path:
     return Path(shutil.copytree(result, tmp_path / "copy"))
-
-
-@pytest.fixture
-def rows_file(tmp_path) -> Path:
-    file = tmp_path / "rows.jsonl.gz"
-    with gzip.open(file, "wt", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({"text": row}) + "\n" for row in ROWS)
-    return file
-
-
-def literature_perplexity(directory: Path, rows: list[str], tokenizer, length: int) -> float:
-    """GPTQ's, SparseGPT's and Wanda's loop, with stock transformers and nothing of secateur."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False).input_ids
-    num_blocks, nlls = ids.numel() // length, []
-    for number in range(num_blocks):
-        batch = ids[:, number * length : (number + 1) * length]
-        with torch.inference_mode():
-            logits = model(batch).logits
-        loss = cross_entropy(logits[0, :-1].float(), batch[0, 1:])
-        nlls.append(loss * length)
-    return math.exp(torch.stack(nlls).double().sum() / (num_blocks * length))
 
 
 @pytest.mark.parametrize("text", ["{}", "[" * 5000, '{"calibration": 1}'])
@@ -126,43 +99,6 @@ def test_named_domains_give_the_blocks_asked_for(texts):
         assert len({tuple(ids) for ids in blocks["prose"].ids_NT.tolist()}) == num_blocks
 
 
-@pytest.mark.parametrize("length", [32, None])
-def test_wikitext_equals_the_literature(copy, rows_file, length):
-    found = evaluate(copy, wikitext2=str(rows_file), wikitext2_length=length)
-    used = found.settings["wikitext2_length"]
-    assert used == (length or 256)  # the tiny model has no more positions
-    expected = literature_perplexity(copy, ROWS, tiny_tokenizer(), used)
-    assert found.against is None and found.pruned.wikitext2 is not None
-    assert found.pruned.wikitext2.perplexity == pytest.approx(expected, rel=1e-5)
-
-
-def test_wikitext_lines_are_the_data_sets_rows(rows_file, tmp_path, checkpoints):
-    from transformers import AutoConfig
-
-    config, tokenizer = AutoConfig.from_pretrained(checkpoints["llama"]), tiny_tokenizer()
-    raw = tmp_path / "wiki.test.raw"
-    raw.write_text("".join(row or " \n" for row in ROWS), encoding="utf-8")
-    found, expected = (wikitext_blocks(str(each), 64, tokenizer, config) for each in (raw, rows_file))
-    assert torch.equal(found.ids_NT, expected.ids_NT) and torch.equal(found.document_NT, expected.document_NT)
-
-
-@pytest.mark.slow
-def test_wikitext_of_a_real_model(tmp_path):
-    data = Path(os.environ.get("SECATEUR_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    file, model = data / "text" / "wikitext2_test_rows.jsonl.gz", os.environ.get("SECATEUR_SMOLLM2")
-    if not file.is_file() or not model:
-        pytest.skip("needs the development data, and SECATEUR_SMOLLM2: a directory with SmolLM2-135M")
-    from transformers import AutoTokenizer
-
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line)["text"] for line in lines]
-    measured = evaluate(model, wikitext2=str(file), out=tmp_path).pruned.wikitext2
-    found = measured.perplexity
-    expected = literature_perplexity(Path(model), rows, AutoTokenizer.from_pretrained(model), 2048)
-    print(f"\nWikiText-2, SmolLM2-135M, blocks of 2048: evaluate {found:.6f}, independent {expected:.6f}")
-    assert found == pytest.approx(expected, abs=1e-4)
-
-
 def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm, monkeypatch):
     # The process that is killed judges by all of the text and all of the questions.
     monkeypatch.setattr("secateur.stream.judge.shipped", shipped)
@@ -214,10 +150,10 @@ def test_another_model_in_the_same_place_is_measured_anew(copy):
     assert evaluate(copy).pruned.domains != before
 
 
-def test_the_table(copy, checkpoints, rows_file):
-    shown = run_cli("evaluate", copy, "--against", checkpoints["llama"], "--wikitext2", rows_file, "--quiet")
+def test_the_table(copy, checkpoints):
+    shown = run_cli("evaluate", copy, "--against", checkpoints["llama"], "--quiet")
     assert shown.status == 0 and shown.stderr == ""
-    for part in ("prose", "WikiText-2, blocks of 256", "KL(dense || pruned)", "bits/byte", "difference", "Written to"):
+    for part in ("prose", "KL(dense || pruned)", "bits/byte", "difference", "Written to"):
         assert part in shown.stdout
 
 
@@ -234,19 +170,16 @@ def test_the_table(copy, checkpoints, rows_file):
         (["{result}", "--against", "{wider}", "--other-dense"], "it gives 321 logits and"),
         (["{result}", "--domain", "code=nowhere.txt"], "there is no such file"),
         (["{result}", "--domain", "kode"], "did you mean 'code'"),
-        (["{result}", "--wikitext2", "nowhere.txt"], "there is no such file"),
-        (["{result}", "--wikitext2", "hub"], "HF_HUB_OFFLINE=1"),
-        (["{result}", "--wikitext2", "{rows}", "--wikitext2-length", "999"], "longer than the model's 256 positions"),
         (["{result}", "--domain", "code", "--sequence-length", "999"], "longer than the model's 256 positions"),
-        (["{result}", "--out", "{rows}"], "is not a directory"),
+        (["{result}", "--out", "{text}"], "is not a directory"),
         (["{result}", "--tasks-data", "nowhere"], "there is no such directory"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, expected, result, checkpoints, rows_file, texts, tmp_path):
+def test_mistakes_are_one_sentence(arguments, expected, result, checkpoints, texts, tmp_path):
     places = {
         "result": result,
         "dense": checkpoints["llama"],
-        "rows": rows_file,
+        "text": texts["prose"],
         "texts": texts["prose"].parent,
         "out": tmp_path / "out",
     }

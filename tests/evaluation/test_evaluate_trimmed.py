@@ -1,6 +1,5 @@
 """A trimmed model against its dense one: both asked the same bytes, in nats per dense token, and KL of kept tokens."""
 
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from secateur.evaluation import evaluate as module
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import LoadedTasks
-from secateur.evaluation.text import named_blocks, wikitext_blocks
+from secateur.evaluation.text import named_blocks
 from secateur.log import silent
 from secateur.recipe import Domain
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
@@ -116,21 +115,6 @@ def test_another_trim_of_the_same_files_is_measured_anew(domains, tmp_path):
     replace(pair.kept, dense_ids=(*pair.kept.dense_ids[:-1], pair.kept.num_dense - 1)).write(pair.pruned)
     again = evaluate(pair.pruned, pair.dense, **options)
     assert first.kl is not None and again.kl is not None and first.kl["prose"].kl != again.kl["prose"].kl
-
-
-def test_wikitext_is_the_same_rows_for_both(pair, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"text": f" Row {number} of a short article . \n"}) + "\n" for number in range(40))
-    )
-    found = evaluate(pair.pruned, pair.dense, wikitext2=str(rows), wikitext2_length=64, out=tmp_path)
-    assert found.dense is not None and found.dense.wikitext2 is not None and found.pruned.wikitext2 is not None
-    assert found.settings["wikitext2_length"] == 64 and found.pruned.domains == {}
-    assert found.dense.wikitext2.num_bytes == found.pruned.wikitext2.num_bytes
-    assert found.dense.wikitext2.num_tokens == found.pruned.wikitext2.num_tokens
-    _, pruned = pair.models()
-    num_blocks = len(wikitext_blocks(str(rows), 64, pair.tokenizer, pruned.config).ids_NT)
-    assert 0 < found.pruned.wikitext2.num_tokens < 63 * num_blocks
 
 
 def test_each_model_s_tasks_are_asked_in_its_own_tokens(pair, tmp_path, monkeypatch):

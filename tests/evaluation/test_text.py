@@ -1,7 +1,6 @@
 """What a model is judged on: the run's own held-out text, with a note if it is not that; figures that are none."""
 
 import math
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from recipes import grouped
 from texts import quality_of, split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.errors import CalibrationError, NumericsError, RecipeError
-from secateur.evaluation.text import named_blocks, recipe_blocks, wikitext_blocks
+from secateur.errors import NumericsError, RecipeError
+from secateur.evaluation.text import named_blocks, recipe_blocks
 from secateur.facts import Loss, Size
 from secateur.log import silent
 from secateur.recipe import Domain, parse_recipe
@@ -96,59 +95,3 @@ def test_a_loss_that_is_no_number_names_its_domain(value):
         model.lm_head.weight[5, 0] = value
     with pytest.raises(NumericsError, match=r"evaluate pruned, domain mine: the loss is (nan|inf)"):
         quality_of(model, torch.randint(3, 250, (1, 20)), TOKENIZER)
-
-
-@dataclass
-class Positions:
-    """A config of so many positions."""
-
-    max_position_embeddings: int | None
-
-
-def test_wikitext_blocks_follow_each_other_and_a_rest_is_dropped(tmp_path):
-    rows = [f"row {number} of it \n" if number % 3 else " \n" for number in range(60)]
-    (tmp_path / "rows.txt").write_text("".join(rows))
-    ids = TOKENIZER("\n\n".join(row if row.strip() else "" for row in rows))["input_ids"]
-    config = Positions(256)
-    blocks = wikitext_blocks(str(tmp_path / "rows.txt"), 100, TOKENIZER, config).ids_NT
-    assert blocks.shape == (len(ids) // 100, 100)
-    assert blocks.flatten().tolist() == ids[: len(ids) // 100 * 100]
-    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, config).ids_NT.shape[1] == 256
-    with pytest.raises(CalibrationError, match=r"257 is longer than the model's 256 positions"):
-        wikitext_blocks(str(tmp_path / "rows.txt"), 257, TOKENIZER, config)
-    with pytest.raises(CalibrationError, match=r"tokens are less than one block of 2048"):
-        wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, replace(config, max_position_embeddings=None))
-
-
-def test_rows_without_text_are_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"other": "b"}\n')
-    with pytest.raises(CalibrationError, match="every row needs a `text` column"):
-        wikitext_blocks(str(tmp_path / "rows.jsonl"), 8, TOKENIZER, Positions(256))
-    with pytest.raises(CalibrationError, match="there is no such file"):
-        wikitext_blocks(str(tmp_path / "none.jsonl"), 8, TOKENIZER, Positions(256))
-    (tmp_path / "rows.raw").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(CalibrationError, match="give a text file in UTF-8"):
-        wikitext_blocks(str(tmp_path / "rows.raw"), 8, TOKENIZER, Positions(256))
-
-
-def test_a_model_of_many_positions_is_judged_as_in_the_literature(tmp_path):
-    (tmp_path / "rows.txt").write_text("a row of it \n" * 600)
-    assert wikitext_blocks(str(tmp_path / "rows.txt"), None, TOKENIZER, Positions(8192)).ids_NT.shape[1] == 2048
-
-
-def test_articles_of_wikitext_are_its_documents(tmp_path):
-    rows = [
-        " \n",
-        " = Mills = \n",
-        " a mill by a river . \n",
-        " = = History = = \n",
-        " it is old . \n",
-        " = Ferries = \n",
-    ]
-    (tmp_path / "rows.txt").write_text("".join([*rows, " they cross it . \n"]))
-    blocks = wikitext_blocks(str(tmp_path / "rows.txt"), 8, TOKENIZER, Positions(256))
-    text = {
-        number: TOKENIZER.decode(blocks.ids_NT[blocks.document_NT == number]) for number in sorted(blocks.documents)
-    }
-    assert list(text) == [0, 1, 2] and "Mills" in text[1] and "History" in text[1] and "Ferries" not in text[1]
-    assert text[2].strip().startswith("= Ferries =") and "cross" in text[2]

@@ -10,10 +10,6 @@ import secateur.cli.common as common
 from secateur.errors import RecipeError
 from secateur.recipe import parse_recipe
 
-Wikitext = Annotated[
-    str | None, typer.Option(help="Also WikiText-2 perplexity: a file with the rows of the raw test split, or `hub`.")
-]
-
 
 @common.app.command(
     epilog="Example: secateur evaluate smaller --against Qwen/Qwen2.5-0.5B --tasks arc_easy,hellaswag --limit 500"
@@ -24,17 +20,10 @@ def evaluate(
     domain: common.Domains = None,
     num_blocks: Annotated[int, typer.Option(min=1, help="Blocks per --domain.")] = 16,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per block of --domain.")] = 512,
-    wikitext2: Wikitext = None,
-    wikitext2_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per block there; default 2048, or the model's longest if less.")
-    ] = None,
     tasks: common.Tasks = None,
     limit: common.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Let tasks run the code that a model writes, without a network.")
-    ] = False,
     tasks_data: common.TasksData = None,
     device: common.Device = None,
     other_dense: common.OtherDense = False,
@@ -55,13 +44,10 @@ def evaluate(
             domains=domains,
             num_blocks=num_blocks,
             sequence_length=sequence_length,
-            wikitext2=wikitext2,
-            wikitext2_length=wikitext2_length,
             tasks=names,
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
-            run_code=run_code,
             tasks_data=tasks_data,
             device=device,
             other_dense=other_dense,

@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from secateur.errors import RecipeError
-from secateur.evaluation.text import greedy
 from secateur.facts import Size, Workload
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
+from secateur.model.config import replaced
 from secateur.model.identity import check_dense, identity, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.ranks import device_called
@@ -231,7 +231,17 @@ def _generate(
     model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
 ) -> list[float]:
     clock, start = _Clock(), now(model.device)
-    greedy(model, ids_BT, new_tokens, stopping_criteria=StoppingCriteriaList([clock]), **options)
+    # The model's own settings (sampling, a repetition penalty, its end of text) take no part.
+    with replaced(vars(model), "generation_config", GenerationConfig()):
+        model.generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
     assert len(clock.times) == new_tokens
     return [seconds - start for seconds in clock.times]
 

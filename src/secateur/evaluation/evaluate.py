@@ -16,7 +16,7 @@ from secateur.data.blocks import Blocks, Text
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
-from secateur.evaluation.text import check_length, has_recipe, named_blocks, recipe_blocks, wikitext_blocks
+from secateur.evaluation.text import check_length, has_recipe, named_blocks, recipe_blocks
 from secateur.files import staged_file
 from secateur.log import Progress, silent, versions
 from secateur.model.checkpoint import load_tokenizer
@@ -38,8 +38,6 @@ class _Settings:
     domains: dict[str, Domain] | None
     num_blocks: int
     sequence_length: int
-    wikitext2: str | None
-    wikitext2_length: int | None
     tasks: tuple[str, ...]
     task_options: TaskOptions
     tasks_data: Path | None
@@ -55,7 +53,6 @@ class _Text:
 
     tokenizer: PreTrainedTokenizerBase
     domains: dict[str, Blocks]
-    wikitext2: Blocks | None
     tasks: LoadedTasks | None
     notes: tuple[str, ...]
 
@@ -69,13 +66,10 @@ def evaluate(
     domains: dict[str, Domain] | None = None,
     num_blocks: int = 16,
     sequence_length: int = 512,
-    wikitext2: str | None = None,
-    wikitext2_length: int | None = None,
     tasks: tuple[str, ...] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
-    run_code: bool = False,
     tasks_data: Path | None = None,
     device: str | None = None,
     other_dense: bool = False,
@@ -88,11 +82,9 @@ def evaluate(
     `model`: a result of `prune`, or any other model. `against`: the dense model, for differences,
     KL by domain and its own answers; `other_dense`: it is meant to be another one than `model` was pruned from.
     `domains`: text by name; None: what judged the run, by the model's own
-    recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `wikitext2`: a file with the rows of
-    the raw test split, or `hub`. `wikitext2_length`: tokens per block there, at most 2048 by
-    default. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:
-    examples in each prompt. `batch_size`: questions at a time. `run_code`: tasks
-    may run code that the models write, in a process without network. `tasks_data`: a directory searched
+    recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `tasks`: names of
+    lm-evaluation-harness. `limit`: questions per task. `num_fewshot`: examples in each prompt.
+    `batch_size`: questions at a time. `tasks_data`: a directory searched
     first for rows. `device`: as in a recipe. `out`: a directory, by default `model` if that is a result. `progress`:
     called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
     on disk and measured again.
@@ -103,9 +95,8 @@ def evaluate(
     Raises a SecateurError for what a user can correct: RecipeError for options, text and tasks,
     CheckpointError for models, NumericsError for a loss that is not finite.
     """
-    options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code)
-    of_text = (domains, num_blocks, sequence_length, wikitext2, wikitext2_length)
-    settings = _Settings(*of_text, tuple(tasks), options, tasks_data, device)
+    options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    settings = _Settings(domains, num_blocks, sequence_length, tuple(tasks), options, tasks_data, device)
     progress = progress if is_first() else silent
     pruned = parts.open_subject("pruned", model, settings.device)
     directory = _output_directory(None if out is None else Path(out), pruned)
@@ -120,8 +111,7 @@ def evaluate(
     if (note := _note_on_tokens(pruned, trim)) is not None:
         text = replace(text, notes=(*text.notes, note))
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    judged = dict[str, Text](text.domains) | ({} if text.wikitext2 is None else {parts.WIKITEXT: text.wikitext2})
-    judge = Judge(judged, text.tokenizer, pruned.checkpoint.config, store, progress, trim)
+    judge = Judge(dict[str, Text](text.domains), text.tokenizer, pruned.checkpoint.config, store, progress, trim)
     asks_tasks = partial(_tasks, store, text, settings.task_options, progress)
     before = kl_of = kl = changes = None
     harness: dict[str, Any] = {}
@@ -181,14 +171,12 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
 def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> _Text:
     """Return the text in the pruned model's tokens."""
     directory, notes, config = pruned.checkpoint.directory, (), pruned.checkpoint.config
-    tokenizer, domains, wikitext2 = load_tokenizer(pruned.checkpoint), dict[str, Blocks](), None
-    if settings.wikitext2 is not None:
-        wikitext2 = wikitext_blocks(settings.wikitext2, settings.wikitext2_length, tokenizer, config)
+    tokenizer, domains = load_tokenizer(pruned.checkpoint), dict[str, Blocks]()
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
         domains, notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
         check_length("--sequence-length", length, config.get_text_config())
-    elif has_recipe(directory) or not (settings.tasks or settings.wikitext2):
+    elif has_recipe(directory) or not settings.tasks:
         domains, notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None
     if settings.tasks:
@@ -196,7 +184,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
         written = [name for name, task in tasks.tasks.items() if is_chat(task, tokenizer)]
         chat = (f"asked through the chat template: {', '.join(written)}.",) if written else ()
         notes += (*tasks.notes, *chat)
-    return _Text(tokenizer, domains, wikitext2, tasks, notes)
+    return _Text(tokenizer, domains, tasks, notes)
 
 
 def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> str | None:
@@ -229,9 +217,6 @@ def _tasks(
 def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
     """Return the settings for the file. Names of files only: directories are this machine's."""
     data = dataclasses.asdict(settings)
-    wikitext2 = text.wikitext2
     data |= {"domains": list(text.domains), "tasks": list(settings.tasks)}
-    data["wikitext2"] = None if settings.wikitext2 is None else Path(settings.wikitext2).name
-    data["wikitext2_length"] = None if wikitext2 is None else wikitext2.ids_NT.shape[1]
     data["tasks_data"] = None if settings.tasks_data is None else settings.tasks_data.name
     return data

@@ -1,4 +1,4 @@
-"""The parts of an evaluation: a domain, WikiText-2, KL on a domain, a task; each computed once.
+"""The parts of an evaluation: a domain, KL on a domain, a task; each computed once.
 
 In: one or two models, known by their files' fingerprint and loaded on demand. Out: plain numbers.
 """
@@ -25,7 +25,6 @@ from secateur.model.token_bytes import num_bytes
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
 from secateur.report.measured import (
-    Change,
     Differences,
     Measured,
     Quality,
@@ -45,10 +44,6 @@ KL = Callable[[], dict[str, Verdict]]
 SPEAKER_TOKENS = 512
 
 
-# Beside the domains, whose names do not end with a space.
-WIKITEXT = "WikiText-2 "
-
-
 def measured_by(
     scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
 ) -> Measured:
@@ -56,24 +51,19 @@ def measured_by(
     losses = {**scores.domains, OTHER: scores.other}
     sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
     found = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
-    other, wikitext2 = found.pop(OTHER), found.pop(WIKITEXT, None)
+    other = found.pop(OTHER)
     if not harness:
-        return Measured(found, wikitext2, other_text=other)
+        return Measured(found, other)
     # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
     results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
-    return Measured(found, wikitext2, results, other)
+    return Measured(found, other, results)
 
 
 def differences(dense: Measured, pruned: Measured, tasks: Scores | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
-
-    def between(before: Quality | None, after: Quality | None) -> Change | None:
-        return None if before is None or after is None else change(before, after)
-
     domains = {domain: change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
-    wikitext2, other = between(dense.wikitext2, pruned.wikitext2), between(dense.other_text, pruned.other_text)
-    return Differences(domains, wikitext2, tasks, other)
+    return Differences(domains, change(dense.other_text, pruned.other_text), tasks)
 
 
 def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> Scores:

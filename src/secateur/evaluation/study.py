@@ -40,8 +40,7 @@ class Evaluation(Strict):
     """What judges every cell: held-out blocks per domain, and lm-evaluation-harness tasks.
 
     `others`: text of kinds that no run calibrates on, as many blocks of each. `limit`: questions
-    per task. `batch_size`: requests at a time; padding may change last digits. `run_code`: tasks may
-    run code that the models write.
+    per task. `batch_size`: requests at a time; padding may change last digits.
     """
 
     num_blocks: Annotated[int, Field(ge=1)] = 8
@@ -49,7 +48,6 @@ class Evaluation(Strict):
     tasks: tuple[str, ...] = ()
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 1
-    run_code: bool = False
 
 
 class Study(Strict):

@@ -1,36 +1,26 @@
-"""Evaluation text, by domain and from WikiText-2, and how well a model predicts it."""
+"""Evaluation text by domain, and how well a model predicts it."""
 
-import re
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import constants
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from secateur.data.blocks import NGRAM_TOKENS, Blocks, JudgedText, LearningText, ngram_overlap
 from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.data.retokenised import retokenised
-from secateur.data.rows import read_rows
 from secateur.errors import CalibrationError, RecipeError
 from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
-from secateur.model.config import replaced
 from secateur.model.kept_tokens import Trim
 from secateur.recipe import RECIPE_FILE, Calibration, Domain, load_recipe, parse_recipe
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
 
-HUB = "hub"
-DEFAULT_BLOCK_LENGTH = 2048
 SEED = 0  # for text that no recipe describes
-# The title of an article of WikiText; those of its sections have more signs.
-TITLE = re.compile(r"\s*= [^=]+ =\s*")
 # The share of n-grams from which a reader is told: boilerplate of the same kind has as many.
 TOLD_OVERLAP = 0.02
 # A trim counts in the dense tokenizer, in which text has fewer tokens.
@@ -55,7 +45,7 @@ def recipe_blocks(
     if not has_recipe(directory):
         raise RecipeError(
             f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "
-            "--domain NAME[=FILE], --wikitext2 or --tasks."
+            "--domain NAME[=FILE] or --tasks."
         )
     recipe = parse_recipe(load_recipe(path), f"recipe {path}")
     if recipe.calibration.num_tokens is None:
@@ -134,16 +124,6 @@ def _run_learnt(
     return split.learning.text, split.learning.digests(counted)
 
 
-def greedy(model: Any, ids_BT: Tensor, num_tokens: int, **options: Any) -> Tensor:
-    """Return the blocks with `num_tokens` likeliest tokens behind them.
-
-    The model's own settings (sampling, a repetition penalty, its end of text) take no part.
-    """
-    asked = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0, **options}
-    with replaced(vars(model), "generation_config", GenerationConfig()):
-        return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **asked)
-
-
 def losses_of_dense_tokens(
     model: nn.Module, arch: Arch, text: Mapping[str, Blocks], trim: Trim | None, progress: Progress
 ) -> dict[str, Loss]:
@@ -170,61 +150,3 @@ def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
         f"{judged.content_hash[:16]}, then {facts.judged_hash[:16]}), so the model may have been calibrated on some "
         "of it.",
     )
-
-
-def wikitext_blocks(source: str, block_length: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Blocks:
-    """Return the test split as blocks, whose documents are its articles. `source`: a file of rows, or `hub`.
-
-    Files: .jsonl .json .csv .parquet .txt .raw. `block_length`: None for 2048, or the model's
-    number of positions if that is smaller. Raises CalibrationError if the rows cannot be read or
-    are less than one block, or if a block is longer than the model.
-    """
-    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_BLOCK_LENGTH
-    length = block_length or min(DEFAULT_BLOCK_LENGTH, longest)
-    check_length("--wikitext2-length", length, config)
-    rows = _hub_rows() if source == HUB else _file_rows(Path(source))
-    encoded = tokenizer("\n\n".join(rows), return_offsets_mapping=True, verbose=False)
-    ids, places = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
-    num_blocks = len(ids) // length
-    if num_blocks == 0:
-        raise CalibrationError(
-            f"WikiText-2 rows {source}: {len(ids):,} tokens are less than one block of {length}; "
-            "give the whole test split, or a shorter --wikitext2-length."
-        )
-    rows_end = accumulate((len(row) + 2 for row in rows), initial=0)
-    titles = [place for row, place in zip(rows, rows_end, strict=False) if TITLE.fullmatch(row)]
-    articles_T = torch.searchsorted(torch.tensor(titles, dtype=torch.int64), torch.tensor(places), right=True)
-    parts = (each[: num_blocks * length].view(num_blocks, length) for each in (torch.tensor(ids), articles_T))
-    return Blocks(*parts)
-
-
-def _file_rows(path: Path) -> list[str]:
-    if not path.is_file():
-        raise CalibrationError(f"--wikitext2 {path}: there is no such file; give the rows of the raw test split.")
-    if path.suffix in (".txt", ".raw"):
-        try:
-            with path.open(encoding="utf-8") as lines:
-                # Rows as in the data set: a line with its line end, or "" for a blank line.
-                return [line if line.strip() else "" for line in lines]
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(
-                f"--wikitext2 {path}: cannot be read ({error}); give a text file in UTF-8."
-            ) from None
-    rows: list[Any] = [row.get("text") if isinstance(row, dict) else row for _, row in read_rows(path)]
-    if not all(isinstance(row, str) for row in rows):
-        raise CalibrationError(f"--wikitext2 {path}: every row needs a `text` column with a string in it.")
-    return rows
-
-
-def _hub_rows() -> list[str]:
-    where = "--wikitext2 hub"
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError:
-        raise CalibrationError(f"{where}: needs the package datasets; install secateur[evaluate].") from None
-    try:
-        return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
-        raise CalibrationError(f"{where}: cannot be loaded ({reason}); give a file of its rows instead.") from None

@@ -108,9 +108,8 @@ class Measured:
     """What `secateur evaluate` measured on one model. `other_text`: of other sources than any run's."""
 
     domains: dict[str, Quality]
-    wikitext2: Quality | None = None
+    other_text: Quality
     tasks: TaskResults | None = None
-    other_text: Quality | None = None
 
     @property
     def scores(self) -> Scores:
@@ -156,9 +155,8 @@ class Differences:
     """Pruned minus dense, over the same documents or questions. None: not measured."""
 
     domains: dict[str, Change]
-    wikitext2: Change | None = None
+    other_text: Change
     tasks: Scores | None = None
-    other_text: Change | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -74,15 +74,9 @@ def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
             cells.append(change.text())
         return label, *cells
 
-    others = [each.other_text for each in models if each.other_text is not None]
-    if others:
-        yield row(OTHER_TEXT, others, changes and changes.other_text)
+    yield row(OTHER_TEXT, [each.other_text for each in models], changes and changes.other_text)
     for domain in evaluation.pruned.domains:
         yield row(domain, [each.domains[domain] for each in models], changes.domains[domain] if changes else None)
-    if evaluation.pruned.wikitext2 is not None:
-        label = f"WikiText-2, blocks of {evaluation.settings['wikitext2_length']}"
-        parts = [each.wikitext2 for each in models if each.wikitext2 is not None]
-        yield row(label, parts, changes.wikitext2 if changes else None)
 
 
 def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
