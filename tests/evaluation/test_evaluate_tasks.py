@@ -48,13 +48,23 @@ HELLASWAG = [
 GSM8K = [
     {"question": f"What is {number} and 1?", "answer": f"It is {number + 1}.\n#### {number + 1}"} for number in range(3)
 ]
+MBPP = [
+    {
+        "task_id": number,
+        "text": "Write a function that adds.",
+        "code": "def add(a, b): return a + b",
+        "test_list": [f"assert add({number}, {step}) == {number + step}" for step in range(3)],
+    }
+    for number in range(2)
+]
 XWINOGRAD = ["en", "fr", "jp", "pt", "ru", "zh"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_package():
-    """No installed rows: what is found comes from the test's own directory."""
+    """No installed rows: what is found comes from the test's own directory. On a busy machine code may take long."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("secateur.evaluation.tasks.MAX_SECONDS", 3600)
         patched.setattr(evaluate_tasks, "PACKAGE", "no-such-package")
         yield
 
@@ -69,6 +79,7 @@ def saved(tmp_path_factory) -> Path:
         "allenai/ai2_arc/ARC-Easy": {"train": ARC[4:], "validation": ARC[:4], "test": ARC},
         "allenai/winogrande/winogrande_xl": {"validation": WINOGRANDE},
         "openai/gsm8k/main": {"test": GSM8K},
+        "google-research-datasets/mbpp/full": {"test": MBPP},
         "Rowan/hellaswag/default": {"train": HELLASWAG, "validation": HELLASWAG},
     }
     with quiet_harness():
@@ -260,12 +271,19 @@ def test_find_rows_prefers_the_directory(saved):
     assert find_rows("allenai/winogrande", "winogrande_s", saved) is None
 
 
-def test_tasks_that_generate_ask_through_the_chat_template(checkpoints, saved, out, tmp_path, monkeypatch):
+def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_asked(
+    checkpoints, saved, out, tmp_path, monkeypatch
+):
     # The shared model has too few positions for answers of 256 tokens.
     long = shutil.copytree(checkpoints["llama"], tmp_path / "long")
     config = json.loads((long / "config.json").read_text())
     (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    chats = list[str]()
+    programs, chats = list[tuple[str, str]](), list[str]()
+
+    def passed(program: str, tests: str) -> bool:
+        programs.append((program, tests))
+        return "assert add(1" in tests
+
     wrapper = lm_eval.models.huggingface.HFLM
     as_chat = wrapper.apply_chat_template
 
@@ -273,12 +291,18 @@ def test_tasks_that_generate_ask_through_the_chat_template(checkpoints, saved, o
         chats.append(as_chat(self, *arguments, **options))
         return chats[-1]
 
+    monkeypatch.setattr("secateur.evaluation.tasks.passes", passed)
     monkeypatch.setattr(wrapper, "apply_chat_template", counted)
-    options = {"tasks_data": saved, "out": out, "num_fewshot": 0, "batch_size": 2, "limit": 2}
-    found = evaluate(long, tasks=("gsm8k_cot_zeroshot", "arc_easy"), **options)
+    names = ("gsm8k_cot_zeroshot", "mbpp_instruct", "arc_easy")
+    options = {"tasks_data": saved, "out": out, "num_fewshot": 0, "batch_size": 2, "run_code": True, "limit": 2}
+    found = evaluate(long, tasks=names, **options)
+    results = json.loads(found.to_json())["pruned"]["tasks"]["results"]
     assert [each for each in chats if "What is 1 and 1?" in each and each.startswith("[user]")]
     assert not [each for each in chats if "What comes after" in each]
-    assert "asked through the chat template: gsm8k_cot_zeroshot." in " ".join(found.notes)
+    # Of two problems the tests of one pass.
+    assert results["mbpp_instruct"]["pass_at_1,extract_code"] == 0.5
+    assert {tests.splitlines()[0] for _, tests in programs} >= {MBPP[0]["test_list"][0], MBPP[1]["test_list"][0]}
+    assert "gsm8k_cot_zeroshot, mbpp_instruct" in " ".join(found.notes)
 
 
 def test_a_model_with_too_few_positions_to_answer_is_told(checkpoints, saved, out):
@@ -288,10 +312,9 @@ def test_a_model_with_too_few_positions_to_answer_is_told(checkpoints, saved, ou
     assert "256 positions" in outcome.stderr.splitlines()[-1] and "Traceback" not in outcome.stderr
 
 
-@pytest.mark.parametrize("task", ["mbpp_instruct", "humaneval"])
-def test_code_never_runs(checkpoints, saved, out, task):
-    arguments = ["--tasks", task, "--tasks-data", saved, "--out", out]
+def test_code_runs_only_when_asked(checkpoints, saved, out):
+    arguments = ["--tasks", "mbpp_instruct", "--tasks-data", saved, "--out", out]
     outcome = run_cli("evaluate", checkpoints["llama"], *arguments)
     assert outcome.status == 2
-    assert f"task {task}: runs code" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    assert "--run-code" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
     assert not out.exists()

@@ -24,6 +24,9 @@ def evaluate(
     limit: common.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks run the code that a model writes, without a network.")
+    ] = False,
     tasks_data: common.TasksData = None,
     device: common.Device = None,
     other_dense: common.OtherDense = False,
@@ -48,6 +51,7 @@ def evaluate(
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
+            run_code=run_code,
             tasks_data=tasks_data,
             device=device,
             other_dense=other_dense,

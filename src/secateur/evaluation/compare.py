@@ -183,7 +183,7 @@ def _depends_on(shared: _Shared, cell: Cell, judged: Judged) -> dict[str, Any]:
 
 def _task_options(study: Study) -> TaskOptions:
     evaluation = study.evaluation
-    return TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size)
+    return TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size, run_code=evaluation.run_code)
 
 
 def _judge(shared: _Shared, subject: Subject, opened: Opened, judged: Judged) -> dict[str, Any]:

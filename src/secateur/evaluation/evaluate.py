@@ -70,6 +70,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
+    run_code: bool = False,
     tasks_data: Path | None = None,
     device: str | None = None,
     other_dense: bool = False,
@@ -84,8 +85,9 @@ def evaluate(
     `domains`: text by name; None: what judged the run, by the model's own
     recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `tasks`: names of
     lm-evaluation-harness. `limit`: questions per task. `num_fewshot`: examples in each prompt.
-    `batch_size`: questions at a time. `tasks_data`: a directory searched
-    first for rows. `device`: as in a recipe. `out`: a directory, by default `model` if that is a result. `progress`:
+    `batch_size`: questions at a time. `run_code`: tasks may run code that the models write, in a
+    process without network. `tasks_data`: a directory searched first for rows. `device`: as in a recipe.
+    `out`: a directory, by default `model` if that is a result. `progress`:
     called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
     on disk and measured again.
 
@@ -95,7 +97,7 @@ def evaluate(
     Raises a SecateurError for what a user can correct: RecipeError for options, text and tasks,
     CheckpointError for models, NumericsError for a loss that is not finite.
     """
-    options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code)
     settings = _Settings(domains, num_blocks, sequence_length, tuple(tasks), options, tasks_data, device)
     progress = progress if is_first() else silent
     pruned = parts.open_subject("pruned", model, settings.device)

@@ -40,7 +40,8 @@ class Evaluation(Strict):
     """What judges every cell: held-out blocks per domain, and lm-evaluation-harness tasks.
 
     `others`: text of kinds that no run calibrates on, as many blocks of each. `limit`: questions
-    per task. `batch_size`: requests at a time; padding may change last digits.
+    per task. `batch_size`: requests at a time; padding may change last digits. `run_code`: tasks may
+    run code that the models write.
     """
 
     num_blocks: Annotated[int, Field(ge=1)] = 8
@@ -48,6 +49,7 @@ class Evaluation(Strict):
     tasks: tuple[str, ...] = ()
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 1
+    run_code: bool = False
 
 
 class Study(Strict):

