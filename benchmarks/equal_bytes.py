@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch.nn.functional import cross_entropy
 
 import secateur
 from secateur.data.rows import read_rows
-from secateur.evaluation.bench import decode_rates, llama_cpp_runner, paired_ratio, take_turns
+from secateur.evaluation.bench import Runner, decode_rates, paired_ratio, prompt_ids, take_turns
 from secateur.facts import Workload
 from secateur.formats.save import open_llama_cpp, save_checkpoint
 from secateur.log import silent
@@ -88,6 +89,23 @@ def bits_per_byte(file: Path, texts: dict[str, list[str]]) -> dict[str, list[flo
         return {domain: [bits(text) for text in found] for domain, found in texts.items()}
 
 
+def runner(file: Path) -> Runner:
+    """Load the file and return a run of greedy generation that gives the seconds to each new token."""
+    model = open_llama_cpp(file, WORK.prompt_tokens + WORK.new_tokens, all_logits=False)
+    ids = prompt_ids(WORK, model.n_vocab())
+
+    def run() -> list[float]:
+        model.reset()
+        start, times, pending = time.perf_counter(), list[float](), ids
+        for _ in range(WORK.new_tokens):
+            model.eval(pending)
+            pending = [model.sample(temp=0.0)]
+            times.append(time.perf_counter() - start)
+        return times
+
+    return run
+
+
 def over(bits: dict[str, list[float]], dense: dict[str, list[float]]) -> tuple[float, float]:
     """Return the mean over domains of what `bits` are over those of the dense model, and its standard error."""
     differences = {name: [own - other for own, other in zip(bits[name], dense[name], strict=True)] for name in bits}
@@ -110,7 +128,7 @@ def measure(rows: Rows, models: dict[str, str], types: list[str], num_bytes: int
             bits = found[name]["bits"] if name in found else bits_per_byte(file, texts)
             found[name] = {"bytes": done.num_bytes, "wider": done.wider_share, "bits": bits}
             print(f"{type_name} {name}: {done.num_bytes / 1e6:.1f} MB, {mean_bits(found[name]):.4f} bits", flush=True)
-        runs = take_turns([llama_cpp_runner(file, WORK) for file in files.values()], WORK.repeats, silent, "")
+        runs = take_turns([runner(file) for file in files.values()], WORK.repeats, silent, "")
         rates = dict(zip(models, ([*decode_rates(run, WORK)] for run in runs), strict=True))
         for name, rate in rates.items():
             against = paired_ratio(rate, rates[next(iter(models))])

@@ -10,6 +10,7 @@ import ast
 import csv
 import gzip
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -264,6 +265,17 @@ def test_python_is_legal(page: str) -> None:
             elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("secateur."):
                 function = getattr(secateur, ast.unparse(node.func).removeprefix("secateur."))
                 inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
+
+
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("tools/*.py")), ids=lambda path: path.name
+)
+def test_what_a_script_imports_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("secateur"):
+            module = importlib.import_module(str(node.module))
+            for each in node.names:
+                assert hasattr(module, each.name) or importlib.util.find_spec(f"{node.module}.{each.name}"), each.name
 
 
 @pytest.mark.parametrize("page", fast_first(pages_with("python")))

@@ -21,6 +21,7 @@ apart. Everything else that lives is printed. The status is 1 if fewer than `--l
 import argparse
 import ast
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -425,6 +426,10 @@ def load_heavy_packages() -> None:
         Qwen3ForCausalLM,
         Trainer,
     )
+
+    # A fork's collections pass by what the parent has, which halves the time of a short test.
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> None:

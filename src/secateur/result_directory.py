@@ -152,9 +152,7 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
     # A directory of .gguf files is no model's own.
     if protected is not None and (protected / "config.json").is_file() and protected.resolve() in out.resolve().parents:
         raise CheckpointError(f"OUT {out}: is inside the model's directory {protected}; choose one outside of it.")
-    for parent in out.resolve().parents:
-        if os.path.isfile(parent / RESULT_FILE) and read_digests(parent) is not None:
-            raise CheckpointError(f"OUT {out}: is inside the result {parent}; choose a directory outside of it.")
+    check_outside_results(out)
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
     if not blocking.is_dir():
         raise CheckpointError(f"OUT {out}: {blocking} is not a directory; choose another place.")
@@ -174,6 +172,13 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
             f"OUT {out}: {is_result}--overwrite would delete what is not as secateur wrote it: {listed}; move it "
             "elsewhere, or choose a new directory."
         )
+
+
+def check_outside_results(out: Path) -> None:
+    """Raise CheckpointError if `out` is inside a result: a result has no files but its own."""
+    for parent in out.resolve().parents:
+        if os.path.isfile(parent / RESULT_FILE) and read_digests(parent) is not None:
+            raise CheckpointError(f"OUT {out}: is inside the result {parent}; choose a directory outside of it.")
 
 
 def _of_the_user(directory: Path, digests: Mapping[str, str]) -> list[str]:

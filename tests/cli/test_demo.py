@@ -25,3 +25,5 @@ def test_it_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recip
     assert places == sorted(places), "what it will do, size and quality, speed, the page, what is best"
     assert {"model.safetensors", "result.json", "bench.json", "report.html"} <= {path.name for path in out.iterdir()}
     assert "tokens/s" in (out / "report.html").read_text()
+    again = run_cli("demo", out)
+    assert again.status == 2 and "already exists; choose a new directory or give --overwrite" in again.stderr

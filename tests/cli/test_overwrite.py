@@ -124,6 +124,7 @@ def test_a_whole_result_is_replaced_with_all_that_later_commands_wrote(prune, ou
 def test_a_result_is_neither_written_into_another_one_nor_over_the_model_within_it(prune, out, tmp_path):
     before = contents(tmp_path)
     refused(prune(out=out / "deep" / "more"), f"is inside the result {out}; choose a directory outside of it.")
+    refused(run_cli("compare", "methods", out / "study"), f"is inside the result {out}; choose a directory outside")
     refused(run_cli("prune", out, tmp_path, *QUICK, "--overwrite"), "holds the model that is being pruned")
     assert contents(tmp_path) == before
 

@@ -123,7 +123,7 @@ def test_the_comments_of_the_recipe_are_the_docstrings():
         assert f"{about} {group}:" in shown
         assert keys.keys() == model.model_fields.keys() - {"domains"}, group
         assert all(f"{text} " in shown and "None" not in text for text in keys.values())
-    assert "One of uniform, curve. budget: uniform" in shown
+    assert "One of uniform, curve. budget: uniform" in shown and "One of ." not in shown
     assert run_cli("recipe", "bset").stderr.endswith("did you mean 'best'?\n")
 
 

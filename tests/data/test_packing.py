@@ -136,6 +136,8 @@ def test_a_shared_document_is_said() -> None:
         "domain 'mine': what guards the run and what it learns by have parts of 1 document in common, since the text "
         "has so few; add text."
     )
+    [note] = split_of([[8, 8], [8, 8]], Amounts(num_tokens=2 * LENGTH, least_held_out=2)).learning.text.notes
+    assert "have parts of 2 documents in common" in note
     [note] = split_of([[8, 8, 8]], amounts).judged.notes
     assert note.startswith("domain 'mine': what judges the run and what guards it or what it learns by have parts of 1")
 

@@ -114,6 +114,37 @@ def test_the_rule_of_mixtures_of_types() -> None:
     assert [fitting_type("q4_k", row, blocks.__getitem__) for row in (512, 576, 520)] == ["q4_k", "q5_0", "f16"]
 
 
+MHA = Shape("llama", 32, 1, 1, is_tied=False)
+GQA = Shape("llama", 32, 1, 8, is_tied=False)
+WEIGHED = Shape("llama", 32, 1, 8, is_tied=False, weighed=True)
+FALCON = Shape("falcon", 32, 1, 1, is_tied=False)
+FOUR, EIGHT = (Shape("llama", 32, num_experts, 4, is_tied=False) for num_experts in (4, 8))
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "file_type", "expected"),
+    [
+        (GQA, "attn_v", "iq3_s", "q4_k"),
+        (MHA, "attn_v", "iq3_s", "iq3_s"),
+        (GQA, "attn_v", "iq4_xs", "q5_k"),
+        (MHA, "attn_v", "iq4_xs", "iq4_xs"),
+        (EIGHT, "attn_v", "q4_k_m", "q8_0"),
+        (EIGHT, "attn_output", "q4_k_m", "q5_k"),
+        (FOUR, "attn_output", "q4_k_m", "q4_k"),
+        (FOUR, "attn_output", "q3_k_l", "q5_k"),
+        (FALCON, "attn_output", "q3_k_l", "q4_k"),
+        (FALCON, "attn_output", "q3_k_m", "q3_k"),
+        (WEIGHED, "ffn_down", "q4_0", "q4_1"),
+        (GQA, "ffn_down", "q4_0", "q4_0"),
+        (GQA, "ffn_down", "iq4_xs", "q5_k"),
+        (WEIGHED, "ffn_down", "iq4_xs", "iq4_xs"),
+    ],
+)
+def test_types_of_single_tensors(model: Shape, tensor: str, file_type: str, expected: str) -> None:
+    """Of the second layer, as llama-quant.cpp says."""
+    assert chosen_type(f"blk.1.{tensor}.weight", model, file_type) == expected
+
+
 def test_types_that_llama_cpp_does_not_know_or_cannot_write_here(tmp_path: Path, monkeypatch: Any) -> None:
     source = saved("narrow", tmp_path / "source")
     with pytest.raises(RecipeError, match=r"unknown type 'iq2_xs'; allowed: f32, f16, bf16, q8_0, q6_k, .* q2_k; "):

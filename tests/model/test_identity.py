@@ -137,9 +137,28 @@ def test_swapped_arguments_are_noticed_also_where_another_model_is_meant(dense, 
     for meant in (False, True):
         with pytest.raises(CheckpointError, match=r"was itself pruned from .* so the two are swapped; give"):
             check(dense, pruned, other=meant)
+    with pytest.raises(CheckpointError) as raised:
+        check(dense, pruned)
+    assert str(raised.value) == (
+        f"--against {pruned}: was itself pruned from {dense}, so the two are swapped; give {pruned} as the result, and "
+        f"{dense} with --against."
+    )
     with pytest.raises(CheckpointError, match=r"is itself a result of pruning .* and .* is none; swap the two"):
         check(other, pruned)
     assert check(other, pruned, other=True) == check(other, dense) == ()
+
+
+def test_of_a_result_of_a_model_in_memory_nobody_knows_what_is_dense(dense, other, tmp_path):
+    tiny_llama(seed=2, intermediate_size=56).save_pretrained(tmp_path / "pruned")
+    said = {
+        "dense_size": {"num_params": 7, "num_bytes": 28},
+        "lineage": [asdict(each) for each in in_memory("tiny", 7)],
+    }
+    (tmp_path / "pruned" / "result.json").write_text(json.dumps(said))
+    assert check(tmp_path / "pruned", other) == (
+        "whether other is the model that pruned was pruned from (tiny) is not known: its result.json has no "
+        "fingerprint of it.",
+    )
 
 
 def test_a_result_is_not_its_own_dense_model(dense, tmp_path):

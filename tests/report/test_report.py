@@ -103,14 +103,15 @@ def test_a_difference_has_the_error_of_the_same_blocks(result):
     assert rows["mean (geometric mean)"][2] == f"{sum(rises) / 2:+.3f}{plus_minus(error)}"
 
 
-def test_of_one_document_alone_the_error_is_a_dash(result):
+def test_of_one_document_alone_no_error_is_told(result):
     summary = summary_of(result)
     cut = [
         {name: Loss.of(loss.document_nats[:1], loss.document_tokens[:1]) for name, loss in losses.items()}
         for losses in (summary.dense_losses, summary.pruned_losses)
     ]
     rows = list(loss_rows(dataclasses.replace(summary, dense_losses=cut[0], pruned_losses=cut[1])))
-    assert len(rows) == 4 and all(row[3].endswith(" ± -") for row in rows[1:])
+    assert len(rows) == 4 and not any("±" in cell for row in rows for cell in row)
+    assert all(re.fullmatch(r"[+-]\d\.\d{3}", row[3]) for row in rows[1:])
 
 
 def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):

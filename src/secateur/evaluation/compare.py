@@ -24,6 +24,7 @@ from secateur.pruning.prune import shaped
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.text import run_text, with_share_of_answers
 from secateur.ranks import in_turns, is_first, joined
+from secateur.result_directory import check_outside_results
 from secateur.store import Services, Store
 from secateur.stream.device import keeping_freed
 
@@ -89,6 +90,7 @@ def compare(
     if not isinstance(study, Study):
         study = load_study(str(study), small=small, model=model)
     out, progress = Path(out), progress if is_first() else silent
+    check_outside_results(out)
     if out.is_dir() and any(out.iterdir()) and not (out / CELLS_FOLDER).is_dir():
         raise RecipeError(f"compare {out}: holds other files, and no earlier compare; choose a new directory.")
 

@@ -130,10 +130,8 @@ class Change:
 
 
 def plus_minus(error: float | None) -> str:
-    """Return what follows a mean: its error, a dash if it is unknown, and nothing if it rounds to 0."""
-    if error is None:
-        return " ± -"
-    return f" ± {error:.3f}" if round(error, 3) else ""
+    """Return what follows a mean: its error, and nothing if it is unknown or rounds to 0."""
+    return f" ± {error:.3f}" if error and round(error, 3) else ""
 
 
 def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
