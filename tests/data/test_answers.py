@@ -140,6 +140,19 @@ def test_only_answers_count() -> None:
         assert counted_T.any() and not counted_T.all()
 
 
+def test_what_fills_a_block_is_told_in_the_other_tokens_too() -> None:
+    """The end of a text may be beyond the last row of a trimmed model."""
+    of = speaker(talkative())
+    of.tokenizer.eos_token = "<eos>"
+    last = of.model.config.vocab_size - 1
+    asked = Answers(of, {"answers": ASKED}, at_once)
+    plain = asked.blocks("answers", {"learning": 4})["learning"]
+    told = asked.blocks("answers", {"learning": 4}, lambda each: Conversation(last - each.ids_T, each.num_prompt))
+    filler = of.tokenizer.eos_token_id
+    assert bool(((plain.ids_NT == filler) & ~plain.counted_NT).any())
+    assert torch.equal(told["learning"].ids_NT, last - plain.ids_NT)
+
+
 def test_prompts_of_files_are_answered_and_again_where_they_are_few() -> None:
     of = speaker(talkative())
     prompts = [f"<user>{letter}<eos><assistant>" for letter in "abcd"]

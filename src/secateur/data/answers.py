@@ -143,8 +143,10 @@ class Answers:
         """Return the part's blocks; None if what is written does not fill them."""
         own = _once(self._so_far(domain, part))
         end = self.speaker.tokenizer.eos_token_id
-        filler = end if isinstance(end, int) else 0
-        return _filled(list(own if told is None else map(told, own)), num_blocks, self.speaker.length, filler)
+        filler = Conversation(torch.tensor([end if isinstance(end, int) else 0]), num_prompt=0)
+        if told is not None:
+            own, filler = map(told, own), told(filler)
+        return _filled(list(own), num_blocks, self.speaker.length, int(filler.ids_T[-1]))
 
     def _so_far(self, domain: str, part: Part) -> list[Conversation]:
         return self.written.setdefault((domain, part), [])
