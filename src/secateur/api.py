@@ -6,7 +6,7 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.study import Comparison, comparison_table
-from secateur.log import Progress, silent
+from secateur.log import Progress, Tell, mute, silent
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
@@ -39,7 +39,7 @@ def prune(
     force: bool = False,
     command: str = "",
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> Result:
     """Prune a causal LM by a recipe; return it with what it cost and which units stayed.
 
@@ -99,7 +99,7 @@ def prune_sizes(
     resume: bool = False,
     command: str = "",
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> list[Result]:
     """Prune a causal LM to several sizes in one walk over its layers; each is what a run of its own would give.
 
@@ -139,7 +139,7 @@ def recover(
     other_dense: bool = False,
     command: str = "",
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> RecoveryRecord | None:
     """Train `pruned` to win back what pruning took from the dense `teacher`; write it to `out`.
 

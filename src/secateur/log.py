@@ -13,10 +13,16 @@ from secateur.plugins import plugin_packages
 
 # progress(stage, done, total): steps of the stage; done = 0 at the start.
 Progress = Callable[[str, int, int], None]
+# tell(text): a line about the run that is not a result.
+Tell = Callable[[str], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def mute(text: str) -> None:
+    """Tell nobody."""
 
 
 def bars() -> Progress:

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import RankError, RecipeError, SecateurError, shortened
 from secateur.files import is_alive
+from secateur.log import Tell
 from secateur.result_directory import check_replaceable, staging
 
 # Limits for all ranks to start, and for waiting on one rank's result. A dead process is noticed at
@@ -365,7 +366,7 @@ def device_called(name: str | None) -> torch.device:
 
 
 def staging_if_any(
-    out: Path | None, *, overwrite: bool, protected: Path | None, tell: Callable[[str], None]
+    out: Path | None, *, overwrite: bool, protected: Path | None, tell: Tell
 ) -> AbstractContextManager[Path | None]:
     """Return `staging` on the rank that writes; else a context that gives None."""
     if out is None:

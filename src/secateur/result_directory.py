@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TypeVar
 from secateur.errors import CheckpointError
 from secateur.facts import Record
 from secateur.files import disk_errors, is_alive, make_hidden, missing_parents, remove_empty, sha256_of, sync
-from secateur.log import Progress
+from secateur.log import Progress, Tell, mute
 
 RESULT_FILE = "result.json"
 BENCH_FILE, EVALUATION_FILE = "bench.json", "evaluation.json"
@@ -107,7 +107,7 @@ def staging(
     *,
     overwrite: bool,
     protected: Path | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> Iterator[Path]:
     """Yield a hidden empty directory; when the block succeeds, it is renamed to `out`.
 
@@ -207,7 +207,7 @@ def _sha256_at(file: Path, size: int, changed_ns: int) -> str:
     return sha256_of(file)
 
 
-def restore(out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
+def restore(out: Path, tell: Tell = mute) -> None:
     """Remove what killed processes left beside `out`; bring `out` back if one had moved it aside, and `tell` so."""
     beside = os.listdir(out.parent) if os.path.isdir(out.parent) else []
     for name in (name for name in beside if name.startswith(f".{out.name}.")):

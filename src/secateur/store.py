@@ -39,7 +39,7 @@ from secateur.files import (
     sha256_of,
     whole_file,
 )
-from secateur.log import Progress, RunLog, silent
+from secateur.log import Progress, RunLog, Tell, mute, silent
 from secateur.ranks import from_first, is_first
 from secateur.result_directory import check_replaceable, restore
 
@@ -71,7 +71,7 @@ class Store:
         *,
         log: RunLog | None = None,
         label: str = "",
-        tell: Callable[[str], None] = lambda text: None,
+        tell: Tell = mute,
     ) -> None:
         self.directory, self.tell = directory, tell
         self.log = RunLog() if log is None else log
@@ -80,7 +80,7 @@ class Store:
         self._promised: set[str] = set()
 
     @classmethod
-    def lasting(cls, directory: Path, tell: Callable[[str], None]) -> "Store":
+    def lasting(cls, directory: Path, tell: Tell) -> "Store":
         """Return a store that stays in its directory; steps say what they `depends_on`."""
         make_lasting(directory)
         return cls(directory, tell=tell)
@@ -96,7 +96,7 @@ class Store:
         resume: bool,
         overwrite: bool,
         protected: Path,
-        tell: Callable[[str], None] = lambda text: None,
+        tell: Tell = mute,
     ) -> Iterator["Store"]:
         """Yield the store of the job that writes `out`; only one process at a time has it.
 
@@ -306,7 +306,7 @@ class Services:
     log: RunLog = field(default_factory=RunLog)
     store: Store = field(default_factory=Store)
     scratch: Path | None = None
-    tell: Callable[[str], None] = lambda text: None
+    tell: Tell = mute
 
     def part(self, name: str) -> "Services":
         """Return those of a part of the job: a log of its own, and folders of its name."""

@@ -78,7 +78,7 @@ def test_against_the_dense_model(copy, checkpoints):
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
     keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
-    keys += ["dense_fingerprint", "own_answers"]
+    keys += ["own_answers"]
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains", "other_text"]
 
 

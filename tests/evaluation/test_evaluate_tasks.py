@@ -1,6 +1,5 @@
 """Tasks without the hub are the harness's own: same rows, same answers; groups, few-shot, resume, what is missing."""
 
-import gzip
 import json
 import shutil
 import statistics
@@ -9,9 +8,8 @@ from pathlib import Path
 import pytest
 from run_cli import run_cli
 
-from secateur.evaluation import tasks as evaluate_tasks
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.tasks import TaskOptions, find_rows, quiet_harness, reporting_model, table, task_manager
+from secateur.evaluation.tasks import TaskOptions, quiet_harness, task_manager
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -61,11 +59,10 @@ XWINOGRAD = ["en", "fr", "jp", "pt", "ru", "zh"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_package():
-    """No installed rows: what is found comes from the test's own directory. On a busy machine code may take long."""
+def patient():
+    """On a busy machine code may take long."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.evaluation.tasks.MAX_SECONDS", 3600)
-        patched.setattr(evaluate_tasks, "PACKAGE", "no-such-package")
         yield
 
 
@@ -112,7 +109,7 @@ def direct(checkpoint: Path, task: str, rows: dict[str, list], tmp_path: Path, *
         missing = {f"{split.replace('train', 'training')}_split": None for split in {"train", "test"} - set(rows)}
         own = {"task": task, "dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
         found = lm_eval.simple_evaluate(
-            model=reporting_model(model.eval(), tokenizer, 1, lambda done, total: None),
+            model=lm_eval.models.huggingface.HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=1),
             tasks=[{"group": "direct", "task": [{**own, **missing}]}],
             task_manager=task_manager(),
             **options,
@@ -207,7 +204,6 @@ def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, 
     ("arguments", "expected"),
     [
         (["--tasks", "arc_eazy"], "unknown task 'arc_eazy'; did you mean 'arc_easy'?"),
-        (["--tasks", "piqa"], "pip install --no-deps no-such-package"),
         (["--tasks", "gsm8k_platinum"], "save_to_disk to DIR/madrylab/gsm8k-platinum/main"),
         (["--tasks", "winogrande", "--num-fewshot", "3"], "its 3 few-shot examples come from a split that"),
     ],
@@ -222,53 +218,6 @@ def test_without_the_harness_the_extra_is_named(checkpoints, out, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     outcome = run_cli("evaluate", checkpoints["llama"], "--tasks", "piqa", "--out", out)
     assert outcome.status == 2 and "install secateur[evaluate]" in outcome.stderr
-
-
-def test_requests_become_the_hubs_rows(tmp_path):
-    """Documents of an unpacked package in its own shape, each told twice and once more with another context."""
-    documents = {
-        "arc_easy/test_rc_5shot": {"id": "a", "query": "Question: Why?\nAnswer:", "choices": ["x", "y"], "gold": 1},
-        "boolq/rc_0shot": {"idx": 7, "query": "Long.\nQuestion: is it so?\nAnswer:", "choices": ["yes"], "gold": 0},
-        "lambada/bpb_0shot": {"id": 0, "query": "I don't care about", "choices": ["signs"]},
-    }
-    (tmp_path / "hf_datasets").mkdir()
-    for folder, document in documents.items():
-        place = tmp_path / "oe_eval_tasks" / folder
-        place.mkdir(parents=True)
-        with gzip.open(place / "requests.jsonl.gz", "wt") as stream:
-            for number in (0, 0, 1_000_000):
-                stream.write(json.dumps({"doc_id": number, "doc": document}) + "\n")
-    places = {"allenai/ai2_arc": ("ARC-Easy", "test"), "aps/super_glue": ("boolq", "validation")}
-    places["EleutherAI/lambada_openai"] = ("default", "test")
-    rows = {}
-    with quiet_harness():
-        for dataset, (config, split) in places.items():
-            found = evaluate_tasks._read(tmp_path, table()[dataset][config][split], config)
-            assert len(found) == 1
-            rows[dataset] = found[0]
-    assert rows["allenai/ai2_arc"] == {
-        "id": "a", "question": "Why?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B",
-    }  # fmt: skip
-    assert rows["aps/super_glue"] == {"question": "is it so", "passage": "Long.", "idx": 7, "label": 0}
-    assert rows["EleutherAI/lambada_openai"] == {"text": "I don't care about signs"}
-
-
-def test_the_table_names_data_sets_that_tasks_of_the_harness_ask_for():
-    with quiet_harness():
-        asked = {
-            (entry.cfg["dataset_path"], entry.cfg.get("dataset_name") or "default")
-            for entry in task_manager().task_index.values()
-            if entry.cfg and "dataset_path" in entry.cfg
-        }
-    for dataset, configs in table().items():
-        for config in configs:
-            assert any(path == dataset and config in (name, "*") for path, name in asked), (dataset, config)
-
-
-def test_find_rows_prefers_the_directory(saved):
-    rows = find_rows("allenai/winogrande", "winogrande_xl", saved)
-    assert rows is not None and rows.splits["validation"].to_list() == WINOGRANDE
-    assert find_rows("allenai/winogrande", "winogrande_s", saved) is None
 
 
 def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_asked(

@@ -253,14 +253,6 @@ def test_what_the_model_cannot_do_is_said_before_a_weight_is_read(factory, asked
         resolved(factory(), **asked)
 
 
-def test_rounds_beyond_the_steps_of_align_are_noted():
-    """From 112 to 64 channels in eights there are six steps."""
-    [note] = [each for each in resolved(rounds=20, align=8).warnings if each.startswith("choose.rounds: ")]
-    assert note.startswith("choose.rounds: in 14 of 20 rounds nothing goes, as widths are multiples of 8; 6 rounds, or")
-    for fine in ({"rounds": 6, "align": 8}, {"rounds": 20, "align": 1}, {"rounds": 20, "align": 8, "budget": "curve"}):
-        assert not any("choose.rounds" in each for each in resolved(**fine).warnings), fine
-
-
 def test_nothing_of_the_recipe_is_lost():
     short = {"seed": 7, "score": "flap", "groups": ["ffn", "kv_heads"], "max_shard_size": "2GB", "min_keep": 0.125}
     found = resolved(**short).recipe

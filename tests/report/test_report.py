@@ -259,14 +259,6 @@ def test_a_damaged_result_is_one_sentence(copy, damage, sentence):
     assert not copy.exists() or page_of(copy) == before
 
 
-def test_several_results_are_refused(copy, tmp_path):
-    (copy / "report.html").unlink()
-    outcome = run_cli("report", copy, copy)
-    assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
-    assert "takes one DIR, got 2" in outcome.stderr and "secateur compare" in outcome.stderr
-    assert not (copy / "report.html").exists()
-
-
 def test_a_run_that_nothing_judges_has_no_quality(checkpoints, recipe, tmp_path):
     prune(checkpoints["llama"], grouped({**recipe, "evaluate": False}), out=tmp_path / "out")
     assert PageChecks(page_of(tmp_path / "out")).problems == [] and 'id="quality"' not in page_of(tmp_path / "out")

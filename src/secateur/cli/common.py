@@ -23,7 +23,7 @@ from rich.progress import Progress as RichProgress
 import secateur
 from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
-from secateur.log import Progress, silent
+from secateur.log import Progress, Tell, mute, silent
 from secateur.plugins import mixtures
 from secateur.recipe import INSTALLED_DOMAINS, merged, parse_recipe, preset_texts
 
@@ -324,7 +324,7 @@ class Listeners(NamedTuple):
     """What a command reports to: steps done, and lines of text."""
 
     progress: Progress
-    tell: Callable[[str], None]
+    tell: Tell
 
 
 @contextmanager
@@ -334,7 +334,7 @@ def listeners(*, quiet: bool, as_json: bool) -> Iterator[Listeners]:
 
     enabled = is_first() and not (quiet or as_json)
     with progress_bar(enabled=enabled) as progress:
-        yield Listeners(progress, tell if enabled else lambda text: None)
+        yield Listeners(progress, tell if enabled else mute)
 
 
 def show(record: Any, written: str = "", *, as_json: bool) -> None:

@@ -13,19 +13,13 @@ from secateur.recipe import Recipe, load_recipe, merged, over_preset, parse_reci
 
 @common.app.command(epilog="Example: secateur report smaller")
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="A result of secateur prune.")],
-    other_dense: common.OtherDense = False,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result of secateur prune.")],
 ) -> None:
     """Write DIR's report.html again from its files."""
     # Imported here so that --help and option errors do not wait for torch.
     from secateur.report.report import write_report
 
-    if len(directories) > 1:
-        raise RecipeError(
-            f"report: takes one DIR, got {len(directories)}; run it for each, and compare recipes with secateur "
-            "compare, which measures all on the same text."
-        )
-    print(write_report(directories[0], other_dense=other_dense))
+    print(write_report(directory))
 
 
 DEMO_MODEL = "smollm2-135m"

@@ -25,7 +25,7 @@ from secateur.log import Progress, silent, versions
 from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.config import replaced
-from secateur.model.identity import check_dense, identity, is_result, name_of
+from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.ranks import device_called
 from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Speed, SpeedUp, Spread
@@ -67,14 +67,13 @@ def bench(
     settings = BenchSettings(str(device_called(device)), compiled)
     _check_settings(settings, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
-    notes, dense_fingerprint = (), None
+    notes = ()
     if against is not None:
         notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
-        dense_fingerprint = identity(checkpoints[1])
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload)
     result = _bench(checkpoints, workload, settings, progress)
-    result = replace(result, notes=(*notes, *result.notes), dense_fingerprint=dense_fingerprint)
+    result = replace(result, notes=(*notes, *result.notes))
     if is_result(Path(model)):
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
             staged.write_text(result.to_json(), encoding="utf-8")

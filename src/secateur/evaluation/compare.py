@@ -5,7 +5,7 @@ A cell is the run that `prune` is, in memory, and the text that judges it is the
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from secateur.evaluation.parts import Subject, subject_of
 from secateur.evaluation.study import DENSE, Cell, Comparison, FoundCell, Study, cells, load_study, save_comparison
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.evaluation.text import losses_of_dense_tokens, named_blocks
-from secateur.log import Progress, silent, versions
+from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prepare import prepared
 from secateur.pruning.prune import shaped
@@ -72,7 +72,7 @@ def compare(
     model: str | None = None,
     small: bool = False,
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> Comparison:
     """Run the missing cells of a study's grid; write tables, study and results to `out`.
 
@@ -113,7 +113,7 @@ def compare(
     return comparison
 
 
-def _shared(study: Study, out: Path, progress: Progress, tell: Callable[[str], None]) -> _Shared:
+def _shared(study: Study, out: Path, progress: Progress, tell: Tell) -> _Shared:
     """Return what the cells need. Raises what a user can correct, naming the cell."""
     dense, *others = cells(study)
     opened = open_model(study.model, dense.recipe)
@@ -123,12 +123,12 @@ def _shared(study: Study, out: Path, progress: Progress, tell: Callable[[str], N
         except SecateurError as error:
             raise type(error)(f"study, method '{cell.method}' at {cell.ratio:.0%}: {error}") from None
     assert opened.checkpoint is not None, "a study names its models"
-    tasks = study.evaluation.tasks
+    evaluation = study.evaluation
     return _Shared(
         study=study,
         opened=replace(opened, tokenizer=tokenizer_of(opened)),
         dense=subject_of(DENSE, opened.checkpoint, opened.arch, opened.device),
-        tasks=load_tasks(tasks, _task_options(study), None) if tasks else None,
+        tasks=load_tasks(evaluation.tasks, _task_options(study), evaluation.tasks_data) if evaluation.tasks else None,
         store=Store.lasting(out / CELLS_FOLDER, tell),
         progress=progress,
     )

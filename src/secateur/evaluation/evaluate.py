@@ -4,7 +4,6 @@ In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a re
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,9 @@ from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
 from secateur.evaluation.text import check_length, has_recipe, named_blocks, recipe_blocks
 from secateur.files import staged_file
-from secateur.log import Progress, silent, versions
+from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import load_tokenizer
-from secateur.model.identity import check_dense, identity, is_result, name_of
+from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
@@ -76,7 +75,7 @@ def evaluate(
     other_dense: bool = False,
     out: Path | str | None = None,
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> Evaluation:
     """Measure a model, and the cost of pruning against a dense one; write evaluation.json.
 
@@ -142,7 +141,6 @@ def evaluate(
         kl=kl,
         differences=changes,
         versions=versions(),
-        dense_fingerprint=None if dense is None else identity(dense.checkpoint),
         own_answers=scores.answers,
     )
     if is_first():
@@ -185,7 +183,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
         tasks = load_tasks(settings.tasks, settings.task_options, settings.tasks_data)
         written = [name for name, task in tasks.tasks.items() if is_chat(task, tokenizer)]
         chat = (f"asked through the chat template: {', '.join(written)}.",) if written else ()
-        notes += (*tasks.notes, *chat)
+        notes += chat
     return _Text(tokenizer, domains, tasks, notes)
 
 

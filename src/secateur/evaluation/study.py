@@ -40,13 +40,14 @@ class Evaluation(Strict):
     """What judges every cell: held-out blocks per domain, and lm-evaluation-harness tasks.
 
     `others`: text of kinds that no run calibrates on, as many blocks of each. `limit`: questions
-    per task. `batch_size`: requests at a time; padding may change last digits. `run_code`: tasks may
-    run code that the models write.
+    per task. `tasks_data`: as the option of evaluate. `batch_size`: requests at a time; padding may
+    change last digits. `run_code`: tasks may run code that the models write.
     """
 
     num_blocks: Annotated[int, Field(ge=1)] = 8
     others: dict[str, Domain] = Field(default={})
     tasks: tuple[str, ...] = ()
+    tasks_data: Path | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 1
     run_code: bool = False

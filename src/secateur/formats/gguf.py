@@ -268,42 +268,19 @@ def _write(
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """How a written file is compared with the checkpoint, by an optional program.
-
-    is_possible: whether that program is installed. require(what): raises CheckpointError if not.
-    run(path, checkpoint, type name): returns the figures; raises CheckpointError if they differ.
-    """
-
-    is_possible: Callable[[], bool]
-    require: Callable[[str], None]
-    run: Callable[[Path, Checkpoint, str], GgufCheck]
-
-
-@dataclass(frozen=True, slots=True)
 class Exporter:
     """One format.
 
     check(checkpoint, type name or None): returns the number type to write, by default the weights'
     own. It reads no weights and raises a SecateurError for what cannot be written.
     write(checkpoint, path, type name, progress): writes the file, under a hidden name at first.
-    context_length(checkpoint): up to how many tokens the file is right, if known.
     """
 
     check: Callable[[Checkpoint, str | None], str]
     write: Callable[[Checkpoint, Path, str, Progress], Any]
-    context_length: Callable[[Checkpoint], int] | None = None
-    proof: Proof | None = None
 
 
-EXPORTERS: dict[str, Exporter] = {
-    "gguf": Exporter(
-        check_exportable,
-        export_gguf,
-        lambda checkpoint: context_length(checkpoint.config, gguf_family(checkpoint)),
-        Proof(have_llama_cpp, require_llama_cpp, check_gguf),
-    ),
-}
+EXPORTERS = {"gguf": Exporter(check_exportable, export_gguf)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,8 +320,8 @@ def export(
     `type_name`: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser such as q4_k_m (the option
     --type), by default the weights' own. `importance`: that quantiser rounds the weights of loud
     input channels more exactly, measured on the text of the result's recipe, see `importance_of`.
-    `check`: whether llama.cpp (or the format's own program) must agree with transformers before the
-    file appears; None: if it is installed.
+    `check`: whether llama.cpp must agree with transformers before a GGUF file appears; None: if it is
+    installed.
     `overwrite`: replace the file if it exists. `progress`: called with (stage, done, total).
 
     Returns an `Export`: the file, its type and bytes, and what the check found.
@@ -355,12 +332,16 @@ def export(
     file = Path(gguf)
     usable = "a secateur.Exporter"
     exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda found: isinstance(found, Exporter), usable)
-    proof = _proof(exporter, format, check)
+    is_gguf = format == "gguf"
+    if check and not is_gguf:
+        raise RecipeError(f"export --check: format {format} has nothing that checks it; leave --check out.")
+    if check:
+        require_llama_cpp("export --check")
     check_file(file, overwrite=overwrite)
     checkpoint = open_checkpoint(model)
-    _check_old_file(file, format, checkpoint)
+    _check_old_file(file, checkpoint, is_gguf=is_gguf)
     type_name = exporter.check(checkpoint, type_name)
-    by_llama_cpp = format == "gguf" and type_name in QUANTISED
+    by_llama_cpp = is_gguf and type_name in QUANTISED
     if importance and not by_llama_cpp:
         raise RecipeError(
             f"export importance: is for {', '.join(QUANTISED)}, got {type_name}; choose one of these or leave it out."
@@ -373,33 +354,20 @@ def export(
         write(checkpoint, staged, type_name, progress)
         num_bytes, found = staged.stat().st_size, None
         stored = stored_types(staged, checkpoint, type_name, weighed=importance) if by_llama_cpp else ({}, 0.0)
-        if proof is not None:
+        if is_gguf and check is not False and have_llama_cpp():
             progress("check", 0, 1)
-            found = proof.run(staged, checkpoint, type_name)
+            found = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
-    length = exporter.context_length(checkpoint) if exporter.context_length else None
+    length = context_length(checkpoint.config, gguf_family(checkpoint)) if is_gguf else None
     return Export(str(file), type_name, num_bytes, length, found, *stored, tokens)
 
 
-def _check_old_file(file: Path, format: str, checkpoint: Checkpoint) -> None:
+def _check_old_file(file: Path, checkpoint: Checkpoint, *, is_gguf: bool) -> None:
     """Raise CheckpointError if `file` is there and is no earlier export, or is the model that is read."""
     if not file.exists():
         return
     if checkpoint.gguf_file and file.samefile(checkpoint.directory / checkpoint.gguf_file):
         raise CheckpointError(f"{file}: is the model that is being exported; choose another name.")
     with file.open("rb") as old:
-        if format == "gguf" and old.read(4) != b"GGUF":
+        if is_gguf and old.read(4) != b"GGUF":
             raise CheckpointError(f"{file}: is no GGUF file, so --overwrite does not replace it; choose another name.")
-
-
-def _proof(exporter: Exporter, name: str, check: bool | None) -> Proof | None:
-    """Return the proof to run. Raises RecipeError or CheckpointError if --check is not possible."""
-    if check is False:
-        return None
-    if exporter.proof is None:
-        if check:
-            raise RecipeError(f"export --check: format {name} has nothing that checks it; leave --check out.")
-        return None
-    if check:
-        exporter.proof.require("export --check")
-    return exporter.proof if exporter.proof.is_possible() else None

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.errors import ArchError, NumericsError, RecipeError
+from secateur.errors import NumericsError
 from secateur.log import Progress, silent
 from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
@@ -32,18 +32,9 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
     The remaining layers are renumbered in the modules (a KV cache uses `layer_idx`) and in the
     config: the number of layers, every list with one entry per layer, as `layer_types`, and which
-    layers have experts. Raises RecipeError for a missing layer or if none would stay, ArchError for
-    per-layer widths.
+    layers have experts. One layer at least stays, and all have the same widths: `pruning.resolve`.
     """
     config: Any = text_config(model)
-    missing = sorted(set(layers) - set(range(arch.num_layers)))
-    if missing or len(set(layers)) == arch.num_layers:
-        raise RecipeError(
-            f"remove.depth: cannot remove layers {sorted(set(layers))}; "
-            f"the model has layers 0 to {arch.num_layers - 1}, and one must stay."
-        )
-    if getattr(config, "is_heterogeneous", False):
-        raise ArchError("remove.depth: the config has per_layer_config; remove layers before widths differ per layer.")
     kept = [index for index in range(arch.num_layers) if index not in layers]
     modules: list[Any] = [decoder_layers(model, arch)[index] for index in kept]
     for number, layer in enumerate(modules):
@@ -83,15 +74,11 @@ def fold_patch(
     hidden state, the new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V:
     `least_squares` with every column and d as the drift, summed and solved in float64. No new
     module or bias. The guard's errors are shares of |d|^2 on held-out batches, by domain: 1 means
-    that nothing is recovered. Without held-out batches the whole step is taken. Raises RecipeError
-    for the first layer, ArchError if the family norms its reader's output, NumericsError as
-    `least_squares`.
+    that nothing is recovered. Without held-out batches the whole step is taken. There is a layer before
+    `layer`, and the family adds what an MLP gives as it is. Raises NumericsError as `least_squares`.
     """
-    if not 0 < layer < arch.num_layers:
-        raise RecipeError(f"remove.depth: layer {layer} cannot be folded; use 1 to {arch.num_layers - 1}.")
     reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
     with at_hand(layers[layer - 1]):
-        decide(lambda: _check_added_as_it_is(Walk(model, arch, batches[:1]), layer - 1, reader))
         gram = Gram(reader.in_features, reader.weight.device)
         cross_FD = gram.blocks[0].new_zeros(reader.in_features, reader.out_features)
     held_out: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -208,23 +195,6 @@ def _replaced(model: nn.Module, arch: Arch, layer: int, weight: Tensor | None) -
     return nullcontext() if weight is None else weight_replaced(_reader(model, arch, layer), weight)
 
 
-def _check_added_as_it_is(walk: Walk, index: int, reader: nn.Linear) -> None:
-    """Raise ArchError if a norm stands between the reader's output and the hidden state."""
-    walk.hidden_BTD = [torch.zeros_like(hidden_BTD) for hidden_BTD in walk.hidden_BTD]
-
-    def with_reader_giving(value: float) -> Tensor:
-        def give(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return torch.full_like(output, value)
-
-        with reader.register_forward_hook(give):
-            ((_, output_BTD),) = walk.run(index)
-        return output_BTD
-
-    added_BTD = with_reader_giving(2.0) - with_reader_giving(0.0)
-    if not torch.allclose(added_BTD, torch.full_like(added_BTD, 2.0), rtol=0.02):
-        raise ArchError("remove.depth: this family norms what an FFN gives; remove layers without folding them.")
-
-
 def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the reader's inputs (tokens x F) and the layer's output for `hidden_BTD`."""
     seen: list[Tensor] = []
@@ -293,14 +263,8 @@ def choose_layers(
     first n are the choice for n layers. Only the layers that added least when last measured are
     measured again, until the next one would cost more than the best even if it added as little as
     then. That is exact if what a layer adds never shrinks; else another of about that cost may win.
-    Raises RecipeError if so many layers cannot go. Source: Minoux 1978, accelerated greedy.
+    Source: Minoux 1978, accelerated greedy.
     """
-    allowed = min(len(set(range(arch.num_layers)) - set(protected)), arch.num_layers - 1)
-    if not 0 <= num_remove <= allowed:
-        raise RecipeError(
-            f"remove.depth: {num_remove} of {arch.num_layers} layers cannot be removed; "
-            f"with {len(set(protected))} protected, ask for 0 to {allowed}."
-        )
     chosen: dict[int, float] = {}
     # By layer, what its removal adds to the KL of those removed before.
     added: dict[int, float] = dict.fromkeys(set(range(arch.num_layers)) - set(protected), -torch.inf)

@@ -5,7 +5,6 @@ All that needs no weights is checked before one is read; see `resolve.checked` f
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Ancestor, Size
-from secateur.log import RunLog, versions
+from secateur.log import RunLog, Tell, versions
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     CausalLM,
@@ -218,7 +217,7 @@ def store_for(
     *,
     resume: bool,
     overwrite: bool,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> AbstractContextManager[Store]:
     """Return the store of a run that can be resumed, see `Store.open`; else one that saves nothing.
 

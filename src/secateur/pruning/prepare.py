@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
-from secateur.log import Progress, RunLog
+from secateur.log import Progress, RunLog, Tell
 from secateur.model.checkpoint import eval_mode
 from secateur.pruning.cost import MemoryPlan, check_disk, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
@@ -50,7 +50,7 @@ def begun(
     overwrite: bool,
     resume: bool,
     progress: Progress,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> Iterator[Services]:
     """Yield what a run reports to and resumes from; its `scratch` becomes `out` when the block succeeds."""
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.log import Progress, silent
+from secateur.log import Progress, Tell, mute, silent
 from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
 from secateur.model.kept_units import Keeps
 from secateur.pruning.like import Measured, opened_like, recipe_like, recipe_over
@@ -58,7 +58,7 @@ def prune_run(
     force: bool = False,
     command: str = "",
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
     from_: Path | str | None = None,
     sizes: Sizes | None = None,
 ) -> list[Result]:

@@ -8,7 +8,6 @@ have equal sizes, so which ones go changes no number.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from secateur.errors import RecipeError
@@ -254,7 +253,7 @@ def resolve(opened: Opened) -> Resolved:
     if recipe.polish.num_tokens:
         check_training(recipe.polish, "polish")
     planned = run.with_layers(run.layers)
-    notes = too_deep(planned.groups, planned.plans[-1]) + _idle_rounds(planned) + technical_alone(recipe)
+    notes = too_deep(planned.groups, planned.plans[-1]) + technical_alone(recipe)
     return replace(planned, warnings=run.warnings + notes)
 
 
@@ -520,16 +519,3 @@ def damping_for(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tu
         f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
     )
     return raised, (warning,)
-
-
-def _idle_rounds(resolved: Resolved) -> tuple[str, ...]:
-    """Return a warning if rounds are more than the steps between the widths' multiples of `align`."""
-    plans = resolved.plans
-    widths = [{(each.layer, each.name): each.num_units for each in resolved.groups}, *(p.num_keep for p in plans)]
-    idle = sum(before == after for before, after in pairwise(widths))
-    if not resolved.is_uniform or not idle or len(plans) == 1:
-        return ()
-    return (
-        f"choose.rounds: in {idle} of {len(plans)} rounds nothing goes, as widths are multiples of {resolved.align}; "
-        f"{len(plans) - idle} rounds, or a smaller remove.align, would not measure for nothing.",
-    )

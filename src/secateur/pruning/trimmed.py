@@ -16,8 +16,6 @@ from secateur.model.kept_tokens import Trim
 from secateur.report.records import VocabularyFacts
 from secateur.stream.losses import predicted_tokens
 
-MOST_WORDS = 20
-
 
 def vocabulary_facts(
     trim: Trim, held_out: Mapping[str, Text], trimmed: Mapping[str, tuple[Loss, Loss]]
@@ -30,8 +28,6 @@ def vocabulary_facts(
     dense = retokenised(held_out, trim.tokenizer, trim.dense_tokenizer)
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
     lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
-    stay = {text.strip() for index, text in texts.items() if kept.new_ids[index] is not None}
-    words = {word for word in map(str.strip, lost) if word.isalpha()} - stay
     before = Counter(script for text in texts.values() for script in scripts_of(text))
     before.subtract(gone := Counter(script for text in lost for script in scripts_of(text)))
     return VocabularyFacts(
@@ -39,7 +35,6 @@ def vocabulary_facts(
         num_after=len(kept.dense_ids),
         by_domain={name: (_predicted(dense[name]), _predicted(text)) for name, text in held_out.items()},
         scripts={script: (left + gone[script], left) for script, left in sorted(before.items())},
-        longest_lost=tuple(sorted(words, key=lambda word: (-len(word), word))[:MOST_WORDS]),
         nats={name: (dense.nats_per_token, cut.nats_per_token) for name, (dense, cut) in trimmed.items()},
         foretold=trim.foretold,
     )

@@ -5,7 +5,7 @@ In: the Trainer's folder. Out: the checkpoint to go on from, if one is undamaged
 
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateur.errors import CheckpointError
 from secateur.files import disk_errors
+from secateur.log import Tell
 from secateur.store import Store
 
 TRAINER_STATE = "trainer_state.json"
@@ -27,7 +28,7 @@ class Checkpoints:
     `label`: the training's name in sentences. `tell`: gets a line about what is damaged.
     """
 
-    def __init__(self, folder: Path, label: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, label: str, tell: Tell) -> None:
         self.folder, self.store = folder, Store(folder, label=label, tell=tell)
 
     def finish(self, step: int) -> None:

@@ -5,14 +5,14 @@ In: references of both models, changes to the recipe. Out: a `Work` to train.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
 from secateur.files import check_free_space, disk_errors, make_lasting
-from secateur.log import Progress, RunLog, silent
+from secateur.log import Progress, RunLog, Tell, mute, silent
 from secateur.methods.prices import sequence_length
 from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
@@ -85,7 +85,7 @@ def prepare(
     job: Job,
     out: Path,
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> Work:
     """Open both models, draw the text, evaluate the dense model, make the hidden directory.
 

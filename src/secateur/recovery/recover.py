@@ -12,7 +12,7 @@ import torch
 from secateur.facts import TrainingRecord, Verdicts
 from secateur.files import without_places
 from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
-from secateur.log import LOG_FILE, Progress, silent, versions
+from secateur.log import LOG_FILE, Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.model.modules import text_model
@@ -47,7 +47,7 @@ def recover(
     other_dense: bool = False,
     command: str = "",
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> RecoveryRecord | None:
     """Recover. `finish`: writes what people read. The rest: see `api.recover`."""
     job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
@@ -55,7 +55,7 @@ def recover(
     if is_first():
         restore(path, tell)
     else:
-        progress, tell = silent, lambda text: None
+        progress, tell = silent, mute
     check_replaceable(path, overwrite=overwrite, protected=candidates.teacher.directory)
     record = None
     with staging_if_any(path, overwrite=overwrite, protected=candidates.pruned.directory, tell=tell) as directory:

@@ -6,7 +6,7 @@ runs it, with our loss and our held-out text; FSDP shards both models.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers import (
 
 from secateur.facts import Judgement, TrainingRecord, Verdicts, mean_kl
 from secateur.files import make_lasting
-from secateur.log import Progress, RunLog
+from secateur.log import Progress, RunLog, Tell, mute
 from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
 from secateur.model.config import quiet_transformers
@@ -109,7 +109,7 @@ class Listener(TrainerCallback):
     checkpoints: Checkpoints
     tokens_per_step: int
     progress: Progress
-    tell: Callable[[str], None]
+    tell: Tell
     started: float = 0.0
     first_step: int = 0
     loss: float = float("nan")
@@ -190,7 +190,7 @@ class Work:
     directory: Path
     log: RunLog
     progress: Progress
-    tell: Callable[[str], None]
+    tell: Tell
     states: Sequence[Tensor] | None = None
     before: Verdicts | None = None
     name: str = "recover"
@@ -308,7 +308,7 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
 def _trainer(
     work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
 ) -> Distiller:
-    tell = work.tell if work.name == "recover" else lambda text: None  # within a prune the progress says enough
+    tell = work.tell if work.name == "recover" else mute  # within a prune the progress says enough
     listener = Listener(work.name, checkpoints, tokens_per_step, work.progress, tell)
     items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
     if work.text.is_masked:

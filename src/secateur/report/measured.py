@@ -162,7 +162,6 @@ class Evaluation(Record):
     """`evaluation.json`. `pruned`: the evaluated model. `kl`: KL(dense || pruned) by domain.
 
     `model`, `against`: names of the two. Without `against`: no `dense`, `kl` and `differences`.
-    `dense_fingerprint`: see `model.identity`.
     """
 
     model: str
@@ -174,7 +173,6 @@ class Evaluation(Record):
     kl: Verdicts | None = None
     differences: Differences | None = None
     versions: dict[str, str]
-    dense_fingerprint: str | None = None
     own_answers: OwnAnswers | None = None  # of a chat model, with `against`
 
     @property
@@ -263,7 +261,7 @@ class SpeedUp:
 class BenchResult(Record):
     """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
 
-    `notes`: sentences on what the figures do not say. `dense_fingerprint`: see `model.identity`.
+    `notes`: sentences on what the figures do not say.
     """
 
     settings: BenchSettings
@@ -275,7 +273,6 @@ class BenchResult(Record):
     decode: SpeedUp | None
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
-    dense_fingerprint: str | None = None
 
     @property
     def models(self) -> dict[str, ModelFigures]:

@@ -137,7 +137,7 @@ class VocabularyFacts:
     """A trimmed vocabulary; pairs are counts in the dense and in the trimmed tokenizer.
 
     `by_domain`: predicted tokens of the held-out text. `scripts`: tokens with letters of a script.
-    `longest_lost`: words. `nats`: by domain, per token of the dense tokenizer, of the dense model with
+    `nats`: by domain, per token of the dense tokenizer, of the dense model with
     all its tokens and with those alone that stay. `foretold`: nats per token that the trim was to
     cost by the counts; None where nothing was counted.
     """
@@ -146,7 +146,6 @@ class VocabularyFacts:
     num_after: int
     by_domain: dict[str, tuple[int, int]]
     scripts: dict[str, tuple[int, int]]
-    longest_lost: tuple[str, ...]
     nats: dict[str, tuple[float, float]]
     foretold: float | None = None
 

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from secateur.data.blocks import NGRAM_TOKENS
-from secateur.errors import CheckpointError
 from secateur.facts import Trained
 from secateur.files import check_file, staged_file
 from secateur.log import human_bytes
 from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe, load_recipe, parse_recipe
 from secateur.report import rows_measured
 from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
-from secateur.report.measured import ALIKE, BenchResult, Evaluation, RecoveryRecord, Spread, mean_change
+from secateur.report.measured import ALIKE, BenchResult, RecoveryRecord, Spread, mean_change
 from secateur.report.page import KeyFigure, Page, Section, Table, render
 from secateur.report.records import GroupStep, RemovedLayer, ResultFiles, Summary, read_result, read_summary
 from secateur.report.rows import (
@@ -30,10 +29,10 @@ from secateur.report.rows import (
     other_rows,
     overlap_cell,
     verdict,
-    vocabulary_tables,
+    vocabulary_notes,
     who_suffers,
 )
-from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, PAGE_FILE, RESULT_FILE, write_summary
+from secateur.result_directory import PAGE_FILE, RESULT_FILE, write_summary
 
 CARD_FILE = "README.md"
 
@@ -142,10 +141,8 @@ def removed_section(files: ResultFiles) -> Section | None:
         caption = "Units by layer, before → kept; bars: the share that stays"
         tables.append(Table(caption, ("", *groups), rows, bars=bars))
     if (facts := files.summary.vocabulary) is not None:
-        text.append(who_suffers(facts))
-        text += [f"Longest words lost: {', '.join(facts.longest_lost)}."] if facts.longest_lost else []
-        tables += vocabulary_tables(facts)
-    return Section("removed", "What went where", text, tables) if tables else None
+        text += [who_suffers(facts), *(f"{label}: {note}." for label, note in vocabulary_notes(facts))]
+    return Section("removed", "What went where", text, tables) if text else None
 
 
 def _layer_table(layers: Sequence[RemovedLayer]) -> Table:
@@ -240,39 +237,21 @@ def write_recovered_pages(directory: Path, record: RecoveryRecord) -> None:
 def _complete(directory: Path, summary: Summary) -> Summary:
     """Write `result.json` with all digests, and the page; return the summary."""
     summary = write_summary(directory, summary)
-    write_report(directory, other_dense=True)  # its tables name the model
+    write_report(directory)
     return summary
 
 
-def write_report(directory: Path, *, other_dense: bool = False) -> Path:
+def write_report(directory: Path) -> Path:
     """Write `report.html` into a result directory; return its path.
 
-    `other_dense`: it may show figures against another model than the one that was pruned. Raises
-    CheckpointError for files that cannot be read or written.
+    Raises CheckpointError for files that cannot be read or written.
     """
     files, path = read_result(directory), directory / PAGE_FILE
-    if not other_dense:
-        _check_dense(directory, files)
     html = render(report_page(files))
     check_file(path, overwrite=True)
     with staged_file(path, overwrite=True) as staged:
         staged.write_text(html, encoding="utf-8")
     return path
-
-
-def _check_dense(directory: Path, files: ResultFiles) -> None:
-    """Raise CheckpointError if evaluation or bench took another model as dense than the one that was pruned."""
-    known = {each.fingerprint for each in files.summary.lineage}
-    if None in known:  # the result of a model in memory
-        return
-    measured = {EVALUATION_FILE: files.evaluation, BENCH_FILE: files.bench}
-    for name, found in measured.items():
-        if found is not None and found.dense_fingerprint not in (None, *known):
-            dense = found.against if isinstance(found, Evaluation) else found.dense and found.dense.model
-            raise CheckpointError(
-                f"{directory / name}: was measured against {dense}, and the result was pruned from "
-                f"{files.summary.lineage[-1].name}; measure again, or give --other-dense to show it."
-            )
 
 
 def report_page(files: ResultFiles) -> Page:

@@ -369,8 +369,6 @@ def answer_note(answers: OwnAnswers | None) -> Iterator[tuple[str, str]]:
 # Scripts of fewer tokens are not named, nor more than so many of those that lose most.
 LEAST_TOKENS, MOST_SCRIPTS = 16, 5
 
-TokenCounts = Mapping[str, tuple[int, int]]
-
 
 def growth(before: int, after: int) -> float:
     """Return the share of tokens that the same text takes more."""
@@ -404,32 +402,10 @@ def _worst(facts: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
 
 
 def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
-    """Yield what a trim does to text: more tokens and nats by domain, scripts that lose most."""
-    yield "text growth", f"{_growths(facts.by_domain, 1)} more tokens for the same held-out text"
+    """Yield what a trim does to text: more tokens and nats by domain."""
+    growths = ", ".join(f"{name} {growth(*pair):+.1%}" for name, pair in facts.by_domain.items())
+    yield "text growth", f"{growths} more tokens for the same held-out text"
     if facts.nats:
         more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in facts.nats.items())
         told = "" if facts.foretold is None else f"; {facts.foretold:.3f} were foretold"
         yield "trim alone", f"{more} nats per token of the dense tokenizer{told}"
-    if scripts := _worst(facts):
-        yield "scripts", f"tokens that stay: {', '.join(f'{name} {b:,} of {a:,}' for name, (a, b) in scripts)}"
-
-
-def _growths(counts: TokenCounts, digits: int) -> str:
-    return ", ".join(f"{name} {growth(*pair):+.{digits}%}" for name, pair in counts.items())
-
-
-def vocabulary_tables(facts: VocabularyFacts) -> list[Table]:
-    """Return tokens and nats of the same text by domain, before and after a trim."""
-    header = ("domain", "dense", "without tokens", "change")
-    rows = [(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}") for name, (a, b) in facts.nats.items()]
-    return [
-        _counted("Tokens of the same held-out text", "domain", facts.by_domain),
-        Table("Nats per dense token of held-out text, by the trim alone", header, rows),
-    ]
-
-
-def _counted(caption: str, what: str, counts: TokenCounts) -> Table:
-    rows = [
-        (name, f"{before:,}", f"{after:,}", f"{growth(before, after):+.1%}") for name, (before, after) in counts.items()
-    ]
-    return Table(caption, (what, "dense", "pruned", "change"), rows)
