@@ -59,7 +59,7 @@ def test_a_verb_says_what_it_takes_returns_and_raises(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_words_of_the_command_line_are_those_of_the_function(verb):
     of_the_terminal = {"quiet", "json", "dry_run"}
-    renamed = {"domain": "domains", "compile": "compiled", "type": "type_name", "from": "from_"}
+    renamed = {"domain": "domains", "type": "type_name", "from": "from_"}
     takes = of_the_terminal | set(inspect.signature(secateur.__getattr__(verb)).parameters)
     takes |= set(KEYS_OF_THE_RECIPE.get(verb, "").split())
     for parameter in typer.main.get_command(app).commands[verb].params:

@@ -12,7 +12,7 @@ from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
-from secateur.recipe import Recipe, Remove, as_recipe
+from secateur.recipe import AnyRecipe, Remove, as_recipe
 from secateur.recovery import recover as recovery
 from secateur.recovery.weights import wants_shards
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
@@ -28,7 +28,7 @@ __all__ = ["Result", "prune", "prune_sizes", "recover", "table"]
 @joined()
 def prune(
     model: CausalLM | str | Path,
-    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    recipe: AnyRecipe = None,
     *,
     out: Path | str | None = None,
     like: Path | str | None = None,
@@ -89,7 +89,7 @@ def prune(
 @joined()
 def prune_sizes(
     model: CausalLM | str | Path,
-    recipe: Recipe | dict[str, Any] | Path | str | None,
+    recipe: AnyRecipe,
     sizes: Sequence[float | str],
     *,
     out: Path | str | None = None,

@@ -233,9 +233,7 @@ class OwnAnswers:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "OwnAnswers":
         """Return the figures from a mapping that JSON has kept."""
-        shown = tuple(AnswerPair(**pair) for pair in plain["shown"])
-        pairs = {name: (plain[name][0], plain[name][1]) for name in ("ended", "repeated")}
-        return cls(**{**plain, **pairs, "shown": shown})
+        return TypeAdapter(cls).validate_python(plain)
 
     @property
     def nats_lost(self) -> float:

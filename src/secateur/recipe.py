@@ -408,7 +408,10 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {sentence(error, Recipe)}") from None
 
 
-def as_recipe(recipe: Recipe | dict[str, Any] | Path | str | None) -> Recipe:
+AnyRecipe = Recipe | dict[str, Any] | Path | str | None
+
+
+def as_recipe(recipe: AnyRecipe) -> Recipe:
     """Return a recipe from a Recipe, a mapping, a YAML file or None. Raises RecipeError."""
     if isinstance(recipe, Recipe):
         return recipe

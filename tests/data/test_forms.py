@@ -209,7 +209,7 @@ def test_a_file_without_text_is_an_error_beside_others(tmp_path: Path) -> None:
 
 
 def test_a_stream_of_rows_without_text_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(value: Any, order: Any) -> Any:
+    def endless(*_: Any) -> Any:
         while True:
             asked.append(1)
             yield {"text": None}

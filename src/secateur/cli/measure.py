@@ -71,7 +71,6 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of each model, in turns.")] = 5,
     device: common.Device = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     other_dense: common.OtherDense = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
@@ -89,7 +88,6 @@ def bench(
             new_tokens=new_tokens,
             repeats=repeats,
             device=device,
-            compiled=compiled,
             other_dense=other_dense,
             progress=progress,
         )

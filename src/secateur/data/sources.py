@@ -20,7 +20,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, PackagePath
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -190,25 +190,8 @@ class DomainText(Protocol):
         ...
 
 
-class HubDataset(NamedTuple):
-    """A `datasets` hub id with its configuration, split and revision."""
-
-    dataset: str
-    config: str | None
-    split: str
-    revision: str | None
-
-
-class Files(NamedTuple):
-    """Paths, directories and patterns, and the column to read. `note`: gets what is left out."""
-
-    places: tuple[str, ...]
-    column: str = "text"
-    note: Note = unheard
-
-
-# From the user's value and a random order (by seed and domain) to documents or rows.
-Source = Callable[[Any, Random], Iterable[str | dict[str, Any] | Row]]
+# From a domain and a random order (by seed and domain) to documents or rows; the note gets what is left out.
+Source = Callable[[DomainText, Random, Note], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
 PATIENCE = 200
 OTHER_FILES = "files left out, since files of their kind are not read"
@@ -224,14 +207,10 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
 
     Raises CalibrationError, while iterating, for text that is missing, unreadable or not text.
     """
-    key, value = domain.source
-    if key == "dataset":
-        value = HubDataset(value, domain.config, domain.split, domain.revision)
-    elif key == "files":
-        value = Files(value, domain.column, note)
+    rows = SOURCES[domain.source[0]](domain, Random(f"{seed}:{name}"), note)
     problem: NoText | None = None
     num_usable = 0
-    for number, row in enumerate(SOURCES[key](value, Random(f"{seed}:{name}")), start=1):
+    for number, row in enumerate(rows, start=1):
         where, content = row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)
         try:
             text = _row_text(content, domain, tokenizer, where, note)
@@ -248,7 +227,7 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
         raise problem
 
 
-def file_rows(wanted: Files, order: Random) -> Iterator[Row]:
+def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
     """Yield the rows of all files, shuffled together; of larger ones as many at a time as fit memory.
 
     Then each file gives a share by its size, from its beginning on, and what is not asked for is
@@ -257,7 +236,7 @@ def file_rows(wanted: Files, order: Random) -> Iterator[Row]:
     Raises CalibrationError for a bad file; NoText for a named one without a row that has text, or if
     no file of a directory or pattern has any.
     """
-    files_of = {place: _known(place, wanted.note) for place in wanted.places}
+    files_of = {place: _known(place, note) for place in domain.source[1]}
     num_bytes = {file: file.stat().st_size for files in files_of.values() for file in files if file.is_file()}
     total = sum(num_bytes.values())
     rows: list[Row] = []
@@ -274,10 +253,10 @@ def file_rows(wanted: Files, order: Random) -> Iterator[Row]:
         num_before, problem = len(rows), None
         for file in files:
             try:
-                rows += _with_text(read_on(file, 0), file, wanted.column)
+                rows += _with_text(read_on(file, 0), file, domain.column)
             except NoText as error:
                 problem = problem or error
-                wanted.note(EMPTY_FILES, str(file))
+                note(EMPTY_FILES, str(file))
         if len(rows) == num_before:
             raise problem or CalibrationError(f"calibration files {place}: there is no file of a kind that is read.")
     order.shuffle(rows)
@@ -333,18 +312,19 @@ def _with_text(rows: list[Row], path: Path, column: str) -> list[Row]:
     raise problem or NoText(blank)
 
 
-def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
+def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
     """Yield the rows of a `datasets` hub id, streamed while online. Raises CalibrationError."""
-    where, offline = f"dataset {wanted.dataset}", constants.HF_HUB_OFFLINE
+    name, offline = domain.source[1], constants.HF_HUB_OFFLINE
+    where = f"dataset {name}"
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError:
         raise CalibrationError(f"{where}: needs the package datasets; install secateur[data].") from None
     try:
-        streaming: Any = not offline  # streaming never reads the local cache
-        name, config, split, revision = wanted
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        # Streaming never reads the local cache.
+        options: Any = {"split": domain.split, "revision": domain.revision, "streaming": not offline}
+        rows = datasets.load_dataset(name, domain.config, **options)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
@@ -356,7 +336,7 @@ def dataset_rows(wanted: HubDataset, order: Random) -> Iterator[Row]:
         raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
 
 
-def question_rows(_: Any, order: Random) -> Iterator[str]:
+def question_rows(domain: DomainText, order: Random, note: Note) -> Iterator[str]:
     """Yield the prompts that come with secateur for a model to answer, shuffled."""
     questions = list(shipped("questions.yaml"))
     order.shuffle(questions)
@@ -364,7 +344,7 @@ def question_rows(_: Any, order: Random) -> Iterator[str]:
 
 
 SOURCES: dict[str, Source] = {
-    "installed": installed_documents,
+    "installed": lambda domain, order, note: installed_documents(domain.source[1], order),
     "files": file_rows,
     "dataset": dataset_rows,
     "answers": question_rows,

@@ -28,7 +28,7 @@ from secateur.model.config import replaced
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.ranks import device_called
-from secateur.report.measured import BenchResult, BenchSettings, ModelFigures, Speed, SpeedUp, Spread
+from secateur.report.measured import BenchResult, ModelFigures, Speed, SpeedUp, Spread
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 
@@ -46,7 +46,6 @@ def bench(
     new_tokens: int = 32,
     repeats: int = 5,
     device: str | None = None,
-    compiled: bool = False,
     other_dense: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
@@ -56,7 +55,7 @@ def bench(
     nothing is. `against`: the dense model; `other_dense`: it is meant to be another one than the
     result was pruned from. `batch`: prompts at a time, of `prompt_tokens` each,
     followed by `new_tokens` each. `repeats`: runs of each model. `device`: as in a recipe.
-    `compiled`: use torch.compile. `progress`: called with (stage, done, total).
+    `progress`: called with (stage, done, total).
 
     Returns the figures of each model, and the speed-up beside the ideal.
 
@@ -64,15 +63,15 @@ def bench(
     models.
     """
     workload = Workload(batch, prompt_tokens, new_tokens, repeats)
-    settings = BenchSettings(str(device_called(device)), compiled)
-    _check_settings(settings, workload)
+    place = device_called(device)
+    _check_options(place, workload)
     checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
     notes = ()
     if against is not None:
         notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload)
-    result = _bench(checkpoints, workload, settings, progress)
+    result = _bench(checkpoints, workload, place, progress)
     result = replace(result, notes=(*notes, *result.notes))
     if is_result(Path(model)):
         with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
@@ -80,16 +79,15 @@ def bench(
     return result
 
 
-def _bench(
-    checkpoints: list[Checkpoint], workload: Workload, settings: BenchSettings, progress: Progress
-) -> BenchResult:
+def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.device, progress: Progress) -> BenchResult:
     models, peaks = list[PreTrainedModel](), list[int]()
     for done, checkpoint in enumerate(checkpoints):
         progress("load", done, len(checkpoints))
-        models.append(_prepared(checkpoint, workload, settings))
-        peaks.append(peak_model_bytes(models[-1], workload, compiled=settings.compiled))
+        models.append(load_model(checkpoint))
+        torch.nn.Module.to(models[-1], device)
+        peaks.append(peak_model_bytes(models[-1], workload))
     progress("load", len(checkpoints), len(checkpoints))
-    runners = [transformers_runner(model, workload, compiled=settings.compiled) for model in models]
+    runners = [transformers_runner(model, workload) for model in models]
     runs = take_turns(runners, workload.repeats, progress, "bench")
 
     figures = [
@@ -113,7 +111,9 @@ def _bench(
         decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
         if workload.repeats == 1:
             notes += ("one repeat has no range, so the speed-ups may be chance; repeat the runs to know.",)
-    return BenchResult(settings, torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes)
+    return BenchResult(
+        str(device), torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes
+    )
 
 
 def _notes(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
@@ -127,29 +127,18 @@ def _notes(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
     )
 
 
-def _prepared(checkpoint: Checkpoint, workload: Workload, settings: BenchSettings) -> PreTrainedModel:
-    """Return the model on the device, compiled if asked for, and run once then."""
-    model = load_model(checkpoint)
-    torch.nn.Module.to(model, torch.device(settings.device))
-    if settings.compiled:
-        model.compile()
-        transformers_runner(model, workload, compiled=True)()  # or the compiler's memory counts
-    return model
-
-
 def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> SpeedUp:
     measured = paired_ratio(pruned, dense)
     return SpeedUp(measured, ideal, measured.median / ideal)
 
 
-def _check_settings(settings: BenchSettings, workload: Workload) -> None:
+def _check_options(device: torch.device, workload: Workload) -> None:
     for field, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
         value = getattr(workload, field)
         if value < least:
             raise RecipeError(f"bench {field}: must be at least {least}, got {value}.")
-    device = torch.device(settings.device)
     if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"bench device: must be cpu or cuda, got '{settings.device}'.")
+        raise RecipeError(f"bench device: must be cpu or cuda, got '{device}'.")
 
 
 def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
@@ -206,12 +195,11 @@ def prompt_ids(workload: Workload, vocab_size: int) -> list[int]:
     return [position * 7919 % vocab_size for position in range(workload.prompt_tokens)]
 
 
-def transformers_runner(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> Runner:
-    """Return a runner of `generate`. `compiled`: the model is, so it needs a static cache."""
+def transformers_runner(model: PreTrainedModel, workload: Workload) -> Runner:
+    """Return a runner of `generate`."""
     row = torch.tensor(prompt_ids(workload, model.config.get_text_config().vocab_size), device=model.device)
     ids_BT = row.expand(workload.batch, -1).contiguous()
-    options = {"cache_implementation": "static", "disable_compile": True} if compiled else {}
-    return lambda: _generate(model, ids_BT, workload.new_tokens, options)
+    return lambda: _generate(model, ids_BT, workload.new_tokens)
 
 
 class _Clock(StoppingCriteria):
@@ -226,9 +214,7 @@ class _Clock(StoppingCriteria):
 
 
 @torch.inference_mode()
-def _generate(
-    model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int, options: dict[str, Any]
-) -> list[float]:
+def _generate(model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int) -> list[float]:
     clock, start = _Clock(), now(model.device)
     # The model's own settings (sampling, a repetition penalty, its end of text) take no part.
     with replaced(vars(model), "generation_config", GenerationConfig()):
@@ -239,19 +225,18 @@ def _generate(
             do_sample=False,
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),
-            **options,
         )
     assert len(clock.times) == new_tokens
     return [seconds - start for seconds in clock.times]
 
 
-def peak_model_bytes(model: PreTrainedModel, workload: Workload, *, compiled: bool = False) -> int:
+def peak_model_bytes(model: PreTrainedModel, workload: Workload) -> int:
     """Return weights, buffers and the most that a run allocates beyond them, with the cache.
 
     Prompt and first new tokens are measured; the cache of later tokens is added.
     """
     measured = replace(workload, new_tokens=min(workload.new_tokens, PROFILED_TOKENS))
-    runner = transformers_runner(model, measured, compiled=compiled)
+    runner = transformers_runner(model, measured)
     resident = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     run = _cuda_bytes(runner, model.device) if model.device.type == "cuda" else _cpu_bytes(runner)
     later_tokens = workload.batch * (workload.new_tokens - measured.new_tokens)

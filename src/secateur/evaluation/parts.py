@@ -146,21 +146,6 @@ def subject_of(which: str, checkpoint: Checkpoint, arch: Arch, device: torch.dev
     return Subject(which, checkpoint, arch, fingerprint(checkpoint), device)
 
 
-@dataclass(slots=True)
-class _Count:
-    """Steps done of a stage, including those of an earlier evaluation."""
-
-    progress: Progress
-    stage: str
-    total: int
-    done: int = 0
-
-    def move(self, num_steps: int = 1) -> None:
-        """Advance by some steps and report it."""
-        self.done = min(self.done + num_steps, self.total)
-        self.progress(self.stage, self.done, self.total)
-
-
 def task_parts(
     store: Store,
     subject: Subject,
@@ -174,21 +159,23 @@ def task_parts(
     Ranks take whole tasks by turns, so each task is asked as by one process.
     """
     sizes = {name: num_questions(task, options) for name, task in loaded.tasks.items()}
-    count = _Count(progress, f"{subject.which}: questions of tasks", sum(sizes.values()))
-    count.move(0)
+    stage, num_done, num_all = f"{subject.which}: questions of tasks", 0, sum(sizes.values())
+    progress(stage, 0, num_all)
 
     def result_of(name: str) -> Part:
-        before, task = count.done, loaded.tasks[name]
+        nonlocal num_done
+        before, task = num_done, loaded.tasks[name]
 
         def listen(done: int, total: int) -> None:
-            count.move(before + sizes[name] * done // total - count.done)
+            progress(stage, before + sizes[name] * done // total, num_all)
 
         def compute() -> Part:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
         depends_on = {**subject.facts, **dataclasses.asdict(options), **identity(task, loaded, tokenizer)}
         found = store.value(f"task-{name}", compute, depends_on=depends_on)
-        count.move(before + sizes[name] - count.done)
+        num_done += sizes[name]
+        progress(stage, num_done, num_all)
         return found
 
     names = list(loaded.tasks)

@@ -31,7 +31,7 @@ from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.gguf_types import QUANTISED, quantise
 from secateur.formats.importance import importance_of
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
-from secateur.formats.serving import GgufSpec, gguf_family, gguf_family_of, layer_widths, rotary
+from secateur.formats.serving import GgufSpec, gguf_family, gguf_family_of, layer_widths, num_experts, rotary
 from secateur.log import Progress, silent
 from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, Tokenizer, check_weights, load_tokenizer, meta_model, open_checkpoint
@@ -95,11 +95,10 @@ def _add_latent_attention(writer: Any, sizes: Any) -> None:
 def _add_experts(writer: Any, sizes: Any) -> None:
     import gguf
 
-    found = (getattr(sizes, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
-    num_experts = next((number for number in found if number), None)
-    if num_experts is None:
+    count = num_experts(sizes)
+    if count is None:
         return
-    writer.add_expert_count(num_experts)
+    writer.add_expert_count(count)
     writer.add_expert_used_count(sizes.num_experts_per_tok)
     writer.add_expert_feed_forward_length(getattr(sizes, "moe_intermediate_size", None) or sizes.intermediate_size)
     if (width := getattr(sizes, "shared_expert_intermediate_size", None)) is not None:

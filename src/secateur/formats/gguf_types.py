@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError
-from secateur.formats.serving import layer_widths
+from secateur.formats.serving import layer_widths, num_experts
 
 # File type -> the type of most of its tensors. Left out are the types that need an importance matrix.
 QUANTISED = {
@@ -66,10 +66,9 @@ class Shape:
     def of(cls, config: PreTrainedConfig, architecture: str, *, is_tied: bool, latent: bool) -> "Shape":
         """Read it from a config. `latent`: attention has one KV head in llama.cpp."""
         sizes: Any = config
-        found = (getattr(sizes, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         (num_heads, *_), (num_kv_heads, *_), _ = layer_widths(config)
         queries = num_heads // (1 if latent else num_kv_heads)
-        return cls(architecture, sizes.num_hidden_layers, next((n for n in found if n), 1), queries, is_tied)
+        return cls(architecture, sizes.num_hidden_layers, num_experts(config) or 1, queries, is_tied)
 
     @property
     def is_70b(self) -> bool:

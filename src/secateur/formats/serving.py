@@ -88,6 +88,12 @@ def layer_widths(config: PreTrainedConfig) -> tuple[list[int], list[int], list[i
     return num_heads, [num_kv_heads(layer) for layer in layers], [_ffn_width(layer) for layer in layers]
 
 
+def num_experts(config: Any) -> int | None:
+    """Return how many experts a layer has, None if it has none."""
+    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return next((count for count in counts if count), None)
+
+
 def _ffn_width(sizes: Any) -> int:
     if hasattr(sizes, "n_inner"):
         return sizes.n_inner or 4 * sizes.hidden_size

@@ -174,12 +174,10 @@ def _some_spelt(block: Block, vocabulary: Vocabulary, may_go: Set[int], in_bytes
 class Removal:
     """The order in which tokens go.
 
-    `ids`: in that order. `more_R`: tokens that a text then has more, per token. `cost_R`: as many
-    further tokens cost the model what these do.
+    `ids`: in that order. `cost_R`: as many further tokens per token of text cost the model what these do.
     """
 
     ids: list[int]
-    more_R: Float[Tensor, " R"]
     cost_R: Float[Tensor, " R"]
 
 
@@ -246,28 +244,25 @@ def removal_order(
 
     waiting = [(order_by[index] * further(spelt(index)), index) for index in free if not needed_by[index]]
     heapq.heapify(waiting)
-    ids, more, costs = list(padding), [0.0] * len(padding), [0.0] * len(padding)
-    longer, cost = 0.0, 0.0
+    ids, costs, cost = list(padding), [0.0] * len(padding), 0.0
     while waiting:
         known, index = heapq.heappop(waiting)
         parts = spelt(index)
         if (now := order_by[index] * further(parts)) > known:  # others passed their use on to it
             heapq.heappush(waiting, (now, index))
             continue
-        longer += use[index] * (len(parts) - 1)
         cost += use[index] * further(parts)
         for part in parts:
             use[part] += use[index]
             order_by[part] += order_by[index]
         gone.add(index)
         ids.append(index)
-        more.append(longer)
         costs.append(cost)
         for part in set(vocabulary.parts[index]) if vocabulary.needs_parts else ():
             needed_by[part] -= 1
             if not needed_by[part] and part in free:
                 heapq.heappush(waiting, (order_by[part] * further(spelt(part)), part))
-    return Removal(ids, torch.tensor(more, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64))
+    return Removal(ids, torch.tensor(costs, dtype=torch.float64))
 
 
 def kept_after(removal: Removal, num_rows: int, num_gone: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.resolve import Resolved, checked, nearest, resolve
 from secateur.pruning.trim import trim_to
-from secateur.recipe import Recipe, as_recipe
+from secateur.recipe import AnyRecipe, as_recipe
 from secateur.report.records import GroupFacts, Inspection
 from secateur.store import Services
 
@@ -63,7 +63,7 @@ def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...
 
 def inspect(
     model: str | Path,
-    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    recipe: AnyRecipe = None,
     *,
     progress: Progress = silent,
 ) -> Inspection:

@@ -47,7 +47,6 @@ class Candidates:
     pruned: Checkpoint
     teacher: Checkpoint
     pruned_shape: PreTrainedModel
-    teacher_shape: PreTrainedModel
     teacher_arch: Arch
     tokenizer: PreTrainedTokenizerBase
     trim: Trim | None = None
@@ -97,7 +96,7 @@ def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool = Fa
     if trim is not None:
         keep_tokens(shapes[1], trim.kept)
     tokenizer = load_tokenizer(student) if trim is None else trim.tokenizer
-    return Candidates(student, dense, *shapes, archs[1], tokenizer, trim, notes)
+    return Candidates(student, dense, shapes[0], archs[1], tokenizer, trim, notes)
 
 
 def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:

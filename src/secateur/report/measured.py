@@ -229,14 +229,6 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchSettings:
-    """Where and how a bench runs."""
-
-    device: str = "cpu"
-    compiled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class ModelFigures:
     """A model's figures. `peak_bytes`: weights and the most that a run allocates."""
 
@@ -264,7 +256,7 @@ class BenchResult(Record):
     `notes`: sentences on what the figures do not say.
     """
 
-    settings: BenchSettings
+    device: str
     num_threads: int
     workload: Workload
     pruned: ModelFigures

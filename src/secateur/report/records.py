@@ -285,7 +285,6 @@ class RemovedLayer:
     chosen: int | None = None
     kl: float | None = None
     step: float | None = None
-    error_before: dict[str, float] | None = None
     error_after: dict[str, float] | None = None
 
 

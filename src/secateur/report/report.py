@@ -112,7 +112,7 @@ def speed_section(files: ResultFiles) -> Section:
 def _how_timed(bench: BenchResult) -> str:
     work = bench.workload
     return (
-        f"secateur bench: transformers on {bench.settings.device}, batch {work.batch}, {work.prompt_tokens} "
+        f"secateur bench: transformers on {bench.device}, batch {work.batch}, {work.prompt_tokens} "
         f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. "
         "Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
     )

@@ -153,10 +153,9 @@ def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
 
 
 def _run(result: BenchResult) -> str:
-    settings = result.settings
     many = "s" if result.num_threads > 1 else ""
-    threads = f", {result.num_threads} thread{many}" if settings.device == "cpu" else ""
-    return f"transformers on {settings.device}{threads}{', torch.compile' if settings.compiled else ''}"
+    threads = f", {result.num_threads} thread{many}" if result.device == "cpu" else ""
+    return f"transformers on {result.device}{threads}"
 
 
 def recovery_table(record: RecoveryRecord) -> Tables:

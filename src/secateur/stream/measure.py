@@ -57,7 +57,6 @@ def minimax_weights(
     for _ in range(NUM_STEPS):
         named = dict(zip(by_domain, weights_D.tolist(), strict=True))
         gram = pool(by_domain, named).gram
-        assert gram is not None
         errors_D = removal_damage(by_domain, gram, reader_HF, columns_UW, num_keep, damping)
         tried.append((float(errors_D.max()), named))
         relative_D = errors_D / errors_D.mean().clamp_min(1e-30)
@@ -91,7 +90,6 @@ def removal_damage(
     change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(device)
     errors = []
     for statistics in by_domain.values():
-        assert statistics.gram is not None
         energy = float(statistics.energy)
         errors.append(_output_energy(change_HF, statistics.gram) / energy if energy > 0 else 0.0)
     return torch.tensor(errors, dtype=torch.float64)
