@@ -15,7 +15,7 @@ from recipes import grouped
 
 import secateur
 import secateur.data.pool
-import secateur.pruning.result
+import secateur.formats.save
 import secateur.report.report
 from secateur.formats.save import Verification
 from secateur.model.checkpoint import load_model, open_checkpoint
@@ -37,7 +37,7 @@ def run(asked: dict[str, object]) -> None:
 def main() -> None:
     """Answer until the input ends."""
     secateur.data.pool.JUDGED_TOKENS = 0  # as in the tests' own process
-    secateur.pruning.result.verify_reload = lambda *_: Verification(0.0, 0.0, "")  # it starts a process of its own
+    secateur.formats.save.verify_reload = lambda *_: Verification(0.0, "")  # it starts a process of its own
     for line in sys.stdin:
         asked = json.loads(line)
         load_model(open_checkpoint(asked["model"]))  # so that the children find every module imported

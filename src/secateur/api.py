@@ -12,7 +12,7 @@ from secateur.model.modules import CausalLM
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
-from secateur.recipe import AnyRecipe, Remove, as_recipe
+from secateur.recipe import AnyRecipe, Keys, Remove, as_recipe
 from secateur.recovery import recover as recovery
 from secateur.recovery.weights import wants_shards
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
@@ -131,7 +131,7 @@ def prune_sizes(
 def recover(
     pruned: str | Path,
     teacher: str | Path,
-    recipe: dict[str, Any] | Path | str | None = None,
+    recipe: Keys | Path | str | None = None,
     *,
     out: str | Path,
     tokens: int | None = None,

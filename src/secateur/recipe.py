@@ -19,6 +19,8 @@ from secateur.plugins import SCORE_GROUP, default_domains, mixture, plugin_names
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# Keys of a recipe or of a part of it, as YAML and options give them: not checked yet.
+Keys = dict[str, Any]
 
 
 class Strict(BaseModel):
@@ -137,7 +139,7 @@ class Domain(Strict):
         """Return the source's key and value; `answers` for the prompts that come with secateur."""
         return next(iter(self._sources().items()), ("answers", True))
 
-    def _sources(self) -> dict[str, Any]:
+    def _sources(self) -> Keys:
         return {name: value for name in SOURCE_NAMES if (value := getattr(self, name))}
 
 
@@ -313,7 +315,7 @@ class Recipe(Strict):
     polish: PolishSettings = PolishSettings()
     recover: RecoverySettings | None = None
 
-    def filled(self, **groups: dict[str, Any]) -> "Recipe":
+    def filled(self, **groups: Keys) -> "Recipe":
         """Return the recipe with other values in groups: `filled(remove={"align": 64})`."""
         update = {name: getattr(self, name).model_copy(update=values) for name, values in groups.items()}
         return self.model_copy(update=update)
@@ -408,7 +410,7 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {sentence(error, Recipe)}") from None
 
 
-AnyRecipe = Recipe | dict[str, Any] | Path | str | None
+AnyRecipe = Recipe | Keys | Path | str | None
 
 
 def as_recipe(recipe: AnyRecipe) -> Recipe:
@@ -420,7 +422,7 @@ def as_recipe(recipe: AnyRecipe) -> Recipe:
     return parse_recipe(recipe or {})
 
 
-def over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
+def over_preset(data: Keys, where: str) -> Keys:
     """Return `data` merged over the preset that it names. Raises RecipeError if unknown."""
     texts, own = preset_texts(), dict(data)
     name = own.pop("preset")
@@ -437,7 +439,7 @@ def preset_texts() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in found}
 
 
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(base: Keys, changes: Keys) -> Keys:
     """Return `base` with `changes` merged in; `remove: 0.2` is `remove: {share: 0.2}`."""
     result = dict(base)
     for key, value in changes.items():
@@ -448,7 +450,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
+def load_recipe(path: Path) -> Keys:
     """Read a recipe file as a plain mapping, so that options can override keys before validation.
 
     Raises RecipeError if the file is missing, not UTF-8 or not YAML.

@@ -22,7 +22,7 @@ from tests.pruning.test_resume import Stopped, stopped_after
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """No reload, which other tests are about."""
-    with patch("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, "")):
+    with patch("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, "")):
         yield
 
 

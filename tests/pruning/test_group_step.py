@@ -19,7 +19,7 @@ from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
 from secateur.model.group import add_zero_biases
 from secateur.model.kept_units import read_keeps, write_keeps
-from secateur.pruning import group_step, result
+from secateur.pruning import group_step
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.result import calibration_facts, group_widths, summary_of
 from secateur.pruning.run import Run
@@ -168,7 +168,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     assert (found.remove_asked, found.device, found.family) == (0.3, "cpu", "llama")
     assert "noted." in found.warnings and found.seconds["prune"] == 1.24
     assert (found.reload_max_abs_difference, found.loaded_by, found.sample_text) == (None, None, None)
-    proved = summary_of(first, after, keeps, Verification(0.5, 1.0, "It was."), **none)
+    proved = summary_of(first, after, keeps, Verification(0.5, "It was."), **none)
     assert (proved.reload_max_abs_difference, proved.sample_text) == (0.5, "It was.")
     assert (proved.like, proved.vocabulary) == (None, None)
 
@@ -203,7 +203,7 @@ def test_a_result_that_does_not_reload_is_not_there(recipe, tmp_path, monkeypatc
         seen.append((directory, ids, logits))
         raise CheckpointError("the directory does not hold this model.")
 
-    monkeypatch.setattr(result, "verify_reload", refuse)
+    monkeypatch.setattr("secateur.formats.save.verify_reload", refuse)
     model = tiny_llama()
     asked = {**recipe, "evaluate": False}
     with pytest.raises(CheckpointError, match="does not hold this model"):

@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def quick() -> Iterator[None]:
     """No reload."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, ""))
+        patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, ""))
         yield
 
 

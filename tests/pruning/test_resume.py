@@ -45,9 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """No reload, which other tests are about."""
-    proof = Verification(0.0, 0.0, "")
+    proof = Verification(0.0, "")
     with (
-        patch("secateur.pruning.result.verify_reload", lambda *_: proof),
+        patch("secateur.formats.save.verify_reload", lambda *_: proof),
     ):
         yield
 

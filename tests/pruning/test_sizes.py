@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     """No reload, which other tests are about."""
-    with patch("secateur.pruning.result.verify_reload", lambda *_: Verification(0.0, 0.0, "")):
+    with patch("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, "")):
         yield
 
 

@@ -25,7 +25,7 @@ from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
 from secateur.log import Progress, Tell, mute, silent
 from secateur.plugins import mixtures
-from secateur.recipe import INSTALLED_DOMAINS, merged, parse_recipe, preset_texts
+from secateur.recipe import INSTALLED_DOMAINS, Keys, merged, parse_recipe, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
@@ -372,9 +372,9 @@ def shares(text: str | None) -> list[float]:
         raise RecipeError(f"--remove {text}: give a share such as 0.2, or several with commas between.") from None
 
 
-def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
+def parse_domains(texts: list[str]) -> dict[str, Keys]:
     """Return `--domain` as a recipe's `calibration.domains`."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Keys] = {}
     for text in texts:
         name, separator, file = text.partition("=")
         if separator and not (name and file):
@@ -390,7 +390,7 @@ def parse_domains(texts: list[str]) -> dict[str, dict[str, Any]]:
 PROMPTS = "prompts"
 
 
-def with_answers(data: dict[str, Any], answers: str | None, domains: list[str] | None) -> dict[str, Any]:
+def with_answers(data: Keys, answers: str | None, domains: list[str] | None) -> Keys:
     """Return a recipe's keys with `--answers`: a share of the text, or that the files of `--domain` are prompts."""
     if answers is None:
         return data
@@ -409,7 +409,7 @@ def with_answers(data: dict[str, Any], answers: str | None, domains: list[str] |
     return {**data, "calibration": calibration}
 
 
-def _of_file(text: str) -> dict[str, Any]:
+def _of_file(text: str) -> Keys:
     """Return the source of FILE or FILE:COLUMN; a file whose name has a colon is found first."""
     file, colon, column = text.rpartition(":")
     if not (file and colon and column) or "/" in column or Path(text).expanduser().exists():
@@ -417,9 +417,9 @@ def _of_file(text: str) -> dict[str, Any]:
     return {"files": [file], "column": column}
 
 
-def parse_sets(texts: list[str] | None) -> dict[str, Any]:
+def parse_sets(texts: list[str] | None) -> Keys:
     """Return `--set KEY=VALUE` as a mapping of a recipe's keys; the last one of a key counts."""
-    found: dict[str, Any] = {}
+    found: Keys = {}
     for text in texts or ():
         key, separator, written = text.partition("=")
         if not separator or not all(key.split(".")):
@@ -434,7 +434,7 @@ def parse_sets(texts: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def with_sets(data: dict[str, Any], sets: list[str] | None) -> dict[str, Any]:
+def with_sets(data: Keys, sets: list[str] | None) -> Keys:
     """Return a recipe's keys with those of `--set`. Raises RecipeError, naming where the mistake is."""
     whole = merged(data, parse_sets(sets))
     try:

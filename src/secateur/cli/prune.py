@@ -8,7 +8,7 @@ import typer
 import secateur
 import secateur.cli.common as common
 from secateur.errors import RecipeError
-from secateur.recipe import Recipe, load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import Keys, Recipe, load_recipe, merged, over_preset, parse_recipe
 
 
 @common.app.command(epilog="Example: secateur report smaller")
@@ -223,11 +223,11 @@ def prune_and_tell(
 def _keys(
     file: Path | None,
     preset: str | None,
-    options: dict[str, Any],
+    options: Keys,
     domains: list[str] | None,
     sets: list[str] | None,
     answers: str | None = None,
-) -> dict[str, Any]:
+) -> Keys:
     """Return the keys of the file over the preset, under `options`, `domains`, `answers` and `sets`."""
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
@@ -240,7 +240,7 @@ def _keys(
     return common.with_sets(common.with_answers(data, answers, domains), sets)
 
 
-def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+def _without_none(options: Keys) -> Keys:
     """Return what was given on the command line, mapping by mapping."""
     given = {key: _without_none(value) if isinstance(value, dict) else value for key, value in options.items()}
     return {key: value for key, value in given.items() if value is not None and value != {}}
@@ -303,7 +303,7 @@ def trim(
     """
     scripts = [name.strip() for name in keep_script.split(",") if name]
     remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text or [], "keep_scripts": scripts}
-    data: dict[str, Any] = {"remove": remove, "seed": seed}
+    data: Keys = {"remove": remove, "seed": seed}
     data |= {"calibration": {"domains": common.parse_domains(domain)}} if domain else {}
     recipe = parse_recipe(data, "command line")
     prune_and_tell(model, out, recipe, resume=False, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
-from secateur.data.forms import Note, NoText, unheard
+from secateur.data.forms import Messages, Note, NoText, unheard
 from secateur.errors import CalibrationError
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.config import replaced
@@ -27,10 +27,10 @@ SYSTEM = "chats whose system message stands in the first user's, since the chat 
 
 
 def chat_text(
-    messages: list[dict[str, Any]],
+    messages: Messages,
     tokenizer: Tokenizer,
     where: str,
-    tools: list[dict[str, Any]] | None = None,
+    tools: Messages | None = None,
     note: Note = unheard,
     *,
     answered: bool = False,
@@ -70,7 +70,7 @@ def closing_of_turn(tokenizer: Tokenizer) -> str:
     return closing
 
 
-def _rendered(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool) -> str:
+def _rendered(messages: Messages, tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool) -> str:
     from jinja2 import TemplateError
 
     raised = (

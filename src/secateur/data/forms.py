@@ -13,6 +13,8 @@ from secateur.files import json_of
 
 # Gets what happened to a row or file, in words such as these, and where that is.
 Note = Callable[[str, str], None]
+Message = dict[str, Any]
+Messages = list[Message]
 
 NULL = "rows left out, since they hold no text"
 NO_USER = "chats left out, since no user says anything in them"
@@ -49,8 +51,8 @@ class NoText(CalibrationError):
 class Chat(NamedTuple):
     """What a chat template takes. `tools`: as JSON schemas of functions, or None."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: Messages
+    tools: Messages | None = None
 
 
 # A row's fields that are a chat, if no column of text is asked for: a list of messages, or a prompt
@@ -134,7 +136,7 @@ def _without(row: dict[Any, Any], column: str, where: str) -> NoText:
     return NoText(f"{where}: no column '{column}'; {there}; {advice(column, columns, 'set `column` to one of them.')}")
 
 
-def _pair(row: dict[Any, Any], prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pair(row: dict[Any, Any], prompt: Messages, answer: Messages) -> Messages:
     if answer and answer[0]["role"] != "assistant":  # a whole chat, which begins with the prompt
         return answer
     more = next((row[name] for name in INPUTS if isinstance(row.get(name), str) and row[name].strip()), None)
@@ -143,7 +145,7 @@ def _pair(row: dict[Any, Any], prompt: list[dict[str, Any]], answer: list[dict[s
     return prompt + answer
 
 
-def _messages(value: Any, where: str, note: Note, role: str = "user") -> list[dict[str, Any]]:
+def _messages(value: Any, where: str, note: Note, role: str = "user") -> Messages:
     """Return a list of turns, or a text of the given role, as messages."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -152,7 +154,7 @@ def _messages(value: Any, where: str, note: Note, role: str = "user") -> list[di
     raise CalibrationError(f"{where}: {NO_MESSAGES}")
 
 
-def _message(turn: dict[str, Any], where: str, note: Note) -> dict[str, Any]:
+def _message(turn: Message, where: str, note: Note) -> Message:
     """Return a turn with a role that templates know, its content as text, and its calls as objects."""
     rest = {key: value for key, value in turn.items() if value is not None}  # tables fill fields up with null
     given = [rest.pop(key, None) for key in ("role", "from", "content", "value")]
@@ -179,7 +181,7 @@ def _joined(content: Any, where: str, note: Note) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
+def _call(call: Message) -> Message:
     """Return a call as templates read it: a function with its arguments as an object, not as JSON."""
     inner = call.get("function")
     rest, function = (call, inner) if isinstance(inner, dict) else ({}, call)
@@ -187,7 +189,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", **rest, "function": function}
 
 
-def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+def _tools(value: Any, where: str) -> Messages | None:
     tools = _parsed(value) or None
     if tools is None:
         return None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError
@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record
 from secateur.files import staged_file
-from secateur.recipe import Domain, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
+from secateur.recipe import Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
 from secateur.report.measured import Change, change, mean_change
 from secateur.report.page import Table
 from secateur.report.rows import Tables, escaped, markdown, terminal
@@ -33,7 +33,7 @@ class Method(Strict):
     """A row of the grid. `domains`: None for all. `recipe`: keys over the study's recipe."""
 
     domains: tuple[str, ...] | None = None
-    recipe: dict[str, Any] = Field(default={})
+    recipe: Keys = Field(default={})
 
 
 class Evaluation(Strict):
@@ -64,10 +64,10 @@ class Study(Strict):
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     methods: Annotated[dict[str, Method], Field(min_length=1)]
-    recipe: dict[str, Any] = Field(default={})
+    recipe: Keys = Field(default={})
     evaluation: Evaluation = Evaluation()
     train_dense: bool = False
-    small: dict[str, Any] = Field(default={})
+    small: Keys = Field(default={})
 
 
 @dataclass(frozen=True, slots=True)

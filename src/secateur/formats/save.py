@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -34,10 +33,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur.errors import CheckpointError
 from secateur.files import disk_errors, lies_in, parse_size
+from secateur.log import Progress
 from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, left_aside, load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import quiet_transformers, replaced
 from secateur.model.kept_tokens import KeptTokens
+from secateur.model.modules import text_model
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 
 # Files of a model directory that saving does not write anew.
@@ -169,6 +170,8 @@ def _with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted({**old, **config}.items()))
 
 
+# Few, so that a CPU does not wait for them.
+VERIFY_TOKENS = 64
 _CHILD = Path(__file__).with_name("reload_child.py")
 OWN_CODE = Path(modeling_per_layer.__file__)
 
@@ -181,7 +184,6 @@ class Verification:
     """
 
     max_abs_difference: float
-    seconds: float
     generated_text: str
     loaded_by: str = "AutoModelForCausalLM"
 
@@ -200,7 +202,6 @@ def verify_reload(
     Raises CheckpointError if the process fails, the loader reports missing, unexpected or
     mismatched tensors, or the logits differ by more.
     """
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="secateur-verify-") as scratch:
         reloaded_BTV, metadata = _run_child(directory, input_ids_BT, Path(scratch))
     if metadata["problem"]:
@@ -219,7 +220,20 @@ def verify_reload(
             f"{directory}: the reloaded model's logits differ from those in memory by {difference:.3g}, allowed is "
             f"{tolerance:.3g}; the directory does not hold this model."
         )
-    return Verification(difference, time.perf_counter() - started, metadata["text"], metadata["class"])
+    return Verification(difference, metadata["text"], metadata["class"])
+
+
+def prove_reload(
+    model: PreTrainedModel, directory: Path, ids_NT: Int64[Tensor, "N T"], progress: Progress
+) -> Verification:
+    """Prove on the first tokens of a text that `directory` holds this model. Raises as `verify_reload`."""
+    progress("verify", 0, 1)
+    ids_1T = ids_NT[:1, :VERIFY_TOKENS].to(model.device)
+    with torch.inference_mode():
+        logits_1TV = text_model(model)(input_ids=ids_1T, use_cache=False).logits
+    proof = verify_reload(directory, ids_1T, logits_1TV)
+    progress("verify", 1, 1)
+    return proof
 
 
 def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Tensor, dict[str, str]]:

@@ -33,6 +33,8 @@ _OF_ACTIVATIONS = re.compile(r".*[._](input|output|activation|[kqv])_(global_)?(
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 Parts = dict[str, Tensor]
+# What a config says of how its weights are quantised.
+Settings = dict[str, Any]
 
 
 class Deferred:
@@ -45,8 +47,8 @@ class Deferred:
         return self.make()[index]
 
 
-def take_quantisation(config: Any, where: str) -> dict[str, Any] | None:
-    """Remove `quantization_config` from a model's config, make its dtype bfloat16, and return what it said.
+def take_quantisation(config: Any, where: str) -> Settings | None:
+    """Remove `quantization_config` from a model's config, make its dtype bfloat16, and return what it settings.
 
     Raises CheckpointError for a method that cannot be read, or whose package is missing.
     """
@@ -54,10 +56,10 @@ def take_quantisation(config: Any, where: str) -> dict[str, Any] | None:
     found = [vars(each).pop("quantization_config") for each in configs if "quantization_config" in vars(each)]
     if not found:
         return None
-    said = found[0]
+    settings = found[0]
     for each in configs:
         each.dtype = torch.bfloat16
-    method = said.get("quant_method") if isinstance(said, dict) else None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == "bitsandbytes":
         raise CheckpointError(
             f"{where}: its weights are quantised by bitsandbytes; where that is installed, make bfloat16 of them: "
@@ -65,12 +67,12 @@ def take_quantisation(config: Any, where: str) -> dict[str, Any] | None:
             ".save_pretrained('NEW')\" and copy the tokenizer files."
         )
     reason = "" if method in FORMS else f"the method {method or 'that it does not name'}"
-    if method == "compressed-tensors" and said.get("transform_config"):
+    if method == "compressed-tensors" and settings.get("transform_config"):
         reason = "rotations (transform_config)"
-    elif method == "awq" and said.get("version", "gemm").lower() != "gemm":
-        reason = f"AWQ's version {said['version']}"
-    elif method in ("gptq", "awq") and said.get("bits") not in (2, 4, 8):
-        reason = f"{method.upper()} with {said.get('bits')} bits"
+    elif method == "awq" and settings.get("version", "gemm").lower() != "gemm":
+        reason = f"AWQ's version {settings['version']}"
+    elif method in ("gptq", "awq") and settings.get("bits") not in (2, 4, 8):
+        reason = f"{method.upper()} with {settings.get('bits')} bits"
     if reason:
         raise CheckpointError(
             f"{where}: its weights are quantised, and {reason} cannot be read; known are {', '.join(FORMS)}. Use the "
@@ -80,13 +82,17 @@ def take_quantisation(config: Any, where: str) -> dict[str, Any] | None:
         raise CheckpointError(
             f'{where}: reading {method} weights needs a package; run: pip install "secateur[quantized]"'
         )
-    return said
+    return settings
 
 
-def note_on(said: dict[str, Any]) -> str:
+def note_on(settings: Settings) -> str:
     """Return what people should know of a model whose weights were quantised."""
-    detail = said.get("format") or said.get("quant_algo") or (f"{said['bits']} bits" if "bits" in said else "")
-    form = f"{said['quant_method']} {detail}".strip()
+    detail = (
+        settings.get("format")
+        or settings.get("quant_algo")
+        or (f"{settings['bits']} bits" if "bits" in settings else "")
+    )
+    form = f"{settings['quant_method']} {detail}".strip()
     return (
         f"The weights were quantised ({form}), and were made bfloat16 "
         "while they were read; so a result is in bfloat16. To quantise it again, use llm-compressor for vLLM, or "
@@ -94,24 +100,24 @@ def note_on(said: dict[str, Any]) -> str:
     )
 
 
-def deferred_tensors(directory: Path, said: dict[str, Any] | None) -> dict[str, Deferred]:
+def deferred_tensors(directory: Path, settings: Settings | None) -> dict[str, Deferred]:
     """Return the model's tensors by name; each is read, and dequantised to bfloat16, when it is sliced.
 
     Raises CheckpointError for weights without scales; slicing, for parts that do not fit each other.
     """
-    suffixes, compute = FORMS[said["quant_method"]] if said else ({}, None)
+    suffixes, compute = FORMS[settings["quant_method"]] if settings else ({}, None)
     stored = stored_tensors(directory)
     weights: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for name in (name for name in stored if not (said and _OF_ACTIVATIONS.fullmatch(name))):
+    for name in (name for name in stored if not (settings and _OF_ACTIVATIONS.fullmatch(name))):
         owner, part = _owner(name, suffixes, stored)
         weights[owner][part] = stored[name]
     tensors: dict[str, Deferred] = {}
     for name, parts in weights.items():
         alone = parts["weight"] if parts.keys() == {"weight"} else None
-        if said and alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
+        if settings and alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
             raise CheckpointError(f"{directory}: {name} is quantised and has no scale; copy the checkpoint again.")
         tensors[name] = Deferred(
-            partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, said or {})
+            partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, settings or {})
         )
     return tensors
 
@@ -125,15 +131,15 @@ def _owner(name: str, suffixes: dict[str, str], stored: Collection[str]) -> tupl
     return name, "weight"
 
 
-def _computed(compute: Any, name: str, parts: dict[str, StoredTensor], said: dict[str, Any]) -> Tensor:
+def _computed(compute: Any, name: str, parts: dict[str, StoredTensor], settings: Settings) -> Tensor:
     """Return the weight that the parts make."""
     try:
-        return compute(name, {part: read_tensor(each) for part, each in parts.items()}, said).to(torch.bfloat16)
+        return compute(name, {part: read_tensor(each) for part, each in parts.items()}, settings).to(torch.bfloat16)
     except BAD_VALUE as error:
         raise CheckpointError(f"weight {name}: cannot be dequantised ({one_line(error)}).") from None
 
 
-def _fp8(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+def _fp8(name: str, parts: Parts, settings: Settings) -> Tensor:
     """Return weight * scale, one scale to each block; the last block of a row or column may be smaller."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -141,7 +147,7 @@ def _fp8(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
     (scale,) = parts.values()
     sizes, whole = weight.shape[-2:], list(weight.shape[-2:])
     if weight.dtype.is_floating_point and scale.ndim == weight.ndim:
-        blocks = zip(said.get("weight_block_size") or sizes, scale.shape[-2:], sizes, strict=True)
+        blocks = zip(settings.get("weight_block_size") or sizes, scale.shape[-2:], sizes, strict=True)
         # transformers takes the size of blocks from the number of scales, which is wrong if the last is smaller
         whole = [number * block if number == -(-size // block) else size for block, number, size in blocks]
     bytes_of_whole = pad(weight.view(torch.uint8), (0, whole[1] - sizes[1], 0, whole[0] - sizes[0]))
@@ -153,18 +159,18 @@ def _fp8(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
     return product[..., : sizes[0], : sizes[1]] if whole != list(sizes) else product
 
 
-def _mxfp4(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+def _mxfp4(name: str, parts: Parts, settings: Settings) -> Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     return convert_moe_packed_tensors(parts["blocks"], parts["scales"], dtype=torch.bfloat16)
 
 
-def _compressed(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+def _compressed(name: str, parts: Parts, settings: Settings) -> Tensor:
     """Return the weight by the scheme whose targets name its module, else by that of all linears."""
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 
-    config = QuantizationConfig.model_validate(said)
+    config = QuantizationConfig.model_validate(settings)
     module = name.removesuffix(".weight")
     schemes: list[Any] = list(config.config_groups.values())
     named = [each for each in schemes if any(match_name(module, target) for target in each.targets)]
@@ -183,7 +189,7 @@ def _decompressed(parts: Parts, scheme: Any, form: str) -> Tensor:
     return compressor.decompress(parts, scheme)["weight"]
 
 
-def _modelopt(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+def _modelopt(name: str, parts: Parts, settings: Settings) -> Tensor:
     """Return an NVFP4 or FP8 weight; modelopt's second scale divides where compressed-tensors' multiplies."""
     from compressed_tensors.quantization import preset_name_to_scheme
 
@@ -195,16 +201,16 @@ def _modelopt(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
     return _decompressed(parts, preset_name_to_scheme("NVFP4", ["Linear"]), "nvfp4-pack-quantized")
 
 
-def _gptq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+def _gptq(name: str, parts: Parts, settings: Settings) -> Tensor:
     """Return w_oi = s_og (q_oi - z_og), g the group of input i. Integers are packed along inputs, zeros along outputs.
 
     The first version of the format stores z - 1. Source: Frantar et al., arXiv 2210.17323; files of AutoGPTQ.
     """
-    zeros_GO = _unpacked(parts["qzeros"], said["bits"]) + (said.get("checkpoint_format") != "gptq_v2")
-    return _affine(_unpacked(parts["qweight"].T, said["bits"]).T, zeros_GO, parts)
+    zeros_GO = _unpacked(parts["qzeros"], settings["bits"]) + (settings.get("checkpoint_format") != "gptq_v2")
+    return _affine(_unpacked(parts["qweight"].T, settings["bits"]).T, zeros_GO, parts)
 
 
-def _awq(name: str, parts: Parts, said: dict[str, Any]) -> Tensor:
+def _awq(name: str, parts: Parts, settings: Settings) -> Tensor:
     """Return w_oi = s_og (q_oi - z_og). Integers are packed along outputs, eight in an order of their own.
 
     Source: Lin et al., arXiv 2306.00978; the format GEMM of AutoAWQ.
@@ -228,7 +234,7 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & 2**bits - 1).flatten(-2)
 
 
-FORMS: dict[str, tuple[dict[str, str], Callable[[str, Parts, dict[str, Any]], Tensor]]] = {
+FORMS: dict[str, tuple[dict[str, str], Callable[[str, Parts, Settings], Tensor]]] = {
     "fp8": (_FP8, _fp8),
     "mxfp8": (_FP8, _fp8),
     "mxfp4": ({"_blocks": "", "_scales": ""}, _mxfp4),

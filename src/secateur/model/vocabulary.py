@@ -27,6 +27,9 @@ from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_n
 from secateur.model.modules import CausalLM
 from secateur.model.token_bytes import SPACE, byte_piece
 
+# A part of tokenizer.json.
+Parsed = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -93,7 +96,7 @@ def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
     return found
 
 
-def _backend_of(tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
+def _backend_of(tokenizer: Tokenizer) -> tuple[Any, Parsed]:
     backend, name = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__name__
     if not isinstance(backend, Backend):
         raise CheckpointError(
@@ -115,7 +118,7 @@ def _backend_of(tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
     return backend, parsed
 
 
-def _model_ids(parsed: dict[str, Any]) -> dict[str, int]:
+def _model_ids(parsed: Parsed) -> dict[str, int]:
     """Return the ids of the model's own tokens, without those that were only added."""
     vocabulary = parsed["model"]["vocab"]
     if isinstance(vocabulary, dict):
@@ -123,7 +126,7 @@ def _model_ids(parsed: dict[str, Any]) -> dict[str, int]:
     return {piece: index for index, (piece, _) in enumerate(vocabulary)}
 
 
-def _ids(parsed: dict[str, Any], num_rows: int) -> dict[str, int]:
+def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
     """Return every token's id; special tokens without a row, which some multimodal families have, are left out."""
     ids = dict(_model_ids(parsed))
     special = {token["content"] for token in parsed["added_tokens"] if token["special"]}
@@ -137,7 +140,7 @@ def _ids(parsed: dict[str, Any], num_rows: int) -> dict[str, int]:
     return {text: index for text, index in ids.items() if index < num_rows}
 
 
-def _steps(step: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
+def _steps(step: Parsed | None) -> Iterable[Parsed]:
     """Yield every step of a pre-tokenizer, decoder or post-processor."""
     if step is None:
         return
@@ -148,19 +151,19 @@ def _steps(step: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
         yield from _steps(each)
 
 
-def is_byte_level(parsed: dict[str, Any]) -> bool:
+def is_byte_level(parsed: Parsed) -> bool:
     """Say whether the backend, as JSON, spells text as symbols that each stand for a byte."""
     return any(step["type"] == "ByteLevel" for step in _steps(parsed["decoder"]))
 
 
-def _kind(parsed: dict[str, Any]) -> str:
+def _kind(parsed: Parsed) -> str:
     kind = parsed["model"]["type"]
     if is_byte_level(parsed):
         return f"byte-level {kind}"
     return f"{kind} with byte fallback" if parsed["model"].get("byte_fallback") else kind
 
 
-def _texts(parsed: dict[str, Any], ids: dict[str, int]) -> dict[int, str]:
+def _texts(parsed: Parsed, ids: dict[str, int]) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
     if not is_byte_level(parsed):
         return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
@@ -173,7 +176,7 @@ def _texts(parsed: dict[str, Any], ids: dict[str, int]) -> dict[int, str]:
     }
 
 
-def _merged_from(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
+def _merged_from(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
     """Return the pair that each token is merged from last.
 
     Where several merges make a token, the tokenizer without them splits it into the pair that it
@@ -205,19 +208,19 @@ def _shorter_merges(texts: list[str], merges: dict[str, list[tuple[int, str, str
     return models.BPE({text: number for number, text in enumerate(sorted(within))}, known)
 
 
-def _in_bytes(symbol: str, model: dict[str, Any], pieces: dict[str, int]) -> tuple[int, ...] | None:
+def _in_bytes(symbol: str, model: Parsed, pieces: dict[str, int]) -> tuple[int, ...] | None:
     """Return the tokens of the character's bytes; None if the byte fallback does not cover it."""
     names = [byte_piece(byte) for byte in symbol.encode()]
     covered = model.get("byte_fallback") and pieces.keys() >= set(names)
     return tuple(pieces[name] for name in names) if covered else None
 
 
-def _spelt_in_bytes(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
+def _spelt_in_bytes(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
     spelt = {index: _in_bytes(text, model, pieces) for text, index in pieces.items() if len(text) == 1}
     return {index: those for index, those in spelt.items() if those}
 
 
-def _best_without(model: dict[str, Any]) -> dict[int, tuple[int, ...]]:
+def _best_without(model: Parsed) -> dict[int, tuple[int, ...]]:
     """Return how a Unigram tokenizer would split each piece if it were not there: the best sum of scores."""
     scores = dict(model["vocab"])
     ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
@@ -237,7 +240,7 @@ def _best_without(model: dict[str, Any]) -> dict[int, tuple[int, ...]]:
     return parts
 
 
-def _path(piece: str, best: list[tuple[float, int]], model: dict[str, Any], ids: dict[str, int]) -> tuple[int, ...]:
+def _path(piece: str, best: list[tuple[float, int]], model: Parsed, ids: dict[str, int]) -> tuple[int, ...]:
     """Return the ids along the best path; characters that are no piece are in bytes, or left out."""
     found: tuple[int, ...] = ()
     end = len(piece)
@@ -249,7 +252,7 @@ def _path(piece: str, best: list[tuple[float, int]], model: dict[str, Any], ids:
     return found
 
 
-def _without_cover(model: dict[str, Any], pieces: dict[str, int]) -> set[int]:
+def _without_cover(model: Parsed, pieces: dict[str, int]) -> set[int]:
     """Return the tokens that hold a character which neither a token nor the byte fallback spells."""
     symbols = set().union(*pieces)
     unspelt = {each for each in symbols if each not in pieces and not _in_bytes(each, model, pieces)}
@@ -266,7 +269,7 @@ def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int
     return found
 
 
-def _named(tokenizer: Tokenizer, backend: Any, parsed: dict[str, Any]) -> set[int]:
+def _named(tokenizer: Tokenizer, backend: Any, parsed: Parsed) -> set[int]:
     """Return special and added tokens, those of the post-processor and of the chat template's own text."""
     special: Any = tokenizer.all_special_ids
     found = {token["id"] for token in parsed["added_tokens"]} | set(special)
@@ -351,7 +354,7 @@ def _names(value: Any, gone: set[str]) -> bool:
     return isinstance(text, str) and text in gone
 
 
-def _trimmed(parsed: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
+def _trimmed(parsed: Parsed, kept: KeptTokens) -> Parsed:
     """Return the backend's JSON with the kept tokens alone, ids renumbered everywhere."""
     new_ids, model = kept.new_ids, dict(parsed["model"])
 
@@ -374,7 +377,7 @@ def _trimmed(parsed: dict[str, Any], kept: KeptTokens) -> dict[str, Any]:
     return found
 
 
-def _renumbered(step: dict[str, Any] | None, new: Any) -> dict[str, Any] | None:
+def _renumbered(step: Parsed | None, new: Any) -> Parsed | None:
     """Return the post-processor with the ids of its tokens renumbered."""
     if step is None:
         return None

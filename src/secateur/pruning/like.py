@@ -25,7 +25,7 @@ from secateur.model.kept_units import KEEP_FILE, bad_keeps, read_keeps
 from secateur.pruning.open import Like, Opened
 from secateur.pruning.resolve import groups_of
 from secateur.pruning.run import Run
-from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, merged, parse_recipe
+from secateur.recipe import RECIPE_FILE, Keys, Recipe, load_recipe, merged, parse_recipe
 from secateur.report.records import Measurement, Summary, read_summary
 from secateur.result_directory import RESULT_FILE, read_digests
 
@@ -51,7 +51,7 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
     return recipe_over(base, changes, but={"remove", "choose"})
 
 
-def recipe_over(base: dict[str, Any], changes: Recipe, but: Collection[str] = ()) -> Recipe:
+def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
     """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
     asked = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
     if "domains" in asked.get("calibration", {}):  # they replace the old ones
@@ -71,7 +71,7 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     other = planned_model(checkpoint)
     _check_shape(opened, other, summary, directory)
     gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
-    remove: dict[str, Any] = {"layers": tuple(gone), "depth": len(gone)}
+    remove: Keys = {"layers": tuple(gone), "depth": len(gone)}
     recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
     groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):

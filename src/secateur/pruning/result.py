@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.data.blocks import ngram_overlap
 from secateur.facts import Size
-from secateur.formats.save import Verification, save_checkpoint, verify_reload
+from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import human_bytes, versions
-from secateur.model.bind import text_model
 from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.model.kept_units import Keeps, write_keeps
@@ -60,7 +58,6 @@ def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> tupl
     return left
 
 
-VERIFY_TOKENS = 64
 # Sums in float32 are off by 2^-24: from here on that is a good part of the least pivot.
 LARGEST_CONDITION = 2.0**20
 
@@ -92,13 +89,7 @@ def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> V
         for sentence in save_pruned(opened, run, keeps, directory):
             services.log.write({"event": "note", "text": sentence})
     with services.log.time("verify"):
-        services.progress("verify", 0, 1)
-        ids_1T = run.text.domains[0].held_out.ids_NT[:1, :VERIFY_TOKENS].to(run.model.device)
-        with torch.inference_mode():
-            logits = text_model(run.model)(input_ids=ids_1T, use_cache=False).logits
-        proof = verify_reload(directory, ids_1T, logits)
-        services.progress("verify", 1, 1)
-    return proof
+        return prove_reload(run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress)
 
 
 def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from secateur.errors import RecipeError
 from secateur.files import check_free_space, disk_errors, make_lasting
@@ -18,7 +18,7 @@ from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
 from secateur.model.modules import CausalLM
 from secateur.ranks import launched_size
-from secateur.recipe import Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import Keys, Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text, shared_out
@@ -40,7 +40,7 @@ class Job(NamedTuple):
     settings: RecoverySettings
 
 
-def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -> dict[str, Any]:
+def changes_of(recipe: Keys | Path | str | None, tokens: int | None) -> Keys:
     """Return the changes to the pruned model's recipe: a mapping or a file, and `tokens`."""
     changes = load_recipe(Path(recipe)) if isinstance(recipe, Path | str) else recipe or {}
     if "preset" in changes:
@@ -48,9 +48,7 @@ def changes_of(recipe: dict[str, Any] | Path | str | None, tokens: int | None) -
     return changes if tokens is None else merged(changes, {"recover": {"num_tokens": tokens}})
 
 
-def open_job(
-    pruned: str | Path, teacher: str | Path, changes: dict[str, Any] | None, *, other_dense: bool = False
-) -> Job:
+def open_job(pruned: str | Path, teacher: str | Path, changes: Keys | None, *, other_dense: bool = False) -> Job:
     """Return both checkpoints, the whole recipe and its recovery settings; read no weights.
 
     Raises CheckpointError for models that do not fit each other, RecipeError for a bad recipe.

@@ -7,17 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from secateur.facts import TrainingRecord, Verdicts
 from secateur.files import without_places
-from secateur.formats.save import Verification, has_own, save_checkpoint, verify_reload
+from secateur.formats.save import has_own, prove_reload, save_checkpoint
 from secateur.log import LOG_FILE, Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
-from secateur.model.modules import text_model
 from secateur.ranks import alone, is_first, meet, staging_if_any
-from secateur.recipe import dump_recipe, load_recipe, parse_recipe
+from secateur.recipe import Keys, dump_recipe, load_recipe, parse_recipe
 from secateur.recovery.open import Job, changes_of, open_job, prepare, to_judge
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import RECOVERY_FILE, RecoveryRecord
@@ -28,7 +25,6 @@ from secateur.stream.device import keeping_freed, peak_bytes
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
 
-VERIFY_TOKENS = 64
 
 # Adds the record to the card in the directory, and writes digests and page.
 Finish = Callable[[Path, RecoveryRecord], None]
@@ -38,7 +34,7 @@ Finish = Callable[[Path, RecoveryRecord], None]
 def recover(
     pruned: str | Path,
     teacher: str | Path,
-    recipe: dict[str, Any] | Path | str | None = None,
+    recipe: Keys | Path | str | None = None,
     *,
     out: str | Path,
     finish: Finish,
@@ -113,7 +109,8 @@ def write_result(
     with work.log.time("save"):
         _save(work, job, directory)
     with work.log.time("verify"):
-        proof = _verify(work, directory)
+        ids_NT = next(iter(work.text.held_out.values())).ids_NT
+        proof = prove_reload(work.pruned, directory, ids_NT, work.progress)
     pruned, teacher = job.candidates.pruned, job.candidates.teacher
     record = RecoveryRecord(
         name_of(pruned),
@@ -156,16 +153,6 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     for name in CARRIED:
         if has_own(source, name):
             shutil.copyfile(source / name, directory / name)
-
-
-def _verify(work: Work, directory: Path) -> Verification:
-    ids_1T = next(iter(work.text.held_out.values())).ids_NT[:1, :VERIFY_TOKENS].to(work.pruned.device)
-    work.progress("verify", 0, 1)
-    with torch.inference_mode():
-        logits = text_model(work.pruned)(input_ids=ids_1T, use_cache=False).logits
-    proof = verify_reload(directory, ids_1T, logits)
-    work.progress("verify", 1, 1)
-    return proof
 
 
 def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
