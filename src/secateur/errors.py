@@ -79,3 +79,8 @@ def advice(name: str, allowed: Iterable[str], otherwise: str = "give one of thes
 def one_of(allowed: Iterable[str]) -> str:
     """Return what to do about a name like none of those allowed, which are listed nowhere else."""
     return f"give one of {', '.join(sorted(allowed))}."
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line of bounded length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

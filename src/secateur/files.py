@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError, one_line
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
@@ -57,7 +57,7 @@ def yaml_of(text: str) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the others: for wrong tags
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
     _check_levels(value)
     return value
 

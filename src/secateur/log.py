@@ -75,6 +75,15 @@ class RunLog:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
+    def note(self, text: str) -> None:
+        """Write a sentence that people should read."""
+        self.write({"event": "note", "text": text})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The sentences that people should read."""
+        return tuple(line["text"] for line in self.lines if line["event"] == "note")
+
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
         """Add the block's seconds to the stage's."""

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from secateur.errors import RecipeError, advice, one_of, shown, web_address
+from secateur.errors import RecipeError, advice, one_line, one_of, shown, web_address
 from secateur.files import is_size, without_places, yaml_of
 from secateur.plugins import SCORE_GROUP, default_domains, mixture, plugin_names
 
@@ -458,7 +458,7 @@ def load_recipe(path: Path) -> Keys:
     try:
         data = yaml_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = "it is a web address" if web_address(str(path)) else " ".join(str(error).split())
+        reason = "it is a web address" if web_address(str(path)) else one_line(error)
         raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
     if data is None:
         return {}

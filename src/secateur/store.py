@@ -212,7 +212,7 @@ class Store:
         """Log that an earlier run did part of the work."""
         if self.num_found:
             text = f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
-            self.log.write({"event": "note", "text": text})
+            self.log.note(text)
 
     def _begin(self, directory: Path, inputs: dict[str, Any], *, resume: bool) -> None:
         """Prepare the directory for these inputs; `resume` leaves an earlier run's steps there."""

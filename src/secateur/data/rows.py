@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from secateur.data.forms import NoText
-from secateur.errors import CalibrationError
+from secateur.errors import CalibrationError, one_line
 from secateur.files import json_of
 
 MIN_TXT_DOCUMENT_CHARACTERS = 8000
@@ -208,7 +208,7 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
                 for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], use_threads=False):
                     yield from (Row(f"{where}, row {next(numbers)}", row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CalibrationError(f"{where}: broken parquet ({reason}); write or download it again.") from None
 
 

@@ -31,7 +31,7 @@ from secateur.data.chat import chat_text
 from secateur.data.forms import Note, NoText, content_of, prompt_of, unheard
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.data.shipped import shipped
-from secateur.errors import CalibrationError, web_address
+from secateur.errors import CalibrationError, one_line, web_address
 from secateur.model.checkpoint import Tokenizer
 from secateur.plugins import GENERAL_TEXT, general_text
 
@@ -328,7 +328,7 @@ def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         advice = "check its id, config, revision and split, and the network"
         if offline:
             fill = "load it once with datasets.load_dataset while online to fill the local cache"

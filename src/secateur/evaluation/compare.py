@@ -158,7 +158,7 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
         ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=num_blocks)
         run = next(shaped(ready, force=True, cut=cell.ratio > 0)).run
         seconds = time.perf_counter() - start
-        num_params = sum(parameter.numel() for parameter in run.model.parameters())
+        num_params = run.model.num_parameters()
         subject = replace(shared.dense, arch=run.arch, loaded=run.model)
         figures = {
             "remove_reached": 1 - num_params / shared.opened.size.num_params,

@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import RecipeError, advice
+from secateur.errors import RecipeError, advice, one_line
 from secateur.model.config import quiet_transformers, replaced
 
 DEFAULT_CONFIG = "default"
@@ -40,7 +40,7 @@ def saved_rows(folder: Path) -> dict[str, Any] | None:
         # In memory: otherwise the harness would write what it derives beside the files.
         return dict(datasets.load_from_disk(str(folder), keep_in_memory=True))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise RecipeError(f"task data {folder}: cannot be read ({reason}); write or download it again.") from None
 
 
@@ -233,7 +233,7 @@ class _Redirect:
         try:
             return self.hub(path=path, name=name, **kwargs)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else " ".join(str(error).split())
+            reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else one_line(error)
             raise RecipeError(
                 f"task {self.task}: cannot load its data set {where} from the hub ({reason}); save it with datasets' "
                 f"save_to_disk to DIR/{where} and give --tasks-data DIR."

@@ -52,7 +52,7 @@ class Prices:
 
 def params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
     """Return the parameters that go if each group keeps that many of its full width."""
-    return sum((g.num_units - min(num_keep[g.layer, g.name], g.num_units)) * g.params_per_unit for g in groups)
+    return sum((g.num_units - min(num_keep[g.key], g.num_units)) * g.params_per_unit for g in groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[G
         step = align_of(group, align)
         first = max(math.ceil(min_keep * group.num_units / step), 1) * step
         counts = (count for count in range(first, group.num_units, step) if group.allows(count))
-        least[group.layer, group.name] = next(counts, group.num_units)
+        least[group.key] = next(counts, group.num_units)
     return least
 
 
@@ -178,9 +178,9 @@ def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: l
     for share in shares[:-1]:
         num_keep = {}
         for group in groups:
-            target, step = plan.num_keep[group.layer, group.name], align_of(group, align)
+            target, step = plan.num_keep[group.key], align_of(group, align)
             width = group.num_units - (group.num_units - target) * share
-            num_keep[group.layer, group.name] = max(nearest_count(group, width, step), target)
+            num_keep[group.key] = max(nearest_count(group, width, step), target)
         plans.append(plan_of(groups, prices, num_keep))
     return [*plans, plan]
 

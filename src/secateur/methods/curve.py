@@ -129,7 +129,7 @@ class _Problem:
 def _problem(groups: tuple[Group, ...], profiles: Profiles, min_keep: Mapping[GroupKey, int]) -> _Problem:
     allowed, removals = dict[GroupKey, GroupProfile](), []
     for group in groups:
-        key = (group.layer, group.name)
+        key = group.key
         profile = profiles[key]
         count = max(1, sum(level >= min_keep.get(key, 0) for level in profile.levels))
         allowed[key] = dataclasses.replace(profile, levels=profile.levels[:count], errors=profile.errors[:count])

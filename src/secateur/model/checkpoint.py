@@ -32,7 +32,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, one_line
 from secateur.model.config import (
     BAD_GGUF,
     BAD_VALUE,
@@ -40,7 +40,6 @@ from secateur.model.config import (
     directory_config,
     gguf_config,
     locate,
-    one_line,
     quiet_transformers,
     replaced,
 )

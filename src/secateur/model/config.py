@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from secateur.errors import ALIKE, ArchError, CheckpointError, advice, web_address
+from secateur.errors import ALIKE, ArchError, CheckpointError, advice, one_line, web_address
 from secateur.files import lies_in
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.tensors import read_json
@@ -149,7 +149,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
     except LocalEntryNotFoundError:
         reason = "it is not in the local hub cache and the hub cannot be reached or HF_HUB_OFFLINE is set"
     except (OSError, HTTPError) as error:
-        reason = f"the download failed ({' '.join(str(error).split())})"
+        reason = f"the download failed ({one_line(error)})"
     raise CheckpointError(f"model {hub_id}: no local directory of that name, and as a hub id: {reason}.")
 
 
@@ -285,8 +285,3 @@ def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
     if not known or (names and not any(str(name).endswith("ForCausalLM") or name in known for name in names)):
         got = ", ".join(str(name) for name in names) or f"model_type '{model_type}'"
         raise ArchError(f"{path}: not a causal language model (got {got}); secateur prunes ...ForCausalLM models only.")
-
-
-def one_line(error: BaseException) -> str:
-    """Return the error's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

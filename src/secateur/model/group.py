@@ -178,6 +178,11 @@ class Group:
         return (*self.counts, *config, *self.parts.attributes)
 
     @property
+    def key(self) -> GroupKey:
+        """Its layer and name."""
+        return self.layer, self.name
+
+    @property
     def num_inputs(self) -> int:
         """Inputs of the reader in the joint least squares of all units; 0 for experts."""
         return self.num_units * self.width

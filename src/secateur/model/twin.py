@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from secateur.errors import ArchError
-from secateur.model.config import BAD_VALUE, one_line, quiet_transformers
+from secateur.errors import ArchError, one_line
+from secateur.model.config import BAD_VALUE, quiet_transformers
 from secateur.model.modules import text_model
 
 NUM_TOKENS, NUM_BLOCKS = 12, 2

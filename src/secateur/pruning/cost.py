@@ -178,7 +178,7 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     plan, uniform = resolved.plans[0], resolved.recipe.choose.budget == "uniform"
     needs = []
     for group in resolved.groups:
-        kept = plan.num_keep[group.layer, group.name] * group.width if uniform else group.num_inputs
+        kept = plan.num_keep[group.key] * group.width if uniform else group.num_inputs
         gone = group.num_inputs - kept
         needs.append(8 * (kept * kept + gone * kept + (gone + kept) * num_outputs))
     return max(needs, default=0)

@@ -77,7 +77,7 @@ def model_left(
         arch = remove_layers(model, arch, gone)
     modules = decoder_layers(model, arch)
     for group in arch.groups:
-        count = num_keep.get((group.layer, group.name), group.num_units)
+        count = num_keep.get(group.key, group.num_units)
         if count < group.num_units:
             keep = torch.arange(count, device="meta")
             if group.kind == "expert_channels":

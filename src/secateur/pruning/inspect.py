@@ -33,7 +33,7 @@ def gguf_files(
 ) -> tuple[dict[str, tuple[int, int]], str | None]:
     """Return `files` and `files_problem`."""
     config, name, problem = opened.model.config, opened.name, None
-    steps = {(group.layer, group.name): align_of(group, resolved.align) for group in resolved.groups}
+    steps = {group.key: align_of(group, resolved.align) for group in resolved.groups}
     widths = {key: steps[key] * max(1, round(kept / steps[key])) for key, kept in resolved.plans[-1].num_keep.items()}
     try:
         try:

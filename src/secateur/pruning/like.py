@@ -73,7 +73,7 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
     remove: Keys = {"layers": tuple(gone), "depth": len(gone)}
     recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
-    groups = {(each.layer, each.name): each for each in groups_of(recipe, opened.arch, layers)}
+    groups = {each.key: each for each in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
         raise bad_keeps(directory)
     tokens, source = kept_tokens_of(directory), lineage(checkpoint, Size.of(other).num_params)[-1]

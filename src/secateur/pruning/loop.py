@@ -79,7 +79,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     """Return FFN readers about as narrow as the widths will be; none if none gets narrower."""
     recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
     ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
-    kept, total = sum(plan.num_keep[each.layer, each.name] for each in ffns), sum(each.num_units for each in ffns)
+    kept, total = sum(plan.num_keep[each.key] for each in ffns), sum(each.num_units for each in ffns)
     if kept == total:
         return {}
     # The plan is for the layers expected to stay, so only its share is of use.
@@ -133,7 +133,7 @@ class _Member:
         if run.resolved.recipe.repair.compensate == "bias":
             for group in groups:
                 add_zero_biases(layers[group.layer], group)
-        keeps = {(group.layer, group.name): torch.arange(group.num_units) for group in groups}
+        keeps = {group.key: torch.arange(group.num_units) for group in groups}
         return cls(run, LossWatch(run), keeps)
 
     @property
@@ -234,7 +234,7 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) 
         keep = redo_group(layer, group, stored)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
-        kept = run.kept.get((group.layer, group.name))
+        kept = run.kept.get(group.key)
         keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, kept)
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}

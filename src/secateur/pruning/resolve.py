@@ -100,7 +100,7 @@ class Resolved:
         least = least_keep(self.groups, self.align, self.recipe.remove.min_keep)
         if self.is_uniform:
             return least
-        levels = {(group.layer, group.name): levels_of(group, group.num_units, self.align) for group in self.groups}
+        levels = {group.key: levels_of(group, group.num_units, self.align) for group in self.groups}
         return {key: min(level for level in levels[key] if level >= count) for key, count in least.items()}
 
     @property
@@ -306,7 +306,7 @@ def _plans(run: Resolved, remove: float, shares: list[float]) -> list[Plan]:
     """Return the rounds' plans for the widths' part of the removal, which may be nothing."""
     groups, prices = run.groups, run.prices_left
     if remove == 0:
-        return [plan_of(groups, prices, {(group.layer, group.name): group.num_units for group in groups})]
+        return [plan_of(groups, prices, {group.key: group.num_units for group in groups})]
     # Other budgets only count with this plan and spread it over layers in their own steps.
     align, min_keep = (run.align, run.recipe.remove.min_keep) if run.is_uniform else (1, 0.0)
     plan = uniform_plan(groups, prices, remove, align, min_keep)

@@ -87,7 +87,7 @@ def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> V
     services = run.services
     with services.log.time("save"):
         for sentence in save_pruned(opened, run, keeps, directory):
-            services.log.write({"event": "note", "text": sentence})
+            services.log.note(sentence)
     with services.log.time("verify"):
         return prove_reload(run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress)
 
@@ -96,7 +96,7 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
     """Return the run's summary. `measured`: command, text, losses and memory peaks, by field name."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
-    notes = tuple(line["text"] for line in log.lines if line["event"] == "note") + ill_conditioned(log.lines, recipe)
+    notes = log.notes + ill_conditioned(log.lines, recipe)
     if opened.like is not None:
         notes += (f"units: those that went in {opened.like.result.name}, not chosen anew; refitted on this model.",)
     return Summary(
@@ -141,7 +141,7 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
     """Return, by kind of group: units per layer before, and the least and most of them after."""
     widths: dict[str, tuple[int, int, int]] = {}
     for group in groups:
-        keep = keeps.get((group.layer, group.name))
+        keep = keeps.get(group.key)
         kept = group.num_units if keep is None else keep.shape[-1]
         before, least, most = widths.get(group.name, (group.num_units, kept, kept))
         widths[group.name] = (before, min(least, kept), max(most, kept))

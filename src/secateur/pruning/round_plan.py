@@ -60,7 +60,7 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
     recipe, groups = run.resolved.recipe, run.resolved.groups
     layers = decoder_layers(run.model, run.arch)
     now = sum(g.parts.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
-    then = sum(run.resolved.plans[number - 1].num_keep[g.layer, g.name] * g.params_per_unit for g in groups)
+    then = sum(run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
     return ProfileSettings(
         # Weights by domain act through the slopes.
         weighting="energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting,

@@ -112,7 +112,7 @@ def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
                 f"{refusal}, so nothing is written; keep more tokens, name domains or keep_text of what the model is "
                 "to read, or write it all the same with --force."
             )
-        run.services.log.write({"event": "note", "text": f"{refusal}; it was written all the same, as --force says."})
+        run.services.log.note(f"{refusal}; it was written all the same, as --force says.")
     return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
 
 
@@ -186,7 +186,7 @@ class LossWatch:
         if not self.now:
             return
         self.now = watched_losses(self.run, f"round {number}")
-        num_params = sum(parameter.numel() for parameter in self.run.model.parameters())
+        num_params = self.run.model.num_parameters()
         line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now}
         self.run.services.log.write(line)
 

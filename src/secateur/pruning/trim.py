@@ -190,8 +190,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
         cost_N[-1] = 0
     found = methods.cheapest_count(removal, counts_N, nats, cost_N)
-    line = {"event": "note", "text": f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go."}
-    dense.services.log.write(line)
+    dense.services.log.note(f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go.")
     return found, nats
 
 

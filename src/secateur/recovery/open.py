@@ -103,12 +103,12 @@ def prepare(
     check_free_space(scratch, scratch_bytes(candidates.pruned_shape, settings))
     log = RunLog()
     for note in candidates.notes:
-        log.write({"event": "note", "text": note})
+        log.note(note)
     if candidates.trim is not None:
         text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
-        log.write({"event": "note", "text": f"recover: the teacher predicts {text_of}, those that the model has."})
+        log.note(f"recover: the teacher predicts {text_of}, those that the model has.")
     for sentence in text.notes:
-        log.write({"event": "note", "text": sentence})
+        log.note(sentence)
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
     work = Work(

@@ -128,7 +128,7 @@ def write_result(
         seconds={stage: round(seconds, 2) for stage, seconds in work.log.seconds.items()},
         peak_bytes=peak_bytes(),
         reload_max_abs_difference=proof.max_abs_difference,
-        notes=tuple(line["text"] for line in work.log.lines if line["event"] == "note"),
+        notes=work.log.notes,
         versions=versions(),
         judged=work.judgements,
     )
@@ -148,7 +148,7 @@ def _save(work: Work, job: Job, directory: Path) -> None:
         recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
     options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
     for sentence in save_checkpoint(work.pruned, job.candidates.tokenizer, directory, **options):
-        work.log.write({"event": "note", "text": sentence})
+        work.log.note(sentence)
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
         if has_own(source, name):

@@ -220,7 +220,7 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
         if moved:
             kl = ", ".join(f"{d} {before[d].kl:.4f} -> {after[d].kl:.4f}" for d in moved if after is not None)
             what = f"{work.name}: the model moved away from the dense one on its answers (KL of {kl} nats per token)"
-        work.log.write({"event": "note", "text": f"{what}, so the weights are those from before the training."})
+        work.log.note(f"{what}, so the weights are those from before the training.")
     after = after or before
     kl = {domain: verdict.kl for domain, verdict in after.items()}
     work.log.write({"event": f"{work.name}_judged", "held": held, "kl": kl})
@@ -330,7 +330,7 @@ def _trainer(
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
         plugin.set_state_dict_type("FULL_STATE_DICT")
         text = f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP)."
-        work.log.write({"event": "note", "text": text})
+        work.log.note(text)
     if teacher is not None and trainer.is_fsdp_enabled:
         from accelerate.utils import fsdp2_prepare_model
 

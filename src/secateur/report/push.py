@@ -20,11 +20,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError, one_line
 from secateur.facts import Record
 from secateur.files import lies_in
 from secateur.log import Progress, silent
-from secateur.model.config import one_line, quiet_transformers
+from secateur.model.config import quiet_transformers
 from secateur.recipe import RECIPE_FILE, dump_recipe
 from secateur.report.card import card_data, unknown, with_metadata
 from secateur.report.records import read_result
