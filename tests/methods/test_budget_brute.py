@@ -339,7 +339,7 @@ def test_curve_has_the_least_loss_of_all_choices(
     cases(max_layers=2), st.integers(0, 999), SHARE, st.floats(0, 1.2), st.sampled_from([("code",), ("prose", "code")])
 )
 @settings(max_examples=40)
-def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
+def test_a_limited_curve_keeps_its_limits_and_is_no_better_than_brute_force(
     case: Case, seed: int, remove: float, tight: float, names: tuple[str, ...]
 ) -> None:
     profiles = profiles_of(case, seed)
@@ -356,11 +356,8 @@ def test_a_limited_curve_keeps_its_limits_and_promises_no_more_than_brute_force(
     possible, _ = brute.best(target, within)
     try:
         plan = curve_plan(case.groups, profiles, case.prices, remove, max_rise=limits)
-    except RecipeError as error:
-        promised = float(str(error).partition("at most ")[2][:5])
+    except RecipeError:
         assert "prose" in limits or possible == math.inf  # one domain alone: the search is exact
-        assert promised < remove + 1e-3
-        assert brute.best(math.ceil(promised * case.prices.total), within)[0] < math.inf
         return
     rise = predicted_rise(profiles, plan.num_keep)
     assert all(rise[name] <= limit for name, limit in limits.items())

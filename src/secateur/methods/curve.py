@@ -87,7 +87,7 @@ def curve_plan(
     than one level more if every level costs something. Groups keep at least `min_keep`.
     `domain_weights`: equal by default. `max_rise`: the highest predicted rise of some domains, in
     nats per token; if the best plan breaks a limit, limited domains weigh more, but no more than
-    needed. Raises RecipeError with the largest possible `remove` if the groups or `max_rise` do not
+    needed. Raises RecipeError if the groups, with the largest possible `remove`, or `max_rise` do not
     allow it.
     """
     problem = _problem(groups, profiles, min_keep or {})
@@ -100,11 +100,10 @@ def curve_plan(
     limits = dict(max_rise or {})
     num_keep = _within_limits(problem, weights, prices.to_remove(remove), limits)
     if num_keep is None:
-        possible = _largest_within_limits(problem, weights, prices, remove, limits)
         names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} would raise a protected domain's loss by more than "
-            f"allowed ({names} nats per token); at most {possible:.3f} keeps within it; ask for less or allow more."
+            f"allowed ({names} nats per token); ask for less or allow more."
         )
     return plan_of(groups, prices, num_keep)
 
@@ -175,18 +174,6 @@ def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -
         furthest = max(rise[domain] / limit for domain, limit in limits.items())
         raised = {domain: raised[domain] + rise[domain] / limit / furthest for domain, limit in limits.items()}
     return None
-
-
-def _largest_within_limits(
-    problem: _Problem, weights: dict[str, float], prices: Prices, remove: float, limits: dict[str, float]
-) -> float:
-    """Return by bisection the largest share, in thousandths, that keeps the limits."""
-    low, high = 0, math.ceil(remove * 1000)
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = _within_limits(problem, weights, prices.to_remove(middle / 1000), limits)
-        low, high = (middle, high) if found is not None else (low, middle)
-    return low / 1000
 
 
 def _is_within(problem: _Problem, num_keep: dict[GroupKey, int], limits: dict[str, float]) -> bool:
