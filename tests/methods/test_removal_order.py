@@ -260,7 +260,7 @@ def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeyp
 
 
 def removal_of(ids: list[int], cost_R: torch.Tensor) -> Removal:
-    return Removal(ids, cost_R, cost_R)
+    return Removal(ids, cost_R)
 
 
 REMOVAL = removal_of(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)
