@@ -32,7 +32,6 @@ def test_a_saved_model_reloads_exactly(fresh_processes, tmp_path):
     logits = save(tmp_path / "out", load_model(open_checkpoint(tmp_path / "source")))
     verification = verify_reload(tmp_path / "out", tiny_ids(), logits)
     assert verification.max_abs_difference == 0
-    assert verification.seconds > 0
     assert isinstance(verification.generated_text, str) and verification.generated_text
 
 
