@@ -28,7 +28,7 @@ def shown(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Any]:
     dense, out = checkpoints["llama"], tmp_path_factory.mktemp("shown") / "result"
     pruned = secateur.prune(dense, keys, out=out)
     sizes = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 2}
-    verdicts = [{HOSTILE: Verdict(kl, 0.1, 3.0 + kl, 0.9, 100)} for kl in (0.0, 0.5, 0.25)]
+    verdicts = [{HOSTILE: Verdict(kl, 0.1, 3.0 + kl, 0.9, 100, kl)} for kl in (0.0, 0.5, 0.25)]
     training = TrainingRecord(100, 1.0, verdicts[2], held=True)
     figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
     figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}

@@ -123,18 +123,27 @@ def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A domain's KL(dense || model) with its error over documents, nats per token and agreement."""
+    """A domain's KL(dense || model) with its error over documents, nats per token and agreement.
+
+    `reverse_kl`: KL(model || dense). A model that grows vague raises it, one that grows too sure the other.
+    """
 
     kl: float
     standard_error: float | None
     nats_per_token: float
     top1_agreement: float
     num_tokens: int
+    reverse_kl: float
 
     @property
     def perplexity(self) -> float:
         """exp(nats per token)."""
         return math.exp(self.nats_per_token)
+
+    @property
+    def both_ways(self) -> float:
+        """The mean of KL in both directions, half of Jeffreys' divergence."""
+        return (self.kl + self.reverse_kl) / 2
 
 
 Verdicts = dict[str, Verdict]

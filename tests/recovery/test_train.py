@@ -104,7 +104,7 @@ def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
     logged: list[dict[str, float]] = []
     trainer = object.__new__(Distiller)
     model = tiny_llama().train()
-    verdicts = {"a": Verdict(0.1, 0.0, 3.0, 1.0, 1), "b": Verdict(0.5, 0.0, 4.0, 1.0, 1)}
+    verdicts = {"a": Verdict(0.1, 0.0, 3.0, 1.0, 1, 0.2), "b": Verdict(0.5, 0.0, 4.0, 1.0, 1, 0.6)}
     trainer.before = None
     trainer.judge = SimpleNamespace(verdicts=lambda _: verdicts, answers=frozenset())  # type: ignore[assignment]
     trainer.settings, trainer.model_wrapped, trainer.log = RecoverySettings(kl_share=0.25), model, logged.append

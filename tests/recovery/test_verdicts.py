@@ -1,6 +1,7 @@
 """The judge's verdicts against plain float64 sums over whole logits, and what follows from them."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from secateur.errors import NumericsError
 from secateur.facts import Divergence, Verdict, mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.recovery import judge as module
-from secateur.recovery.judge import Judge, objective
+from secateur.recovery.judge import Judge, moved_away, objective
 from tests.families import tiny_family
 
 TEXT = {
@@ -31,11 +32,13 @@ def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
     ours, theirs = (logits_of(each, ids_BT)[:, :-1].double() for each in (dense, model))
     log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
     kl_BP = (log_p.exp() * (log_p - log_q)).sum(-1)
+    reverse = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
     nats = -log_q.gather(2, ids_BT[:, 1:, None]).mean()
     means = kl_BP.mean(1)
     error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else None
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
-    return {"kl": float(kl_BP.mean()), "error": error, "nats": float(nats), "agreement": float(agreement)}
+    found = {"kl": float(kl_BP.mean()), "error": error, "nats": float(nats), "agreement": float(agreement)}
+    return found | {"reverse": reverse}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere"])
@@ -48,6 +51,7 @@ def test_verdicts_are_sums_over_whole_logits(name):
         expected, verdict = by_hand(dense, model, ids_BT), found[domain]
         # Logits are float32 either way, whose errors the softmax's sums of 320 terms carry.
         assert verdict.kl == pytest.approx(expected["kl"], rel=1e-4)
+        assert verdict.reverse_kl == pytest.approx(expected["reverse"], rel=1e-4)
         error = expected["error"]
         assert verdict.standard_error == (error if error is None else pytest.approx(error, rel=1e-3, abs=1e-9))
         assert verdict.nats_per_token == pytest.approx(expected["nats"], rel=1e-5)
@@ -89,7 +93,7 @@ def test_progress_counts_layers():
 
 
 def verdicts(**kl: float) -> dict[str, Verdict]:
-    return {name: Verdict(value, 0.0, 10 * value, 1.0, 1) for name, value in kl.items()}
+    return {name: Verdict(value, 0.0, 10 * value, 1.0, 1, 2 * value) for name, value in kl.items()}
 
 
 def test_domains_count_equally_and_the_objective_mixes_both():
@@ -97,6 +101,17 @@ def test_domains_count_equally_and_the_objective_mixes_both():
     assert mean_kl(found) == pytest.approx(0.3) and mean_nats(found) == pytest.approx(3.0)
     assert objective(found, 1.0) == pytest.approx(0.3) and objective(found, 0.0) == pytest.approx(3.0)
     assert objective(found, 0.75) == pytest.approx(0.75 * 0.3 + 0.25 * 3.0)
+
+
+def test_answers_are_judged_in_both_directions_and_no_move_away_from_them_passes():
+    before = verdicts(text=0.3, answers=0.4)
+    assert before["answers"].both_ways == pytest.approx(0.6)
+    assert objective(before, 0.5, {"answers"}, before) == pytest.approx((0.5 * 0.3 + 0.5 * 3.0 + 0.6) / 2)
+    vaguer = {**before, "answers": replace(before["answers"], kl=0.35, reverse_kl=0.9)}
+    surer = {**before, "answers": replace(before["answers"], kl=0.9, reverse_kl=0.6)}
+    nearly = {**before, "answers": replace(before["answers"], kl=0.41, reverse_kl=0.81)}
+    assert [moved_away(before, each, {"answers"}) for each in (vaguer, surer, nearly)] == [["answers"], ["answers"], []]
+    assert objective(vaguer, 0.5, {"answers"}, before) == math.inf > objective(nearly, 0.5, {"answers"}, before)
 
 
 def test_the_head_is_the_familys():

@@ -52,7 +52,7 @@ def summary(model: str, domain: str, note: str, command: str) -> Summary:
 
 
 def recovery(name: str) -> RecoveryRecord:
-    verdicts = {name: Verdict(0.5, 0.1, 3.0, 0.9, 100)}
+    verdicts = {name: Verdict(0.5, 0.1, 3.0, 0.9, 100, 0.4)}
     training = TrainingRecord(100, 1.0, verdicts, held=True)
     figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
     figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}

@@ -15,7 +15,18 @@ from secateur.facts import Verdict, Verdicts
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
 from secateur.recovery.loss import CACHED_POSITIONS
-from secateur.stream.losses import Sums, compare_tokens, head_inputs, loss_of, summarise, sums_of
+from secateur.stream.losses import (
+    Sums,
+    compare_tokens,
+    head_inputs,
+    loss_of,
+    summarise,
+    sums_of,
+    token_divergences,
+)
+
+# So much further from the dense model, over few held-out answers, is no move.
+LEAST_MOVE = 0.02
 
 
 class Judge:
@@ -67,13 +78,14 @@ class Judge:
     def _verdicts(self, logits_of: Callable[[str, int, Tensor], Tensor]) -> Verdicts:
         found: Verdicts = {}
         for domain, blocks in self.text.items():
-            divergences, agreements, sums = [], [], list[Sums]()
+            divergences, agreements, reverse, sums = [], [], list[Tensor](), list[Sums]()
             for number, (block, states_PD) in enumerate(zip(blocks, self.states[domain], strict=True)):
                 logits_PV = logits_of(domain, number, block.ids_T).to(self._device())
                 states_PD = states_PD.to(self._device())
                 divergence_P, agrees_P = compare_tokens(states_PD, self.head, logits_PV, nn.Identity())
                 divergences.append(divergence_P)
                 agreements.append(agrees_P)
+                reverse.append(block.counted(token_divergences(logits_PV, nn.Identity(), states_PD, self.head)))
                 next_P = block.ids_T[1:].to(logits_PV.device)
                 slices = zip(logits_PV.split(CACHED_POSITIONS), next_P.split(CACHED_POSITIONS), strict=True)
                 losses = [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in slices]
@@ -81,7 +93,14 @@ class Judge:
             summary = summarise(domain, blocks, divergences, agreements)
             kl = max(summary.mean, 0.0)  # rounding may leave it a hair below zero
             nats = loss_of(sums, f"judge, domain {domain}").nats_per_token
-            found[domain] = Verdict(kl, summary.standard_error, nats, summary.top1_agreement, summary.num_tokens)
+            found[domain] = Verdict(
+                kl=kl,
+                standard_error=summary.standard_error,
+                nats_per_token=nats,
+                top1_agreement=summary.top1_agreement,
+                num_tokens=summary.num_tokens,
+                reverse_kl=max(float(torch.cat(reverse).double().mean()), 0.0),
+            )
         return found
 
 
@@ -101,16 +120,20 @@ def objective(
 ) -> float:
     """Return what judges a training: kl_share * KL + (1 - kl_share) * nats per token, means.
 
-    `answers`: domains of what the dense model says: KL alone, where `kl_share` is not 0. It is
-    KL(dense || model) there, too, where training minimises the reverse, so that a model which only
-    grows surer does not pass. Infinite without verdicts, and if a model is further from the dense one
-    on answers than it was `before`.
+    `answers`: domains of what the dense model says: KL alone, where `kl_share` is not 0, in both
+    directions, so that neither a model that only grows surer passes nor one that grows vague. Infinite
+    without verdicts, and for a model that `moved_away` from the one `before`.
     """
-    if verdicts is None:
-        return math.inf
-    if before is not None and any(verdicts[name].kl > before[name].kl for name in answers):
+    if verdicts is None or (before is not None and moved_away(before, verdicts, answers)):
         return math.inf
     whole = answers if kl_share > 0 else ()
-    shares = {name: 1.0 if name in whole else kl_share for name in verdicts}
-    values = [shares[name] * each.kl + (1 - shares[name]) * each.nats_per_token for name, each in verdicts.items()]
+    values = [
+        each.both_ways if name in whole else kl_share * each.kl + (1 - kl_share) * each.nats_per_token
+        for name, each in verdicts.items()
+    ]
     return sum(values) / len(values)
+
+
+def moved_away(before: Verdicts, after: Verdicts, answers: Collection[str]) -> list[str]:
+    """Return the domains of answers on which a model is further from the dense one than it was, by `LEAST_MOVE`."""
+    return [name for name in sorted(answers) if after[name].both_ways > (1 + LEAST_MOVE) * before[name].both_ways]

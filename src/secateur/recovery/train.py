@@ -37,7 +37,7 @@ from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.cost import blocks_per_step
-from secateur.recovery.judge import Judge, objective, unless_diverged
+from secateur.recovery.judge import Judge, moved_away, objective, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import Block, RecoveryText
 from secateur.recovery.weights import (
@@ -216,9 +216,8 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
             parameter.data = old[key]
         name = "KL" if work.settings.kl_share == 1 else "loss"
         what = f"{work.name}: held-out {name} did not fall ({was:.4f} -> {now:.4f} nats per token)"
-        moved = [] if after is None else [d for d in sorted(work.judge.answers) if after[d].kl > before[d].kl]
-        if moved:
-            kl = ", ".join(f"{d} {before[d].kl:.4f} -> {after[d].kl:.4f}" for d in moved if after is not None)
+        if after is not None and (moved := moved_away(before, after, work.judge.answers)):
+            kl = ", ".join(f"{name} {before[name].both_ways:.4f} -> {after[name].both_ways:.4f}" for name in moved)
             what = f"{work.name}: the model moved away from the dense one on its answers (KL of {kl} nats per token)"
         work.log.note(f"{what}, so the weights are those from before the training.")
     after = after or before
