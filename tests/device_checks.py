@@ -183,7 +183,7 @@ def test_offloading_keeps_what_was_changed():
     layers[1].weight.mul_(2)  # in place, on the device
     offload(layers[1])
     assert layers[1].weight.device.type == "cpu" and torch.equal(layers[1].weight, 2 * hosts[1])
-    layers[2].weight.add_(1)  # on the host, before its turn
+    layers[2].weight.add_(1)  # on the host, after its copy was prefetched
     found, bias = layers[2](x).cpu(), layers[2].bias.cpu()
     assert torch.equal(found, nn.functional.linear(torch.ones(1, 4), hosts[2], bias))
     fetch(layers[0])

@@ -112,6 +112,36 @@ def test_settling_leaves_alone_what_nobody_changed(layers: list[nn.Module]) -> N
     owner.end()
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "anew"])
+def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(layers: list[nn.Module], how: str) -> None:
+    owner = LayersOnDevice(layers, CPU, in_float32=True)
+    layers[0](torch.ones(1, 4))  # prefetches the next
+    assert owner.prefetched is not None and owner.prefetched[0] == 1
+    owner.prefetched[1].result()
+    host = weights(layers)[1]
+    match how:
+        case "in place":
+            host.fill_(2)
+        case "data":
+            host.data = torch.full_like(host, 2)
+        case "anew":
+            layers[1].linear.weight = nn.Parameter(torch.full_like(host, 2), requires_grad=False)
+    layers[1](torch.ones(1, 4))
+    assert set(weights(layers)[1].flatten().tolist()) == {2}
+    owner.end()
+    assert set(weights(layers)[1].flatten().tolist()) == {2}
+
+
+def test_what_is_prefetched_is_used_and_the_last_layer_prefetches_nothing(layers: list[nn.Module]) -> None:
+    owner = LayersOnDevice(layers, CPU, in_float32=True)
+    fetch(layers[1])
+    assert owner.prefetched is not None
+    copies = owner.prefetched[1].result()
+    fetch(layers[2])
+    assert weights(layers)[2] is copies[layers[2].linear, "weight"].device and owner.prefetched is None
+    owner.end()
+
+
 def test_a_replaced_forward_needs_no_weights(layers: list[nn.Module]) -> None:
     owner = LayersOnDevice(layers, CPU, in_float32=True)
     layers[0].forward = lambda x: x  # type: ignore[method-assign]

@@ -40,15 +40,15 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     """Return how the run fits the memory. Raises RecipeError with the least that can work.
 
     On a processor weights are in memory if they fit the recipe's `memory_budget`, else on disk. A device
-    has all of them, or one layer at a time, by the recipe's `device_budget` or else by its free memory,
+    has all of them, or two layers at a time, by the recipe's `device_budget` or else by its free memory,
     which may be unknown; the host's memory holds weights alone, as far as they fit `memory_budget`.
     """
     size, per_layer = opened.size, opened.arch.params_per_layer
     on_cpu, in_float32 = opened.device.type == "cpu", computes_in_float32(opened)
     stored = size.num_bytes // size.num_params
-    outside, one_layer = size.num_params - sum(per_layer), max(per_layer)
-    if on_cpu and in_float32:  # stored weights, and what computes: what is in no layer, and one layer
-        weights = size.num_bytes + 4 * (outside + one_layer) - outside * stored
+    outside, two_layers = size.num_params - sum(per_layer), 2 * max(per_layer)
+    if on_cpu and in_float32:  # stored weights, and what computes: what is in no layer, and two layers
+        weights = size.num_bytes + 4 * (outside + two_layers) - outside * stored
         return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
 
     item = 4 if in_float32 else stored
@@ -70,7 +70,7 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
         least = estimate_memory(opened, resolved, 0, item)
         least = replace(least, solve=max(least.solve, max(per_layer) * item))
     else:  # the running layer, the prefetched one, and what is in no layer
-        least = estimate_memory(opened, resolved, min(size.num_params, outside + one_layer) * item, item)
+        least = estimate_memory(opened, resolved, min(size.num_params, outside + two_layers) * item, item)
     if least.peak > budget:
         raise _too_little(least, budget, on_cpu=on_cpu)
     return MemoryPlan(least, on_disk, not on_cpu, budget, in_float32)
@@ -101,7 +101,7 @@ def _too_little(least: MemoryEstimate, budget: int, *, on_cpu: bool) -> RecipeEr
     if least.is_of_layer_choice:
         named, remedy = {"choice of layers": least.layer_choice}, "name them in remove.layers or give depth: 0"
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
-    key, how = ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "one layer at a time there")
+    key, how = ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
     return RecipeError(
         f"machine.{key}: {budget / 1e9:.2f} GB cannot work; with {how} the run still needs {least.peak / 1e9:.2f} GB "
         f"({parts}); allow that, or {remedy}."

@@ -1,7 +1,8 @@
 """Where weights are: layers onloaded to a device one at a time, and layers saved to disk."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,25 @@ _Key = tuple[nn.Module, str]  # a module and the name of its parameter
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A host parameter and its copy on the device, which had this version when it was made."""
+    """A host parameter and its copy on the device, each with its version when it was copied.
+
+    `host_pointer`: the host's data, which may be replaced under the same parameter.
+    """
 
     host: nn.Parameter
+    host_version: int
+    host_pointer: int
     device: nn.Parameter
-    version: int
+    device_version: int
+
+    def is_of(self, parameter: nn.Parameter | None) -> bool:
+        """Say whether this is still a copy of the host parameter."""
+        same = parameter is self.host and self.host._version == self.host_version
+        return same and self.host.data_ptr() == self.host_pointer
 
     def is_unchanged(self, parameter: nn.Parameter) -> bool:
         """Say whether the parameter is the device copy, unchanged."""
-        return parameter is self.device and parameter._version == self.version
+        return parameter is self.device and parameter._version == self.device_version
 
 
 class LayersOnDevice:
@@ -45,6 +56,9 @@ class LayersOnDevice:
         self.device = torch.empty(1, device=device).device  # with its index, as tensors report it
         self.dtypes = {key: p.dtype for layer in layers for key, p in _parameters(layer)}
         self.onloaded: dict[int, dict[_Key, _Copy]] = {}
+        self.prefetched: tuple[int, Future[dict[_Key, _Copy]]] | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="secateur-layer")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.handles = [
             layer.register_forward_pre_hook(lambda *_, index=index: self.onload(index), prepend=True)
             for index, layer in enumerate(layers)
@@ -53,24 +67,26 @@ class LayersOnDevice:
             _OWNERS[layer] = self
 
     def onload(self, index: int) -> None:
-        """Have layer `index` on the device, and no other one."""
+        """Have layer `index` on the device, and no other one; prefetch the next."""
         # A layer whose forward is replaced does not run, so its weights are not needed.
         if "forward" in self.layers[index].__dict__:
             return
-        if index not in self.onloaded:
-            self.offload()
-        copies = self.onloaded.setdefault(index, {})
-        # All that is elsewhere: at first the whole layer, later what was set meanwhile.
-        for key, parameter in list(_parameters(self.layers[index])):
-            dtype = raised(parameter.dtype) if self.in_float32 else parameter.dtype
-            if (parameter.device, parameter.dtype) != (self.device, dtype):
-                moved = parameter_on(self.device, parameter, dtype)
-                copies[key] = _Copy(parameter, moved, moved._version)
-                module, name = key
-                module._parameters[name] = moved
-        for module in self.layers[index].modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            if index not in self.onloaded:
+                self.offload()
+                self.onloaded[index] = self._fresh_copies(index)
+                if index + 1 < len(self.layers):
+                    self.prefetched = index + 1, self.thread.submit(self._copies, index + 1)
+            else:  # parameters that were set meanwhile
+                self.onloaded[index] |= self._copies(index)
+            for (module, name), copy in self.onloaded[index].items():
+                if copy.is_of(module._parameters[name]):
+                    module._parameters[name] = copy.device
+                if self.stream is not None:  # the allocator must not reuse its memory while in use
+                    copy.device.record_stream(torch.cuda.current_stream(self.device))
+            for module in self.layers[index].modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     def index_of(self, layer: nn.Module) -> int:
         """Return the layer's index."""
@@ -101,10 +117,39 @@ class LayersOnDevice:
     def end(self) -> None:
         """Leave all layers on the host."""
         self.offload()
+        self.thread.shutdown()
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
             _OWNERS.pop(layer, None)
+
+    def _fresh_copies(self, index: int) -> dict[_Key, _Copy]:
+        """Return copies of the layer's current parameters, prefetched ones if still valid."""
+        prefetched, self.prefetched = self.prefetched, None
+        known = prefetched[1].result() if prefetched is not None and prefetched[0] == index else {}
+        valid = {key: copy for key, copy in known.items() if copy.is_of(key[0]._parameters.get(key[1]))}
+        return valid | self._copies(index, but=valid)
+
+    def _copies(self, index: int, but: Container[_Key] = ()) -> dict[_Key, _Copy]:
+        """Copy the layer's parameters that are elsewhere; also runs in the prefetch thread."""
+        context = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        found: dict[_Key, _Copy] = {}
+        with context, torch.no_grad():
+            for key, parameter in _parameters(self.layers[index]):
+                dtype = raised(parameter.dtype) if self.in_float32 else parameter.dtype
+                if key not in but and (parameter.device, parameter.dtype) != (self.device, dtype):
+                    found[key] = self._copy(parameter, dtype)
+            if self.stream is not None:
+                self.stream.synchronize()  # the pinned sources may be freed after it
+        return found
+
+    def _copy(self, parameter: nn.Parameter, dtype: torch.dtype) -> _Copy:
+        version, pointer = parameter._version, parameter.data_ptr()
+        # Copies overlap with computation only from pinned memory.
+        source = parameter.detach() if self.stream is None else parameter.detach().pin_memory()
+        moved = source.to(self.device, dtype, non_blocking=True)
+        copy = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+        return _Copy(parameter, version, pointer, copy, copy._version)
 
 
 def fetch(layer: nn.Module) -> None:
