@@ -3,7 +3,6 @@
 In: blocks of token ids. Out: blocks of the other tokenizer's ids, of as many tokens as it takes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -15,7 +14,7 @@ from tokenizers import decoders
 
 from secateur.data.blocks import Block, Text, blocks_of
 from secateur.model.checkpoint import Tokenizer
-from secateur.model.vocabulary import is_byte_level
+from secateur.model.token_bytes import decoder_steps
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 CHARACTERS = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # spaces stay as pieces spell them
@@ -70,7 +69,7 @@ class _Splitter:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "_Splitter":
         backend = cast(Any, tokenizer).backend_tokenizer
-        return cls(backend, tokenizer.get_vocab(), is_byte_level(json.loads(backend.to_str())))
+        return cls(backend, tokenizer.get_vocab(), "ByteLevel" in decoder_steps(tokenizer))
 
     def spelt(self, pieces: list[str]) -> list[int]:
         """Return the ids of the pieces one by one; a piece that is not there is split."""

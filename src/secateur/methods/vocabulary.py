@@ -9,7 +9,6 @@ are tokens that the model has often read. The bytes of a character are not.
 
 import heapq
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import Arch, head_of
 from secateur.model.kept_tokens import Trim
-from secateur.model.vocabulary import Vocabulary, with_parts
+from secateur.model.vocabulary import Vocabulary, scripts_of, with_parts
 from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
 from secateur.stream.statistics import Decide
 from secateur.stream.walk import Batch
@@ -385,16 +384,6 @@ def cheapest_count(
     cost_N = nats_per_token * more_N + channels_N
     within_N = torch.where(more_N > most, torch.inf, cost_N)
     return int(counts_N[(cost_N if within_N.isinf().all() else within_N).argmin()])
-
-
-# Words in the Unicode names of letters; the first word is the script, if it is none of these.
-_LETTERS, _NO_SCRIPTS = {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"}, {"MODIFIER", "FULLWIDTH", "HALFWIDTH"}
-
-
-def scripts_of(text: str) -> set[str]:
-    """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
-    names = ([*unicodedata.name(each, "?").replace("-", " ").split()] for each in text if each.isalpha())
-    return {words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)}
 
 
 def written_scripts(scripts: Mapping[int, frozenset[str]], counts: Mapping[str, TokenCounts]) -> set[str]:

@@ -36,7 +36,7 @@ def num_bytes(tokenizer: Tokenizer, blocks_NT: Iterable[Tensor]) -> int:
     is decoded.
     """
     reader: Any = tokenizer
-    if not (steps := _decoder_steps(reader)):
+    if not (steps := decoder_steps(reader)):
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return sum(len(str(reader.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
     added = reader.added_tokens_decoder
@@ -65,7 +65,7 @@ def num_bytes(tokenizer: Tokenizer, blocks_NT: Iterable[Tensor]) -> int:
     return total
 
 
-def _decoder_steps(reader: Any) -> set[str]:
+def decoder_steps(reader: Any) -> set[str]:
     """Return the kinds of steps of a decoder that reads pieces one by one; none if it does not."""
     backend = getattr(reader, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:

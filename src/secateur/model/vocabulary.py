@@ -7,6 +7,7 @@ model's own side, rows and configs, is `model.kept_tokens`.
 import json
 import math
 import tempfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -94,6 +95,16 @@ def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
             found.add(index)
             left += vocabulary.parts.get(index, ()) if vocabulary.needs_parts else ()
     return found
+
+
+# Words in the Unicode names of letters; the first word is the script, if it is none of these.
+_LETTERS, _NO_SCRIPTS = {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"}, {"MODIFIER", "FULLWIDTH", "HALFWIDTH"}
+
+
+def scripts_of(text: str) -> set[str]:
+    """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
+    names = ([*unicodedata.name(each, "?").replace("-", " ").split()] for each in text if each.isalpha())
+    return {words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)}
 
 
 def _backend_of(tokenizer: Tokenizer) -> tuple[Any, Parsed]:

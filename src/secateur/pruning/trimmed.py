@@ -10,9 +10,9 @@ from typing import Any
 from secateur.data.blocks import Text
 from secateur.data.retokenised import retokenised
 from secateur.facts import Loss
-from secateur.methods.vocabulary import scripts_of
 from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
+from secateur.model.vocabulary import scripts_of
 from secateur.report.records import VocabularyFacts
 from secateur.stream.losses import predicted_tokens
 
