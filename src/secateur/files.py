@@ -165,11 +165,13 @@ def parse_size(key: str, text: str) -> int:
     return num_bytes
 
 
-def parse_count(key: str, text: str) -> int:
-    """Return a number such as 0.4B, 400M or 400,000,000. Raises RecipeError naming `key`."""
+def parse_count(text: str) -> int:
+    """Return a number of parameters such as 0.4B, 400M or 400,000,000. Raises RecipeError."""
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.replace(",", "").replace("_", "").strip().upper())
     if amount is None:
-        raise RecipeError(f"{key}: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got '{text}'.")
+        raise RecipeError(
+            f"remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got '{text}'."
+        )
     return round(float(amount[1]) * (_UNITS | {"B": 10**9})[amount[2]])
 
 

@@ -60,9 +60,9 @@ def mixture(name: str) -> dict[str, dict[str, Any]]:
     return mixtures()[name]
 
 
-def plugin_names(group: str) -> tuple[str, ...]:
-    """Return the sorted names that packages register in a group. Imports nothing."""
-    return tuple(sorted({point.name for point in _entry_points(group)}))
+def score_names() -> tuple[str, ...]:
+    """Return the sorted names of scores that packages register. Imports nothing."""
+    return tuple(sorted({point.name for point in _entry_points(SCORE_GROUP)}))
 
 
 def plugin_packages() -> dict[str, str]:

@@ -297,13 +297,12 @@ def in_turns(function: Callable[[Item], T], items: list[Item]) -> list[T]:
         return [function(item) for item in items]
     _lists[0] += 1
     name, found = str(_lists[0]), dict[int, T]()
+    own = own_part([*range(len(items))])
     with alone():
+        if not _groups:
+            found = {number: function(items[number]) for number in own}
         while _groups and (turn := _groups[0].store.add(f"turn-{name}", 1) - 1) < len(items):
             found[turn] = function(items[turn])
-    if not _groups:
-        with alone():
-            mine = [function(item) for item in items[dist.get_rank() :: dist.get_world_size()]]
-        found = dict(zip(range(rank(), len(items), size()), mine, strict=True))
     meet(name)
     all_of_them = {number: result for part in gathered(found) for number, result in part.items()}
     return [all_of_them[number] for number in range(len(items))]

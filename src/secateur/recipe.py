@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from secateur.errors import RecipeError, advice, one_line, one_of, shown, web_address
 from secateur.files import is_size, without_places, yaml_of
-from secateur.plugins import SCORE_GROUP, default_domains, mixture, plugin_names
+from secateur.plugins import default_domains, mixture, score_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -246,7 +246,7 @@ class Choose(Strict):
     @field_validator("score", mode="before")
     @classmethod
     def _known_score(cls, value: Any) -> Any:
-        names = SCORE_NAMES if value in SCORE_NAMES else (*SCORE_NAMES, *plugin_names(SCORE_GROUP))
+        names = SCORE_NAMES if value in SCORE_NAMES else (*SCORE_NAMES, *score_names())
         if value in names:
             return value
         raise PydanticCustomError("literal_error", "unknown score", {"expected": ", ".join(names)})

@@ -60,7 +60,7 @@ def test_models_take_turns_after_one_unmeasured_run_each():
 
         return run
 
-    runs = take_turns([runner("a"), runner("b")], 2, lambda *report: reports.append(report), "bench")
+    runs = take_turns([runner("a"), runner("b")], 2, lambda *report: reports.append(report))
     assert "".join(order) == "ab" + "abab"
     assert runs == [[[3.0], [5.0]], [[4.0], [6.0]]]
     assert reports == [("bench", 0, 2), ("bench", 1, 2), ("bench", 2, 2)]

@@ -288,7 +288,7 @@ def test_llama_cpp_gives_a_trimmed_model_s_ids_and_logits(name, rule, tmp_path):
     source, tokenizer = trimmed(tmp_path / "source", name, rule)
     export(source, tmp_path / "model.gguf", check=False)
     reference = load_model(open_checkpoint(source))
-    with closing(open_llama_cpp(tmp_path / "model.gguf", 256, all_logits=True)) as model:
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 256)) as model:
         for text in PLAIN_PIECES:
             ids = list(tokenizer.encode(text))
             assert model.tokenize(text.encode(), add_bos=True, special=False) == ids

@@ -133,7 +133,7 @@ def test_llama_cpp_gives_the_pruned_models_logits(
     ids = tiny_ids(batch=1, length=24, vocab_size=310)[0]
     with torch.inference_mode():
         expected = load_model(open_checkpoint(source))(ids[None], use_cache=False).logits[0]
-    with closing(open_llama_cpp(tmp_path / "model.gguf", 64, all_logits=True)) as model:
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 64)) as model:
         model.eval(ids.tolist())
         got = torch.from_numpy(np.array(model.scores[: len(ids)]))
     difference = (got - expected).norm() / expected.norm()

@@ -21,7 +21,7 @@ def test_experts_that_give_what_is_wanted_stay_as_they_are() -> None:
     walk = Walk(model, arch, batches + make_batches("a", tiny_ids(batch=2, length=20, seed=7), held_out=True))
     walk.advance(0)
     before = {name: weight.clone() for name, weight in walk.layers[1].named_parameters()}
-    _, wanted = observe_routing(walk, group, to_middle=True, keep=True)
+    _, wanted = observe_routing(walk, group, keep=True)
     judged = refit_experts(walk, group, wanted, 1e-3, "energy", {"a": 1.0})
     assert judged.error_before == {"a": 0.0}
     assert all(torch.equal(weight, before[name]) for name, weight in walk.layers[1].named_parameters())

@@ -44,7 +44,7 @@ def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
     held_out = make_batches("a", tiny_ids(batch=2, length=20, seed=7), held_out=True)
     walk = Walk(model, arch, batches + held_out)
     walk.advance(0)
-    found = observe_routing(walk, group, to_middle=False)[0]["a"]
+    found = observe_routing(walk, group)[0]["a"]
     layer = decoder_layers(model, arch)[1]
     module, router = layer.get_submodule("mlp.experts"), layer.get_submodule(group.experts.router)
     assert not module._forward_hooks

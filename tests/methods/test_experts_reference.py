@@ -168,7 +168,7 @@ def test_with_a_refit_experts_go_in_steps_measured_on_what_the_last_step_left() 
     keep, line = prune_experts(Task(walk_to(model, 1), group_of(model, "experts", 1), 3, settings, SHARES, 0))
     left, walk = list(range(6)), walk_to(stepwise, 1)
     group = group_of(stepwise, "experts", 1)
-    _, wanted = observe_routing(walk, group, to_middle=True, keep=True)
+    _, wanted = observe_routing(walk, group, keep=True)
     for _ in range(3):
         layer = Layer(stepwise, 1, TEXT)
         scores = reference.expert_scores("energy", {name: layer.routing(name) for name in TEXT}, SHARES, "energy")
@@ -197,7 +197,7 @@ def test_a_refit_is_two_sweeps_of_damped_least_squares_towards_the_output_and_a_
     walk, of_dense = walk_to(model, 1), walk_to(dense, 1)
     of_dense.advance(1)
     walk.dense_BTD = of_dense.hidden_BTD
-    _, wanted = observe_routing(walk, group, to_middle=True, target_mix=mix, keep=True)
+    _, wanted = observe_routing(walk, group, target_mix=mix, keep=True)
     cut_experts(model.model.layers[1], group, torch.tensor([0, 2, 3, 5]))
     cut = copy.deepcopy(model)
     judged = refit_experts(walk, group, wanted, damping, weighting, SHARES)

@@ -88,7 +88,7 @@ def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.devi
         peaks.append(peak_model_bytes(models[-1], workload))
     progress("load", len(checkpoints), len(checkpoints))
     runners = [transformers_runner(model, workload) for model in models]
-    runs = take_turns(runners, workload.repeats, progress, "bench")
+    runs = take_turns(runners, workload.repeats, progress)
 
     figures = [
         ModelFigures(
@@ -153,16 +153,16 @@ def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
         )
 
 
-def take_turns(runners: list[Runner], repeats: int, progress: Progress, stage: str) -> list[list[list[float]]]:
+def take_turns(runners: list[Runner], repeats: int, progress: Progress) -> list[list[list[float]]]:
     """Warm up, then run all in turn `repeats` times; return [runner][repeat] -> token times."""
-    progress(stage, 0, repeats)
+    progress("bench", 0, repeats)
     for runner in runners:
         runner()
     measured: list[list[list[float]]] = [[] for _ in runners]
     for done in range(1, repeats + 1):
         for runner, runs in zip(runners, measured, strict=True):
             runs.append(runner())
-        progress(stage, done, repeats)
+        progress("bench", done, repeats)
     return measured
 
 

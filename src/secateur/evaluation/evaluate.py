@@ -175,7 +175,7 @@ def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> 
     if settings.domains is not None:
         num_blocks, length = settings.num_blocks, settings.sequence_length
         domains, notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
-        check_length("--sequence-length", length, config.get_text_config())
+        check_length(length, config.get_text_config())
     elif has_recipe(directory) or not settings.tasks:
         domains, notes = recipe_blocks(directory, tokenizer, progress)
     tasks = None

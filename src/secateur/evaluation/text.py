@@ -60,12 +60,12 @@ def recipe_blocks(
     return blocks, (*notes, *_changes(directory, judged))
 
 
-def check_length(option: str, length: int, config: Any) -> None:
-    """Raise CalibrationError, naming the option, if a model has fewer positions than a block."""
+def check_length(length: int, config: Any) -> None:
+    """Raise CalibrationError if a model has fewer positions than a block."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise CalibrationError(
-            f"{option}: {length} is longer than the model's {longest} positions; give at most {longest}."
+            f"--sequence-length: {length} is longer than the model's {longest} positions; give at most {longest}."
         )
 
 

@@ -266,15 +266,15 @@ def require_llama_cpp(what: str) -> None:
         raise CheckpointError(f'{what} needs llama-cpp-python; run: pip install "secateur[llama-cpp]"')
 
 
-def open_llama_cpp(file: Path, num_context: int, *, all_logits: bool) -> Any:
-    """Load a GGUF file on as many threads as torch uses. `all_logits`: of every position.
+def open_llama_cpp(file: Path, num_context: int) -> Any:
+    """Load a GGUF file on as many threads as torch uses; it is to tell the logits of every position.
 
     Raises CheckpointError if llama.cpp refuses the file.
     """
     import llama_cpp  # pyright: ignore[reportMissingImports]  # a package that few have
 
     threads = torch.get_num_threads()
-    options = {"n_threads": threads, "n_threads_batch": threads, "logits_all": all_logits}
+    options = {"n_threads": threads, "n_threads_batch": threads, "logits_all": True}
     try:
         return llama_cpp.Llama(str(file), n_ctx=num_context, n_gpu_layers=0, verbose=False, **options)
     except ValueError as error:
@@ -330,7 +330,7 @@ def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
     """
     # With the model's token that starts a text: without it some models write nonsense.
     ids = list(load_tokenizer(checkpoint).encode(TEXT))
-    with closing(open_llama_cpp(file, len(ids) + NUM_GREEDY, all_logits=True)) as model:
+    with closing(open_llama_cpp(file, len(ids) + NUM_GREEDY)) as model:
         if (theirs := model.tokenize(TEXT.encode(), add_bos=True, special=False)) != ids:
             pairs = enumerate(zip(ids, theirs, strict=False))
             position = next((number for number, (own, other) in pairs if own != other), len(ids))

@@ -217,7 +217,7 @@ NUM_STEPS = 4
 
 
 def observe_routing(
-    walk: Walk, group: Group, *, to_middle: bool, target_mix: float = 0.0, keep: bool = False
+    walk: Walk, group: Group, *, target_mix: float = 0.0, keep: bool = False
 ) -> tuple[dict[str, Routing], list[Wanted]]:
     """Return each domain's routing on the pruned stream, without held-out text, and what is wanted.
 
@@ -232,7 +232,7 @@ def observe_routing(
     found: dict[str, Routing] = {}
     wanted: list[Wanted] = []
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
-        for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=to_middle)):
+        for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=True)):
             call, output = seen.pop()
             call, output_TD = counted_call(batch, call), batch.counted(output)
             if keep:
@@ -283,14 +283,14 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
 
     # If the router's weight acts inside an expert, this least squares does not apply.
     refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
-    first, wanted = observe_routing(walk, group, to_middle=True, target_mix=method.target_mix, keep=refits)
+    first, wanted = observe_routing(walk, group, target_mix=method.target_mix, keep=refits)
     first_scores_E = scores_of(first, task.seed)
     keep, verdict = torch.arange(num_units, device=first_scores_E.device), {}
     for step, num_left in enumerate(_steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]):
         now = dataclasses.replace(group, num_units=len(keep))
         scores_E = first_scores_E
         if step:
-            scores_E = scores_of(observe_routing(walk, now, to_middle=True)[0], task.seed + step)
+            scores_E = scores_of(observe_routing(walk, now)[0], task.seed + step)
         if num_left < len(keep):
             if task.keep is not None:  # only the order in which the others go is left to choose
                 scores_E = scores_E.masked_fill(torch.isin(keep, task.keep.to(keep.device)), torch.inf)

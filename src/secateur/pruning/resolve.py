@@ -188,7 +188,7 @@ def share_of_size(opened: Opened) -> Opened:
         num_bytes = parse_size("remove.to", remove.to) - cache_bytes
         stays = int(num_bytes * size.num_params / size.num_bytes)
     else:
-        stays = parse_count("remove.to", remove.to)
+        stays = parse_count(remove.to)
     if not 0 < stays < size.num_params:
         raise RecipeError(
             f"remove.{asked} leaves {max(stays, 0):,} parameters, and the model has {size.num_params:,} "
