@@ -107,7 +107,8 @@ def quiet_harness() -> Iterator[None]:
     with quiet_transformers(), redirect_stdout(io.StringIO()), replaced(os.environ, "DISABLE_MULTIPROC", "1"):
         try:
             import datasets
-            from lm_eval.api import model, task
+            import lm_eval.api.model
+            import lm_eval.api.task
         except ImportError:
             raise RecipeError("--tasks: needs lm-evaluation-harness; install secateur[evaluate].") from None
         logger = logging.getLogger("lm_eval")
@@ -115,7 +116,8 @@ def quiet_harness() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         try:
-            with replaced(vars(model), "tqdm", _no_bar), replaced(vars(task), "tqdm", _no_bar):
+            api: Any = lm_eval.api
+            with replaced(vars(api.model), "tqdm", _no_bar), replaced(vars(api.task), "tqdm", _no_bar):
                 yield
         finally:
             logger.setLevel(level)
