@@ -204,6 +204,9 @@ GROUPS: dict[str, tuple[str, ...]] = dict.fromkeys(FAMILIES, _DENSE)
 GROUPS |= {name: groups for groups, names in _OTHERS.items() for name in names.split()}
 
 
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+
+
 def row(name: str, *others: Any) -> Any:
     """Return the row's parameters of a test; a row that is of another's kind is slow."""
     marks = () if name in KINDS else (pytest.mark.slow,)

@@ -87,7 +87,7 @@ def test_a_piped_prune_says_what_it_does(checkpoints, recipe_file, tmp_path):
 def test_quiet_and_json_are_silent(checkpoints, recipe_file, tmp_path):
     out: Path = tmp_path / "out"
     commands = [
-        ("prune", checkpoints["llama"], out, "--recipe", recipe_file),
+        ("prune", checkpoints["llama"], out, "--recipe", recipe_file, "--polish", 256),
         ("inspect", checkpoints["llama"], "--recipe", recipe_file),
         ("verify", out),
     ]

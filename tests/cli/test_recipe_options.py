@@ -155,6 +155,14 @@ def test_inspect_describes_the_model_whatever_is_asked(remove, reached, why, che
     assert run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", found[1]).status == 0
 
 
+def test_inspect_says_what_else_could_go(checkpoints, recipe_file):
+    shown = " ".join(run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file).stdout.split())
+    assert (
+        "could also go kv_heads: 2 KV heads in each of 3 layers, 20,736 parameters could also go query_heads" in shown
+    )
+    assert "could also go ffn" not in shown
+
+
 def test_inspect_still_refuses_what_no_share_can_mend(checkpoints, recipe_file):
     outcome = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--set", "remove.min_keep=0.999")
     assert outcome.status == 2 and "at most 0.000" in outcome.stderr and "min_keep" in outcome.stderr

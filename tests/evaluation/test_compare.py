@@ -26,6 +26,7 @@ from secateur.evaluation.study import (
     comparison_table,
     load_study,
     over_dense_table,
+    quality_table,
     save_comparison,
     shipped_studies,
     task_table,
@@ -211,6 +212,7 @@ def test_the_table_of_the_terminal_fits() -> None:
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
     assert "By geometric-mean perplexity" in " ".join(shown.split())
+    assert quality_table("quality", cells[2:], ()).rows[0][2].startswith("30.0"), "of 0.3 that went, in percent"
 
 
 def found(method: str, *perplexities: float) -> list[FoundCell]:

@@ -16,6 +16,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.measure import PROBES
 from secateur.formats.save import Verification
 from secateur.report.records import Measurement, SizeCost, nats_at
+from secateur.report.size_curve import measurement_page
 from tests.pruning.test_resume import Stopped, stopped_after
 
 
@@ -54,6 +55,12 @@ def test_sizes_are_told_of_the_whole_model(measured, checkpoints, recipe):
         assert [cost.removed for cost in costs] == pytest.approx(
             [1 - cost.num_params / record.dense_size.num_params for cost in costs], rel=1e-12
         )
+    chart = measurement_page(record).sections[0].chart
+    assert chart is not None and set(chart.lines) == {
+        f"{judged}{form}"
+        for judged in ("own answers", "other text", "mean of domains")
+        for form in ("", ", widths by layer")
+    }
     largest = record.forms["equal widths"][-1]
     told = secateur.inspect(
         checkpoints["llama"], grouped({**recipe, "remove": largest.removed, "depth": 0, "budget": "uniform"})

@@ -27,6 +27,7 @@ from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoin
 from secateur.model.config import quiet_transformers
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
+from tests.families import tiny_family
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
@@ -118,6 +119,15 @@ def test_float32_holds_the_weights_of_what_transformers_cannot_read_back(name, t
             # llama.cpp multiplies by the weight where transformers' Gemma multiplies by 1 + weight.
             shifted = weight + 1 if "gemma" in name and "norm" in theirs else weight
             assert np.array_equal(arrays[f"{ours}.weight"], shifted.numpy()), ours
+
+
+def test_the_joined_gate_of_experts_is_written_in_its_halves(tmp_path):
+    model = tiny_family("granitemoe", vocab_size=400)
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    joined = next(each for name, each in model.named_parameters() if "layers.1." in name and each.ndim == 3)
+    for name, half in zip(("gate", "up"), joined.detach().chunk(2, dim=1), strict=True):
+        assert np.array_equal(arrays[f"blk.1.ffn_{name}_exps.weight"], half.numpy())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -7,7 +7,7 @@ from secateur.methods.compensate import Guard, HeldOutError
 from secateur.methods.experts import best_step, observe_routing, refit_experts
 from secateur.model.bind import bind
 from secateur.stream.walk import Walk, make_batches
-from tests.families import FAMILIES, GROUPS, row, tiny_family
+from tests.families import DTYPES, FAMILIES, GROUPS, row, tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration
 from tests.models import tiny_ids
 
@@ -28,10 +28,11 @@ def test_experts_that_give_what_is_wanted_stay_as_they_are() -> None:
 
 
 # Not of experts whose inputs are weighted.
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [row(name) for name in FAMILIES if "experts" in GROUPS[name] and name != "llama4"])
-def test_a_refit_brings_every_family_nearer_to_what_it_was(name: str) -> None:
+def test_a_refit_brings_every_family_nearer_to_what_it_was(name: str, dtype: torch.dtype) -> None:
     calibration = random_calibration(blocks=96)
-    _, lines = prune_tiny(tiny_family(name), calibration, groups=("experts",), remove=0.15)
+    _, lines = prune_tiny(tiny_family(name).to(dtype), calibration, groups=("experts",), remove=0.15)
     lines = [line for line in lines if line["kept"] < line["total"]]
     assert lines
     for line in lines:

@@ -27,6 +27,7 @@ from secateur.pruning.run import Run
 from secateur.recipe import parse_recipe
 from secateur.store import Services
 from secateur.stream.walk import Walk, make_batches
+from tests.families import DTYPES
 from tests.models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 Factory = Callable[..., Any]
@@ -123,11 +124,8 @@ def test_walk_gives_every_layer_its_own_keyword_arguments() -> None:
     torch.testing.assert_close(logits, logits_of(model, ids_BT), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("factory", "dtype"),
-    [pytest.param(*each.values, torch.float32, id=each.id) for each in FAMILIES]
-    + [pytest.param(*each.values, torch.bfloat16, id=f"{each.id}-bfloat16") for each in FAMILIES[:4]],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factory", FAMILIES)
 def test_keep_all_leaves_every_weight_bit_identical(factory: Factory, dtype: torch.dtype) -> None:
     model = factory().to(dtype)
     before = copy.deepcopy(model.state_dict())

@@ -23,21 +23,16 @@ from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import STEPS
 from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches
-from tests.families import FAMILIES, GROUPS, row, tiny_family
+from tests.families import DTYPES, FAMILIES, GROUPS, row, tiny_family
 from tests.model.test_exactness import logits_of, prune_tiny, random_calibration, zero_units
 from tests.models import tiny_ids
 
-DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 ROWS = [row(name, group) for name in FAMILIES for group in GROUPS[name]]
-# A row of each kind of group in bfloat16, too.
-FIRST = {group: name for name in reversed(FAMILIES) for group in GROUPS[name]}
-IN_BOTH = [pytest.param(*each.values, torch.float32, id=each.id, marks=each.marks) for each in ROWS] + [
-    pytest.param(name, group, torch.bfloat16, id=f"{name}-{group}-bfloat16") for group, name in FIRST.items()
-]
 
 
 def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((logits.float() - expected.float()).norm() / expected.float().norm())
+    """The median over positions: in bfloat16 rounding may send a token to other experts, but not most of them."""
+    return float(((logits.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)).median())
 
 
 def assert_same(logits: torch.Tensor, expected: torch.Tensor, close: float = 3e-6) -> None:
@@ -115,7 +110,8 @@ def test_the_groups_of_a_type_are_those_known(name: str) -> None:
     assert {"kv_heads", "query_heads"} - set(GROUPS[name]) <= set(arch.omits)
 
 
-@pytest.mark.parametrize(("name", "group_name", "dtype"), IN_BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "group_name"), ROWS)
 def test_permuting_units_changes_nothing(name: str, group_name: str, dtype: torch.dtype) -> None:
     model, ids_BT = tiny_family(name).to(dtype), tiny_ids()
     before = logits_of(model, ids_BT)
@@ -129,7 +125,8 @@ def test_permuting_units_changes_nothing(name: str, group_name: str, dtype: torc
     assert_same(logits_of(model, ids_BT), before, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "group_name", "dtype"), IN_BOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "group_name"), ROWS)
 def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(
     name: str, group_name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -156,7 +153,9 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(
     reloaded = (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText).from_pretrained(tmp_path)
     assert type(reloaded) is type(tiny_family(name))
     assert_same(logits_of(reloaded, ids_BT), expected)
-    assert num_params(reloaded) == num_params(model) and dtypes_of(reloaded) == dtypes_of(model)
+    assert num_params(reloaded) == num_params(model)
+    differ = dtypes_of(reloaded).items() - dtypes_of(model).items()  # routers that transformers keeps in float32
+    assert all(".gate." in name and kept == torch.float32 for name, kept in differ)
     again = bind(reloaded)
     if group_name == EXPERTS and all(kept[group.layer, EXPERTS] == group.at_least for group in groups):
         with pytest.raises(ArchError, match=f"cannot lose experts: the router needs all {groups[0].at_least}"):
@@ -165,16 +164,17 @@ def test_cut_saved_and_reloaded_by_stock_transformers_equals_mask(
     assert {(group.layer, group.name): group.num_units for group in again.select((group_name,))} == kept
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "group_name"), ROWS)
-def test_a_model_cut_in_one_layer_alone_runs(name: str, group_name: str) -> None:
-    model = tiny_family(name)
+def test_a_model_cut_in_one_layer_alone_runs(name: str, group_name: str, dtype: torch.dtype) -> None:
+    model = tiny_family(name).to(dtype)
     arch = bind(model)
     group = arch.select((group_name,))[-1]
     keep = kept_of(group, 0.3)
     masked = copy.deepcopy(model)
     mask_units(decoder_layers(masked, arch)[group.layer], group, keep)
     cut_units(decoder_layers(model, arch)[group.layer], group, keep)
-    torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-6, rtol=1e-6)
+    assert_same(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), 1e-6)
 
 
 @pytest.mark.parametrize("name", [row(name) for name in FAMILIES])

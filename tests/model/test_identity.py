@@ -63,7 +63,7 @@ def test_another_weight_or_setting_is_another_model(dense):
     assert identity(open_checkpoint(dense)) != before
     (dense / "config.json").write_text(config)
     with (dense / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
+        file.seek(-41, 2)
         file.write(b"\x01")
     assert identity(open_checkpoint(dense)) != before
 

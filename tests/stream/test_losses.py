@@ -35,6 +35,7 @@ from secateur.stream.losses import (
     compare_tokens,
     domain_losses,
     final_states,
+    loss_of,
     predicted_tokens,
     summarise,
     token_divergences,
@@ -160,6 +161,11 @@ def test_the_standard_error_of_a_ratio_is_the_spread_over_corpora_and_that_of_a_
     # As if every token were a draw of its own, what is told would be several times too small.
     alone = [rate for total, count in zip(sums, tokens, strict=True) for rate in [total / count] * count]
     assert statistics.stdev(alone) / len(alone) ** 0.5 < spread / 4
+
+
+def test_a_document_without_a_token_of_the_other_tokenizer_has_none() -> None:
+    found = loss_of([{0: (1.5, 2), 1: (0.5, 1)}], "x", {0: 4})
+    assert (found.nats_per_token, found.num_tokens, found.document_tokens) == (0.5, 4, (4, 0))
 
 
 def test_blocks_of_one_document_say_nothing_of_others() -> None:
