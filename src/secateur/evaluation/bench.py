@@ -215,10 +215,11 @@ class _Clock(StoppingCriteria):
 
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int) -> list[float]:
+    generate: Any = model.generate
     clock, start = _Clock(), now(model.device)
     # The model's own settings (sampling, a repetition penalty, its end of text) take no part.
     with replaced(vars(model), "generation_config", GenerationConfig()):
-        model.generate(
+        generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             max_new_tokens=new_tokens,

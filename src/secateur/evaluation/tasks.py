@@ -38,7 +38,8 @@ def saved_rows(folder: Path) -> dict[str, Any] | None:
 
     try:
         # In memory: otherwise the harness would write what it derives beside the files.
-        return dict(datasets.load_from_disk(str(folder), keep_in_memory=True))
+        splits: Any = datasets.load_from_disk(str(folder), keep_in_memory=True)
+        return dict(splits)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = one_line(error)
         raise RecipeError(f"task data {folder}: cannot be read ({reason}); write or download it again.") from None
@@ -162,7 +163,8 @@ def reporting_bar(progress: Callable[[int, int], None]) -> Any:
             self.n += n
             progress(self.n, self.total)
 
-    return partial(Reporting, file=io.StringIO())
+    made: Any = Reporting
+    return partial(made, file=io.StringIO())
 
 
 FEW_SHOT_SPLITS = {"train", "dev"}
