@@ -33,6 +33,7 @@ def prune(
     out: Path | str | None = None,
     like: Path | str | None = None,
     from_: Path | str | None = None,
+    max_loss: float | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -53,6 +54,8 @@ def prune(
     of the model that was pruned there: its recipe holds, with the keys that `recipe` gives on top,
     and what stays is repaired and polished on this model. `from_`: what `measure` wrote for this model:
     its recipe holds, with the keys that `recipe` gives on top, and its curves plan widths by layer.
+    `max_loss`: in place of a size, the nats per token of held-out text that the result may lose, after all;
+    as much goes as that allows, by at most three cuts.
     `resume`: continue an interrupted run of the same inputs, whose steps are in a hidden directory beside
     `out`. `tell`: gets a line about that, and one about what the run will do and how long it takes.
     `force`: write a trim of the vocabulary, too,
@@ -75,6 +78,7 @@ def prune(
         out=out,
         like=like,
         from_=from_,
+        max_loss=max_loss,
         tokenizer=tokenizer,
         overwrite=overwrite,
         resume=resume,

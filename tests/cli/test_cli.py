@@ -37,7 +37,7 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 
 # The frozen surface: a flag is added here only after it was found that a recipe key would not do.
 COMMANDS = {
-    "prune": "MODEL OUT --remove --to --recipe --preset --domain --answers --vocabulary --polish --budget "
+    "prune": "MODEL OUT --remove --to --max-loss --recipe --preset --domain --answers --vocabulary --polish --budget "
     "--device --set --like --from --resume --overwrite --force --quiet --json",
     "measure": "MODEL OUT --recipe --preset --domain --answers --budget --device --set --resume --overwrite "
     "--quiet --json",

@@ -50,18 +50,12 @@ def test_a_probe_lost_what_a_prune_to_its_size_loses(measured, checkpoints, reci
 
 def test_sizes_are_told_of_the_whole_model(measured, checkpoints, recipe):
     record, _ = measured
-    assert set(record.forms) == {"equal widths", "widths by layer"}
-    for costs in record.forms.values():
-        assert [cost.removed for cost in costs] == pytest.approx(
-            [1 - cost.num_params / record.dense_size.num_params for cost in costs], rel=1e-12
-        )
+    assert [cost.removed for cost in record.sizes] == pytest.approx(
+        [1 - cost.num_params / record.dense_size.num_params for cost in record.sizes], rel=1e-12
+    )
     chart = measurement_page(record).sections[0].chart
-    assert chart is not None and set(chart.lines) == {
-        f"{judged}{form}"
-        for judged in ("own answers", "other text", "mean of domains")
-        for form in ("", ", widths by layer")
-    }
-    largest = record.forms["equal widths"][-1]
+    assert chart is not None and set(chart.lines) == {"own answers", "other text", "mean of domains"}
+    largest = record.sizes[-1]
     told = secateur.inspect(
         checkpoints["llama"], grouped({**recipe, "remove": largest.removed, "depth": 0, "budget": "uniform"})
     )
@@ -114,7 +108,10 @@ def test_other_text_is_refused_unless_it_is_asked_for(measured, checkpoints, rec
             secateur.prune(checkpoints["llama"], {}, from_=out)
     finally:
         texts["prose"].write_text(before, encoding="utf-8")
-    result = secateur.prune(checkpoints["llama"], {"calibration": {"num_tokens": 640}, "polish": False}, from_=out)
+    fewer = {"calibration": {"num_tokens": 640}, "polish": False}
+    result = secateur.prune(checkpoints["llama"], fewer, from_=out)
+    with pytest.raises(CheckpointError, match="was measured on another text than the domains give now"):
+        secateur.prune(checkpoints["llama"], fewer, from_=out, max_loss=1.0)
     assert sum(result.summary.calibration.num_tokens.values()) == 640
 
 
@@ -134,6 +131,9 @@ def test_answers_and_a_long_polish_belong_to_the_same_measurement(tmp_path):
     polish = {"num_tokens": 2304, "batch_tokens": 64}
     result = secateur.prune(tmp_path / "model", {"polish": polish}, from_=tmp_path / "sizes")
     assert result.summary.polish is not None and result.summary.polish.training.num_tokens == 2304
+    # A limit is on what the model answers, where it learns by answers.
+    result = secateur.prune(tmp_path / "model", {"polish": False}, from_=tmp_path / "sizes", max_loss=9.0)
+    assert any(note.startswith("max_loss: of 9 nats per token of held-out chat ") for note in result.summary.warnings)
 
 
 def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, checkpoints, recipe, tmp_path):
@@ -155,9 +155,14 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
 
 
 def test_a_recipe_that_says_how_much_goes_is_refused(checkpoints, recipe, tmp_path):
-    with pytest.raises(RecipeError, match="leave out depth and rounds"):
-        asked = grouped({**recipe, "depth": 1, "rounds": 2})
-        secateur.measure(checkpoints["llama"], asked, out=tmp_path / "out")
+    for key, value, said in (
+        ("depth", 1, r"units alone can give; leave out remove.share, to, layers and depth."),
+        ("remove", 0.3, r"units alone can give; leave out remove.share, to, layers and depth."),
+        ("rounds", 2, "go in one round each"),
+        ("memory_budget", "1GB", "on copies of all weights"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            secateur.measure(checkpoints["llama"], grouped({**recipe, key: value}), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +185,14 @@ def test_a_loss_between_two_sizes_is_a_power_of_how_often_a_part_of_the_rest_wen
 
 def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, recipe_file, tmp_path):
     sizes, family = tmp_path / "sizes", tmp_path / "family"
-    run = run_cli("measure", checkpoints["llama"], sizes, "--recipe", recipe_file, "--quiet")
+    run = run_cli("measure", checkpoints["llama"], sizes, "--recipe", recipe_file, "--set", "remove.share=0.3")
+    assert (
+        run.status == 2
+        and "leave out remove.share, to, layers and depth." in run.stderr
+        and run.stderr.count("\n") == 1
+    )
+    run = run_cli("measure", checkpoints["llama"], sizes, "--recipe", recipe_file)
+    assert "llama: foretells what it costs to remove up to" in run.stderr
     assert run.status == 0 and max(map(len, run.stdout.splitlines()[:-1])) <= 80
     for said in ("own answers", "mean of domains", "q4_k_m", "hardly noticed", f"Written to {sizes}: result.json"):
         assert said in run.stdout
@@ -197,7 +209,11 @@ def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, re
         run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", wrong, *asked)
         assert run.status == 2 and said in run.stderr and run.stderr.count("\n") == 1
     run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", "0.1,0.2", "--like", family / "10")
-    assert run.status == 2 and "which is one size" in run.stderr
+    assert run.status == 2 and "gives one size" in run.stderr
+    run = run_cli("prune", checkpoints["llama"], tmp_path / "one", "--to", "90K", *asked)
+    assert run.status == 0 and secateur.load(tmp_path / "one").num_parameters() <= 90_000
+    run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--from", family / "10")
+    assert run.status == 2 and "is a result of prune; give what secateur measure MODEL DIR writes." in run.stderr
     run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", "0.2", "--from", tmp_path)
     assert run.status == 2 and "give a directory that measure has written" in run.stderr
     run = run_cli("prune", checkpoints["qwen2"], tmp_path / "no", "--remove", "0.2", *asked)

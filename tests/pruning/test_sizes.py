@@ -7,11 +7,15 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
+from models import tiny_llama
 from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.save import Verification
+from secateur.report.records import Summary, nats_at, read_summary
 from tests.pruning.test_resume import Stopped, stopped_after
 
 FILES = ("model.safetensors", "config.json", "keep.json", "recipe.yaml")
@@ -101,7 +105,112 @@ def test_results_side_by_side_are_never_replaced(checkpoints, recipe, tmp_path):
 @pytest.mark.parametrize("asked", [{"rounds": 2}, {"memory_budget": "1GB"}, {"vocabulary": 640}])
 def test_what_needs_a_run_of_its_own_is_refused(asked, checkpoints, recipe, tmp_path):
     with pytest.raises(
-        RecipeError, match=r"^remove: several sizes at once go in one round each.*one size at a time\.$"
+        RecipeError,
+        match=r"^remove: several sizes, or a limit on the loss, go in one round each.*one size at a time\.$",
     ):
         secateur.prune_sizes(checkpoints["llama"], grouped({**recipe, **asked}), (0.1, 0.2), out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def taught(checkpoints, texts, tmp_path_factory) -> Path:
+    """A model that knows its text, so that each step of the widths costs something."""
+    place, tokenizer, model = tmp_path_factory.mktemp("taught"), tiny_tokenizer(), tiny_llama()
+    ids = torch.tensor(tokenizer(texts["prose"].read_text(encoding="utf-8"))["input_ids"])
+    ids_NT = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(200):
+        batch_BT = ids_NT[16 * step % (len(ids_NT) - 16) :][:16]
+        model(input_ids=batch_BT, labels=batch_BT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def prose(taught, recipe, texts, tmp_path_factory) -> Path:
+    """What sizes of it cost."""
+    calibration = {**recipe["calibration"], "domains": {"prose": {"files": [str(texts["prose"])]}}}
+    out = tmp_path_factory.mktemp("measured") / "out"
+    secateur.measure(taught, grouped({**recipe, "calibration": calibration}), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cut_to(taught, prose, tmp_path_factory) -> Callable[[float], tuple[Path, float]]:
+    """Where a run to one size has written, and what that loses."""
+
+    def of(share: float) -> tuple[Path, float]:
+        out = tmp_path_factory.mktemp("cut") / "out"
+        made = secateur.prune(taught, {"remove": share, "polish": False}, from_=prose, out=out)
+        dense, pruned = made.summary.dense_losses["prose"], made.summary.pruned_losses["prose"]
+        return out, pruned.nats_per_token - dense.nats_per_token
+
+    return of
+
+
+def cuts(summary: Summary) -> list[str]:
+    return [note for note in summary.warnings if note.startswith("max_loss: ")]
+
+
+STEP = 8 * 3 * 48 * 3 / 100_176  # eight channels of each of three layers
+
+
+@pytest.mark.parametrize("foretold", [1.0, 0.3, 3.0])
+@pytest.mark.parametrize("limit", [0.03, 0.2])
+def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, prose, cut_to, tmp_path):
+    """Whether the curve is right or wrong by a factor: a step more would lose too much."""
+    out = tmp_path / "out"
+    with patch("secateur.pruning.prune.nats_at", lambda *asked: foretold * nats_at(*asked)):
+        made = secateur.prune(taught, {"polish": False}, from_=prose, out=out, max_loss=limit)
+    alone, lost = cut_to(made.summary.remove_asked)
+    assert weights(out) == weights(alone)
+    assert lost <= limit < cut_to(made.summary.remove_asked + STEP)[1]
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
+    assert 1 <= len(cuts(made.summary)) <= 3
+    assert f"of {limit:g} nats per token of held-out prose {lost:.3f} are lost" in "".join(cuts(made.summary))
+
+
+def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stopped(taught, prose, tmp_path):
+    asked, out, num_stops = {"polish": {**POLISH, "learning_rate": 1e-3}}, tmp_path / "out", 0
+    whole = secateur.prune(taught, asked, from_=prose, out=tmp_path / "whole", max_loss=0.2)
+    while not out.exists():
+        try:
+            with stopped_after(4 + 4 * num_stops):
+                secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2, resume=True)
+        except Stopped:
+            num_stops += 1
+    assert num_stops >= 2 and weights(out) == weights(tmp_path / "whole")
+    assert cuts(read_summary(out)) == cuts(whole.summary)
+    assert whole.summary.polish is not None
+    dense, pruned = whole.summary.dense_losses["prose"], whole.summary.pruned_losses["prose"]
+    lost = pruned.nats_per_token - dense.nats_per_token
+    before = whole.summary.polish.before["prose"].nats_per_token - dense.nats_per_token
+    assert f"{before:.3f}" != f"{lost:.3f}" and f" {lost:.3f} are lost" in "".join(cuts(whole.summary))
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "said"),
+    [
+        ({"remove": 0.2}, {}, r"^max_loss: goes over all sizes .*; leave out remove.share, to, layers and depth.$"),
+        ({"remove": {"to": "80K", "depth": 1}}, {}, "leave out remove.share, to, layers and depth.$"),
+        ({}, {"max_loss": 0.0}, r"^max_loss: give nats per token above 0, got 0\.0, and"),
+        ({}, {"max_loss": float("nan")}, "give nats per token above 0, got nan, and"),
+        ({}, {"from_": None}, r"as from what secateur measure MODEL DIR writes; leave out like\.$"),
+        ({}, {"like": "x"}, r"leave out like\.$"),
+        ({"choose": {"rounds": 2}}, {}, r"^remove: several sizes, or a limit on the loss, go in one round each"),
+        (
+            {},
+            {"max_loss": 1e-4},
+            r"^max_loss: of 0\.0001 nats per token of held-out prose 0\.\d+ are lost.*; allow more",
+        ),
+    ],
+)
+def test_a_limit_that_cannot_be_kept_is_refused(changes, asked, said, taught, prose, tmp_path):
+    with pytest.raises(RecipeError, match=said):
+        secateur.prune(
+            taught, {"polish": False, **changes}, **{"from_": prose, "max_loss": 0.1, "out": tmp_path / "out", **asked}
+        )
     assert not list(tmp_path.iterdir())

@@ -36,6 +36,10 @@ def prune(
     out: common.Out,
     remove: common.Removes = None,
     to: common.To = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="As much goes as loses no more per token of held-out text; needs --from."),
+    ] = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
@@ -77,14 +81,16 @@ def prune(
             parsed,
             like=like,
             from_=from_,
+            max_loss=max_loss,
             resume=resume,
             overwrite=overwrite,
             force=force,
             quiet=quiet,
             as_json=as_json,
         )
-    if like is not None:
-        raise RecipeError(f"--like {like}: says what goes, which is one size; leave it out, or --remove and --to.")
+    for option, given in (("--like", like), ("--max-loss", max_loss)):
+        if given is not None:
+            raise RecipeError(f"{option} {given}: gives one size; leave it out, or --remove and --to.")
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
         results = secateur.prune_sizes(
             model,
@@ -194,6 +200,7 @@ def prune_and_tell(
     *,
     like: Path | None = None,
     from_: Path | None = None,
+    max_loss: float | None = None,
     resume: bool,
     overwrite: bool,
     force: bool = False,
@@ -208,6 +215,7 @@ def prune_and_tell(
             out=out,
             like=like,
             from_=from_,
+            max_loss=max_loss,
             overwrite=overwrite,
             resume=resume,
             force=force,

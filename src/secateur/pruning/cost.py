@@ -2,10 +2,9 @@
 
 import importlib.util
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from secateur.errors import RecipeError
-from secateur.files import check_free_space, parse_size
+from secateur.files import parse_size
 from secateur.methods.budget import params_gone
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
@@ -228,11 +227,6 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
     why = "peft is missing (pip install 'secateur[recover]')" if least <= budget else f"{least / 1e9:.2f} GB at least"
     warning = f"{asked}, and {why}, so there is none; secateur recover can train the result on another machine."
     return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
-
-
-def check_disk(directory: Path, opened: Opened, resolved: Resolved, plan: MemoryPlan) -> None:
-    """Raise CheckpointError if the disk of a run's directory has less free than the run needs."""
-    check_free_space(directory, disk_bytes(opened, resolved, plan))
 
 
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:

@@ -54,8 +54,10 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
     """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
     asked = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
-    if "domains" in asked.get("calibration", {}):  # they replace the old ones
-        base.get("calibration", {}).pop("domains", None)
+    # New domains replace the old ones, and so does a size in numbers the share.
+    for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
+        if new in asked.get(group, {}):
+            base.get(group, {}).pop(old, None)
     return parse_recipe(merged(base, asked), "recipe")
 
 
@@ -115,21 +117,24 @@ def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: P
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A directory of `measure`, and its record. `same_text`: a run by it is to have the text that was measured."""
+    """A directory of `measure`, and its record."""
 
     directory: Path
     record: Measurement
-    same_text: bool
 
     @classmethod
-    def of(cls, directory: Path, *, same_text: bool) -> "Measured":
+    def of(cls, directory: Path) -> "Measured":
         """Read the directory. Raises CheckpointError if it is none that `measure` wrote, or is damaged."""
         path = directory / RESULT_FILE
+        if (directory / KEEP_FILE).is_file():
+            raise CheckpointError(
+                f"from {directory}: is a result of prune; give what secateur measure MODEL DIR writes."
+            )
         if not path.is_file():
             raise CheckpointError(f"from {directory}: has no {RESULT_FILE}; give a directory that measure has written.")
         if read_digests(directory) is None:
             raise CheckpointError(f"from {directory}: {RESULT_FILE} was changed since; measure again.")
-        return cls(directory, Measurement.from_json(path.read_bytes(), str(path)), same_text)
+        return cls(directory, Measurement.from_json(path.read_bytes(), str(path)))
 
     @property
     def profiles(self) -> Profiles:
@@ -147,7 +152,7 @@ class Measured:
 
     def check_text(self, run: Run) -> None:
         """Raise CheckpointError if it was measured on another text."""
-        if self.same_text and self.record.text_hash != run.text.measured_hash:
+        if self.record.text_hash != run.text.measured_hash:
             raise self._other("was measured on another text than the domains give now")
 
     def _other(self, how: str) -> CheckpointError:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
+from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, Tell
 from secateur.model.checkpoint import eval_mode
-from secateur.pruning.cost import MemoryPlan, check_disk, memory_for, with_polish_that_fits
+from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
     Opened,
     check_same_run,
@@ -25,12 +26,13 @@ from secateur.pruning.open import (
     store_for,
     tokenizer_of,
 )
-from secateur.pruning.resolve import Resolved, checked, resolve
+from secateur.pruning.resolve import Resolved, checked, nearest, resolve
 from secateur.pruning.result import foretold
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, size, staging_if_any
+from secateur.recipe import Recipe
 from secateur.store import Services
 from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement
@@ -75,10 +77,18 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | None = None) -> Prepared:
+def prepared(
+    opened: Opened,
+    services: Services,
+    *,
+    num_judged_blocks: int | None = None,
+    does: str = "removes",
+    num_models: int = 1,
+) -> Prepared:
     """Return a run up to where its model is loaded, and in place on the device.
 
-    `num_judged_blocks`: of each domain, to judge by; None: as the recipe says.
+    `num_judged_blocks`: of each domain, to judge by; None: as the recipe says. `does`: what is said of the
+    share that goes. `num_models`: as many copies of the weights are in memory.
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
@@ -91,9 +101,9 @@ def prepared(opened: Opened, services: Services, *, num_judged_blocks: int | Non
     if plan.weights_on_disk or plan.one_layer_at_a_time:
         resolved = _without_answers(opened, resolved)
     if services.scratch is not None:
-        check_disk(services.scratch, opened, resolved, plan)
+        check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
     if is_first():
-        services.tell(foretold(opened, resolved, plan))
+        services.tell(foretold(opened, resolved, plan, does, num_models))
     with log.time("calibration"):
         drawn = from_first(partial(text.drawn, opened, resolved))
     text_notes = (*drawn.learning.notes, *drawn.judged.notes)
@@ -148,40 +158,62 @@ def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
     return notes
 
 
-def _sized(opened: Opened, remove: dict[str, Any]) -> Opened:
+def sized(opened: Opened, remove: dict[str, Any]) -> Opened:
+    """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
     return checked(opened.asking(opened.recipe.filled(remove=remove)))
 
 
-def check_sizes(opened: Opened, sizes: Sizes) -> None:
-    """Raise RecipeError for a size that cannot be, or for what several at once cannot do."""
-    remove, choose, machine = opened.recipe.remove, opened.recipe.choose, opened.recipe.machine
+def with_most(opened: Opened, asked: Recipe, verb: str) -> Opened:
+    """Return the model with the most that units alone can give, for a run of which `verb` says how much goes.
+
+    Raises RecipeError if the recipe that was `asked` for says it too, or what copies of a model cannot do.
+    """
+    if asked.remove.depth or asked.remove.model_fields_set & {"share", "to", "layers"}:
+        raise RecipeError(
+            f"{verb}: goes over all sizes that units alone can give; leave out remove.share, to, layers and depth."
+        )
+    _check_copies(opened.recipe)
+    return nearest(sized(opened, {"share": 0.99, "depth": 0}))
+
+
+def _check_copies(recipe: Recipe) -> None:
+    remove, choose, machine = recipe.remove, recipe.choose, recipe.machine
     if remove.vocabulary or choose.rounds > 1 or machine.memory_budget or machine.device_budget:
         raise RecipeError(
-            "remove: several sizes at once go in one round each, on a copy of the weights, and keep all tokens; leave "
-            "out rounds, memory_budget, device_budget and vocabulary, or prune to one size at a time."
+            "remove: several sizes, or a limit on the loss, go in one round each, on copies of all weights and with "
+            "all tokens; leave out rounds, memory_budget, device_budget and vocabulary, or prune to one size at a time."
         )
-    for goes in sizes.values():
-        resolve(_sized(opened, goes))
 
 
-def of_sizes(ready: Prepared, sizes: Sizes) -> dict[str, Prepared]:
+def largest_of(opened: Opened, sizes: Sizes) -> Opened:
+    """Return the model with the size of which most goes. Raises RecipeError for a size that cannot be."""
+    _check_copies(opened.recipe)
+    return max(
+        (sized(opened, remove) for remove in sizes.values()), key=lambda each: resolve(each).plans[-1].removed_share
+    )
+
+
+def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = False) -> dict[str, Prepared]:
     """Return a run for each size, by its name: on a copy of the dense model, and on the same text.
 
-    Raises RecipeError where the weights do not fit the device.
+    `recipe`: that all share. `stays`: the model that is ready is none of them. Raises RecipeError where the
+    weights do not fit the device.
     """
     opened, first, drawn, placement, notes = ready
     if placement.one_at_a_time and not placement.in_float32:
         raise RecipeError("remove: several sizes at once need all weights on the device; prune to one size at a time.")
     with placement.on_host():
-        models = [opened.model, *(copy.deepcopy(opened.model) for _ in range(1, len(sizes)))]
-    base = opened.recipe.model_copy(update={"calibration": first.resolved.recipe.calibration})
+        models = [] if stays else [opened.model]
+        models += [copy.deepcopy(opened.model) for _ in range(len(models), len(sizes))]
+    base = recipe.model_copy(update={"calibration": first.resolved.recipe.calibration})
     members = dict[str, Prepared]()
     for (name, remove), model in zip(sizes.items(), models, strict=True):
-        own = _sized(replace(opened, model=model, recipe=base), remove)
+        own = sized(replace(opened, model=model, recipe=base), remove)
         resolved = with_polish_that_fits(own, resolve(own))
         resolved = replace(resolved, warnings=resolved.warnings + notes)
-        at_once = {"one_at_a_time": placement.one_at_a_time, "in_float32": placement.in_float32}
-        place = onload(own, **at_once) if members else placement
+        place = placement
+        if model is not opened.model:
+            place = onload(own, one_at_a_time=placement.one_at_a_time, in_float32=placement.in_float32)
         run = replace(first, model=model, resolved=resolved, services=first.services.part(name))
         members[name] = Prepared(own, run, drawn, place)
     return members

@@ -4,12 +4,15 @@ All that can be checked without weights is checked before a weight is read.
 `api.prune` adds recovery.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
+from secateur.errors import RecipeError
 from secateur.log import Progress, Tell, mute, silent
 from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
 from secateur.model.kept_units import Keeps
@@ -20,25 +23,29 @@ from secateur.pruning.prepare import (
     Prepared,
     Sizes,
     begun,
-    check_sizes,
     judge_of,
     judged,
     judged_dense,
+    largest_of,
     of_sizes,
     prepared,
+    with_most,
 )
 from secateur.pruning.resolve import checked
 from secateur.pruning.result import Result, calibration_facts, save_and_prove, summary_of
-from secateur.pruning.run import Run, without_tokens
+from secateur.pruning.run import Run, text_losses, without_tokens
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import size
 from secateur.recipe import RECIPE_FILE, Recipe, load_recipe
 from secateur.recovery.polish import learn, polish
 from secateur.report.measured import PolishRecord
-from secateur.report.records import Summary
+from secateur.report.records import Summary, nats_at
+from secateur.result_directory import RESULT_FILE
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
 from secateur.stream.threads import threads_kept
 
+# A limit on the loss: how many cuts look for it at most, and the part of it by which one is near enough.
+NUM_CUTS, NEAR = 3, 0.9
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
 
@@ -61,43 +68,56 @@ def prune_run(
     tell: Tell = mute,
     from_: Path | str | None = None,
     sizes: Sizes | None = None,
+    max_loss: float | None = None,
 ) -> list[Result]:
     """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`.
 
     `finish`: writes what people read of a finished run. `sizes`: each goes into a directory of its name
     below `out`.
     """
+    if max_loss is not None and (from_ is None or like is not None or not max_loss > 0):
+        raise RecipeError(
+            f"max_loss: give nats per token above 0, got {max_loss}, and as from what secateur measure MODEL DIR "
+            "writes; leave out like."
+        )
+    asked = recipe
     recipe = recipe if like is None else recipe_like(Path(like), recipe)
-    measured = (
-        None if from_ is None else Measured.of(Path(from_), same_text="calibration" not in recipe.model_fields_set)
-    )
+    measured = None if from_ is None else Measured.of(Path(from_))
     recipe = recipe if from_ is None else recipe_over(load_recipe(Path(from_, RECIPE_FILE)), recipe)
     opened = open_model(model, recipe, tokenizer)
     if measured is not None:
         measured.check_model(opened)
     opened = with_share_of_answers(checked(opened if like is None else opened_like(opened, Path(like))))
+    recipe, num_models, is_alone = opened.recipe, len(sizes or "1"), sizes is None and max_loss is None
     if sizes is not None:
-        check_sizes(opened, sizes)
+        opened = largest_of(opened, sizes)
+    elif max_loss is not None:
+        # The model as it is, the best cut so far, and the one that is cut.
+        opened, num_models = with_most(opened, asked, "max_loss"), 3
     with begun(opened, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
-        if sizes is None and services.scratch is not None:
+        if is_alone and services.scratch is not None:
             services.log.append_to(services.scratch)
-        ready = prepared(opened, services)
+        ready = prepared(opened, services, does="removes" if is_alone else "removes up to", num_models=num_models)
         if measured is not None:
-            measured.check_text(ready.run)
+            if max_loss is not None or "calibration" not in asked.model_fields_set:
+                measured.check_text(ready.run)
+            services.store.check_input("limit or measurement", f"{max_loss} {measured.record.files[RESULT_FILE]}")
             ready = ready._replace(run=replace(ready.run, profiles=measured.profiles))
         with eval_mode(ready.run.model):
-            members = {"": ready} if sizes is None else of_sizes(ready, sizes)
-            results = list(_pruned(ready, members, command, finish, force=force))
+            members = {"": ready} if sizes is None else of_sizes(ready, recipe, sizes)
+            cut = shaped(ready, [*members.values()], force=force)
+            if measured is not None and max_loss is not None:
+                cut = _within(ready, recipe, measured, max_loss)
+            results = list(_pruned(ready, members, cut, command, finish))
     return [replace(each, out=out and Path(out) / name) for name, each in zip(members, results, strict=True)]
 
 
 def _pruned(
-    ready: Prepared, members: Mapping[str, Prepared], command: str, finish: Finish, *, force: bool
+    ready: Prepared, members: Mapping[str, Prepared], cut: Iterator["Shaped"], command: str, finish: Finish
 ) -> Iterator[Result]:
-    """Yield the result of each member, once it is written to the run's directory, if there is one."""
+    """Yield the result of each member, once it is cut and written to the run's directory, if there is one."""
     services, judge = ready.run.services, judge_of(ready)
     dense = None if judge is None else judged_dense(ready, judge)
-    cut = shaped(ready, [*members.values()], force=force)
     for name, (member, run, keeps, polished) in zip(members, cut, strict=True):
         opened, placement, directory, log = member.opened, member.placement, run.services.scratch, run.services.log
         found: dict[str, Any] = {"calibration": calibration_facts(ready.drawn), "lineage": opened.lineage}
@@ -162,6 +182,60 @@ def shaped(
             with member.placement.on_host():
                 polished = polish(run.model, lesson, first.resolved.recipe.seed, run.services, opened.device)
         yield Shaped(member, run, units, polished)
+
+
+def _within(ready: Prepared, recipe: Recipe, measured: Measured, max_loss: float) -> Iterator[Shaped]:
+    """Yield the largest of a few cuts that loses no more nats per token of held-out text, polish included.
+
+    That text is of the dense model's answers, if the run learns by some, else of all domains. The first size is
+    the one at which the measured curve reaches the limit; for the next ones the curve is scaled to what the last
+    cut has lost. Raises RecipeError if none of them loses so little.
+    """
+    run, resolved, services = ready.run, ready.run.resolved, ready.run.services
+    answers = [name for name, domain in resolved.recipe.calibration.domains.items() if domain.answers]
+    text = {name: run.held_out[name] for name in answers or run.held_out}
+    probes, units, step = measured.record.probes, measured.record.units, resolved.step / resolved.prices.total
+
+    def foretold(steps: int) -> float:
+        return mean(nats_at(probes, name, steps * step, units) for name in text)
+
+    def nats(run: Run, which: str) -> float:
+        return mean(loss.nats_per_token for loss in text_losses(run, which, text).values())
+
+    dense, factor, lost = nats(run, "held-out text"), 1.0, dict[int, float]()
+    best, fits, notes = None, 0, list[str]()
+    for number in range(1, NUM_CUTS + 1):
+        # The most steps of the widths that the curve allows.
+        more = range(2, int(resolved.largest / step) + 1)
+        steps = 1 + bisect_right(more, max_loss, key=lambda steps: factor * foretold(steps))
+        if steps <= fits or steps in lost:
+            break
+
+        # Cut a copy; its lines are those of the run only if it is chosen.
+        part = ready._replace(run=replace(run, services=replace(services, scratch=None)))
+        [member] = of_sizes(part, recipe, {f"cut-{number}": {"share": round(steps * step, 6)}}, stays=True).values()
+        [shape] = shaped(member)
+        lost[steps] = nats(shape.run, "held-out text, cut") - dense
+        factor = lost[steps] / foretold(steps)
+        notes.append(
+            f"max_loss: of {max_loss:g} nats per token of held-out {' and '.join(text)} {lost[steps]:.3f} are lost "
+            f"where {shape.run.resolved.plans[-1].removed_share:.1%} of all parameters go."
+        )
+        services.tell(notes[-1])
+        if lost[steps] <= max_loss:
+            best, fits = shape, steps
+        if NEAR * max_loss <= lost[steps] <= max_loss:
+            break
+    if best is None:
+        raise RecipeError(f"{notes[-1].removesuffix('.')}; allow more, or polish with more tokens.")
+
+    # What is written is written as by a run of its own.
+    chosen = replace(best.run.services, scratch=services.scratch)
+    if chosen.scratch is not None:
+        chosen.log.append_to(chosen.scratch)
+    for note in notes:
+        chosen.log.write({"event": "note", "text": note})
+    yield best._replace(run=replace(best.run, services=chosen))
 
 
 def _walk_has_dense_states(opened: Opened, run: Run) -> bool:

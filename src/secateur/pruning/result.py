@@ -148,8 +148,8 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
     return widths
 
 
-def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
-    """Return a sentence on what a run is about to do, and in how much memory."""
+def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, num_models: int) -> str:
+    """Return a sentence on what a run is about to do, and in how much memory for so many copies. `does`: its verb."""
     recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
     parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
     for name in dict.fromkeys(group.name for group in resolved.groups):
@@ -163,9 +163,10 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> str:
     if not resolved.groups and not resolved.depth:
         return f"{opened.name}: removes {', '.join(parts)}, by {text}."
     trained = f", then trained on {recipe.polish.num_tokens:,}" if recipe.polish.num_tokens else ""
+    num_bytes = plan.estimate.peak + (num_models - 1) * opened.size.num_bytes
     rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
     asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
     return (
-        f"{opened.name}: removes {asked} in {rounds}, measured on {text}{trained}; "
-        f"{human_bytes(plan.estimate.peak)} of memory beyond the interpreter."
+        f"{opened.name}: {does} {asked} in {rounds}, measured on {text}{trained}; "
+        f"{human_bytes(num_bytes)} of memory beyond the interpreter."
     )

@@ -193,15 +193,8 @@ class LossWatch:
 
 def watched_losses(run: Run, which: str) -> dict[str, float]:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
-    if not _is_watched(run):
-        return {}
-
-    def measured() -> dict[str, float]:
-        stage = f"held-out loss, {which}"
-        found = domain_losses(run.model, run.arch, run.held_out, run.services.progress, stage, run.dense_tokens)
-        return {name: loss.nats_per_token for name, loss in found.items()}
-
-    return run.services.store.value(f"held-out {which}", measured)
+    losses = text_losses(run, f"held-out text, {which}", run.held_out, run.dense_tokens) if _is_watched(run) else {}
+    return {name: loss.nats_per_token for name, loss in losses.items()}
 
 
 def _is_watched(run: Run) -> bool:

@@ -217,6 +217,8 @@ class SizeCost:
     num_bytes: dict[str, int] = field(default_factory=dict[str, int])
 
 
+# What judges beside the domains.
+OTHER_TEXT, OWN_ANSWERS = "other text", "own answers"
 # A loss below this, in nats per token, is within the noise of what judges.
 LEAST_NATS = 1e-3
 
@@ -236,7 +238,7 @@ def nats_at(probes: Sequence[SizeCost], judged: str, removed: float, units: floa
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Measurement(Record):
-    """What sizes of a model cost without a polish: `probes` were cut and judged, `forms` are foretold from these.
+    """What sizes of a model cost without a polish: `probes` were cut and judged, `sizes` are foretold from these.
 
     `band`: how far off the middle probe is foretold by the others, a mean share of its loss. `units`: the share of all
     parameters that the groups' units are.
@@ -247,11 +249,10 @@ class Measurement(Record):
     dense_size: Size
     calibration: CalibrationFacts
     probes: tuple[SizeCost, ...]
-    forms: dict[str, tuple[SizeCost, ...]]
+    sizes: tuple[SizeCost, ...]
     band: float
     units: float
     seconds: dict[str, float]
-    peak_bytes: int
     warnings: tuple[str, ...]
     versions: dict[str, str]
     text_hash: str  # of what was measured on

@@ -147,15 +147,13 @@ def removed_section(files: ResultFiles) -> Section | None:
 
 def _layer_table(layers: Sequence[RemovedLayer]) -> Table:
     """Return the removed layers in the order chosen."""
-    measured = any(layer.kl is not None for layer in layers)
     rows = []
     for layer in sorted(layers, key=lambda layer: layer.chosen or layer.layer):
         errors = [100 * error for error in (layer.error_after or {}).values()]
         left = f"{sum(errors) / len(errors):.1f}%" if errors else "not patched"
-        choice = () if layer.kl is None else (str(layer.chosen), f"{layer.kl:.4f}")
+        choice = ("named", "") if layer.kl is None else (str(layer.chosen), f"{layer.kl:.4f}")
         rows.append((f"layer {layer.layer}", *choice, left))
-    header = ("", *(("chosen", "KL without it") if measured else ()), "missing after the patch")
-    return Table("Removed layers by choice" if measured else "Removed layers", header, rows)
+    return Table("Removed layers", ("", "chosen", "KL without it", "missing after the patch"), rows)
 
 
 def _counts(steps: Sequence[GroupStep]) -> dict[str, dict[int, tuple[int, int]]]:

@@ -1,21 +1,21 @@
 """What sizes of a model cost, for people. In: a `Measurement`. Out: tables, and a page with its picture."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from secateur.log import human_bytes
 from secateur.report.page import Chart, Page, Section, Table, render
-from secateur.report.records import Measurement, SizeCost
+from secateur.report.records import OTHER_TEXT, OWN_ANSWERS, Measurement, SizeCost, nats_at
 from secateur.report.rows import Tables, terminal
 from secateur.result_directory import PAGE_FILE, write_summary
 
 # Marks on the curve: nats per token lost on the model's own answers, or on text of other sources without these.
 MARKS = {"hardly noticed": 0.05, "with a polish": 0.5, "too far": 1.0}
 # Of the texts that judge, the first one of these that is there is what marks go by.
-ANSWERS, OTHER = "own answers", "other text"
-# A table has the shares that are multiples of this, in percent; a picture ends at so many nats.
-STEP, MOST_NATS = 10, 2.5
+FIRST = (OWN_ANSWERS, OTHER_TEXT)
+# A picture ends at so many nats.
+MOST_NATS = 2.5
 
 
 def write_measurement(directory: Path, measurement: Measurement) -> Measurement:
@@ -25,55 +25,41 @@ def write_measurement(directory: Path, measurement: Measurement) -> Measurement:
 
 
 def measurement_table(measurement: Measurement) -> Tables:
-    """Return what the terminal shows: a table for each form, and the marks."""
-    return terminal(_tables(measurement), _notes(measurement), warnings=measurement.warnings)
+    """Return what the terminal shows: a table, and the marks."""
+    return terminal([_sizes(measurement)], _notes(measurement), warnings=measurement.warnings)
 
 
 def measurement_page(measurement: Measurement) -> Page:
     """Return the page: the picture first, then the tables, and what was cut to foretell from."""
-    shares = marked(measurement)
-    verdict = "; ".join(f"{name}: {_until(name)} {share:.1%}" for name, share in shares.items())
-    lines = {
-        (judged if form == next(iter(measurement.forms)) else f"{judged}, {form}"): _line(costs, judged)
-        for form, costs in measurement.forms.items()
-        for judged in (*_first(costs), "mean of domains")
-    }
-    chart = Chart("Nats per token lost, by the share of all parameters that goes", lines, shares, MOST_NATS)
-    probes = _table("Cut and judged", measurement.probes, measurement.probes)
+    *marks, band = [f"{name}: {text}" for name, text in _notes(measurement)]
+    lines = {judged: _line(measurement.sizes, judged) for judged in (*_first(measurement.sizes), "mean of domains")}
+    chart = Chart(
+        "Nats per token lost, by the share of all parameters that goes", lines, marked(measurement), MOST_NATS
+    )
+    probes = _table("Cut and judged", measurement.probes)
     sections = [
-        Section("curve", "How much can go", [f"{name}: {text}" for name, text in _notes(measurement)], chart=chart),
-        Section("sizes", "Size by size", tables=_tables(measurement)),
+        Section("curve", "How much can go", [*marks, band], chart=chart),
+        Section("sizes", "Size by size", tables=[_sizes(measurement)]),
         Section("probes", "What this rests on", tables=[probes], code=measurement.command),
     ]
     title = f"{measurement.model}: what smaller costs, by secateur"
-    return Page(title, f"{verdict[:1].upper()}{verdict[1:]}.", measurement.warnings, (), sections)
+    return Page(title, f"{'; '.join(marks).capitalize()}.", measurement.warnings, (), sections)
 
 
 def marked(measurement: Measurement) -> dict[str, float]:
-    """Return the largest share at which each mark is kept, of equal widths, by straight lines between sizes."""
-    costs = next(iter(measurement.forms.values()))
-    line = [(0.0, 0.0), *_line(costs, _first(costs)[0])]
-    shares = dict[str, float]()
-    for name, nats in MARKS.items():
-        shares[name] = line[-1][0]
-        for (left, before), (right, after) in pairwise(line):
-            if after > nats:
-                shares[name] = left + (right - left) * (nats - before) / (after - before)
-                break
-    return shares
-
-
-def _until(mark: str) -> str:
-    return "from" if mark == "too far" else "up to"
+    """Return the largest share at which each mark is kept, in thousandths."""
+    first, shares = _first(measurement.sizes)[0], range(1, int(1000 * measurement.sizes[-1].removed) + 1)
+    lost = [nats_at(measurement.probes, first, share / 1000, measurement.units) for share in shares]
+    return {name: bisect_right(lost, nats) / 1000 for name, nats in MARKS.items()}
 
 
 def _first(costs: Sequence[SizeCost]) -> list[str]:
     """Return what is told first of what judged: other text, and before it the model's own answers, if it gives any."""
-    return [name for name in (ANSWERS, OTHER) if name in costs[0].lost]
+    return [name for name in FIRST if name in costs[0].lost]
 
 
 def _domains(cost: SizeCost) -> list[str]:
-    return [name for name in cost.lost if name not in (ANSWERS, OTHER)]
+    return [name for name in cost.lost if name not in FIRST]
 
 
 def _mean(cost: SizeCost) -> float:
@@ -84,26 +70,24 @@ def _line(costs: Sequence[SizeCost], judged: str) -> list[tuple[float, float]]:
     return [(cost.removed, cost.lost[judged] if judged in cost.lost else _mean(cost)) for cost in costs]
 
 
-def _tables(measurement: Measurement) -> list[Table]:
-    tables = list[Table]()
-    for form, costs in measurement.forms.items():
-        shown = [cost for cost in costs if round(100 * cost.removed) % STEP in (0, 1, STEP - 1)]
-        tables.append(_table(f"{measurement.model}, {form}: nats per token lost", shown, costs))
-    return tables
+def _sizes(measurement: Measurement) -> Table:
+    # Every second one is shown.
+    return _table(f"{measurement.model}: nats per token lost", measurement.sizes[1::2] or measurement.sizes)
 
 
-def _table(caption: str, shown: Sequence[SizeCost], costs: Sequence[SizeCost]) -> Table:
-    rows = [[name, *(f"{cost.lost[name]:.3f}" for cost in shown)] for name in (*_first(costs), *_domains(costs[0]))]
+def _table(caption: str, shown: Sequence[SizeCost]) -> Table:
+    names = (*_first(shown), *_domains(shown[0]))
+    rows = [[name, *(f"{cost.lost[name]:.3f}" for cost in shown)] for name in names]
     rows.append(["mean of domains", *(f"{_mean(cost):.3f}" for cost in shown)])
     rows.append(["parameters", *(f"{cost.num_params / 1e6:,.1f} M" for cost in shown)])
-    rows += [[kind, *(human_bytes(cost.num_bytes[kind]) for cost in shown)] for kind in costs[0].num_bytes]
+    rows += [[kind, *(human_bytes(cost.num_bytes[kind]) for cost in shown)] for kind in shown[0].num_bytes]
     return Table(caption, ("goes", *(f"{cost.removed:.1%}" for cost in shown)), rows)
 
 
 def _notes(measurement: Measurement) -> list[tuple[str, str]]:
-    first = _first(next(iter(measurement.forms.values())))[0]
+    first = _first(measurement.sizes)[0]
     marks = [
-        (name, f"{_until(name)} {share:.1%}, {MARKS[name]:g} nats per token on {first}")
+        (name, f"{'from' if name == 'too far' else 'up to'} {share:.1%}, {MARKS[name]:g} nats per token on {first}")
         for name, share in marked(measurement).items()
     ]
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
