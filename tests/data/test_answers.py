@@ -229,10 +229,13 @@ def test_what_guards_judges_too_and_nothing_else_is_written_to_judge() -> None:
     def unwritten(count: int) -> Blocks:
         return Blocks.of(torch.empty(count, LENGTH, dtype=torch.int64, device="meta"))
 
-    text = LearningText((LearningDomain("a", 1.0, unwritten(3), 2, unwritten(1)),), LENGTH)
+    some = Blocks.of(torch.zeros(3, LENGTH, dtype=torch.int64))
+    plain = LearningDomain("prose", 1.0, some, 2, some[:1])  # before those with answers
+    text = LearningText((plain, LearningDomain("a", 1.0, unwritten(3), 2, unwritten(1))), LENGTH)
     found = Answers(speaker(talkative()), {"a": ASKED}, at_once)
     learning, judged = with_answers(text, JudgedText({"a": unwritten(8)}), found)
-    [domain] = learning.domains
+    first, domain = learning.domains
+    assert first is plain
     assert [len(domain.blocks), len(domain.calibration), len(domain.held_out)] == [3, 2, 1]
     assert judged.blocks["a"] is domain.held_out
     assert set(found.written) == {("a", "learning"), ("a", "held-out")}

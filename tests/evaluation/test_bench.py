@@ -121,6 +121,9 @@ def test_the_command_writes_what_it_shows(pair):
     share = [f"{result.decode.share_of_ideal:.0%}"] if result.decode.measured.is_told else [ALIKE]
     for shown in (f"{result.decode.ideal:.2f}", *share, "peak memory", "decode, tokens/s"):
         assert shown in outcome.stdout
+    many = "s" if result.num_threads > 1 else ""
+    assert f"cpu, {result.num_threads} thread{many} " in outcome.stdout
+    assert "median of the ratios within each repeat" in " ".join(outcome.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,16 @@ def test_the_joined_gate_of_experts_is_written_in_its_halves(tmp_path):
         assert np.array_equal(arrays[f"blk.1.ffn_{name}_exps.weight"], half.numpy())
 
 
+@pytest.mark.parametrize(("name", "function"), [("deepseek_v2", "SOFTMAX"), ("glm4_moe", "SIGMOID")])
+def test_how_a_router_weighs_is_stated(name, function, tmp_path):
+    model = tiny_family(name, vocab_size=400, n_group=1, topk_group=1)
+    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    architecture = reader.get_field("general.architecture").contents()
+    found = reader.get_field(f"{architecture}.expert_gating_func").contents()
+    assert found == gguf.ExpertGatingFuncType[function].value
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_bfloat16_opened_by_secateur_is_the_saved_model(name, tmp_path):
     source = save(tmp_path / "source", MODELS[name]().to(torch.bfloat16))

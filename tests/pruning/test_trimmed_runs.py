@@ -279,6 +279,7 @@ def losses_of(*domains: list[float]) -> dict[str, tuple[Loss, Loss]]:
     [
         ([[0.1, 0.1], [0.1, 0.1]], 0.06, False),
         ([[0.1, 0.1], [0.1, 0.1]], 0.04, True),  # more than twice as much
+        ([[0.25, 0.25], [0.25, 0.25]], 0.125, False),  # twice as much
         ([[0.04, 0.04], [0.04, 0.04]], 0.001, False),  # too little to tell apart
         ([[0.3, -0.1], [0.3, -0.1]], 0.04, False),  # documents differ so much that it may be chance
         ([[0.3, -0.1] * 400, [0.3, -0.1] * 400], 0.04, True),

@@ -176,6 +176,7 @@ def test_blocks_of_one_document_say_nothing_of_others() -> None:
     assert found["one"].nats_per_token == pytest.approx(found["four"].nats_per_token, rel=1e-12)
     assert change(found["one"], found["one"]).text() == "+0.000"
     assert mean_change([Change(0.1, 0.2), Change(0.3, None)]).text() == "+0.200"
+    assert (Change(0.1, 0.2).text(), Change(-0.1, 1e-5).text()) == ("+0.100 ± 0.200", "-0.100")
     assert summarise("one", one, [torch.ones(19)] * 4, [torch.ones(19)] * 4).standard_error is None
 
 

@@ -151,6 +151,7 @@ def test_clearing_leaves_nothing(name: str) -> None:
     found.clear()
     kept = getattr(found, name)
     assert kept == 0 if name == "mass" else not bool((kept.full() if name == "gram" else kept).any())
+    assert not found.mean_F.any() and not found.mean_square_F.any(), "and no division by no token"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
