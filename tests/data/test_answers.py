@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from secateur.data.sources import documents
 from secateur.errors import CalibrationError, NumericsError
 from secateur.model.bind import bind
 from secateur.recipe import Domain
+from tests.families import tiny_family
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
@@ -65,7 +67,9 @@ def likeliest(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_mistral, tiny_gemma3])
+@pytest.mark.parametrize(
+    "make", [tiny_llama, tiny_mistral, tiny_gemma3, partial(tiny_family, "gpt2", seed=2, tie_word_embeddings=False)]
+)
 def test_every_token_follows_from_its_own_prompt_and_all_those_before(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
