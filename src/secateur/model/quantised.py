@@ -48,7 +48,7 @@ class Deferred:
 
 
 def take_quantisation(config: Any, where: str) -> Settings | None:
-    """Remove `quantization_config` from a model's config, make its dtype bfloat16, and return what it settings.
+    """Remove `quantization_config` from a model's config, make its dtype bfloat16, and return its settings.
 
     Raises CheckpointError for a method that cannot be read, or whose package is missing.
     """
