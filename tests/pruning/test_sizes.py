@@ -170,7 +170,9 @@ def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, 
     assert lost <= limit < cut_to(made.summary.remove_asked + STEP)[1]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert 1 <= len(cuts(made.summary)) <= 3
-    assert f"of {limit:g} nats per token of held-out prose {lost:.3f} are lost" in "".join(cuts(made.summary))
+    assert f"loses {lost:.3f} nats per token of held-out text (prose), of {limit:g} that it may" in "".join(
+        cuts(made.summary)
+    )
 
 
 def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stopped(taught, prose, tmp_path):
@@ -188,7 +190,7 @@ def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stop
     dense, pruned = whole.summary.dense_losses["prose"], whole.summary.pruned_losses["prose"]
     lost = pruned.nats_per_token - dense.nats_per_token
     before = whole.summary.polish.before["prose"].nats_per_token - dense.nats_per_token
-    assert f"{before:.3f}" != f"{lost:.3f}" and f" {lost:.3f} are lost" in "".join(cuts(whole.summary))
+    assert f"{before:.3f}" != f"{lost:.3f}" and f"loses {lost:.3f} nats" in "".join(cuts(whole.summary))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stop
         (
             {},
             {"max_loss": 1e-4},
-            r"^max_loss: of 0\.0001 nats per token of held-out prose 0\.\d+ are lost.*; allow more",
+            r"^max_loss: without .* it loses 0\.\d+ nats per token of held-out text \(prose\).*; allow more",
         ),
     ],
 )

@@ -218,8 +218,8 @@ def _within(ready: Prepared, recipe: Recipe, measured: Measured, max_loss: float
         lost[steps] = nats(shape.run, "held-out text, cut") - dense
         factor = lost[steps] / foretold(steps)
         notes.append(
-            f"max_loss: of {max_loss:g} nats per token of held-out {' and '.join(text)} {lost[steps]:.3f} are lost "
-            f"where {shape.run.resolved.plans[-1].removed_share:.1%} of all parameters go."
+            f"max_loss: without {shape.run.resolved.plans[-1].removed_share:.1%} of all parameters it loses "
+            f"{lost[steps]:.3f} nats per token of held-out text ({', '.join(text)}), of {max_loss:g} that it may."
         )
         services.tell(notes[-1])
         if lost[steps] <= max_loss:
