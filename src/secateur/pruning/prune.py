@@ -75,11 +75,10 @@ def prune_run(
     `finish`: writes what people read of a finished run. `sizes`: each goes into a directory of its name
     below `out`.
     """
-    if max_loss is not None and (from_ is None or like is not None or not max_loss > 0):
-        raise RecipeError(
-            f"max_loss: give nats per token above 0, got {max_loss}, and as from what secateur measure MODEL DIR "
-            "writes; leave out like."
-        )
+    if max_loss is not None and not max_loss > 0:
+        raise RecipeError(f"max_loss: give nats per token above 0, got {max_loss}.")
+    if max_loss is not None and (from_ is None or like is not None):
+        raise RecipeError("max_loss: needs from (--from DIR), which secateur measure MODEL DIR writes, and no like.")
     asked = recipe
     recipe = recipe if like is None else recipe_like(Path(like), recipe)
     measured = None if from_ is None else Measured.of(Path(from_))
