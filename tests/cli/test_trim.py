@@ -176,7 +176,7 @@ def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
     assert told["remove_reached"] == pytest.approx(result["remove_reached"])
 
 
-def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_text_is_read(place, tmp_path):
+def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_text_is_read(place, done, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     rarest = gone_ids(place / "smaller")[-8:]
     names = [tokenizer.convert_ids_to_tokens(index) for index in rarest]
@@ -191,6 +191,7 @@ def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_t
     shutil.copytree(place / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     arguments = [tmp_path / "model", tmp_path / "out", "--domain", f"prose={place / 'prose.txt'}"]
+    assert done.status == 0
     outcome = run_cli("trim", *arguments, "--vocabulary", SIZE, "--seed", "3")
     assert outcome.status == 0, outcome.stderr
     assert set(rarest) <= set(kept_ids(tmp_path / "out"))
