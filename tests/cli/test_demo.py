@@ -8,9 +8,11 @@ def test_it_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recip
     monkeypatch.setattr("secateur.cli.prune.DEMO_MODEL", str(checkpoints["llama"]))
     monkeypatch.setattr("secateur.cli.prune.DEMO_RECIPE", grouped({**recipe, "remove": 0.2}))
     monkeypatch.setattr("secateur.cli.prune.DEMO_WORKLOAD", {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1})
-    out = tmp_path / "out"
+    out = tmp_path / f"a long {'name ' * 20}indeed"
     run = run_cli("demo", out)
     assert run.status == 0, run.stderr
+    assert f"\nThe page: {out / 'report.html'}\nThe best result: " in run.stdout, "a path is on one line"
+    assert f"Written to {out}. Load it with AutoModelForCausalLM.from_pretrained('{out}').\n" in run.stdout
     assert "earlier run" not in run.stderr, "it begins anew"
     told = " ".join(run.stdout.split())
     parts = (

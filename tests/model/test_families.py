@@ -6,18 +6,20 @@ many as the plan says.
 """
 
 import copy
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shown import assert_shown
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from secateur.errors import ArchError
 from secateur.methods.budget import params_gone
 from secateur.methods.experts import keep_experts
-from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, bind, decoder_layers, head_of
+from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, Arch, bind, decoder_layers, head_of
 from secateur.model.group import OF_EXPERTS, Group, add_zero_biases, linear, rows_of
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import STEPS
@@ -101,10 +103,28 @@ def kept_of(group: Group, share: float) -> torch.Tensor:
     return order[:count].sort().values
 
 
+def _said(record: Any) -> list[tuple[str, Any]]:
+    """Return the fields that are not as they are by default."""
+    found = [(field.name, getattr(record, field.name), field.default) for field in fields(record)]
+    return [(name, value) for name, value, default in found if value != default]
+
+
+def told(arch: Arch) -> str:
+    """Return all that was found, what several layers have alike once."""
+    lines = [f"{key}: {value}" for key, value in _said(arch) if key not in ("groups", "omits")]
+    layers: dict[str, list[int]] = {}
+    for group in arch.groups:
+        text = "\n    ".join(f"{key}: {value}" for key, value in _said(group) if key != "layer")
+        layers.setdefault(text, []).append(group.layer)
+    lines += [f"layers {indices}\n    {group}" for group, indices in layers.items()]
+    return "\n".join([*lines, *(f"not {name}: {why}" for name, why in sorted(arch.omits.items()))])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_groups_of_a_type_are_those_known(name: str) -> None:
     """What is found in the modules is what somebody once wrote by hand, from reading them."""
     arch = bind(tiny_family(name))
+    assert_shown(f"families/{name}", told(arch))
     assert {group.name for group in arch.groups} == set(GROUPS[name])
     assert not set(arch.omits) & set(GROUPS[name])
     assert {"kv_heads", "query_heads"} - set(GROUPS[name]) <= set(arch.omits)

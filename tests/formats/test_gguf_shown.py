@@ -1,0 +1,75 @@
+"""What GGUF files say of well-known checkpoints, key by key, and the types of their tensors."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bpe_tokenizer import bpe_tokenizer
+from shown import assert_shown
+from transformers import CONFIG_MAPPING
+
+from secateur.errors import ArchError
+from secateur.formats.gguf import _begun
+from secateur.formats.gguf_types import QUANTISED, Shape, chosen_type, stays_as_it_is
+from secateur.formats.serving import gguf_family_of
+
+CONFIGS = sorted((Path(__file__).parent.parent / "model" / "public_configs").glob("*.json"))
+TOKENIZER = bpe_tokenizer()
+TENSORS = ["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_up", "ffn_down", "ffn_down_exps"]
+SHAPES = {
+    "a head each": Shape("llama", 32, 1, 1, is_tied=False),
+    "three queries a key": Shape("llama", 18, 1, 3, is_tied=True),
+    "four queries a key": Shape("qwen2", 28, 1, 4, is_tied=True),
+    "eight experts": Shape("llama", 32, 8, 4, is_tied=False),
+    "more experts": Shape("qwen3moe", 48, 128, 8, is_tied=False),
+    "70B": Shape("llama", 80, 1, 8, is_tied=False),
+    "80 layers of another": Shape("gemma3", 80, 1, 8, is_tied=True),
+    "falcon": Shape("falcon", 32, 1, 71, is_tied=True),
+    "weighed": Shape("llama", 32, 1, 8, is_tied=False, weighed=True),
+}
+
+
+def keys_of(file: Path) -> list[str]:
+    """Return the keys that a file of this model has, without its tokenizer's."""
+    sizes = dict(json.loads(file.read_text())["config"])
+    config: Any = CONFIG_MAPPING[sizes.pop("model_type")](**sizes)
+    try:
+        gguf_family_of(config, file.stem)
+        with _begun(config, TOKENIZER, file.stem, "q4_k_m") as writer:
+            found = [(key, value.value) for part in writer.kv_data for key, value in part.items()]
+    except ArchError as error:
+        return [f"    refused: {error}"]
+    return [f"    {key}: {value}" for key, value in found if not key.startswith(("tokenizer", "general"))]
+
+
+def test_what_a_file_says_of_a_model() -> None:
+    lines = [line for file in CONFIGS for line in (file.stem, *keys_of(file))]
+    assert_shown("gguf/keys", "\n".join(lines))
+
+
+def types_of(model: Shape, file_type: str) -> str:
+    """Return the types of tensors that differ from most, over ranges of layers."""
+    found = []
+    for tensor in TENSORS:
+        kinds = [chosen_type(f"blk.{layer}.{tensor}.weight", model, file_type) for layer in range(model.num_layers)]
+        runs = [(kind, len(list(layers))) for kind, layers in groupby(kinds)]
+        if set(kinds) != {QUANTISED[file_type]}:
+            found.append(f"{tensor} " + " ".join(f"{kind}x{count}" for kind, count in runs))
+    words = {chosen_type(f"{name}.weight", model, file_type) for name in ("output", "token_embd")}
+    return "; ".join([*found, f"words {sorted(words)}"])
+
+
+def test_which_types_llama_cpp_gives_to_which_tensors() -> None:
+    lines = [
+        f"{name}, {file_type}: {types_of(model, file_type)}"
+        for name, model in SHAPES.items()
+        for file_type in QUANTISED
+    ]
+    assert_shown("gguf/types", "\n".join(lines))
+
+
+def test_what_the_quantiser_leaves_alone() -> None:
+    names = ["blk.0.attn_norm.weight", "blk.0.ffn_gate_inp.weight", "position_embd.weight", "blk.0.attn_q.bias"]
+    assert all(stays_as_it_is(name, (64, 64)) for name in names)
+    assert stays_as_it_is("blk.0.ffn_up.weight", (64,)) and not stays_as_it_is("blk.0.ffn_up.weight", (64, 64))

@@ -1,0 +1,21 @@
+"""Whole outputs, line by line, beside texts in `tests/shown/` that somebody has read.
+
+`WRITE_SHOWN=1` writes these anew, and the test then fails, so that the difference is read.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHOWN = Path(__file__).with_name("shown")
+
+
+def assert_shown(name: str, text: str) -> None:
+    """Compare a text with the one that was read, which is in the file of that name."""
+    file, lines = SHOWN / f"{name}.txt", [line.rstrip() for line in text.rstrip("\n").splitlines()]
+    if os.environ.get("WRITE_SHOWN"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pytest.fail(f"{file} is written anew: read it")
+    assert lines == file.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,76 @@
+"""Every option, argument and field that has a default, with it: what a run does that nobody asked for."""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from shown import assert_shown
+
+import secateur
+from secateur.cli import app
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def plain(value: Any) -> str:
+    """Return a default without what differs from process to process."""
+    if value is inspect.Parameter.empty:
+        return "needed"
+    return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)
+
+
+def test_every_option_of_the_command_line() -> None:
+    lines = list[str]()
+    for name, command in sorted(COMMANDS.items()):
+        lines.append(name)
+        for each in command.params:
+            kind = getattr(each, "type", None)
+            limits = f", {kind.min} to {kind.max}" if hasattr(kind, "min") else ""
+            told = "needed" if each.required else repr(each.default)
+            lines.append(f"    {' '.join((*each.opts, *each.secondary_opts))}: {told}{limits}")
+    assert_shown("options", "\n".join(lines))
+
+
+def test_every_argument_of_the_functions_in_python() -> None:
+    lines = list[str]()
+    for name in secateur.__all__:
+        found = getattr(secateur, name)
+        if inspect.isfunction(found):
+            arguments = inspect.signature(found).parameters.values()
+            lines += [name, *(f"    {each.name}, {each.kind.description}: {plain(each.default)}" for each in arguments)]
+    assert_shown("arguments", "\n".join(lines))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() & set(secateur.__all__)))
+def test_an_option_has_the_default_of_the_argument(name: str) -> None:
+    arguments = inspect.signature(getattr(secateur, name)).parameters
+    told = {each.name: each.default for each in COMMANDS[name].params if not each.required}
+    taken = {key: each.default for key, each in arguments.items() if each.default is not inspect.Parameter.empty}
+    shared = told.keys() & taken.keys()
+    assert {key: told[key] or None for key in shared} == {key: taken[key] or None for key in shared}
+
+
+def _records() -> Iterator[type]:
+    source = Path(secateur.__file__).parent
+    for file in sorted(source.rglob("*.py")):
+        name = ".".join(("secateur", *file.relative_to(source).with_suffix("").parts))
+        if file.stem.startswith("__") or file.stem.endswith("_child"):
+            continue  # they run when they are imported
+        for found in vars(importlib.import_module(name)).values():
+            if dataclasses.is_dataclass(found) and isinstance(found, type) and found.__module__ == name:
+                yield found
+
+
+def test_every_field_that_may_be_left_out() -> None:
+    lines = list[str]()
+    for record in sorted(_records(), key=lambda each: (each.__module__, each.__qualname__)):
+        if record.__name__.startswith("_"):
+            continue
+        fields = [each for each in dataclasses.fields(record) if each.default is not dataclasses.MISSING]
+        lines += [f"{record.__module__}.{record.__qualname__}.{each.name}: {plain(each.default)}" for each in fields]
+    assert_shown("fields", "\n".join(lines))
