@@ -37,10 +37,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from secateur.model.bind import Arch, bind, decoder_layers, head_of
-from secateur.model.config import quiet_transformers
 from secateur.model.group import Group
 from secateur.model.guesses import Unrouted, close_to, mask, remove, some_units
 from secateur.model.per_layer import record_widths
+from secateur.model.stock import quiet_transformers
 from secateur.model.structure import places
 from secateur.model.twin import run, token_ids, twins
 from secateur.stream.losses import states_for_head

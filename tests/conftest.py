@@ -21,7 +21,7 @@ from skips import pytest_terminal_summary  # noqa: F401  # a hook
 from tiny_tokenizer import tiny_tokenizer
 from warm import WarmProcesses, fresh
 
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 
 # The same examples on each run and machine; how long one takes proves nothing.
 SLOW = HealthCheck.too_slow

@@ -21,7 +21,7 @@ from torch import nn
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.pruning import cost as estimate
 from secateur.pruning import prepare as preparation
 from secateur.pruning import trim
@@ -36,7 +36,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "curves in rounds": {
         "groups": ["ffn", "kv_heads"],
         "budget": "curve",
-        "probe_blocks": 1,
         "rounds": 2,
         "domain_weighting": "minimax",
         "damping_factors": [1, 10],

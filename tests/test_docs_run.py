@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur.cli import app
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.recipe import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from secateur import PluginError, RecipeError, Score, plugins
 from secateur.data.sources import SOURCES
 from secateur.formats import gguf as export
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, parse_recipe
 from secateur.stream.statistics import Statistics
 

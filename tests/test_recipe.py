@@ -49,7 +49,6 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ),
         ("remove: {depth: -1}", r"remove\.depth: .*greater than or equal to 0"),
         ("remove: {align: 0}", r"remove\.align: .*greater than or equal to 1"),
-        ("choose: {obs_batch: 0}", r"choose\.obs_batch: "),
         ("choose: {rounds: 0}", r"choose\.rounds: "),
         ("choose: {score: obss}", r"unknown choose\.score 'obss'; allowed: random, .*did you mean 'obs'\?"),
         ("repair: {damping: .inf}", r"repair\.damping: .*finite"),

@@ -53,7 +53,7 @@ from secateur.model.checkpoint import (  # noqa: E402
     meta_model,
     open_checkpoint,
 )
-from secateur.model.config import quiet_transformers  # noqa: E402
+from secateur.model.stock import quiet_transformers  # noqa: E402
 from secateur.recipe import (  # noqa: E402
     Domain,
     as_recipe,

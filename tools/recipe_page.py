@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from secateur.cli.recipe import documented, plain_value
+from secateur.cli.recipe import about, meaning, plain_value
 from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
@@ -65,14 +65,14 @@ def _has_keys(value: Any) -> bool:
 
 
 def _section(place: str, model: type[BaseModel]) -> Iterator[str]:
-    about, meanings = documented(model)
+    meanings = {key: meaning(field) for key, field in model.model_fields.items()}
     title, prefix = (place, "") if model is Recipe else (f"`{place}`", f"{place}.")
-    yield from (f"{'###' if '.' in place else '##'} {title}", "", about, "")
+    yield from (f"{'###' if '.' in place else '##'} {title}", "", about(model), "")
     yield from ("| key | type | default | meaning |", "|---|---|---|---|")
     schema = model.model_json_schema()["properties"]
     for key, field in model.model_fields.items():
         has_section = _has_keys(field.default)
-        if model is Recipe and has_section and key not in meanings:
+        if model is Recipe and has_section and not meanings[key]:
             continue
         below = next((other for other in WITHIN if other.removesuffix(".NAME") == prefix + key), None)
         below = prefix + key if has_section else below
@@ -87,7 +87,7 @@ def _section(place: str, model: type[BaseModel]) -> Iterator[str]:
             default = f"`{plain_value(field.default)}`"
         kind = _type({"enum": SCORE_NAMES}) if key == "score" else "" if below else _type(schema[key])
         kind = f"mapping, see [below](#{below.lower().replace('.', '')})" if below else kind
-        yield f"| `{key}` | {kind} | {default} | {meanings.get(key, '')}{_option(prefix + key)} |"
+        yield f"| `{key}` | {kind} | {default} | {meanings[key]}{_option(prefix + key)} |"
 
 
 def _option(key: str) -> str:

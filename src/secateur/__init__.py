@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.evaluate import evaluate
     from secateur.evaluation.measure import measure
     from secateur.formats.gguf import Exporter, export
-    from secateur.formats.verify import verify
+    from secateur.formats.save import verify
     from secateur.methods.scores import Score
     from secateur.model.checkpoint import load
     from secateur.pruning.inspect import inspect
@@ -72,7 +72,7 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.measure": ("measure",),
     "pruning.inspect": ("inspect",),
-    "formats.verify": ("verify",),
+    "formats.save": ("verify",),
     "formats.gguf": ("Exporter", "export"),
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),

@@ -7,8 +7,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.evaluation.study import Comparison, comparison_table
 from secateur.log import Progress, Tell, mute, silent
-from secateur.model.checkpoint import Tokenizer
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined

@@ -239,11 +239,6 @@ class OwnAnswers:
     repeated: tuple[float, float]
     shown: tuple[AnswerPair, ...]
 
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> "OwnAnswers":
-        """Return the figures from a mapping that JSON has kept."""
-        return TypeAdapter(cls).validate_python(plain)
-
     @property
     def nats_lost(self) -> float:
         """Nats per token of the pruned model less those of the dense one."""

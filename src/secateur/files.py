@@ -47,6 +47,17 @@ def json_of(text: str | bytes) -> Any:
     return value
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
+    try:
+        data = json_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {type(data).__name__}.")
+    return data
+
+
 def yaml_of(text: str) -> Any:
     """Return the value of YAML.
 
@@ -222,6 +233,12 @@ def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     with disk_errors(path), whole_file(path) as staged:
         yield staged
         check_file(path, overwrite=overwrite)  # another process may have made it
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, or replace it, as `staged_file` does."""
+    with staged_file(path, overwrite=True) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:

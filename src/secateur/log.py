@@ -4,13 +4,14 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur.plugins import plugin_packages
 
+T = TypeVar("T")
 # progress(stage, done, total): steps of the stage; done = 0 at the start.
 Progress = Callable[[str, int, int], None]
 # tell(text): a line about the run that is not a result.
@@ -23,6 +24,14 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def mute(text: str) -> None:
     """Tell nobody."""
+
+
+def steps(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]:
+    """Yield the items; `progress` hears how many of them are done."""
+    for done, item in enumerate(items):
+        progress(stage, done, len(items))
+        yield item
+    progress(stage, len(items), len(items))
 
 
 def bars() -> Progress:

@@ -9,10 +9,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +22,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import RankError, RecipeError, SecateurError, shortened
 from secateur.files import is_alive
-from secateur.log import Tell
-from secateur.result_directory import check_replaceable, staging
 
 # Limits for all ranks to start, and for waiting on one rank's result. A dead process is noticed at
 # once; these are for a machine that vanishes and leaves its connections open.
@@ -362,15 +359,3 @@ def device_called(name: str | None) -> torch.device:
             )
         return rank_device()
     return device
-
-
-def staging_if_any(
-    out: Path | None, *, overwrite: bool, protected: Path | None, tell: Tell
-) -> AbstractContextManager[Path | None]:
-    """Return `staging` on the rank that writes; else a context that gives None."""
-    if out is None:
-        return nullcontext()
-    # Refuse `out` on all ranks before they wait for the first one.
-    if size() > 1:
-        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
-    return staging(out, overwrite=overwrite, protected=protected, tell=tell) if is_first() else nullcontext()

@@ -26,7 +26,7 @@ Keys = dict[str, Any]
 class Strict(BaseModel):
     """A frozen model that refuses unknown keys. Made by its name it raises RecipeError."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     if not TYPE_CHECKING:  # who checks types knows the fields
 
@@ -40,48 +40,54 @@ class Strict(BaseModel):
 
 
 class Training(Strict):
-    """End-to-end training, until the model predicts more like the dense one.
-
-    learning_rate: the highest; a tenth of the steps leads up to it, a cosine down. None: 0.0005
-    times the root mean square of the layers' matrices, and ten times as much for `lora`.
-    batch_tokens: per optimizer step, over all processes. blocks_per_device: per forward pass.
-    kl_share: the part of the loss that is KL to the dense model's predictions; the rest is
-    cross-entropy. 0: no teacher. train: all weights but embedding and head (`layers`), all
-    weights (`full`), or low-rank additions that are merged at the end (`lora`, needs
-    secateur[recover]). lora_rank: of these. gradient_checkpointing: computes activations again
-    in place of storing them. evaluations: number of held-out ones on the way, beside those
-    before and after; the weights of the least loss stay.
-    """
+    """End-to-end training, until the model predicts more like the dense one."""
 
     learning_rate: Positive | None = None
+    """the highest; a tenth of the steps leads up to it, a cosine down. None: 0.0005 times the root
+    mean square of the layers' matrices, and ten times as much for `lora`.
+    """
     batch_tokens: Count = 512
+    """per optimizer step, over all processes."""
     blocks_per_device: Count = 2
+    """per forward pass."""
     kl_share: Share = 0.5
+    """the part of the loss that is KL to the dense model's predictions; the rest is cross-entropy.
+    0: no teacher.
+    """
     train: Literal["layers", "full", "lora"] = "layers"
+    """all weights but embedding and head (`layers`), all weights (`full`), or low-rank additions
+    that are merged at the end (`lora`, needs secateur[recover]).
+    """
     lora_rank: Count = 16
+    """of these."""
     gradient_checkpointing: bool = False
+    """computes activations again in place of storing them."""
     evaluations: Annotated[int, Field(ge=0)] = 4
+    """number of held-out ones on the way, beside those before and after; the weights of the least
+    loss stay.
+    """
 
 
 class PolishSettings(Training):
-    """Training as the last step of a prune. `polish: false` is short for `{num_tokens: 0}`.
-
-    num_tokens: of all domains together. None for as many as the calibration has, and for none
-    unless `repair.compensate` is `least_squares` and more than tokens may go.
-    """
+    """Training as the last step of a prune. `polish: false` is short for `{num_tokens: 0}`."""
 
     num_tokens: Annotated[int, Field(ge=0)] | None = None
+    """of all domains together. None for as many as the calibration has, and for none unless
+    `repair.compensate` is `least_squares` and more than tokens may go.
+    """
     evaluations: Annotated[int, Field(ge=0)] = 0
+    """number of held-out ones on the way, beside those before and after; the weights of the least
+    loss stay.
+    """
 
 
 class RecoverySettings(Training):
-    """Training after pruning. num_tokens: of all domains together.
-
-    held_out_blocks: per domain, to guard.
-    """
+    """Training after pruning."""
 
     num_tokens: Count = 300_000
+    """of all domains together."""
     held_out_blocks: Count = 8
+    """per domain, to guard."""
 
 
 InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
@@ -98,28 +104,36 @@ SOURCE_NAMES = ("installed", "files", "dataset")
 class Domain(Strict):
     """A calibration domain: exactly one source, and its share of the tokens relative to others.
 
-    A source is one of the first three keys. installed: text in installed Python packages. files:
-    local tables (.jsonl .json .csv .tsv .parquet), text and code (.txt .md .py ...), directories or
-    patterns (data/**/*.md), relative to the working directory. dataset: a `datasets` hub id, with
-    `config` and `split`. answers: what the dense model answers, before it is pruned, to the
-    source's rows as prompts (a chat up to its first user's turn); without a source, to prompts that
-    come with secateur. Answers alone count.
-    config, revision, split: of a `dataset`. column: of the text in tables; a list of messages goes
-    through the chat template, and without a column `text` so do the usual forms of chats
-    (docs/data.md). share: of the tokens, relative to the other domains. protect: the share by which
-    this domain's held-out loss may rise (0.05 for 5%), for budget `curve`.
+    A source is one of the first three keys.
     """
 
     installed: InstalledDomain | None = None
+    """text in installed Python packages."""
     files: tuple[str, ...] | None = None
+    """local tables (.jsonl .json .csv .tsv .parquet), text and code (.txt .md .py ...), directories
+    or patterns (data/**/*.md), relative to the working directory.
+    """
     dataset: str | None = None
+    """a `datasets` hub id, with `config` and `split`."""
     answers: bool = False
+    """what the dense model answers, before it is pruned, to the source's rows as prompts (a chat up
+    to its first user's turn); without a source, to prompts that come with secateur. Answers
+    alone count.
+    """
     config: str | None = None
+    """of a `dataset`."""
     revision: str | None = None
+    """of a `dataset`."""
     split: str = "train"
+    """of a `dataset`."""
     column: str = "text"
+    """of the text in tables; a list of messages goes through the chat template, and without a
+    column `text` so do the usual forms of chats (docs/data.md).
+    """
     share: Positive = 1.0
+    """of the tokens, relative to the other domains."""
     protect: Positive | None = None
+    """the share by which this domain's held-out loss may rise (0.05 for 5%), for budget `curve`."""
 
     @field_validator("files", mode="before")
     @classmethod
@@ -144,20 +158,20 @@ class Domain(Strict):
 
 
 class Calibration(Strict):
-    """The text to measure on.
-
-    num_tokens: of all domains, without the held-out tenth, which comes on top. None: 16 per
-    channel, at least 51,200. sequence_length: tokens per block. None: 512, or the model's
-    positions if fewer. answers: the share of the tokens, in calibration and polish, that are
-    answers of the dense model: of the domains that have them, else of one named `answers`. None:
-    half where the domains are the default ones and the model has a chat template, else as the
-    domains say.
-    """
+    """The text to measure on."""
 
     domains: dict[str, Domain] = Field(default_factory=default_domains, validate_default=True, min_length=1)
     num_tokens: Annotated[int, Field(gt=0)] | None = None
+    """of all domains, without the held-out tenth, which comes on top. None: 16 per channel, at
+    least 51,200.
+    """
     sequence_length: Annotated[int, Field(ge=8)] | None = None
+    """tokens per block. None: 512, or the model's positions if fewer."""
     answers: Share | None = None
+    """the share of the tokens, in calibration and polish, that are answers of the dense model: of
+    the domains that have them, else of one named `answers`. None: half where the domains are the
+    default ones and the model has a chat template, else as the domains say.
+    """
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -166,36 +180,44 @@ class Calibration(Strict):
 
 
 class Remove(Strict):
-    """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`.
-
-    share: of all parameters of the dense model, tied weights once; met within one aligned unit per
-    layer. to: in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 8GB.
-    context: tokens whose KV cache must fit in these bytes too. groups: the kinds of units to
-    remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads` (with their query heads) or
-    `query_heads` (one of every KV head). None: FFN channels (`ffn`), or `experts` if the model has
-    some. depth: number of whole layers to remove first, those that
-    change predictions least; part of `share`. None: as many as spare the widths the worst. layers:
-    remove these and measure none; `depth` is their number. protected_layers: stay whole. Negative
-    layer numbers count from the end. min_keep: the least share of a group that stays. align: widths
-    are multiples of it. None: 256 if the dense ones are and 8 times 256 stays, which k-quants need;
-    else 64, or 128 from 4096 channels on. vocabulary: the number of tokens that stay, a multiple of
-    64, or `auto`: as many as make tokens and units cost the least together; what goes is part of
-    `share`. Group `vocabulary` is short for `auto`. With `groups: []` tokens go alone. keep_text:
-    files whose every token stays. keep_scripts: as [latin, cyrillic], scripts whose tokens stay.
-    """
+    """What to remove. `remove: 0.2` is short for `remove: {share: 0.2}`."""
 
     share: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    """of all parameters of the dense model, tied weights once; met within one aligned unit per
+    layer.
+    """
     to: str | None = None
+    """in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 8GB."""
     context: Count | None = None
+    """tokens whose KV cache must fit in these bytes too."""
     groups: tuple[str, ...] | None = None
+    """the kinds of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads`
+    (with their query heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`),
+    or `experts` if the model has some.
+    """
     depth: Annotated[int, Field(ge=0)] | None = None
+    """number of whole layers to remove first, those that change predictions least; part of `share`.
+    None: as many as spare the widths the worst.
+    """
     layers: tuple[int, ...] = ()
+    """remove these and measure none; `depth` is their number."""
     protected_layers: tuple[int, ...] = ()
+    """stay whole. Negative layer numbers count from the end."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """the least share of a group that stays."""
     align: Count | None = None
+    """widths are multiples of it. None: 256 if the dense ones are and 8 times 256 stays, which
+    k-quants need; else 64, or 128 from 4096 channels on.
+    """
     vocabulary: Count | Literal["auto"] | None = None
+    """the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens and units
+    cost the least together; what goes is part of `share`. Group `vocabulary` is short for
+    `auto`. With `groups: []` tokens go alone.
+    """
     keep_text: tuple[str, ...] = ()
+    """files whose every token stays."""
     keep_scripts: tuple[str, ...] = ()
+    """as [latin, cyrillic], scripts whose tokens stay."""
 
     @model_validator(mode="before")
     @classmethod
@@ -225,23 +247,20 @@ class Remove(Strict):
 
 
 class Choose(Strict):
-    """How to choose the units to remove. Higher score = keep.
-
-    score: which units of a layer stay. obs_batch: reader columns that score `obs` removes between
-    two updates. None: a 48th of the reader's columns, at least 32. budget: how many units each
-    layer keeps. `uniform`: the same share of every group; `curve`: least predicted KL, from
-    measured error curves and slopes. probe_blocks: blocks per domain on which budget `curve`
-    measures KL. domain_weighting: how domains count in a statistic. `energy`: divided by their
-    output energy, times their share; `tokens`: as they are; `minimax`: so that the worst domain's
-    error falls. rounds: equal steps to the share; each measures and plans anew.
-    """
+    """How to choose the units to remove. Higher score = keep."""
 
     score: str = "obs"
-    obs_batch: Count | None = None
+    """which units of a layer stay."""
     budget: BudgetName = "uniform"
-    probe_blocks: Count = 1
+    """how many units each layer keeps. `uniform`: the same share of every group; `curve`: least
+    predicted KL, from measured error curves and slopes.
+    """
     domain_weighting: WeightingName = "energy"
+    """how domains count in a statistic. `energy`: divided by their output energy, times their
+    share; `tokens`: as they are; `minimax`: so that the worst domain's error falls.
+    """
     rounds: Count = 1
+    """equal steps to the share; each measures and plans anew."""
 
     @field_validator("score", mode="before")
     @classmethod
@@ -253,59 +272,58 @@ class Choose(Strict):
 
 
 class Repair(Strict):
-    """How to repair what stays.
-
-    compensate: what refits the weights that read the units; `bias` is FLAP's, where the family can
-    store one. damping: each channel's ridge, relative to its own entry on the Gram matrix's
-    diagonal. With fewer than 10 tokens per channel it is at least 0.001 times what is missing to
-    10. damping_factors: each group tries the damping times each of these, and takes the best on
-    held-out text. target_mix: the part of the drift (dense minus pruned stream) that an MLP's
-    reader corrects. None: 0.5 where the family adds an MLP's output as it is.
-    """
+    """How to repair what stays."""
 
     compensate: Literal["none", "bias", "least_squares"] = "least_squares"
+    """what refits the weights that read the units; `bias` is FLAP's, where the family can store
+    one.
+    """
     damping: Positive = 1e-3
+    """each channel's ridge, relative to its own entry on the Gram matrix's diagonal. With fewer
+    than 10 tokens per channel it is at least 0.001 times what is missing to 10.
+    """
     damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    """each group tries the damping times each of these, and takes the best on held-out text."""
     target_mix: Share | None = None
+    """the part of the drift (dense minus pruned stream) that an MLP's reader corrects. None: 0.5
+    where the family adds an MLP's output as it is.
+    """
 
 
 class Machine(Strict):
-    """Where a run computes, and in how much memory.
-
-    device: `cpu`, `cuda`, `cuda:1`, `mps`, ... None: a GPU if torch finds one. device_budget: such
-    as 20GB; layers are onloaded one at a time if they do not all fit. None: most of what is free.
-    memory_budget: such as 6GB, beyond interpreter and page cache; weights that do not fit stay on
-    disk. compute_dtype: `float32` computes so one layer at a time, and stores the weights as they
-    were. None: `stored`, and `float32` on CPUs that multiply bfloat16 in software.
-    """
+    """Where a run computes, and in how much memory."""
 
     device: str | None = None
+    """`cpu`, `cuda`, `cuda:1`, `mps`, ... None: a GPU if torch finds one."""
     device_budget: str | None = None
+    """such as 20GB; layers are onloaded one at a time if they do not all fit. None: most of what is
+    free.
+    """
     memory_budget: str | None = None
+    """such as 6GB, beyond interpreter and page cache; weights that do not fit stay on disk."""
     compute_dtype: Literal["stored", "float32"] | None = None
+    """`float32` computes so one layer at a time, and stores the weights as they were. None:
+    `stored`, and `float32` on CPUs that multiply bfloat16 in software.
+    """
 
 
 class Output(Strict):
-    """What to measure and write.
-
-    evaluate: held-out loss before and after, on 1,024 tokens of each domain or as many as it says,
-    on 23 documents of other sources, and on a chat model's own answers to 48 prompts, of both a share
-    as large as of 1,024 tokens; standard errors tell how far to trust all. max_shard_size:
-    of the written safetensors files.
-    """
+    """What to measure and write."""
 
     evaluate: bool | Count = True
+    """held-out loss before and after, on 1,024 tokens of each domain or as many as it says, on 23
+    documents of other sources, and on a chat model's own answers to 48 prompts, of both a share
+    as large as of 1,024 tokens; standard errors tell how far to trust all.
+    """
     max_shard_size: str = "5GB"
+    """of the written safetensors files."""
 
 
 class Recipe(Strict):
-    """One run: what to remove, how to choose, how to repair, the text, the machine, the output.
-
-    seed: of the calibration draw. polish: training as the last step, with its defaults if it is
-    `default`, none if it is false. recover: training after pruning.
-    """
+    """One run: what to remove, how to choose, how to repair, the text, the machine, the output."""
 
     seed: Annotated[int, Field(ge=0)] = 0
+    """of the calibration draw."""
     remove: Remove = Remove()
     choose: Choose = Choose()
     repair: Repair = Repair()
@@ -313,7 +331,9 @@ class Recipe(Strict):
     machine: Machine = Machine()
     output: Output = Output()
     polish: PolishSettings = PolishSettings()
+    """training as the last step, with its defaults if it is `default`, none if it is false."""
     recover: RecoverySettings | None = None
+    """training after pruning."""
 
     def filled(self, **groups: Keys) -> "Recipe":
         """Return the recipe with other values in groups: `filled(remove={"align": 64})`."""

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,8 @@ from typing import TypeVar
 from secateur.errors import CheckpointError
 from secateur.facts import Record
 from secateur.files import disk_errors, is_alive, make_hidden, missing_parents, remove_empty, sha256_of, sync
-from secateur.log import Progress, Tell, mute
+from secateur.log import Progress, Tell, mute, steps
+from secateur.ranks import from_first, is_first, size
 
 RESULT_FILE = "result.json"
 BENCH_FILE, EVALUATION_FILE = "bench.json", "evaluation.json"
@@ -81,14 +82,12 @@ def read_digests(directory: Path) -> dict[str, str] | None:
 
 def mismatches(directory: Path, digests: dict[str, str], progress: Progress) -> Iterator[Mismatch]:
     """Yield what differs from the digests: changed, missing, and new files that loading may read."""
-    for done, (name, expected) in enumerate(digests.items()):
-        progress("sha256", done, len(digests))
+    for name, expected in steps(progress, "sha256", digests.items()):
         path = directory / name
         if not path.is_file():
             yield Mismatch(name, f"sha256 {expected}", "no such file")
         elif name != RESULT_FILE and (found := sha256_of(path)) != expected:
             yield Mismatch(name, f"sha256 {expected}", f"sha256 {found}")
-    progress("sha256", len(digests), len(digests))
     for name in _names(directory):
         if name not in digests and name.endswith(_LOADED_KINDS[-2:] if "/" in name else _LOADED_KINDS):
             yield Mismatch(name, "no such file", "a file that is not of the result")
@@ -139,6 +138,18 @@ def staging(
         if not done:
             shutil.rmtree(staged, ignore_errors=True)
             remove_empty(made)
+
+
+def staging_if_any(
+    out: Path | None, *, overwrite: bool, protected: Path | None, tell: Tell
+) -> AbstractContextManager[Path | None]:
+    """Return `staging` on the rank that writes; else a context that gives None."""
+    if out is None:
+        return nullcontext()
+    # Refuse `out` on all ranks before they wait for the first one.
+    if size() > 1:
+        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
+    return staging(out, overwrite=overwrite, protected=protected, tell=tell) if is_first() else nullcontext()
 
 
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:

@@ -20,10 +20,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -137,10 +138,11 @@ class Store:
         name: str,
         compute: Callable[[], Any],
         *,
+        kind: Any = Any,
         depends_on: Mapping[str, Any] | None = None,
         is_input: bool = False,
     ) -> Any:
-        """Return what `compute` gives, as read back from JSON; writes its log lines either way.
+        """Return what `compute` gives, of this `kind`, as read back from JSON; writes its log lines either way.
 
         `depends_on`: what the value depends on, if the store has no inputs; other values are
         ignored. `is_input`: later steps rest on the value, and computing it again would give
@@ -152,11 +154,12 @@ class Store:
             for line in found["lines"]:
                 self.log.write(line)
             self.num_found += not is_input
-            return found["value"]
-        first = len(self.log.lines)
-        value = json.loads(json.dumps(compute(), default=str))  # a first run gets the same types
-        self._write(stem, _named(name, depends_on, is_input) | {"value": value, "lines": self.log.lines[first:]})
-        return value
+            value = found["value"]
+        else:
+            first = len(self.log.lines)
+            value = json.loads(json.dumps(compute(), default=_plain))  # a first run gets the same types
+            self._write(stem, _named(name, depends_on, is_input) | {"value": value, "lines": self.log.lines[first:]})
+        return TypeAdapter(kind).validate_python(value)
 
     def check_input(self, name: str, text: str) -> None:
         """Add an input that becomes known only now. Raises CheckpointError if it has changed."""
@@ -325,6 +328,11 @@ def place_beside(out: Path) -> Path:
     if not out.name:
         raise CheckpointError(f"OUT {out}: is the root of the file system; choose a new directory.")
     return out.with_name(f".{out.name}.resume")
+
+
+def _plain(value: Any) -> Any:
+    """Return a record as a mapping, and what JSON does not know as text."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _named(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool = False) -> Record:

@@ -11,8 +11,8 @@ from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.cli.common import COMMANDS, parse_domains, parse_sets
-from secateur.cli.recipe import documented
-from secateur.model.config import quiet_transformers
+from secateur.cli.recipe import about, meaning
+from secateur.model.stock import quiet_transformers
 from secateur.plugins import mixtures
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
 from tests.families import tiny_family
@@ -55,9 +55,9 @@ def test_the_same_keys_for_inspect_and_recover(checkpoints, recipe_file):
 
 
 def test_values_of_set_are_yaml():
-    assert parse_sets(["remove=0.3", "remove.align=8", "remove.layers=[1, -1]", "choose.obs_batch=", "a.b=x=y"]) == {
+    assert parse_sets(["remove=0.3", "remove.align=8", "remove.layers=[1, -1]", "choose.score=", "a.b=x=y"]) == {
         "remove": {"share": 0.3, "align": 8, "layers": [1, -1]},
-        "choose": {"obs_batch": None},
+        "choose": {"score": None},
         "a": {"b": "x=y"},
     }
     assert parse_sets(None) == {}
@@ -119,10 +119,9 @@ def test_the_comments_of_the_recipe_are_the_docstrings():
     shown = " ".join(run_cli("recipe").stdout.replace("#", " ").split())
     for group in ("remove", "choose", "repair", "calibration", "machine", "output"):
         model: type = Recipe.model_fields[group].annotation  # type: ignore[assignment]
-        about, keys = documented(model)
-        assert f"{about} {group}:" in shown
-        assert keys.keys() == model.model_fields.keys() - {"domains"}, group
-        assert all(f"{text} " in shown and "None" not in text for text in keys.values())
+        assert f"{about(model)} {group}:" in shown
+        meanings = {name: meaning(field) for name, field in model.model_fields.items() if name != "domains"}
+        assert all(text and f"{text} " in shown and "None" not in text for text in meanings.values()), group
     assert "One of uniform, curve. budget: uniform" in shown and "One of ." not in shown
     assert run_cli("recipe", "bset").stderr.endswith("did you mean 'best'?\n")
 

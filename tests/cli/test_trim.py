@@ -14,7 +14,7 @@ from models import tiny_llama
 from run_cli import Outcome, run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 
 NUM_ROWS, NUM_TOKENS, SIZE = 640, 630, 448
 PROSE = "the pruned channels of a layer are read by one linear map and written by two others".split()

@@ -1,4 +1,4 @@
-"""Bench: models take turns, every token is timed, memory and speed-ups are what their definitions say."""
+"""Bench: models take turns, every token is timed, and speed-ups are what their definitions say."""
 
 import json
 from dataclasses import asdict, astuple, replace
@@ -15,7 +15,6 @@ from secateur.evaluation.bench import (
     bench,
     decode_rates,
     paired_ratio,
-    peak_model_bytes,
     prefill_rates,
     speed,
     take_turns,
@@ -23,7 +22,6 @@ from secateur.evaluation.bench import (
 )
 from secateur.facts import Workload
 from secateur.formats.save import save_checkpoint
-from secateur.methods.prices import kv_cache_bytes_per_token
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
 from secateur.report.measured import ALIKE, BenchResult, Spread
@@ -91,21 +89,6 @@ def test_a_run_times_every_token_even_where_the_model_would_stop(batch):
     assert model.generation_config is own
 
 
-def test_peak_memory_is_weights_cache_and_activations():
-    model = tiny_llama()
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    peak = peak_model_bytes(model, SMALL)
-    assert peak == peak_model_bytes(model, SMALL)
-    logits = 2 * 320 * 4
-    assert weights + 2 * 8 * kv_cache_bytes_per_token(model) + logits < peak < weights + 1e6
-    # Tokens after those that are profiled add their cache and nothing else.
-    longer = peak_model_bytes(model, replace(SMALL, new_tokens=54)) - peak_model_bytes(
-        model, replace(SMALL, new_tokens=4)
-    )
-    assert longer == 2 * 50 * kv_cache_bytes_per_token(model)
-    assert peak_model_bytes(model, replace(SMALL, prompt_tokens=64)) > peak
-
-
 def test_the_command_writes_what_it_shows(pair):
     pruned, dense = pair
     arguments = ("--batch", 2, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--quiet")
@@ -114,12 +97,11 @@ def test_the_command_writes_what_it_shows(pair):
     result = BenchResult.from_json((pruned / "bench.json").read_text(), "bench.json")
     assert result.workload == SMALL and result.dense is not None and result.decode is not None
     assert result.dense.size.num_params - result.pruned.size.num_params == 3 * 3 * 64 * 64
-    assert result.pruned.peak_bytes < result.dense.peak_bytes
     costs = result.dense.costs.decode_bytes_per_token, result.pruned.costs.decode_bytes_per_token
     assert result.decode.ideal == pytest.approx(costs[0] / costs[1]) and result.decode.ideal > 1
     assert result.decode.share_of_ideal == pytest.approx(result.decode.measured.median / result.decode.ideal)
     share = [f"{result.decode.share_of_ideal:.0%}"] if result.decode.measured.is_told else [ALIKE]
-    for shown in (f"{result.decode.ideal:.2f}", *share, "peak memory", "decode, tokens/s"):
+    for shown in (f"{result.decode.ideal:.2f}", *share, "decode, tokens/s"):
         assert shown in outcome.stdout
     many = "s" if result.num_threads > 1 else ""
     assert f"cpu, {result.num_threads} thread{many} " in outcome.stdout

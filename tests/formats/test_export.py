@@ -24,8 +24,8 @@ from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
 from secateur.formats.serving import rotary
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.model.config import quiet_transformers
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.stock import quiet_transformers
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from tests.families import tiny_family
 

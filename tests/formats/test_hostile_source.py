@@ -22,7 +22,7 @@ from secateur.files import lies_in
 from secateur.formats.reload_child import runs_own_code
 from secateur.formats.save import OWN_CODE, Verification, save_checkpoint, verify_reload
 from secateur.model.checkpoint import check_in_memory, load_tokenizer, open_checkpoint
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 
 CODE = """
 import os

@@ -116,7 +116,6 @@ def test_the_rule_of_mixtures_of_types() -> None:
 
 MHA = Shape("llama", 32, 1, 1, is_tied=False)
 GQA = Shape("llama", 32, 1, 8, is_tied=False)
-WEIGHED = Shape("llama", 32, 1, 8, is_tied=False, weighed=True)
 FALCON = Shape("falcon", 32, 1, 1, is_tied=False)
 FOUR, EIGHT = (Shape("llama", 32, num_experts, 4, is_tied=False) for num_experts in (4, 8))
 
@@ -124,20 +123,19 @@ FOUR, EIGHT = (Shape("llama", 32, num_experts, 4, is_tied=False) for num_experts
 @pytest.mark.parametrize(
     ("model", "tensor", "file_type", "expected"),
     [
-        (GQA, "attn_v", "iq3_s", "q4_k"),
-        (MHA, "attn_v", "iq3_s", "iq3_s"),
-        (GQA, "attn_v", "iq4_xs", "q5_k"),
-        (MHA, "attn_v", "iq4_xs", "iq4_xs"),
+        (GQA, "attn_v", "q2_k", "q4_k"),
+        (MHA, "attn_v", "q2_k", "q3_k"),
+        (GQA, "attn_v", "q3_k_m", "q5_k"),
+        (GQA, "attn_v", "q6_k", "q6_k"),
         (EIGHT, "attn_v", "q4_k_m", "q8_0"),
         (EIGHT, "attn_output", "q4_k_m", "q5_k"),
         (FOUR, "attn_output", "q4_k_m", "q4_k"),
-        (FOUR, "attn_output", "q3_k_l", "q5_k"),
-        (FALCON, "attn_output", "q3_k_l", "q4_k"),
+        (FOUR, "attn_output", "q3_k_m", "q4_k"),
         (FALCON, "attn_output", "q3_k_m", "q3_k"),
-        (WEIGHED, "ffn_down", "q4_0", "q4_1"),
-        (GQA, "ffn_down", "q4_0", "q4_0"),
-        (GQA, "ffn_down", "iq4_xs", "q5_k"),
-        (WEIGHED, "ffn_down", "iq4_xs", "iq4_xs"),
+        (GQA, "ffn_down", "q2_k", "q3_k"),
+        (GQA, "ffn_down", "q3_k_m", "q5_k"),
+        (FALCON, "ffn_down", "q3_k_m", "q5_k"),
+        (GQA, "ffn_down", "q4_k_m", "q6_k"),
     ],
 )
 def test_types_of_single_tensors(model: Shape, tensor: str, file_type: str, expected: str) -> None:

@@ -44,7 +44,7 @@ def copy(request, results, tmp_path) -> Path:
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
     """Files alone; the reload takes a process of its own."""
-    monkeypatch.setattr("secateur.formats.verify._reload", lambda _: Verification(0.0, ""))
+    monkeypatch.setattr("secateur.formats.save._reload", lambda _: Verification(0.0, ""))
 
 
 def files_of(directory: Path) -> list[str]:

@@ -44,7 +44,7 @@ def batches_of(text: dict[str, torch.Tensor]) -> list[Batch]:
 
 
 def method(**changes) -> Method:
-    plain = {"score": "obs", "obs_batch": 8, "compensate": "none", "damping": 1e-2, "damping_factors": (1.0,)}
+    plain = {"score": "obs", "compensate": "none", "damping": 1e-2, "damping_factors": (1.0,)}
     return Method(**plain | {"target_mix": 0.0, "weighting": "energy"} | changes)
 
 
@@ -252,15 +252,15 @@ FEW = {name: ids[:1, :2] for name, ids in TEXT.items()}  # four tokens, so that 
 def test_channels_of_every_expert_go_as_the_reference_says(weighting: str, compensate: str, text) -> None:
     model = tiny_family("mixtral")
     before, group = copy.deepcopy(model), group_of(model, "expert_ffn", 1)
-    settings = method(weighting=weighting, compensate=compensate, obs_batch=16)
-    keep_EK, line = prune_expert_channels(Task(walk_to(model, 1, text), group, 80, settings, SHARES, 0))
+    settings = method(weighting=weighting, compensate=compensate)
+    keep_EK, line = prune_expert_channels(Task(walk_to(model, 1, text), group, 60, settings, SHARES, 0))
 
     own = Layer(before, 1, text)
     energy = {name: float(own.routing(name)[2].sum()) for name in TEXT}
     assert (0 in sum(own.routing(name)[0] for name in TEXT)) == (text is FEW)
     assert line["output_energy"] == pytest.approx(energy, rel=1e-4)
     factors = {name: reference.domain_factor(weighting, SHARES[name], energy[name]) for name in TEXT}
-    change = np.zeros((6, 48, 80))
+    change = np.zeros((6, 48, 60))
     for expert in range(6):
         routed = {name: own.routed(name, expert)[1:] for name in TEXT}
         (x_TF,) = reference.pooled(routed, factors)
@@ -268,7 +268,7 @@ def test_channels_of_every_expert_go_as_the_reference_says(weighting: str, compe
         gram_FF = reference.shrunk(x_TF.T @ x_TF, everyone_TF.T @ everyone_TF, len(x_TF))
         ridge_F = reference.ridge(gram_FF, 1e-2)
         reader_DF, units = own.reader(expert), [[channel] for channel in range(CHANNELS)]
-        gone = reference.greedy_obs(reader_DF, gram_FF + np.diag(ridge_F), units, 80, 16)
+        gone = reference.greedy_obs(reader_DF, gram_FF + np.diag(ridge_F), units, 60, 32)
         keep = sorted(set(range(CHANNELS)) - {channel for each in gone for channel in each})
         assert keep_EK[expert].tolist() == keep
         root_FF = np.linalg.cholesky(gram_FF + 1e-12 * np.trace(gram_FF) * np.eye(CHANNELS)).T

@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from secateur.errors import NumericsError
 from secateur.methods.budget import MAX_LEVELS, level_grid
-from secateur.methods.profile import ProfileSettings, _Refit, first_blocks, profile
+from secateur.methods.profile import PROBE_BLOCKS, ProfileSettings, _Refit, first_blocks, profile
 from secateur.model.bind import bind
 from secateur.model.group import linear
 from secateur.stream.walk import Batch, make_batches
@@ -22,10 +22,8 @@ SETTINGS = ProfileSettings(
     weighting="energy",
     shares=SHARES,
     damping=1e-6,
-    obs_batch=32,
     align=16,
     perturbation=0.3,
-    probe_blocks=3,
 )
 
 
@@ -128,7 +126,7 @@ def test_slopes_equal_measured_kl_over_error(case):
         level = 80 if group.name == "ffn" else 1  # nearest to 0.7 x 112, and to 0.7 x 2 below 2
         error = found.errors[found.levels.index(level)]
         for domain in SHARES:
-            model, ids_BT = copy.deepcopy(before), ids_of(domain)[: SETTINGS.probe_blocks]
+            model, ids_BT = copy.deepcopy(before), ids_of(domain)[:PROBE_BLOCKS]
             dense = run(model, reader_of(model, group), ids_BT)[0]
             refit_into(reader_of(model, group), refits[key], level)
             pruned = run(model, reader_of(model, group), ids_BT)[0]

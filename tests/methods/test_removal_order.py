@@ -386,7 +386,7 @@ def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
 
 def test_the_law_goes_through_both_measured_points(narrow):
     model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"]
-    law = channel_law(model, arch, batches, 1, 0.6, 1e-3, lambda compute: compute())
+    law = channel_law(model, arch, batches, 1, 0.6, 1e-3)
     fitted, judged = [batch for batch in batches if batch.first_block >= 2], batches[:1]
     num_fit = math.ceil(4 * 112 / 32)
     shares = [dict.fromkeys(range(3), 1 - share) for share in (0.6, 0.3)]

@@ -24,7 +24,7 @@ FIT, ERROR = 1e-3, 1e-4
 
 
 def method(**changes) -> Method:
-    settings = {"score": "obs", "obs_batch": None, "compensate": "least_squares", "damping": 1e-3}
+    settings = {"score": "obs", "compensate": "least_squares", "damping": 1e-3}
     return Method(**settings | {"damping_factors": (1.0,), "target_mix": 0.0, "weighting": "energy"} | changes)
 
 
@@ -359,8 +359,8 @@ def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensat
         if index == 0:
             walk.advance(0)
         of_dense.advance(index)
-    settings = method(compensate=compensate, target_mix=mix, obs_batch=8, damping=1e-2, damping_factors=(10.0, 1.0))
-    keep, line = prune_channels(Task(walk, group, 80, settings, SHARES, 0))
+    settings = method(compensate=compensate, target_mix=mix, damping=1e-2, damping_factors=(10.0, 1.0))
+    keep, line = prune_channels(Task(walk, group, 60, settings, SHARES, 0))
 
     reader = before.model.layers[1].mlp.down_proj
     parts = {n: observed(before, ids, 1) for n, ids in TEXT.items()}
@@ -379,9 +379,9 @@ def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensat
     )
     own = Reference(case, "energy")
     hessian_FF = own.gram_FF + np.diag(reference.ridge(own.gram_FF, 1e-2))
-    gone = reference.greedy_obs(own.weight_HF, hessian_FF, [[unit] for unit in range(112)], 80, 8)
+    gone = reference.greedy_obs(own.weight_HF, hessian_FF, [[unit] for unit in range(112)], 60, 32)
     columns = sorted(set(range(112)) - {unit for each in gone for unit in each})
-    assert keep.tolist() == columns and line["kept"] == 80
+    assert keep.tolist() == columns and line["kept"] == 60
     now = model.model.layers[1].mlp.down_proj
     old_HS, bias_H = own.weight_HF[:, columns], reader.bias.double().numpy()
     if compensate == "least_squares":

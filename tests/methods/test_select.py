@@ -120,24 +120,22 @@ def test_scores_are_their_formulae_over_weighted_domains(case: Reader, weighting
 
 
 @pytest.mark.parametrize(
-    ("asked", "num_columns", "width", "expected"),
+    ("num_columns", "width", "expected"),
     [
-        (None, 112, 1, 32),  # at least 32 columns
-        (None, 1536, 1, 32),
-        (None, 18944, 1, 394),  # a 48th of the columns
-        (None, 18944, 128, 3),
-        (None, 112, 48, 1),  # a unit wider than that goes alone
-        (1, 112, 1, 1),
-        (7, 112, 2, 3),
-        (7, 112, 8, 1),
+        (112, 1, 32),  # at least 32 columns
+        (112, 5, 6),
+        (1536, 1, 32),
+        (18944, 1, 394),  # a 48th of the columns
+        (18944, 128, 3),
+        (112, 48, 1),  # a unit wider than that goes alone
     ],
 )
-def test_so_many_units_go_at_once(asked: int | None, num_columns: int, width: int, expected: int) -> None:
-    assert units_at_once(asked, num_columns, width) == expected
+def test_so_many_units_go_at_once(num_columns: int, width: int, expected: int) -> None:
+    assert units_at_once(num_columns, width) == expected
 
 
 def method(**changes) -> Method:
-    plain = {"score": "obs", "obs_batch": 4, "compensate": "none", "damping": 1e-3, "damping_factors": (1.0,)}
+    plain = {"score": "obs", "compensate": "none", "damping": 1e-3, "damping_factors": (1.0,)}
     return Method(**plain | {"target_mix": 0.0, "weighting": "energy"} | changes)
 
 
@@ -190,20 +188,21 @@ def task_of(num_keep: int, seed: int = 0, **changes) -> tuple[Task, Statistics]:
 
 
 @torch.no_grad()
-def test_obs_is_greedy_in_the_methods_batches_and_ridge() -> None:
-    task, statistics = task_of(60, obs_batch=5, damping=1.0)
+def test_obs_is_greedy_in_batches_and_by_the_methods_ridge() -> None:
+    task, statistics = task_of(60, damping=1.0)
     weight_HF = task.walk.layers[0].mlp.down_proj.weight
-    hessian = damped_gram(statistics.gram, 1.0)
-    expected = greedy_obs(weight_HF, hessian, torch.arange(112)[:, None], 60, 5)
+    expected, one_by_one = (
+        greedy_obs(weight_HF, damped_gram(statistics.gram, 1.0), torch.arange(112)[:, None], 60, batch).keep
+        for batch in (32, 1)
+    )
     found = select(task, statistics)
-    assert torch.equal(found, expected.keep)
-    others = [task_of(60, obs_batch=5), task_of(60, obs_batch=1, damping=1.0)]
-    assert not any(torch.equal(select(*each), found) for each in others)
+    assert torch.equal(found, expected) and not torch.equal(found, one_by_one)
+    assert not torch.equal(found, select(*task_of(60)))
 
 
 @torch.no_grad()
-def test_a_batch_of_wide_units_has_as_many_columns_as_asked() -> None:
-    task, statistics = task_of(0, obs_batch=12)
+def test_a_batch_of_wide_units_has_no_more_columns() -> None:
+    task, statistics = task_of(0)
     units = units_of(48, 6)
     segments = Linears((), Axis("self_attn.o_proj", (1,) * 6))
     heads = Group(0, "kv_heads", "heads", "head", 8, 1, segments)
@@ -214,7 +213,7 @@ def test_a_batch_of_wide_units_has_as_many_columns_as_asked() -> None:
     weight_HF = task.walk.layers[0].self_attn.o_proj.weight
     for num_keep in (2, 3, 4):
         found = select(dataclasses.replace(task, group=heads, num_keep=num_keep), statistics)
-        expected = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), num_keep, 2)
+        expected = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), num_keep, 5)
         assert torch.equal(found, expected.keep)
     at_once = greedy_obs(weight_HF, damped_gram(statistics.gram, 1e-3), torch.tensor(units), 2, 8)
     assert not torch.equal(at_once.keep, select(dataclasses.replace(task, group=heads, num_keep=2), statistics))

@@ -23,7 +23,7 @@ from secateur.model.checkpoint import (
     notes_on,
     open_checkpoint,
 )
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.model.tensors import read_tensor, stored_tensors
 from tests.families import tiny_family
 

@@ -28,9 +28,9 @@ from secateur.model.checkpoint import (
     open_checkpoint,
     restore_buffers,
 )
-from secateur.model.config import quiet_transformers
 from secateur.model.group import cut
 from secateur.model.per_layer import record_widths, split_widths
+from secateur.model.stock import quiet_transformers
 
 FFN_WIDTHS = 112, 72, 40, 72
 HEADS = (6, 2), (6, 1), (4, 2), (3, 3)  # query heads, key-value heads; all divide the hidden size, as llama wants

@@ -21,7 +21,7 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.formats import reload_child
 from secateur.model.checkpoint import load_model, meta_model, notes_on, open_checkpoint
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from tests.families import tiny_family
 
 pytest.importorskip("compressed_tensors")

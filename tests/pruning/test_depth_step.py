@@ -137,13 +137,13 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
         model.model.layers[0].self_attn.o_proj.weight *= 0.01
         model.model.layers[0].mlp.down_proj.weight *= 0.01
     monkeypatch.setattr(pruning, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
-    settings = {**small, "depth": 3, "remove": share_of(3), "probe_blocks": 2}
+    settings = {**small, "depth": 3, "remove": share_of(3)}
     secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
     lines = lines_of(tmp_path / "out", "layer")
     assert [line["layer"] for line in lines] == [0, 2, 3]
     assert sorted(line["chosen"] for line in lines) == [1, 2, 3]
-    batches = first_blocks(runs[0].batches(), 2)
-    assert sum(len(batch.ids_BT) for batch in batches) == 4
+    batches = first_blocks(runs[0].batches(), 1)
+    assert sum(len(batch.ids_BT) for batch in batches) == 2
     run = dataclasses.replace(runs[0], model=model, arch=bind(model))
     readers = _narrow_readers(run, run.batches())
     # Nothing is left to the widths here.

@@ -129,7 +129,7 @@ def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
     recipes = {
         "uniform": more,
         "uniform again": more,
-        "curve": {**more, "budget": "curve", "rounds": 2, "probe_blocks": 1},
+        "curve": {**more, "budget": "curve", "rounds": 2},
         "depth": {**more, "remove": 0.35, "depth": 1},
         # Fewer batches than ranks: one rank has no text of a domain, and no held-out text at all.
         "few": {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], "num_tokens": 256}},

@@ -59,7 +59,7 @@ def test_a_family_with_a_norm_behind_its_mlp_cannot_make_up_for_drift():
 
 
 def test_the_method_is_the_recipes():
-    short = {"score": "wanda", "obs_batch": 7, "compensate": "none", "damping": 0.5, "domain_weighting": "tokens"}
+    short = {"score": "wanda", "compensate": "none", "damping": 0.5, "domain_weighting": "tokens"}
     found = method_of(parse_recipe(grouped({**short, "damping_factors": [2.0, 3.0]})))
     assert dataclasses.asdict(found) == {
         **{key: value for key, value in short.items() if key != "domain_weighting"},

@@ -21,7 +21,7 @@ from secateur.formats import importance
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.model.checkpoint import load_tokenizer, open_checkpoint
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.pruning import run, trim
 from secateur.pruning.run import Run
 from secateur.recipe import Domain

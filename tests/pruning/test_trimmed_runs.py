@@ -29,9 +29,9 @@ from secateur.model.kept_tokens import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming
 from secateur.pruning.cost import params_after, polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
-from secateur.pruning.run import too_dear
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
+from secateur.pruning.trimmed import too_dear
 from secateur.recipe import Domain, parse_recipe
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made

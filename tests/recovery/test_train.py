@@ -17,7 +17,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Verdict
 from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
 from secateur.recovery.checkpoints import Checkpoints

@@ -97,7 +97,7 @@ def narrow(model: Any, own: list[Batch]) -> list[Tensor]:
 
 
 def probe(model: Any, own: list[Batch]) -> list[Tensor]:
-    found = Probe(model, bind(model), own, 3)
+    found = Probe(model, bind(model), own)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[:, ::3] = 0
     return [torch.tensor(list(found.kl().values()))]

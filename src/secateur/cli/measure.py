@@ -127,8 +127,8 @@ def export(
         str | None,
         typer.Option(
             "--type",
-            help="For GGUF f32, f16, bf16, q8_0, or, by llama.cpp, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k, ...; by default "
-            "the weights' own type.",
+            help="For GGUF f32, f16, bf16, q8_0, or, by llama.cpp, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k; by default the "
+            "weights' own type.",
         ),
     ] = None,
     importance: Annotated[

@@ -1,6 +1,5 @@
-"""The command `recipe`. The comments that it prints are the docstrings of `secateur.recipe`."""
+"""The command `recipe`. The comments that it prints are the docstrings of keys in `secateur.recipe`."""
 
-import inspect
 import re
 import textwrap
 from collections.abc import Iterator
@@ -9,9 +8,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 import secateur.cli.common as common
-from secateur.recipe import SCORE_NAMES, Domain, RecoverySettings, Strict, parse_recipe, preset_texts
+from secateur.recipe import SCORE_NAMES, Domain, RecoverySettings, parse_recipe, preset_texts
 
 WIDTH = 100
 
@@ -28,46 +28,37 @@ def recipe(
 
 def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
     """Yield YAML with every key under its meaning; a `recover` that is off is a comment."""
-    _, docs = documented(type(values))
     for name, field in type(values).model_fields.items():
         value = getattr(values, name)
         if not indent:
             yield ""
         if isinstance(value, BaseModel) and not indent:
-            about, _ = documented(type(value))
-            yield from [*_comment(about, indent), f"{name}:", *_commented(value, "  ")]
+            yield from [*_comment(about(type(value)), indent), f"{name}:", *_commented(value, "  ")]
         elif name == "recover" and value is None:
-            about, _ = documented(RecoverySettings)
-            yield from _comment(about, indent)
+            yield from _comment(about(RecoverySettings), indent)
             yield from (f"# {line}" for line in (f"{name}:", *_commented(RecoverySettings(), "  ")))
         elif name == "domains":
-            about, keys = documented(get_args(field.annotation)[-1])
-            yield from _comment(about, indent)
-            for key, text in keys.items():
-                yield from _comment(f"{key}: {text}", indent)
+            yield from _comment(about(Domain), indent)
+            for key, of_domain in Domain.model_fields.items():
+                yield from _comment(f"{key}: {meaning(of_domain)}", indent)
             yield f"{indent}{name}:"
             domains: dict[str, Domain] = dict(value)
             yield from (f"{indent}  {each}: {plain_value(domain)}" for each, domain in domains.items())
         else:
             names = SCORE_NAMES if name == "score" else _choices(field.annotation)
             allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""
-            yield from _comment(" ".join(filter(None, [docs.get(name, ""), allowed])), indent)
+            yield from _comment(f"{meaning(field)} {allowed}", indent)
             yield f"{indent}{name}: {plain_value(value)}"
 
 
-def documented(model: type[BaseModel]) -> tuple[str, dict[str, str]]:
-    """Return what a docstring says of the whole, and of each key: `key: text. other, third: text.`
+def about(model: type[BaseModel]) -> str:
+    """Return what a group of keys is for."""
+    return " ".join((model.__doc__ or "").split())
 
-    Keys of a base class are as its docstring says.
-    """
-    keys, about = dict[str, str](), ""
-    for each in (each for each in reversed(model.__mro__) if issubclass(each, Strict) and each is not Strict):
-        text = re.sub(r"\bNone\b", "null", " ".join(inspect.cleandoc(each.__doc__ or "").split()))
-        name = f"`?(?:{'|'.join(each.model_fields)})`?"
-        about, *rest = re.split(rf"(?:^|(?<=\. ))({name}(?:, {name})*): ", text)
-        pairs = zip(rest[::2], rest[1::2], strict=True)
-        keys |= {key.strip("`"): found.strip() for names, found in pairs for key in names.split(", ")}
-    return about.strip(), keys
+
+def meaning(field: FieldInfo) -> str:
+    """Return what a key means, on one line, in words of YAML."""
+    return re.sub(r"\bNone\b", "null", " ".join((field.description or "").split()))
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:

@@ -25,8 +25,7 @@ from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of, head_width, num_kv_heads
-from secateur.model.checkpoint import Tokenizer, eval_mode
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 
 # Conversations written together. A step reads all weights, whatever its rows; on a CPU more than so
 # many rows gain little, since each computes for itself.

@@ -12,8 +12,7 @@ from transformers.utils import chat_template_utils
 
 from secateur.data.forms import Messages, Note, NoText, unheard
 from secateur.errors import CalibrationError
-from secateur.model.checkpoint import Tokenizer
-from secateur.model.config import replaced
+from secateur.model.stock import Tokenizer, replaced
 
 # What templates that ask for the date are told, so that the same chat is the same text on any day: the
 # date that Llama 3.1's writes where it cannot ask.

@@ -35,8 +35,8 @@ from secateur.data.blocks import (
 from secateur.data.forms import Note, Notes
 from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError
-from secateur.log import Progress, silent
-from secateur.model.checkpoint import Tokenizer
+from secateur.log import Progress, silent, steps
+from secateur.model.stock import Tokenizer
 
 CALIBRATION_BLOCKS_PER_HELD_OUT = 9
 # Slightly above the average for English code and prose.
@@ -356,10 +356,8 @@ class Learning:
                 "add a domain of files or installed text."
             )
         counts = {name: count_tokens(counted_documents(blocks), num_rows) for name, blocks in answers.items()}
-        for done, (name, domain) in enumerate(self._domains.items()):
-            progress("count tokens", done, len(self._domains))
+        for name, domain in steps(progress, "count tokens", self._domains.items()):
             counts[name] = count_tokens((ids_T for _, ids_T in domain.all_learning(most)), num_rows)
-        progress("count tokens", len(self._domains), len(self._domains))
         return counts
 
     def digests(self, num_counted: int = 0) -> set[bytes]:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import decoders
 
 from secateur.data.blocks import Block, Text, blocks_of
-from secateur.model.checkpoint import Tokenizer
+from secateur.model.stock import Tokenizer
 from secateur.model.token_bytes import decoder_steps
 
 HALF = "\N{REPLACEMENT CHARACTER}"

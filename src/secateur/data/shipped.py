@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from secateur.data.blocks import Block
-from secateur.model.checkpoint import Tokenizer
+from secateur.model.stock import Tokenizer
 
 
 @cache

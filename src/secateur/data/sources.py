@@ -32,7 +32,7 @@ from secateur.data.forms import Note, NoText, content_of, prompt_of, unheard
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.data.shipped import shipped
 from secateur.errors import CalibrationError, one_line, web_address
-from secateur.model.checkpoint import Tokenizer
+from secateur.model.stock import Tokenizer
 from secateur.plugins import GENERAL_TEXT, general_text
 
 MIN_SOURCE_BYTES = 2000

@@ -4,9 +4,6 @@ In: model references and a workload. Out: a `BenchResult`, saved as `bench.json`
 the configs can tell is checked before any weights are read.
 """
 
-import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +12,17 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from secateur.errors import RecipeError
 from secateur.facts import Size, Workload
-from secateur.files import staged_file
-from secateur.log import Progress, silent, versions
-from secateur.methods.prices import kv_cache_bytes_per_token, least_costs
+from secateur.files import write_text
+from secateur.log import Progress, silent, steps, versions
+from secateur.methods.prices import least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
-from secateur.model.config import replaced
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
+from secateur.model.stock import replaced
 from secateur.ranks import device_called
 from secateur.report.measured import BenchResult, ModelFigures, Speed, SpeedUp, Spread
 from secateur.result_directory import BENCH_FILE
@@ -34,7 +30,6 @@ from secateur.stream.device import now
 
 # Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
-PROFILED_TOKENS = 4
 
 
 def bench(
@@ -74,19 +69,15 @@ def bench(
     result = _bench(checkpoints, workload, place, progress)
     result = replace(result, notes=(*notes, *result.notes))
     if is_result(Path(model)):
-        with staged_file(Path(model, BENCH_FILE), overwrite=True) as staged:
-            staged.write_text(result.to_json(), encoding="utf-8")
+        write_text(Path(model, BENCH_FILE), result.to_json())
     return result
 
 
 def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.device, progress: Progress) -> BenchResult:
-    models, peaks = list[PreTrainedModel](), list[int]()
-    for done, checkpoint in enumerate(checkpoints):
-        progress("load", done, len(checkpoints))
+    models = list[PreTrainedModel]()
+    for checkpoint in steps(progress, "load", checkpoints):
         models.append(load_model(checkpoint))
         torch.nn.Module.to(models[-1], device)
-        peaks.append(peak_model_bytes(models[-1], workload))
-    progress("load", len(checkpoints), len(checkpoints))
     runners = [transformers_runner(model, workload) for model in models]
     runs = take_turns(runners, workload.repeats, progress)
 
@@ -97,9 +88,8 @@ def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.devi
             size=Size.of(model),
             costs=least_costs(model, workload),
             speed=speed(of_model, workload),
-            peak_bytes=peak,
         )
-        for checkpoint, model, of_model, peak in zip(checkpoints, models, runs, peaks, strict=True)
+        for checkpoint, model, of_model in zip(checkpoints, models, runs, strict=True)
     ]
     pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
     prefill = decode = None
@@ -229,35 +219,3 @@ def _generate(model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: 
         )
     assert len(clock.times) == new_tokens
     return [seconds - start for seconds in clock.times]
-
-
-def peak_model_bytes(model: PreTrainedModel, workload: Workload) -> int:
-    """Return weights, buffers and the most that a run allocates beyond them, with the cache.
-
-    Prompt and first new tokens are measured; the cache of later tokens is added.
-    """
-    measured = replace(workload, new_tokens=min(workload.new_tokens, PROFILED_TOKENS))
-    runner = transformers_runner(model, measured)
-    resident = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    run = _cuda_bytes(runner, model.device) if model.device.type == "cuda" else _cpu_bytes(runner)
-    later_tokens = workload.batch * (workload.new_tokens - measured.new_tokens)
-    return resident + run + later_tokens * kv_cache_bytes_per_token(model)
-
-
-def _cuda_bytes(runner: Runner, device: torch.device) -> int:
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _cpu_bytes(runner: Runner) -> int:
-    # Not resident memory: pages that the C library retains hide what this run needs.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to the user's terminal
-    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as scratch:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            runner()
-        trace = Path(scratch, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_bytes())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")

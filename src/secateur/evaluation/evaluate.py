@@ -16,7 +16,7 @@ from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
 from secateur.evaluation.text import check_length, has_recipe, named_blocks, recipe_blocks
-from secateur.files import staged_file
+from secateur.files import write_text
 from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import load_tokenizer
 from secateur.model.identity import check_dense, is_result, name_of
@@ -144,8 +144,7 @@ def evaluate(
         own_answers=scores.answers,
     )
     if is_first():
-        with staged_file(directory / EVALUATION_FILE, overwrite=True) as staged:
-            staged.write_text(evaluation.to_json(), encoding="utf-8")
+        write_text(directory / EVALUATION_FILE, evaluation.to_json())
     return evaluation
 
 

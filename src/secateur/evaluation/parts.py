@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import Blocks, Text, blocks_of
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
-from secateur.facts import Judgement, Verdict, standard_error
+from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
@@ -39,7 +40,7 @@ from secateur.stream.device import on_device
 from secateur.stream.judge import OTHER, ToJudge, digest_of
 
 Part = dict[str, Any]
-KL = Callable[[], dict[str, Verdict]]
+KL = Callable[[], Verdicts]
 # What a conversation may have; how many are asked at a time follows from it.
 SPEAKER_TOKENS = 512
 
@@ -193,10 +194,7 @@ def judge_of_kl(store: Store, dense: Subject, pruned: Subject, text: Mapping[str
         model = pruned.model()
         return text_model(model)(input_ids=ids_BT.to(model.device), use_cache=False).logits
 
-    def measured() -> Part:
-        verdicts = {} if judge is None else judge.verdicts(logits)
-        return {domain: dataclasses.asdict(verdict) for domain, verdict in verdicts.items()}
+    def measured() -> Verdicts:
+        return {} if judge is None else judge.verdicts(logits)
 
-    return lambda: {
-        domain: Verdict(**part) for domain, part in store.value("kl", measured, depends_on=depends_on).items()
-    }
+    return partial(store.value, "kl", measured, kind=Verdicts, depends_on=depends_on)

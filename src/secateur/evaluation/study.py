@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record
-from secateur.files import staged_file
+from secateur.files import write_text
 from secateur.recipe import Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
 from secateur.report.measured import Change, change, mean_change
 from secateur.report.page import Table
@@ -240,8 +240,7 @@ def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
     dumped = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
     tables = _markdown(study, list(comparison.cells))
     for name, text in {"study.yaml": dumped, "results.json": comparison.to_json(), "table.md": tables}.items():
-        with staged_file(out / name, overwrite=True) as staged:
-            staged.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
 
 
 def comparison_table(comparison: Comparison) -> Tables:

@@ -13,7 +13,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import RecipeError, advice, one_line
-from secateur.model.config import quiet_transformers, replaced
+from secateur.model.stock import quiet_transformers, replaced
 
 DEFAULT_CONFIG = "default"
 
@@ -118,7 +118,7 @@ def quiet_harness() -> Iterator[None]:
         datasets.disable_progress_bars()
         try:
             api: Any = lm_eval.api
-            with replaced(vars(api.model), "tqdm", _no_bar), replaced(vars(api.task), "tqdm", _no_bar):
+            with replaced(vars(api.model), "tqdm", NO_BAR), replaced(vars(api.task), "tqdm", NO_BAR):
                 yield
         finally:
             logger.setLevel(level)
@@ -126,8 +126,27 @@ def quiet_harness() -> Iterator[None]:
                 datasets.enable_progress_bars()
 
 
-def _no_bar(items: Any, **_: Any) -> Any:
-    return items
+class Bar:
+    """Stands for tqdm in the harness: draws nothing, and tells `progress` of each request that is done."""
+
+    def __init__(
+        self, progress: Callable[[int, int], None], items: Iterable[Any] = (), total: int = 0, **_: Any
+    ) -> None:
+        self.progress, self.items, self.total, self.done = progress, items, total, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def update(self, num: int = 1) -> None:
+        """Count what is done."""
+        self.done += num
+        self.progress(self.done, self.total)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+NO_BAR = partial(Bar, lambda done, total: None)
 
 
 @cache
@@ -136,35 +155,6 @@ def task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def simple_evaluate(**arguments: Any) -> dict[str, Any]:
-    """Call `lm_eval.simple_evaluate` without its report on machine and git commit."""
-    import tqdm
-    from lm_eval import evaluator
-
-    run: Any = evaluator.simple_evaluate
-    with (
-        replaced(vars(evaluator), "add_env_info", lambda storage: None),
-        replaced(vars(evaluator), "get_git_commit_hash", lambda: None),
-        replaced(vars(tqdm), "tqdm", _no_bar),
-    ):
-        return run(**arguments)
-
-
-def reporting_bar(progress: Callable[[int, int], None]) -> Any:
-    """Return what stands for tqdm in the harness's model: it tells of each request that is done."""
-    import tqdm
-
-    bar: Any = tqdm.tqdm
-
-    class Reporting(bar):
-        def update(self, n: int = 1) -> None:
-            self.n += n
-            progress(self.n, self.total)
-
-    made: Any = Reporting
-    return partial(made, file=io.StringIO())
 
 
 FEW_SHOT_SPLITS = {"train", "dev"}
@@ -333,13 +323,22 @@ def run_task(
 ) -> dict[str, Any]:
     """Return the harness's result of one task, plus each question's score in `item_scores`."""
     with quiet_harness():
+        import tqdm
+        from lm_eval import evaluator
         from lm_eval.models import huggingface
 
         harness: Any = huggingface.HFLM
+        run: Any = evaluator.simple_evaluate
         wrapper = harness(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
         _check_room(task, wrapper)
-        with replaced(vars(huggingface), "tqdm", reporting_bar(progress)):
-            found = simple_evaluate(
+        # Without its report on machine and git commit.
+        with (
+            replaced(vars(evaluator), "add_env_info", lambda storage: None),
+            replaced(vars(evaluator), "get_git_commit_hash", lambda: None),
+            replaced(vars(tqdm), "tqdm", NO_BAR),
+            replaced(vars(huggingface), "tqdm", partial(Bar, progress)),
+        ):
+            found = run(
                 model=wrapper,
                 tasks=[task],
                 num_fewshot=options.num_fewshot,

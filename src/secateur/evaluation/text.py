@@ -16,7 +16,7 @@ from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.kept_tokens import Trim
-from secateur.recipe import RECIPE_FILE, Calibration, Domain, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, Calibration, Domain, as_recipe
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
 
@@ -47,7 +47,7 @@ def recipe_blocks(
             f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "
             "--domain NAME[=FILE] or --tasks."
         )
-    recipe = parse_recipe(load_recipe(path), f"recipe {path}")
+    recipe = as_recipe(path)
     if recipe.calibration.num_tokens is None:
         raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
     split = run_text_again(directory, recipe, tokenizer, progress)
@@ -107,7 +107,7 @@ def _run_learnt(
     path = directory / RECIPE_FILE
     if text_facts(directory) is None or not has_recipe(directory):
         return None
-    recipe = parse_recipe(load_recipe(path), f"recipe {path}")
+    recipe = as_recipe(path)
     asked = [domain.source for domain in domains.values()]
     files = any(key == "files" for key, _ in asked)
     same = {

@@ -34,7 +34,8 @@ from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require
 from secateur.formats.serving import GgufSpec, gguf_family, gguf_family_of, layer_widths, num_experts, rotary
 from secateur.log import Progress, silent
 from secateur.model.bind import head_width
-from secateur.model.checkpoint import Checkpoint, Tokenizer, check_weights, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.stock import Tokenizer
 from secateur.plugins import EXPORTER_GROUP, look_up
 
 
@@ -352,7 +353,7 @@ def export(
     with staged_file(file, overwrite=overwrite) as staged:
         write(checkpoint, staged, type_name, progress)
         num_bytes, found = staged.stat().st_size, None
-        stored = stored_types(staged, checkpoint, type_name, weighed=importance) if by_llama_cpp else ({}, 0.0)
+        stored = stored_types(staged, checkpoint, type_name) if by_llama_cpp else ({}, 0.0)
         if is_gguf and check is not False and have_llama_cpp():
             progress("check", 0, 1)
             found = check_gguf(staged, checkpoint, type_name)

@@ -201,18 +201,12 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
     ]
 
 
-def stored_types(
-    file: Path, checkpoint: Checkpoint, file_type: str, *, weighed: bool = False
-) -> tuple[dict[str, int], float]:
-    """Return the numbers in a file of `QUANTISED`, by type, and the share in a wider one than chosen.
-
-    `weighed`: an importance matrix was there.
-    """
+def stored_types(file: Path, checkpoint: Checkpoint, file_type: str) -> tuple[dict[str, int], float]:
+    """Return the numbers in a file of `QUANTISED`, by type, and the share in a wider one than chosen."""
     import gguf
 
     tensors = gguf.GGUFReader(file).tensors
     shape = _shape_of(checkpoint.config, gguf_family(checkpoint), [tensor.name for tensor in tensors])
-    shape = replace(shape, weighed=weighed)
     counts: Counter[str] = Counter()
     num_wider = 0
     for tensor in tensors:

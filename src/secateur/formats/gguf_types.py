@@ -17,50 +17,33 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError
 from secateur.formats.serving import layer_widths, num_experts
 
-# File type -> the type of most of its tensors. Left out are the types that need an importance matrix.
+# File type -> the type of most of its tensors: those whose quality was measured. llama.cpp makes all others of an f16.
 QUANTISED = {
     "q6_k": "q6_k",
     "q5_k_m": "q5_k",
-    "q5_k_s": "q5_k",
-    "q5_1": "q5_1",
-    "q5_0": "q5_0",
     "q4_k_m": "q4_k",
-    "q4_k_s": "q4_k",
-    "q4_1": "q4_1",
-    "q4_0": "q4_0",
-    "iq4_nl": "iq4_nl",
-    "iq4_xs": "iq4_xs",
-    "q3_k_l": "q3_k",
     "q3_k_m": "q3_k",
-    "q3_k_s": "q3_k",
-    "iq3_m": "iq3_s",
-    "iq3_s": "iq3_s",
     "q2_k": "q2_k",
 }
 # What a tensor gets whose rows are no multiple of its type's block, 256; else f16.
-_WIDER = {"iq3_s": "iq4_nl", "iq4_xs": "iq4_nl", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1"}
-_WIDER |= {"q6_k": "q8_0"}
+_WIDER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _NOT_QUANTISED = re.compile(r"_norm\.weight$|\.ffn_gate_inp|^position_embd\.|(?<!weight)$")
 _VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
 # With eight experts attention's output, which is small, gets more bits.
-_MORE_BITS_OF_EIGHT = {"q2_k", "q3_k_s", "q3_k_m", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "q4_k_s", "q4_k_m"}
+_MORE_BITS_OF_EIGHT = {"q2_k", "q3_k_m", "q4_k_m"}
 # Those of llama.cpp's architectures in which 80 layers mean 70B, unless every head has its own keys.
 _SEVENTY_B = {"llama", "deci", "olmo", "qwen2"}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the rule asks of a model. `queries`: of one KV head, in the first layer.
-
-    `weighed`: the quantiser has an importance matrix.
-    """
+    """What the rule asks of a model. `queries`: of one KV head, in the first layer."""
 
     architecture: str
     num_layers: int
     num_experts: int
     queries: int
     is_tied: bool
-    weighed: bool = False
 
     @classmethod
     def of(cls, config: PreTrainedConfig, architecture: str, *, is_tied: bool, latent: bool) -> "Shape":
@@ -109,45 +92,27 @@ def _more_bits(layer: int, num_layers: int) -> bool:
 
 
 def _of_values(layer: int, model: Shape, file_type: str) -> str | None:
-    shared = model.queries >= 4
-    by_type = {
-        "q2_k": "q4_k" if shared else "q3_k",
-        "iq3_s": "q4_k" if shared else None,
-        "iq3_m": "q4_k",
-        "q3_k_m": "q5_k" if layer < 2 else "q4_k",
-        "q3_k_l": "q5_k",
-        "q4_k_s": "q5_k" if layer < 4 else None,
-    }
-    by_type |= dict.fromkeys(("iq4_nl", "iq4_xs"), "q5_k" if shared else None)
+    by_type = {"q2_k": "q4_k" if model.queries >= 4 else "q3_k", "q3_k_m": "q5_k" if layer < 2 else "q4_k"}
     by_type |= dict.fromkeys(("q4_k_m", "q5_k_m"), "q6_k" if _more_bits(layer, model.num_layers) else None)
     return by_type.get(file_type)
 
 
 def _of_ffn_readers(layer: int, model: Shape, file_type: str) -> str | None:
     more, is_falcon = _more_bits(layer, model.num_layers), model.architecture == "falcon"
-    first, earliest = layer < model.num_layers // 8, layer < model.num_layers // 16
+    earliest = layer < model.num_layers // 16
     by_type = {
         "q2_k": "q3_k",
         "q3_k_m": "q5_k" if earliest else "q4_k" if more or not is_falcon else None,
-        "iq3_m": "q4_k" if first or (model.num_experts == 8 and more) else None,
-        "q3_k_l": "q4_k" if is_falcon else "q5_k",
         "q4_k_m": ("q6_k" if earliest or not is_falcon else "q5_k") if more else None,
         "q5_k_m": "q6_k" if more else None,
-        "q4_k_s": "q5_k" if first and not is_falcon else None,
     }
-    if model.weighed:
-        by_type |= {"q4_0": "q4_1", "q5_0": "q5_1"} if first else {}
-    else:
-        by_type |= dict.fromkeys(("iq4_nl", "iq4_xs"), "q5_k" if first else None)
     return by_type.get(file_type)
 
 
 def _of_attention_readers(model: Shape, file_type: str) -> str | None:
-    if model.architecture == "falcon":
-        return "q4_k" if file_type == "q3_k_l" else None
     if model.num_experts == 8:
         return "q5_k" if file_type in _MORE_BITS_OF_EIGHT else None
-    return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}.get(file_type)
+    return {"q2_k": "q3_k", "q3_k_m": "q4_k"}.get(file_type) if model.architecture != "falcon" else None
 
 
 def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str:

@@ -19,7 +19,7 @@ from secateur.log import Progress
 from secateur.methods.prices import sequence_length
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
-from secateur.recipe import RECIPE_FILE, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, as_recipe
 from secateur.stream.walk import make_batches
 
 NUM_TOKENS = 16_384  # of all domains together
@@ -37,7 +37,7 @@ def importance_of(
     domains. Raises CalibrationError or RecipeError for text that cannot be read.
     """
     path = checkpoint.directory / RECIPE_FILE
-    recipe = parse_recipe(load_recipe(path) if path.is_file() else {}, f"recipe {path}")
+    recipe = as_recipe(path if path.is_file() else None)
     length = sequence_length(recipe.calibration.sequence_length, checkpoint.config)
     num_tokens = recipe.calibration.num_tokens or NUM_TOKENS
     recipe = recipe.filled(calibration={"sequence_length": length, "num_tokens": num_tokens})

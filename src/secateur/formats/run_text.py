@@ -10,7 +10,7 @@ from pathlib import Path
 from secateur.data.pool import Allotted, Amounts, Split, TextPool, judging_tokens
 from secateur.facts import parse_json
 from secateur.log import Progress
-from secateur.model.checkpoint import Tokenizer
+from secateur.model.stock import Tokenizer
 from secateur.recipe import Recipe
 from secateur.result_directory import RESULT_FILE
 

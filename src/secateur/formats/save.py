@@ -31,15 +31,17 @@ from torch import Tensor, tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, SecateurError
+from secateur.facts import Record
 from secateur.files import disk_errors, lies_in, parse_size
-from secateur.log import Progress
+from secateur.log import Progress, silent
 from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, left_aside, load_model, load_tokenizer, open_checkpoint
-from secateur.model.config import quiet_transformers, replaced
 from secateur.model.kept_tokens import KeptTokens
 from secateur.model.modules import text_model
+from secateur.model.stock import quiet_transformers, replaced
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
+from secateur.result_directory import RESULT_FILE, Mismatch, mismatches, read_digests
 
 # Files of a model directory that saving does not write anew.
 _SIDE_FILES = """
@@ -342,7 +344,7 @@ def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
         perplexity = _perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), ids)
         greedy = _greedy(model, ids[:NUM_PROMPT])
     check = _against_transformers(checkpoint, ids, perplexity, greedy)
-    _refuse(checkpoint, check, *LIMITS.get(type_name.removeprefix("i")[:2], EXACT))
+    _refuse(checkpoint, check, *LIMITS.get(type_name[:2], EXACT))
     return check
 
 
@@ -449,3 +451,64 @@ def _parts(stored: dict[str, StoredTensor]) -> Shapes:
         if match := _IN_LAYER.fullmatch(name):
             found.setdefault(match[1], set()).add(each.shape)
     return found
+
+
+RELOAD_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Verified(Record):
+    """What was checked. `mismatches`: empty if all is as it was written.
+
+    `num_bytes`: of the files that match. `max_abs_difference`: of logits, stock transformers
+    against `secateur.load`; None, as is the text, if files do not match, so that nothing is loaded.
+    """
+
+    directory: str
+    num_files: int
+    num_bytes: int
+    mismatches: tuple[Mismatch, ...]
+    max_abs_difference: float | None
+    generated_text: str | None
+
+
+def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
+    """Check a result against the sha256 of its files, and that stock transformers reloads it.
+
+    `result`: a directory that `prune` or `recover` wrote. `progress`: called with (stage, done,
+    total). Nothing is loaded unless all files match; code in the directory runs only if it is the
+    package's own modelling file.
+
+    Returns a `Verified`; its `mismatches` say what is not as it was written: changed, missing or
+    added files, tensors that are missing, untied or not finite, other logits than `secateur.load`.
+
+    Raises CheckpointError if `result` is no result, or one without digests.
+    """
+    directory = Path(result)
+    digests = read_digests(directory)
+    if digests is None:
+        damaged = Mismatch(RESULT_FILE, "the bytes that were written", "others, so no digest can be trusted")
+        return Verified(str(result), 0, 0, (damaged,), None, None)
+    wrong = tuple(mismatches(directory, digests, progress))
+    whole = [directory / name for name in digests.keys() - {each.what for each in wrong}]
+    proof = None
+    if not wrong:
+        progress("reload", 0, 1)
+        try:
+            proof = _reload(directory)
+        except SecateurError as error:
+            wrong = (Mismatch("reload", "the model that secateur.load gives", str(error)),)
+        progress("reload", 1, 1)
+    figures = (proof.max_abs_difference, proof.generated_text) if proof else (None, None)
+    return Verified(str(result), len(whole), sum(file.stat().st_size for file in whole), wrong, *figures)
+
+
+@torch.inference_mode()
+def _reload(directory: Path) -> Verification:
+    """Compare stock transformers in a fresh process with the model here. Raises CheckpointError."""
+    model = load_model(open_checkpoint(directory), mapped=True)
+    ids_1T = torch.arange(1, RELOAD_TOKENS + 1)[None] % model.config.get_text_config().vocab_size
+    logits_1TV = text_model(model)(input_ids=ids_1T, use_cache=False).logits
+    if not logits_1TV.isfinite().all():
+        raise CheckpointError(f"{directory}: its logits hold NaN or infinity.")
+    return verify_reload(directory, ids_1T, logits_1TV)

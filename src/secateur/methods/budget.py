@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from secateur.errors import RecipeError
@@ -48,6 +48,11 @@ class Prices:
         what = " and ".join(["layers"] * (taken > self.tokens) + ["tokens"] * bool(self.tokens))
         what = f" that the {what} left" if what else self.what
         return dataclasses.replace(self, total=self.total - taken, tokens=0, what=what)
+
+
+def params_of(groups: Iterable[Group]) -> int:
+    """Return the parameters of all units of the groups."""
+    return sum(group.num_units * group.params_per_unit for group in groups)
 
 
 def params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
@@ -107,7 +112,7 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
     missing = remove * prices.total
     for position, name in enumerate(names):
         left = [group for group in groups if group.name in names[position:]]
-        keep_share = 1 - missing / sum(group.num_units * group.params_per_unit for group in left)
+        keep_share = 1 - missing / params_of(left)
         members = tuple(group for group in left if group.name == name)
         is_last = position == len(names) - 1
         for group in members:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import NumericsError
 from secateur.stream.device import float64_device
-from secateur.stream.statistics import Decide, Gram, Measurement, exact_product_precision, here, ridge_of, totals
+from secateur.stream.statistics import Gram, Measurement, decided, exact_product_precision, ridge_of, totals
 
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
@@ -26,7 +26,6 @@ class Method:
     """How units are chosen and readers repaired: numbers, and names as in recipes."""
 
     score: str
-    obs_batch: int | None
     compensate: str
     damping: float
     damping_factors: tuple[float, ...]
@@ -170,32 +169,30 @@ class Repair:
     condition: float | None = None
 
 
-def repair(
-    reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], method: Method, decide: Decide = here
-) -> Repair:
+def repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], method: Method) -> Repair:
     """Return the repair that the method asks for; an empty one if every column stays."""
     if len(columns) == reader.in_features:
         return Repair()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if method.compensate == "least_squares":
-        return _least_squares(weight_HF, dtype, measured, columns, method, decide)
+        return _least_squares(weight_HF, dtype, measured, columns, method)
     unchanged_HS = torch.zeros_like(weight_HF[:, columns])
     if method.compensate == "none":
         return Repair(guard=_judge(weight_HF, columns, measured, unchanged_HS, None, 0.0))
-    shift_H = decide(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
+    shift_H = decided(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
     judged = _judge(weight_HF, columns, measured, unchanged_HS, shift_H, 0.0)
     return Repair(bias_H=judged.step * shift_H, guard=judged)
 
 
 def _least_squares(
-    weight_HF: Tensor, dtype: torch.dtype, measured: Measurement, columns: Tensor, method: Method, decide: Decide
+    weight_HF: Tensor, dtype: torch.dtype, measured: Measurement, columns: Tensor, method: Method
 ) -> Repair:
     """Fit with each damping of the grid; return the one with the least held-out error."""
     mix = method.target_mix if measured.pooled.cross_FH is not None else 0.0
     gram, best, best_error = measured.pooled.gram, Repair(), torch.inf
     for factor in method.damping_factors:
         damping, cross_FH = method.damping * factor, measured.pooled.cross_FH
-        fit = decide(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
+        fit = decided(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
         # The guard judges the weights as stored, rounding included.
         old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
         judged = _judge(weight_HF, columns, measured, new_HS - old_HS, None, mix)

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
-from secateur.log import Progress, silent
+from secateur.log import Progress, silent, steps
 from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
 from secateur.model.group import linear
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
-from secateur.stream.statistics import Decide, Gram, here, keep_highest, sum_over_ranks, totals
+from secateur.stream.statistics import Gram, decided, keep_highest, sum_over_ranks, totals
 from secateur.stream.walk import LAYERS_AT_ONCE, Batch, Walk, at_hand
 
 # Keys of transformers' mixtures: the layers with an FFN, those with experts; how many come before experts.
@@ -65,9 +65,7 @@ def _renumber(config: Any, kept: list[int], num_layers: int) -> None:
 
 
 @torch.no_grad()
-def fold_patch(
-    model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float, decide: Decide = here
-) -> Guard:
+def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float) -> Guard:
     """Fit the layer before `layer` to what `layer` adds. Call it before `remove_layers`.
 
     With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the
@@ -99,7 +97,7 @@ def fold_patch(
     sum_over_ranks(gram, cross_FD)
     with at_hand(layers[layer - 1]):
         every_F = torch.arange(reader.in_features, device=reader.weight.device)
-        fit = decide(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
+        fit = decided(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
         # The guard judges the weights as stored, rounding included.
         change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
         judged = _judge(held_out, change_DF)
@@ -114,7 +112,6 @@ def narrow_readers(
     batches: list[Batch],
     shares: Sequence[Mapping[int, float]],
     damping: float | None,
-    decide: Decide = here,
     progress: Progress = silent,
 ) -> list[dict[int, Tensor]]:
     """Return narrow models: by layer, the FFN reader's weight with some columns zero.
@@ -126,8 +123,7 @@ def narrow_readers(
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
     found: list[dict[int, Tensor]] = [{} for _ in shares]
-    for index in range(arch.num_layers):
-        progress("fit narrow layers", index, arch.num_layers)
+    for index in steps(progress, "fit narrow layers", range(arch.num_layers)):
         if any(index in each for each in shares):
             with walk.layer(index):
                 reader = _reader(model, arch, index)
@@ -137,10 +133,9 @@ def narrow_readers(
                 sum_over_ranks(gram)
                 for readers, asked in zip(found, shares, strict=True):
                     if index in asked:
-                        readers[index] = decide(partial(_narrow, reader.weight, gram, asked[index], damping))
+                        readers[index] = decided(partial(_narrow, reader.weight, gram, asked[index], damping))
         with _replaced(model, arch, index, found[0].get(index)):
             walk.advance(index)
-    progress("fit narrow layers", arch.num_layers, arch.num_layers)
     return found
 
 
@@ -156,8 +151,7 @@ def narrow_kl(
     Raises NumericsError if it is not finite.
     """
     totals_R, num_tokens, head = torch.zeros(len(readers), dtype=torch.float64), 0, head_of(model, arch)
-    for number, batch in enumerate(batches):
-        progress("judge narrow layers", number, len(batches))
+    for batch in steps(progress, "judge narrow layers", batches):
         dense, *narrow = walks = [Walk(model, arch, [batch]) for _ in range(1 + len(readers))]
         for index in range(arch.num_layers):
             dense.advance(index)
@@ -168,7 +162,6 @@ def narrow_kl(
         for place, other in enumerate(others):
             totals_R[place] += token_divergences(states, head, other, head).double().sum().cpu()
         num_tokens += len(states)
-    progress("judge narrow layers", len(batches), len(batches))
     sums = totals({"kl": totals_R, "tokens": num_tokens})
     found = (sums["kl"] / sums["tokens"]).tolist()
     if not all(map(math.isfinite, found)):
@@ -269,8 +262,7 @@ def choose_layers(
     # By layer, what its removal adds to the KL of those removed before.
     added: dict[int, float] = dict.fromkeys(set(range(arch.num_layers)) - set(protected), -torch.inf)
     before = 0.0
-    for done in range(num_remove):
-        progress("choose layers", done, num_remove)
+    for _ in steps(progress, "choose layers", range(num_remove)):
         anew: dict[int, float] = {}
         while True:
             waiting = sorted(added.keys() - anew.keys(), key=lambda index: (added[index], index))
@@ -283,7 +275,6 @@ def choose_layers(
         cheapest = min(anew, key=lambda index: (anew[index], index))
         chosen[cheapest] = before = anew[cheapest]
         del added[cheapest]
-    progress("choose layers", num_remove, num_remove)
     return chosen
 
 

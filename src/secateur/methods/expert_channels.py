@@ -20,9 +20,8 @@ from secateur.errors import NumericsError
 from secateur.methods.compensate import Method, least_squares
 from secateur.methods.experts import FEW_TOKENS_PER_CHANNEL, Call, HeldOut, counted_call, put_readers
 from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
-from secateur.model.group import Group, Stacks
-from secateur.model.stacks import channel_inputs, cut_expert_channels, num_channels, reader_of
-from secateur.stream.statistics import Gram, InOrder, damped_gram, domain_weight, of_all_ranks, sum_over_ranks
+from secateur.model.group import Group, Stacks, channel_inputs, cut_expert_channels, num_channels, reader_of
+from secateur.stream.statistics import Gram, InOrder, damped_gram, decided, domain_weight, of_all_ranks, sum_over_ranks
 from secateur.stream.walk import Batch, Walk
 
 # An expert with few tokens of its own borrows from this many, or as many as there are.
@@ -57,7 +56,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
     line = log_line(group, num_keep, num_units, seen.energy)
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
-        found = [task.decide(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]
+        found = [decided(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]
         keep_EK, refits = torch.stack([keep_K for keep_K, _ in found]), [each for _, each in found if each is not None]
         calls = [(domain, call) for domain, each in seen.held_out.items() for call in each]
         held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
@@ -182,4 +181,4 @@ def _select(
         return order[:num_keep].sort().values.to(weight_DF.device)
     columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
     hessian = damped_gram(gram, method.damping)
-    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(method.obs_batch, gram.size, 1)).keep
+    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(gram.size, 1)).keep

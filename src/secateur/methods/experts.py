@@ -20,9 +20,8 @@ from secateur.errors import NumericsError
 from secateur.methods.compensate import GUARD_STEPS, Guard, HeldOutError, held_out_errors, held_out_sums, least_squares
 from secateur.methods.scores import ExpertInputs, Routing, scored
 from secateur.methods.select import Task, log_line
-from secateur.model.group import Experts, Group, Stacks
-from secateur.model.stacks import channel_inputs, cut_experts, num_channels, reader_of
-from secateur.stream.statistics import Decide, Gram, domain_weight, here, keep_highest, sum_over_ranks, totals
+from secateur.model.group import Experts, Group, Stacks, channel_inputs, cut_experts, num_channels, reader_of
+from secateur.stream.statistics import Gram, decided, domain_weight, keep_highest, sum_over_ranks, totals
 from secateur.stream.walk import Batch, Walk
 
 # An expert with fewer tokens per channel than this is regularised more.
@@ -117,7 +116,6 @@ def refit_experts(
     damping: float,
     weighting: str,
     shares: dict[str, float],
-    decide: Decide = here,
 ) -> Guard:
     """Refit the readers of the layer's experts towards `wanted`, one entry per batch.
 
@@ -135,7 +133,7 @@ def refit_experts(
     readers_DF = [reader_of(module, stacks, expert) for expert in range(num_experts)]
     for _ in range(NUM_SWEEPS):
         for expert, reader_DF in enumerate(readers_DF):
-            readers_DF[expert] = _refit(module, stacks, expert, reader_DF, parts, weights, damping, decide)
+            readers_DF[expert] = _refit(module, stacks, expert, reader_DF, parts, weights, damping)
     return put_readers(module, stacks, readers_DF, held_out)
 
 
@@ -179,7 +177,6 @@ def _refit(
     parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]],
     weights: dict[str, float],
     damping: float,
-    decide: Decide = here,
 ) -> Float[Tensor, "D F"]:
     """Return one expert's new reader, and subtract what it adds from the residuals."""
     size, device = num_channels(module, stacks), reader_DF.device
@@ -205,7 +202,7 @@ def _refit(
         return reader_DF
     damping *= max(1.0, FEW_TOKENS_PER_CHANNEL * size / int(num_tokens))
     everything = torch.arange(size, device=device)
-    new_DF = decide(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0)).weight_HS
+    new_DF = decided(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0)).weight_HS
     for domain, (_, _, _, left_TD) in parts.items():
         for rows, x_TF in pieces(domain):
             left_TD[rows] -= x_TF @ (new_DF - reader_DF).T
@@ -279,7 +276,7 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
 
     def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:
         inputs = ExpertInputs(routing, task.shares, method.weighting, seed)
-        return task.decide(lambda: scored(method.score, inputs))
+        return decided(lambda: scored(method.score, inputs))
 
     # If the router's weight acts inside an expert, this least squares does not apply.
     refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
@@ -298,7 +295,7 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
             cut_experts(layer, now, stays)
             keep = keep[stays]
         if refits:
-            refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares, task.decide)
+            refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares)
             verdict = dataclasses.asdict(refit)
     output_energy = {domain: float(each.energy_E.sum()) for domain, each in first.items()}
     shares = {d: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for d, each in first.items()}

@@ -18,17 +18,20 @@ from secateur.model.bind import Arch, head_of
 from secateur.model.group import Group, GroupKey, linear, rows_of, unit_columns
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
 from secateur.stream.measure import measure
-from secateur.stream.statistics import Decide, Gram, Statistics, damped_gram, here, totals
+from secateur.stream.statistics import Gram, Statistics, damped_gram, decided, totals
 from secateur.stream.walk import Batch, Walk
+
+# Of each domain: what a change of the model does to its predictions is measured on these.
+PROBE_BLOCKS = 1
 
 
 class Probe:
     """Each block's hidden state before the current layer, and the dense logits (tokens x words)."""
 
-    def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], num_blocks: int) -> None:
-        """Take the first `num_blocks` blocks of each domain, held-out batches excluded."""
+    def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch]) -> None:
+        """Take the first block of each domain, held-out batches excluded."""
         self.model, self.arch, self.position = model, arch, 0
-        self._walk = Walk(model, arch, first_blocks(batches, num_blocks))
+        self._walk = Walk(model, arch, first_blocks(batches, PROBE_BLOCKS))
         self._head = head_of(model, arch)
         with torch.inference_mode():
             # The model's own dtype holds the logits exactly.
@@ -94,10 +97,8 @@ class ProfileSettings:
     weighting: str
     shares: dict[str, float]
     damping: float
-    obs_batch: int | None
     align: int
     perturbation: float
-    probe_blocks: int
 
 
 @torch.no_grad()
@@ -108,7 +109,6 @@ def profile(
     batches: list[Batch],
     settings: ProfileSettings,
     *,
-    decide: Decide = here,
     progress: Progress = silent,
 ) -> dict[GroupKey, GroupProfile]:
     """Return every group's profile.
@@ -123,7 +123,7 @@ def profile(
     the head. Raises NumericsError as `measure` and `Probe.kl` do.
     """
     measured = [batch for batch in batches if not batch.held_out]
-    walk, probe = Walk(model, arch, measured), Probe(model, arch, measured, settings.probe_blocks)
+    walk, probe = Walk(model, arch, measured), Probe(model, arch, measured)
     profiles: dict[GroupKey, GroupProfile] = {}
     progress("profile", 0, len(groups))
     for index in range(arch.num_layers):
@@ -133,7 +133,7 @@ def profile(
             with walk.layer(index) as layer:
                 found = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
                 reader = linear(layer, group.reader.module)
-                profiles[index, group.name] = _profile_group(group, reader, found, probe, settings, decide)
+                profiles[index, group.name] = _profile_group(group, reader, found, probe, settings)
             progress("profile", len(profiles), len(groups))
         if not mine:
             walk.advance(index)
@@ -150,7 +150,6 @@ class _Refit:
     gram: Gram
     removed_U: Tensor
     damping: float
-    decide: Decide
 
     def at(self, num_keep: int) -> tuple[Int64[Tensor, " R"], Float[Tensor, "H R"]]:
         """Return the columns that stay and their weights as they would be stored."""
@@ -159,16 +158,16 @@ class _Refit:
         stays[self.removed_U[: num_units - num_keep]] = False
         columns = rows_of(stays.nonzero().flatten(), self.group.reader.segments, num_units)
         weight_HF, dtype = self.reader.weight.float(), self.reader.weight.dtype
-        fit = self.decide(partial(least_squares, weight_HF, self.gram, columns, self.damping))
+        fit = decided(partial(least_squares, weight_HF, self.gram, columns, self.damping))
         return columns, fit.weight_HS.to(dtype)
 
 
 def _profile_group(
-    group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings, decide: Decide
+    group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings
 ) -> GroupProfile:
     levels = levels_of(group, reader.in_features // group.width, settings.align)
-    removed_U, errors = decide(lambda: _error_curve(group, reader, statistics, levels, settings))
-    refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping, decide)
+    removed_U, errors = decided(lambda: _error_curve(group, reader, statistics, levels, settings))
+    refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping)
     slopes = dict.fromkeys(settings.shares, 0.0)
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
@@ -187,7 +186,7 @@ def _error_curve(
     """Return the units in order of removal, and each level's error over the output energy."""
     num_removed = [levels[0] - level for level in levels]
     # Every level must fall on the end of a batch.
-    batch = math.gcd(units_at_once(settings.obs_batch, reader.in_features, group.width), *num_removed)
+    batch = math.gcd(units_at_once(reader.in_features, group.width), *num_removed)
     columns_UW = unit_columns(group.reader.segments, levels[0], reader.weight.device)
     hessian = damped_gram(statistics.gram, settings.damping)
     found = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.methods.compensate import Method
 from secateur.methods.scores import ScoreInputs, scored
 from secateur.model.group import Group, linear, unit_columns
-from secateur.stream.statistics import Decide, Statistics, damped_gram, here, inverse_of, keep_highest, removal_errors
+from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, removal_errors
 from secateur.stream.walk import Walk
 
 # Every batch rewrites F^2 numbers, so wide readers need a bounded number of batches.
@@ -29,13 +29,9 @@ class ObsSelection:
     error_curve: Tensor
 
 
-def units_at_once(asked_columns: int | None, num_columns: int, width: int) -> int:
-    """Return how many units of `width` columns go between two updates.
-
-    `asked_columns`: the recipe's `obs_batch`; None: a 48th of the reader's `num_columns`, at least
-    32.
-    """
-    return max(1, (asked_columns or max(MIN_BATCH_COLUMNS, num_columns // MAX_BATCHES)) // width)
+def units_at_once(num_columns: int, width: int) -> int:
+    """Return how many units of `width` columns go between two updates of a reader with `num_columns`."""
+    return max(1, max(MIN_BATCH_COLUMNS, num_columns // MAX_BATCHES) // width)
 
 
 def greedy_obs(
@@ -97,7 +93,6 @@ class Task:
     method: Method
     shares: dict[str, float]
     seed: int
-    decide: Decide = here
     keep: Tensor | None = None
 
     @property
@@ -123,7 +118,7 @@ def select(task: Task, pooled: Statistics) -> Int64[Tensor, " K"]:
     if method.score == "obs":
         hessian = damped_gram(pooled.gram, method.damping)
         columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
-        batch = units_at_once(method.obs_batch, reader.in_features, group.width)
+        batch = units_at_once(reader.in_features, group.width)
         return greedy_obs(reader.weight, hessian, columns_UW, num_keep, batch).keep
     scores_U = unit_scores(layer, group, pooled, method.score, method.damping, task.seed)
     return keep_highest(scores_U, num_keep)

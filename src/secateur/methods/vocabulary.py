@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from secateur.data.blocks import Block, Text, TokenCounts, blocks_of
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
-from secateur.log import Progress, silent
+from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import Arch, head_of
 from secateur.model.kept_tokens import Trim
 from secateur.model.vocabulary import Vocabulary, scripts_of, with_parts
 from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
-from secateur.stream.statistics import Decide
 from secateur.stream.walk import Batch
 
 # Sizes that suit tensor cores.
@@ -129,8 +128,7 @@ def piece_nats(
     index_V = torch.zeros(vocabulary.num_rows, dtype=torch.bool)
     index_V[list(in_bytes)] = True
     token_nats, further, character_nats = 0.0, 0, list[float]()
-    for done, domain in enumerate(text):
-        progress("nats of pieces", done, len(text))
+    for domain in steps(progress, "nats of pieces", text):
         block = max(blocks_of(domain), key=lambda block: int((index_V[block.ids_T] & block.mask_T).sum()))
         ids_T = block.ids_T
         spelt = _some_spelt(block, vocabulary, may_go, in_bytes)
@@ -146,7 +144,6 @@ def piece_nats(
                 character_nats.append(more)
             else:
                 token_nats, further = token_nats + more, further + len(pieces) - 1
-    progress("nats of pieces", len(text), len(text))
     token = max(1e-3, token_nats / max(1, further))
     if len(character_nats) < FEWEST_CHARACTERS:
         return PieceNats(token, token)
@@ -326,14 +323,12 @@ def nats_per_token(
     weights_V = torch.ones(trim.kept.num_dense, dtype=torch.float64) if weights_V is None else weights_V
     asked, nats, more = [block for domain in text for block in blocks_of(domain)[:TOKEN_BLOCKS]], 0.0, 0.0
     trimmed = retokenised({"": asked}, trim.dense_tokenizer, trim.tokenizer)[""]
-    for done, (block, new) in enumerate(zip(asked, trimmed, strict=True)):
-        progress("nats of further tokens", done, len(asked))
+    for block, new in steps(progress, "nats of further tokens", [*zip(asked, trimmed, strict=True)]):
         new = new._replace(ids_T=kept_K[new.ids_T])
         nats += nats_over(model, arch, new, kept_K) - nats_over(model, arch, block, every_V)
         more += sum(
             sign * float(each.counted(weights_V[each.ids_T[1:]]).sum()) for sign, each in ((1, new), (-1, block))
         )
-    progress("nats of further tokens", len(asked), len(asked))
     return max(0.0, nats) / max(1, more)
 
 
@@ -348,7 +343,6 @@ def channel_law(
     num_domains: int,
     most: float,
     damping: float,
-    decide: Decide,
     progress: Progress = silent,
 ) -> Law:
     """Return what a share of the FFN channels costs: a share^b through `most` and half of it.
@@ -362,7 +356,7 @@ def channel_law(
     num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (num_domains * length))
     fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
     shares = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
-    both = narrow_readers(model, arch, fitted, shares, damping, decide, progress)
+    both = narrow_readers(model, arch, fitted, shares, damping, progress)
     found = narrow_kl(model, arch, judged, both, progress)
     cost, of_half = (max(1e-9, each / NARROW_OVERSTATES) for each in found)
     exponent = math.log2(cost / of_half)

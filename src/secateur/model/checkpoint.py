@@ -8,8 +8,6 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,23 +31,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from secateur.errors import CheckpointError, one_line
-from secateur.model.config import (
-    BAD_GGUF,
-    BAD_VALUE,
-    TOKENIZER_FILES,
-    directory_config,
-    gguf_config,
-    locate,
-    quiet_transformers,
-    replaced,
-)
+from secateur.files import read_json
+from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
-from secateur.model.modules import CausalLM, linears_for_conv
+from secateur.model.modules import linears_for_conv
 from secateur.model.quantised import deferred_tensors, note_on, take_quantisation
-from secateur.model.tensors import mapped_tensors, read_json, stored_tensors
-
-# For modules that need nothing else from transformers.
-Tokenizer = PreTrainedTokenizerBase
+from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
+from secateur.model.tensors import mapped_tensors, stored_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,15 +396,3 @@ def restore_buffers(model: nn.Module) -> tuple[str, ...]:
                 cause = "differed from what loading the checkpoint computes, as after .to(torch.bfloat16)"
                 notes.append(f"{name}.{buffer} {cause}, so it was recomputed.")
     return tuple(notes)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode inside the block, and restore its mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

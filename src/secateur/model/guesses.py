@@ -13,8 +13,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import ArchError
-from secateur.model.group import Axis, Experts, Group, Linears, Stacks, attribute_of, cut, linear, rows_of
-from secateur.model.stacks import cut_expert_channels, cut_experts
+from secateur.model.group import (
+    Axis,
+    Experts,
+    Group,
+    Linears,
+    Stacks,
+    attribute_of,
+    cut,
+    cut_expert_channels,
+    cut_experts,
+    linear,
+    rows_of,
+)
 
 FFN, SHARED, KV_HEADS, QUERY_HEADS = "ffn", "shared", "kv_heads", "query_heads"
 EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"

@@ -16,10 +16,10 @@ from huggingface_hub.errors import HFValidationError
 
 from secateur.errors import CheckpointError
 from secateur.facts import Ancestor, parse_json
-from secateur.files import json_of, lies_in, yaml_of
+from secateur.files import json_of, lies_in, read_json, yaml_of
 from secateur.model.checkpoint import Checkpoint, weight_digests
-from secateur.model.config import BAD_GGUF, INSTALLED_HUB_IDS
-from secateur.model.tensors import read_json
+from secateur.model.config import INSTALLED_HUB_IDS
+from secateur.model.stock import BAD_GGUF
 from secateur.result_directory import RESULT_FILE
 
 # What a config says of the program or the place that it was written by.

@@ -15,8 +15,8 @@ from torch import nn
 
 from secateur.errors import CheckpointError
 from secateur.files import json_of
-from secateur.model.checkpoint import TOKENS_FILE, Checkpoint, Tokenizer, load_tokenizer
-from secateur.model.modules import CausalLM
+from secateur.model.checkpoint import TOKENS_FILE, Checkpoint, load_tokenizer
+from secateur.model.stock import CausalLM, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# For modules that need nothing else from transformers.
-CausalLM = PreTrainedModel
-
 
 def text_model(model: Any) -> Any:
     """Return the innermost model that has the embedding and a head: what text alone needs, without towers."""

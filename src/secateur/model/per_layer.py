@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.model.bind import Arch, decoder_layers
-from secateur.model.config import BAD_VALUE, quiet_transformers
 from secateur.model.group import Group, linear
 from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
 from secateur.model.modules import linears_for_conv
+from secateur.model.stock import BAD_VALUE, quiet_transformers
 from secateur.model.structure import places, text_config
 
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"

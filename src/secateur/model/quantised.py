@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from secateur.errors import CheckpointError, one_line
-from secateur.model.config import BAD_VALUE
+from secateur.model.stock import BAD_VALUE
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 
 # What each method appends to a weight's name, and what the weight is called without it.

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from secateur.errors import ArchError, advice
-from secateur.model.config import BAD_VALUE, quiet_transformers
-from secateur.model.group import BiasSwitch, Group, Stacks
+from secateur.model.group import BiasSwitch, Group, Stacks, channel_inputs, reader_of
 from secateur.model.guesses import (
     EXPERT_CHANNELS,
     EXPERTS,
@@ -47,7 +46,7 @@ from secateur.model.guesses import (
 )
 from secateur.model.modeling_per_layer import PerLayerModel
 from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv, text_model
-from secateur.model.stacks import channel_inputs, reader_of
+from secateur.model.stock import BAD_VALUE, quiet_transformers
 from secateur.model.twin import of_layer, run, token_ids, twin
 
 # In which a layer's groups are cut: each reads what is left of those before.

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import CheckpointError
-from secateur.files import json_of
+from secateur.files import read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -65,17 +65,6 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
     stored = stored_tensors(directory)
     files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {each.file for each in stored.values()}}
     return {name: files[each.file].get_tensor(name) for name, each in stored.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises CheckpointError if it does not hold one."""
-    try:
-        data = json_of(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, got {type(data).__name__}.")
-    return data
 
 
 def _weight_files(directory: Path) -> list[Path]:

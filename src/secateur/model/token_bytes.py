@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.model.checkpoint import Tokenizer
+from secateur.model.stock import Tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces of SentencePiece spell a space
 # Steps of decoders that read pieces one by one.

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ArchError, one_line
-from secateur.model.config import BAD_VALUE, quiet_transformers
 from secateur.model.modules import text_model
+from secateur.model.stock import BAD_VALUE, quiet_transformers
 
 NUM_TOKENS, NUM_BLOCKS = 12, 2
 # A model of fewer parameters is its own twin; a twin has at most so many.

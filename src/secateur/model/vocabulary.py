@@ -22,10 +22,8 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.errors import CheckpointError
-from secateur.model.checkpoint import Tokenizer
-from secateur.model.config import quiet_transformers
 from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM, Tokenizer, quiet_transformers
 from secateur.model.token_bytes import SPACE, byte_piece
 
 # A part of tokenizer.json.

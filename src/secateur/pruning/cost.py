@@ -16,7 +16,6 @@ from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate
 from secateur.stream.device import free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
-from secateur.stream.walk import DEVICE_BATCH_TOKENS
 
 HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
 
@@ -126,7 +125,7 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
     sums = 4 * (_triangle(square) + has_drift * reader)
     held_out = (num_tokens - resolved.num_tokens) * (widest + has_drift * hidden_size) * bytes_per_param
     num_domains = len(recipe.calibration.domains) if recipe.choose.domain_weighting in BY_DOMAIN else 0
-    at_once = units_at_once(recipe.choose.obs_batch, widest, 1)
+    at_once = units_at_once(widest, 1)
     obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.choose.score) else 0
     fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.repair.compensate == "least_squares" else 0
     return MemoryEstimate(
@@ -152,9 +151,8 @@ def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int
     readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
     fit = _fit_bytes(resolved, hidden_size) if recipe.repair.compensate == "least_squares" else 0
     fitted, length = min(NARROW_TOKENS_PER_INPUT * widest, resolved.num_tokens), resolved.sequence_length
-    batch = max(length, min(recipe.choose.probe_blocks * length, DEVICE_BATCH_TOKENS))
     gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
-    streams = batch * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
+    streams = length * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
     return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
 
 

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -20,15 +20,23 @@ from secateur.methods.experts import prune_experts
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import Task, log_line, select
 from secateur.model.bind import bind, decoder_layers, text_config
-from secateur.model.checkpoint import CausalLM, meta_model
-from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of, unit_columns
+from secateur.model.checkpoint import meta_model
+from secateur.model.group import (
+    Group,
+    GroupKey,
+    Kind,
+    cut,
+    cut_expert_channels,
+    cut_experts,
+    linear,
+    rows_of,
+    unit_columns,
+)
 from secateur.model.per_layer import record_widths
-from secateur.model.stacks import cut_expert_channels, cut_experts
-from secateur.ranks import from_first
+from secateur.model.stock import CausalLM
 from secateur.recipe import Recipe
-from secateur.stream.device import release_freed
 from secateur.stream.measure import measure, minimax_weights
-from secateur.stream.statistics import Measurement, pool
+from secateur.stream.statistics import Measurement, decided, pool
 from secateur.stream.walk import Walk
 
 
@@ -42,11 +50,11 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     measured = measure(walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp)
     weights: dict[str, float] = {}
     if measured.by_domain and task.num_keep < num_units:
-        weights = task.decide(lambda: _weights(task, measured, reader))
+        weights = decided(lambda: _weights(task, measured, reader))
         measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
-    keep = task.decide(lambda: select(task, measured.pooled))
+    keep = decided(lambda: select(task, measured.pooled))
     columns = rows_of(keep, group.reader.segments, num_units)
-    repaired = repair(reader, measured, columns, method, task.decide)
+    repaired = repair(reader, measured, columns, method)
     cut(layer, group, keep, num_units, repaired.weight_HS, repaired.bias_H)
     line = log_line(group, len(keep), num_units, measured.energy)
     if repaired.guard is not None:
@@ -90,9 +98,6 @@ def model_left(
     return meta_model(model.config)  # as it will be built from its file
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """`prune`: measure, select, repair, cut; returns indices, log line. `cut`: to these indices."""
@@ -114,7 +119,6 @@ def method_of(recipe: Recipe) -> Method:
     """Return the recipe's settings for choosing units and repairing readers."""
     return Method(
         score=recipe.choose.score,
-        obs_batch=recipe.choose.obs_batch,
         compensate=recipe.repair.compensate,
         damping=recipe.repair.damping,
         damping_factors=recipe.repair.damping_factors,
@@ -135,7 +139,7 @@ def prune_group(
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
     """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before."""
     with walk.layer(group.layer):
-        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, _decided, keep)
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, keep)
         return STEPS[group.kind].prune(task)
 
 
@@ -152,10 +156,3 @@ def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Ten
 def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
     """Return what `redo_group` needs: the kept indices and the refitted parameters."""
     return {"keep": keep, **group.parts.refitted(layer)}
-
-
-def _decided(compute: Callable[[], T], /) -> T:
-    """Return the first rank's result on every rank, and give freed memory back to the system."""
-    found = from_first(compute)
-    release_freed()
-    return found

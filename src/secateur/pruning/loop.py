@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.methods.budget import Plan
 from secateur.methods.depth import choose_layers, fold_patch, narrow_readers, remove_layers
-from secateur.methods.profile import first_blocks
+from secateur.methods.profile import PROBE_BLOCKS, first_blocks
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Group, add_zero_biases, linear, original_units
 from secateur.model.kept_units import Keeps
@@ -23,7 +23,6 @@ from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.round_plan import layer_seed, plan_round
 from secateur.pruning.run import LossWatch, Run, watched_losses
-from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
 from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
 from secateur.stream.walk import Batch, Walk
@@ -32,7 +31,7 @@ from secateur.stream.walk import Batch, Walk
 def remove_depth(run: Run) -> Run:
     """Remove the recipe's `depth` layers in place; call it before `prune_in_place`.
 
-    Which: the recipe's `remove.layers`, or those of `choose_layers` on `probe_blocks` blocks per
+    Which: the recipe's `remove.layers`, or those of `choose_layers` on the first block of each
     domain of the first round, in a model about as narrow as the widths will make it. Layers go from
     the first on, so that each fold is fitted to what the layers before it then give. They are
     folded on all blocks of the first round if the recipe compensates by least squares and the
@@ -67,7 +66,7 @@ def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
     recipe, arch, progress = run.resolved.recipe, run.arch, run.services.progress
 
     def chosen() -> list[tuple[int, float]]:
-        blocks, depth = first_blocks(batches, recipe.choose.probe_blocks), run.resolved.depth
+        blocks, depth = first_blocks(batches, PROBE_BLOCKS), run.resolved.depth
         readers, protected = _narrow_readers(run, batches), protected_layers(recipe, arch)
         costs = choose_layers(run.model, arch, blocks, depth, readers=readers, protected=protected, progress=progress)
         return list(costs.items())
@@ -85,14 +84,14 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     # The plan is for the layers expected to stay, so only its share is of use.
     domains, widest = run.text.domains, max(group.num_units for group in ffns)
     num_blocks = math.ceil(NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
-    spare = min(len(domain.calibration) for domain in domains) - recipe.choose.probe_blocks
-    after = recipe.choose.probe_blocks if spare >= num_blocks else 0
+    spare = min(len(domain.calibration) for domain in domains) - PROBE_BLOCKS
+    after = PROBE_BLOCKS if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
     with_ffn = {group.layer for group in run.arch.select(("ffn",))}
     shares = dict.fromkeys(unprotected & with_ffn, kept / total)
-    return narrow_readers(run.model, run.arch, blocks, [shares], damping, from_first, run.services.progress)[0]
+    return narrow_readers(run.model, run.arch, blocks, [shares], damping, run.services.progress)[0]
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
         with torch.no_grad():
             weight.copy_(found[0]["weight"])
         return found[1]
-    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, run.resolved.damping, from_first))
+    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, run.resolved.damping))
     run.services.store.save(name, {"weight": weight}, patch)
     return patch
 

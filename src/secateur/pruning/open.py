@@ -18,9 +18,7 @@ from secateur.facts import Ancestor, Size
 from secateur.log import RunLog, Tell, versions
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
-    CausalLM,
     Checkpoint,
-    Tokenizer,
     check_finite,
     check_in_memory,
     check_weights,
@@ -36,6 +34,7 @@ from secateur.model.group import GroupKey
 from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.kept_units import Keeps
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import check_same, device_called, is_first, size
 from secateur.recipe import Recipe, dump_recipe
 from secateur.store import Store

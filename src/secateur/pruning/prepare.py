@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from secateur.errors import RecipeError
 from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, Tell
-from secateur.model.checkpoint import eval_mode
+from secateur.model.stock import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
     Opened,
@@ -31,8 +31,9 @@ from secateur.pruning.result import foretold
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
-from secateur.ranks import from_first, is_first, size, staging_if_any
+from secateur.ranks import from_first, is_first, size
 from secateur.recipe import Recipe
+from secateur.result_directory import staging_if_any
 from secateur.store import Services
 from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
 from secateur.log import Progress, Tell, mute, silent
-from secateur.model.checkpoint import CausalLM, Tokenizer, eval_mode
 from secateur.model.kept_units import Keeps
+from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.like import Measured, opened_like, recipe_like, recipe_over
 from secateur.pruning.loop import prune_together, remove_depth
 from secateur.pruning.open import Opened, open_model, tokenizer_of
@@ -33,8 +33,9 @@ from secateur.pruning.prepare import (
 )
 from secateur.pruning.resolve import checked
 from secateur.pruning.result import Result, calibration_facts, save_and_prove, summary_of
-from secateur.pruning.run import Run, text_losses, without_tokens
+from secateur.pruning.run import Run, text_losses
 from secateur.pruning.text import with_share_of_answers
+from secateur.pruning.trimmed import without_tokens
 from secateur.ranks import size
 from secateur.recipe import RECIPE_FILE, Recipe, load_recipe
 from secateur.recovery.polish import learn, polish

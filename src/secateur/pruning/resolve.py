@@ -21,6 +21,7 @@ from secateur.methods.budget import (
     levels_of,
     out_of_reach,
     params_gone,
+    params_of,
     plan_of,
     round_plans,
     round_shares,
@@ -239,7 +240,7 @@ def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: i
 
     `gone`: what layers and tokens take of the share.
     """
-    units = sum(group.num_units * group.params_per_unit for group in groups)
+    units = params_of(groups)
     asked = recipe.remove.share * prices.total - gone
     return recipe.remove.align or default_align(groups, 1 - asked / units if units else 0.0)
 
@@ -417,7 +418,7 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     if not plain or not alike or not groups or differ:
         return 0
     asked = recipe.remove.share * prices.total - prices.tokens
-    units = sum(group.num_units * group.params_per_unit for group in groups)
+    units = params_of(groups)
     wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
     return max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))

@@ -11,9 +11,9 @@ from secateur.data.blocks import ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import human_bytes, versions
-from secateur.model.checkpoint import CausalLM, Tokenizer
 from secateur.model.group import Group
 from secateur.model.kept_units import Keeps, write_keeps
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cost import MemoryPlan
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved

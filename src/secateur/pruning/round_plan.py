@@ -1,12 +1,12 @@
 """A round's plan: how many units each group keeps, by the recipe's budget. Nothing is cut here."""
 
-import dataclasses
-from typing import Any
+from functools import partial
 
-from secateur.methods.budget import Plan, least_keep
+from secateur.methods.budget import Plan, least_keep, plan_of
 from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
+from secateur.model.group import GroupKey
 from secateur.pruning.run import Run
 from secateur.ranks import from_first
 from secateur.stream.statistics import BY_DOMAIN
@@ -21,38 +21,30 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
     """
     if run.kept or run.resolved.recipe.choose.budget == "uniform":
         return run.resolved.plans[number - 1]
-
-    def made() -> dict[str, Any]:
-        plan = _planned(run, number, batches, max_rise)
-        return {**dataclasses.asdict(plan), "num_keep": [[*key, count] for key, count in plan.num_keep.items()]}
-
-    found = run.services.store.value(f"round-{number}-plan", made)
-    return Plan(**{**found, "num_keep": {(layer, name): count for layer, name, count in found["num_keep"]}})
+    planned = partial(_planned, run, number, batches, max_rise)
+    found = run.services.store.value(f"round-{number}-plan", planned, kind=list[tuple[GroupKey, int]])
+    return plan_of(run.resolved.groups, run.resolved.prices_left, dict(found))
 
 
-def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> Plan:
+def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> list[tuple[GroupKey, int]]:
     resolved, remove = run.resolved, run.resolved.removals[number - 1]
     least = least_keep(resolved.groups, resolved.align, resolved.recipe.remove.min_keep)
     prices, profiles = resolved.prices_left, run.profiles or profiles_of(run, number, batches)
     plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
     predicted = predicted_rise(profiles, plan.num_keep)
     run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
-    return plan
+    return [*plan.num_keep.items()]
 
 
 def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:
     """Return the profiles of the model as it is now; slopes are those of this round's share."""
 
-    def made() -> list[list[Any]]:
-        options: dict[str, Any] = {"decide": from_first, "progress": run.services.progress}
-        profiles = profile(run.model, run.arch, run.resolved.groups, batches, _profile_settings(run, number), **options)
-        return [[*key, *dataclasses.astuple(each)] for key, each in profiles.items()]
+    def made() -> list[tuple[GroupKey, GroupProfile]]:
+        settings, progress = _profile_settings(run, number), run.services.progress
+        return [*profile(run.model, run.arch, run.resolved.groups, batches, settings, progress=progress).items()]
 
-    found = run.services.store.value(f"round-{number}-profiles", made)
-    return {
-        (layer, name): GroupProfile(tuple(levels), tuple(errors), slopes)
-        for layer, name, levels, errors, slopes in found
-    }
+    kind = list[tuple[GroupKey, GroupProfile]]
+    return dict(run.services.store.value(f"round-{number}-profiles", made, kind=kind))
 
 
 def _profile_settings(run: Run, number: int) -> ProfileSettings:
@@ -66,10 +58,8 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
         weighting="energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting,
         shares=run.shares,
         damping=run.resolved.damping,
-        obs_batch=recipe.choose.obs_batch,
         align=run.resolved.align,
         perturbation=1 - then / now,
-        probe_blocks=recipe.choose.probe_blocks,
     )
 
 

@@ -1,23 +1,19 @@
 """A run: what the loop and the planning of its rounds work on, and the losses between its rounds."""
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 
 from secateur.data.blocks import Blocks, LearningText, Text
-from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
-from secateur.facts import Loss, standard_error
+from secateur.facts import Loss
 from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
 from secateur.model.group import GroupKey
-from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.kept_units import Keeps
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
 from secateur.store import Services
@@ -78,73 +74,10 @@ def text_losses(
 
     `num_tokens`: of each document, in nats per which they are, if not the text's own.
     """
-
-    def measured() -> dict[str, Any]:
-        stage = f"evaluate {which}"
-        losses = domain_losses(run.model, run.arch, text, run.services.progress, stage, num_tokens)
-        return {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
-
+    stage = f"evaluate {which}"
+    losses = partial(domain_losses, run.model, run.arch, text, run.services.progress, stage, num_tokens)
     with run.services.log.time("evaluate"):
-        losses = run.services.store.value(f"evaluate {which}", measured)
-    return {domain: Loss(**loss) for domain, loss in losses.items()}
-
-
-# A trim that costs a domain more nats per dense token, or in the mean more than so many times what
-# its counts foretold, is not written; means below the least are not told apart.
-MOST_NATS, MOST_TIMES, LEAST_NATS = 0.5, 2.0, 0.05
-
-
-def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
-    """Cut the tokens that go out of the model, in place, and judge that alone on the guard's text.
-
-    Raises RecipeError, unless `force`, if it costs too much: see `MOST_NATS`.
-    """
-    held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
-    run = dataclasses.replace(run, dense_tokens=_predicted(held_out))
-    before = text_losses(run, "with all tokens", held_out)
-    dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if _is_watched(run) else {}
-    keep_tokens(run.model, trim.kept)
-    after = text_losses(run, "without tokens", run.held_out, run.dense_tokens)
-    trimmed = {name: (before[name], after[name]) for name in before}
-    if (refusal := too_dear(trimmed, trim)) is not None:
-        if not force:
-            raise RecipeError(
-                f"{refusal}, so nothing is written; keep more tokens, name domains or keep_text of what the model is "
-                "to read, or write it all the same with --force."
-            )
-        run.services.log.note(f"{refusal}; it was written all the same, as --force says.")
-    return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
-
-
-def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None:
-    """Return what a trim costs, as the start of a sentence, if that is too much; None if it is not.
-
-    `trimmed`: each domain's losses before and behind it, of the same documents.
-    """
-    lost = {name: after.nats_per_token - before.nats_per_token for name, (before, after) in trimmed.items()}
-    errors = [_error_of_difference(before, after) for before, after in trimmed.values()]
-    mean, error = sum(lost.values()) / len(lost), math.hypot(*errors) / len(errors)
-    worst = max(lost, key=lambda name: lost[name])
-    foretold = math.inf if trim.foretold is None else trim.foretold
-    is_surprise = mean > LEAST_NATS and mean - 2 * error > MOST_TIMES * foretold
-    if lost[worst] <= MOST_NATS and not is_surprise:
-        return None
-    told = "" if trim.foretold is None else f", where the counts foretold {foretold:.2f}"
-    num_dense, num_kept = trim.kept.num_dense, len(trim.kept.dense_ids)
-    return (
-        f"remove.vocabulary: with {num_kept:,} of its {num_dense:,} tokens the model loses {mean:.2f} nats per token "
-        f"of held-out text ({worst} {lost[worst]:.2f}){told}"
-    )
-
-
-def _error_of_difference(before: Loss, after: Loss) -> float:
-    """Return the standard error of what documents lost; 0 where it is unknown."""
-    lost_D = [b - a for a, b in zip(before.document_nats, after.document_nats, strict=True)]
-    return standard_error(lost_D, before.document_tokens) or 0.0
-
-
-def _predicted(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:
-    return {name: predicted_tokens(blocks) for name, blocks in text.items()}
+        return run.services.store.value(stage, losses, kind=dict[str, Loss])
 
 
 class LossWatch:
@@ -193,11 +126,11 @@ class LossWatch:
 
 def watched_losses(run: Run, which: str) -> dict[str, float]:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
-    losses = text_losses(run, f"held-out text, {which}", run.held_out, run.dense_tokens) if _is_watched(run) else {}
+    losses = text_losses(run, f"held-out text, {which}", run.held_out, run.dense_tokens) if is_watched(run) else {}
     return {name: loss.nats_per_token for name, loss in losses.items()}
 
 
-def _is_watched(run: Run) -> bool:
+def is_watched(run: Run) -> bool:
     """Return whether the recipe asks for held-out losses between rounds."""
     recipe = run.resolved.recipe
     is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())

@@ -17,11 +17,12 @@ from secateur.data.blocks import Blocks, TokenCounts
 from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
-from secateur.methods.budget import least_step
+from secateur.methods.budget import least_step, params_of
 from secateur.methods.prices import prices_of, token_prices
 from secateur.methods.vocabulary import PieceNats
-from secateur.model.checkpoint import Tokenizer, eval_mode, load_tokenizer
+from secateur.model.checkpoint import load_tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.stock import Tokenizer, eval_mode
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
@@ -74,7 +75,7 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
         with _at_hand(dense, text) as hand:
             counts = from_first(partial(_counts, dense, text, hand.answers))
-            nats = PieceNats(**store.value("nats of pieces", lambda: dataclasses.asdict(_nats(dense, hand))))
+            nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
                 num_gone, per_token = methods.count_for_size(removal, num_rows, size), nats.token
@@ -174,7 +175,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     if per_token * int(counts_N[-1]) - asked > least / 2:
         counts_N = counts_N[:-1]
     ffns = tuple(group for group in groups if group.name == "ffn")
-    channels = sum(group.num_units * group.params_per_unit for group in ffns)
+    channels = params_of(ffns)
     if is_first():
         dense.services.tell(
             f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the "
@@ -258,5 +259,5 @@ def _measured(
     text = list(hand.written.values())
     half, weights_V = dense.trim(removal, len(removal.ids) // 2), pieces.weights(dense.vocabulary)
     nats = from_first(partial(methods.nats_per_token, model, arch, half, text, progress, weights_V))
-    law = methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, from_first, progress)
+    law = methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, progress)
     return nats, law

@@ -1,20 +1,68 @@
-"""What a trim of the vocabulary does to text, in numbers.
+"""A trim carried out: tokens leave the model, and what that does to text is measured, judged and told."""
 
-In: a `Trim`, held-out blocks of the trimmed tokenizer and losses. Out: `VocabularyFacts`.
-"""
-
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from secateur.data.blocks import Text
 from secateur.data.retokenised import retokenised
+from secateur.errors import RecipeError
 from secateur.facts import Loss
-from secateur.model.checkpoint import Tokenizer
-from secateur.model.kept_tokens import Trim
+from secateur.model.kept_tokens import Trim, keep_tokens
+from secateur.model.stock import Tokenizer
 from secateur.model.vocabulary import scripts_of
+from secateur.pruning.run import Run, is_watched, text_losses
+from secateur.report.measured import change, mean_change
 from secateur.report.records import VocabularyFacts
 from secateur.stream.losses import predicted_tokens
+
+# A trim that costs a domain more nats per dense token, or in the mean more than so many times what
+# its counts foretold, is not written; means below the least are not told apart.
+MOST_NATS, MOST_TIMES, LEAST_NATS = 0.5, 2.0, 0.05
+
+
+def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
+    """Cut the tokens that go out of the model, in place, and judge that alone on the guard's text.
+
+    Raises RecipeError, unless `force`, if it costs too much: see `MOST_NATS`.
+    """
+    held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
+    run = dataclasses.replace(run, dense_tokens={name: predicted_tokens(text) for name, text in held_out.items()})
+    before = text_losses(run, "with all tokens", held_out)
+    dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if is_watched(run) else {}
+    keep_tokens(run.model, trim.kept)
+    after = text_losses(run, "without tokens", run.held_out, run.dense_tokens)
+    trimmed = {name: (before[name], after[name]) for name in before}
+    if (refusal := too_dear(trimmed, trim)) is not None:
+        if not force:
+            raise RecipeError(
+                f"{refusal}, so nothing is written; keep more tokens, name domains or keep_text of what the model is "
+                "to read, or write it all the same with --force."
+            )
+        run.services.log.note(f"{refusal}; it was written all the same, as --force says.")
+    return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
+
+
+def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None:
+    """Return what a trim costs, as the start of a sentence, if that is too much; None if it is not.
+
+    `trimmed`: each domain's losses before and behind it, of the same documents.
+    """
+    changes = {name: change(before, after) for name, (before, after) in trimmed.items()}
+    mean, worst = mean_change(changes.values()), max(changes, key=lambda name: changes[name].nats_per_token)
+    lost, error = mean.nats_per_token, mean.standard_error or 0.0
+    foretold = math.inf if trim.foretold is None else trim.foretold
+    is_surprise = lost > LEAST_NATS and lost - 2 * error > MOST_TIMES * foretold
+    if changes[worst].nats_per_token <= MOST_NATS and not is_surprise:
+        return None
+    told = "" if trim.foretold is None else f", where the counts foretold {foretold:.2f}"
+    num_dense, num_kept = trim.kept.num_dense, len(trim.kept.dense_ids)
+    return (
+        f"remove.vocabulary: with {num_kept:,} of its {num_dense:,} tokens the model loses {lost:.2f} nats per token "
+        f"of held-out text ({worst} {changes[worst].nats_per_token:.2f}){told}"
+    )
 
 
 def vocabulary_facts(

@@ -13,8 +13,7 @@ from secateur.data.answers import Answers, Speaker, Steps, Written
 from secateur.data.sources import documents
 from secateur.log import Progress
 from secateur.model.bind import Arch
-from secateur.model.checkpoint import Tokenizer
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first, size, spread
 from secateur.recipe import Domain, Recipe
 from secateur.store import Store

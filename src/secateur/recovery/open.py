@@ -16,7 +16,7 @@ from secateur.log import Progress, RunLog, Tell, mute, silent
 from secateur.methods.prices import sequence_length
 from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM
 from secateur.ranks import launched_size
 from secateur.recipe import Keys, Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import scratch_bytes

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.data.blocks import LearningText
 from secateur.model.bind import Arch
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM
 from secateur.ranks import from_first, size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training

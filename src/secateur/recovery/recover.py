@@ -13,13 +13,13 @@ from secateur.formats.save import has_own, prove_reload, save_checkpoint
 from secateur.log import LOG_FILE, Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
-from secateur.ranks import alone, is_first, meet, staging_if_any
-from secateur.recipe import Keys, dump_recipe, load_recipe, parse_recipe
+from secateur.ranks import alone, is_first, meet
+from secateur.recipe import Keys, as_recipe, dump_recipe
 from secateur.recovery.open import Job, changes_of, open_job, prepare, to_judge
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import RECOVERY_FILE, RecoveryRecord
 from secateur.report.records import RECIPE_FILE
-from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable, restore
+from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable, restore, staging_if_any
 from secateur.stream.device import keeping_freed, peak_bytes
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
@@ -145,7 +145,7 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     """
     source, recipe = job.candidates.pruned.directory, job.recipe
     if (path := source / RECIPE_FILE).is_file():
-        recipe = parse_recipe(load_recipe(path), f"recipe {path}").model_copy(update={"recover": recipe.recover})
+        recipe = as_recipe(path).model_copy(update={"recover": recipe.recover})
     options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
     for sentence in save_checkpoint(work.pruned, job.candidates.tokenizer, directory, **options):
         work.log.note(sentence)

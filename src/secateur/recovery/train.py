@@ -31,7 +31,7 @@ from secateur.files import make_lasting
 from secateur.log import Progress, RunLog, Tell, mute
 from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training

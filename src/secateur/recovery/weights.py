@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from secateur.errors import RecipeError
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.recipe import Training
 from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.offload import forget_weights

@@ -230,14 +230,13 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
-    """A model's figures. `peak_bytes`: weights and the most that a run allocates."""
+    """A timed model's figures."""
 
     model: str
     dtype: str
     size: Size
     costs: Costs
     speed: Speed
-    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

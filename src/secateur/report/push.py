@@ -24,7 +24,7 @@ from secateur.errors import CheckpointError, RecipeError, one_line
 from secateur.facts import Record
 from secateur.files import lies_in
 from secateur.log import Progress, silent
-from secateur.model.config import quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.recipe import RECIPE_FILE, dump_recipe
 from secateur.report.card import card_data, unknown, with_metadata
 from secateur.report.records import read_result

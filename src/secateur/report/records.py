@@ -12,7 +12,7 @@ from secateur.errors import CheckpointError
 from secateur.facts import Ancestor, Kind, Loss, OwnAnswers, Record, Size, geometric_mean_perplexity, parse_json
 from secateur.log import LOG_FILE
 from secateur.methods.curve import GroupProfile
-from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, Recipe, as_recipe
 from secateur.report.measured import (
     RECOVERY_FILE,
     BenchResult,
@@ -314,7 +314,7 @@ def read_result(directory: Path) -> ResultFiles:
         summary=summary,
         removed_layers=_events(directory, "layer", RemovedLayer),
         steps=_events(directory, "group", GroupStep),
-        recipe=parse_recipe(load_recipe(directory / RECIPE_FILE), f"recipe {directory / RECIPE_FILE}"),
+        recipe=as_recipe(directory / RECIPE_FILE),
         evaluation=_added(Evaluation, directory, EVALUATION_FILE),
         bench=_added(BenchResult, directory, BENCH_FILE),
         recovery=_added(RecoveryRecord, directory, RECOVERY_FILE),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from secateur.data.blocks import NGRAM_TOKENS
 from secateur.facts import Trained
-from secateur.files import check_file, staged_file
+from secateur.files import write_text
 from secateur.log import human_bytes
-from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe, load_recipe, parse_recipe
+from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
 from secateur.report import rows_measured
 from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
 from secateur.report.measured import ALIKE, BenchResult, RecoveryRecord, Spread, mean_change
@@ -225,8 +225,7 @@ def write_recovered_pages(directory: Path, record: RecoveryRecord) -> None:
     path, is_result = directory / CARD_FILE, (directory / RESULT_FILE).is_file()
     text = recovered_card(path.read_text(encoding="utf-8") if path.is_file() else None, record)
     if is_result:
-        recipe = parse_recipe(load_recipe(directory / RECIPE_FILE), "recipe")
-        text = with_metadata(text, card_data(read_summary(directory), recipe))
+        text = with_metadata(text, card_data(read_summary(directory), as_recipe(directory / RECIPE_FILE)))
     path.write_text(text, encoding="utf-8")
     if is_result:
         _complete(directory, read_summary(directory))
@@ -246,9 +245,7 @@ def write_report(directory: Path) -> Path:
     """
     files, path = read_result(directory), directory / PAGE_FILE
     html = render(report_page(files))
-    check_file(path, overwrite=True)
-    with staged_file(path, overwrite=True) as staged:
-        staged.write_text(html, encoding="utf-8")
+    write_text(path, html)
     return path
 
 

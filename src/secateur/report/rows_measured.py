@@ -135,7 +135,6 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
     "first token, s": lambda each: _spread(each.speed.first_token_seconds, 3),
     "parameters": lambda each: f"{each.size.num_params:,}",
     "weights": lambda each: human_bytes(each.size.num_bytes),
-    "peak memory": lambda each: human_bytes(each.peak_bytes),
     "cache per token": lambda each: human_bytes(each.costs.kv_cache_bytes_per_token),
     "read per new token": lambda each: human_bytes(each.costs.decode_bytes_per_token),
     "GFLOP per prompt token": lambda each: f"{each.costs.prefill_flops_per_token / 1e9:.4g}",
@@ -149,7 +148,6 @@ def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
     if result.dense is not None:
         yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
         yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
-    yield "peak memory", "weights and the most a run allocates, by torch's count"
 
 
 def _run(result: BenchResult) -> str:

@@ -11,7 +11,7 @@ P prompts, A tokens of an answer, T tokens of a conversation, D hidden size.
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +26,8 @@ from secateur.errors import NumericsError
 from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
-from secateur.model.checkpoint import Tokenizer
 from secateur.model.kept_tokens import Trim
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first
 from secateur.store import Store
 from secateur.stream.losses import HEAD_POSITIONS, domain_losses, head_inputs, predicted_tokens
@@ -257,13 +256,13 @@ class Judge:
         losses = self._losses(model, self.text, self.num_tokens)
         answers, sheet = None, self._sheet
         if sheet is not None:
-            plain = self._kept(
+            answers = self._kept(
                 f"own answers, {model.which}",
-                lambda: asdict(judge(model.speaker(self.tokenizer), sheet, self.dense_tokenizer, self._progress)),
+                lambda: judge(model.speaker(self.tokenizer), sheet, self.dense_tokenizer, self._progress),
                 model,
                 {"sheet": sheet.plain()},
+                kind=OwnAnswers,
             )
-            answers = OwnAnswers.of(plain)
         return Judgement(losses, losses.pop(OTHER), answers)
 
     def _losses(
@@ -271,19 +270,20 @@ class Judge:
     ) -> dict[str, Loss]:
         stage = f"evaluate {model.which}"
 
-        def measured() -> dict[str, Any]:
-            losses = domain_losses(*model.load(), text, self._progress, stage, num_tokens)
-            return {name: asdict(loss) for name, loss in losses.items()}
+        def measured() -> dict[str, Loss]:
+            return domain_losses(*model.load(), text, self._progress, stage, num_tokens)
 
         depends_on = {"text": {name: digest_of(blocks) for name, blocks in text.items()}, "per": num_tokens}
-        return {name: Loss(**loss) for name, loss in self._kept(stage, measured, model, depends_on).items()}
+        return self._kept(stage, measured, model, depends_on, kind=dict[str, Loss])
 
-    def _kept(self, name: str, compute: Callable[[], Any], model: ToJudge, depends_on: Mapping[str, Any]) -> Any:
+    def _kept(
+        self, name: str, compute: Callable[[], Any], model: ToJudge, depends_on: Mapping[str, Any], kind: Any = Any
+    ) -> Any:
         """Return the value from the store, or compute and keep it."""
         if model.depends_on is None:
-            return self._store.value(name, compute)
+            return self._store.value(name, compute, kind=kind)
         digest = hashlib.sha256(str(depends_on).encode()).hexdigest()
-        return self._store.value(name, compute, depends_on={**model.depends_on, "judged by": digest})
+        return self._store.value(name, compute, kind=kind, depends_on={**model.depends_on, "judged by": digest})
 
 
 def _first(texts: tuple[str, ...], share: float, *, least: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur.model.group import Group, attribute_of
-from secateur.model.modules import CausalLM
+from secateur.model.stock import CausalLM
 from secateur.stream.device import CPU, bring, parameter_on, raised
 
 # Which object onloads a layer: fetch, settle and offload get the layer alone.

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from secateur.errors import NumericsError
-from secateur.ranks import domains_ended, gathered, sum_by_name, sum_tensors
+from secateur.ranks import domains_ended, from_first, gathered, sum_by_name, sum_tensors
 from secateur.stream.device import float64_device, release_freed
 
 # Block rows up to the diagonal cost (1 + 1/8) / 2 of the whole product.
@@ -251,18 +251,11 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
     return pooled
 
 
-@runtime_checkable
-class Decide(Protocol):
-    """Returns on every rank what one rank has computed; in one process see `here`."""
-
-    def __call__(self, compute: Callable[[], T], /) -> T:
-        """Return what `compute` returns."""
-        ...
-
-
-def here(compute: Callable[[], T], /) -> T:
-    """Return what `compute` returns: the `Decide` of one process."""
-    return compute()
+def decided(compute: Callable[[], T], /) -> T:
+    """Return on every rank what the first one computes, bit for bit, and give freed memory back to the system."""
+    found = from_first(compute)
+    release_freed()
+    return found
 
 
 def sum_over_ranks(*parts: Tensor | Gram) -> None:
