@@ -44,7 +44,7 @@ def facts_of(path: Path, text: list[int]) -> Facts:
 
     import secateur
     from secateur.facts import Workload
-    from secateur.methods.prices import least_costs
+    from secateur.methods.costs import least_costs
 
     model: Any = secateur.load(path, dtype=torch.float32)
     with torch.inference_mode():

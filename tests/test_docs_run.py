@@ -64,7 +64,6 @@ INSTEAD = {
 SIZES = {
     "--to 0.4B": "--to 170K",
     "--to 250MB": "--to 360KB",
-    "--to 8GB --set remove.context=8192": "--to 780KB --set remove.context=64",
 }
 BEHIND = {
     "prune": [*SETS, "--quiet"],

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from secateur.errors import RecipeError, advice, one_line, one_of, shown, web_address
-from secateur.files import is_size, without_places, yaml_of
+from secateur.files import without_places, yaml_of
 from secateur.plugins import default_domains, mixture, score_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -188,8 +188,6 @@ class Remove(Strict):
     """
     to: str | None = None
     """in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 8GB."""
-    context: Count | None = None
-    """tokens whose KV cache must fit in these bytes too."""
     groups: tuple[str, ...] | None = None
     """the kinds of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads`
     (with their query heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`),
@@ -237,8 +235,6 @@ class Remove(Strict):
     def _one_size_and_something_goes(self) -> "Remove":
         if self.to is not None and "share" in self.model_fields_set:
             raise ValueError("share and to each say how much goes; give one of them")
-        if self.context is not None and (self.to is None or not is_size(self.to)):
-            raise ValueError("context is the cache that must fit beside the weights; give their bytes too: to: 8GB")
         if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
         if self.vocabulary is None and (self.keep_text or self.keep_scripts):

@@ -12,8 +12,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.data import sources
-from secateur.data.shipped import other_text, shipped
-from secateur.data.sources import installed_documents
+from secateur.data.blocks import other_text
+from secateur.data.sources import installed_documents, shipped
 from secateur.errors import CalibrationError
 from secateur.plugins import GENERAL_TEXT
 

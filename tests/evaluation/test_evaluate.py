@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
 from secateur.data.blocks import JudgedText
-from secateur.data.shipped import shipped
+from secateur.data.sources import shipped
 from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (

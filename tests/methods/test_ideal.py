@@ -5,15 +5,14 @@ import torch
 from models import tiny_llama, tiny_qwen2
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.data.blocks import DEFAULT_SEQUENCE_LENGTH, block_length
 from secateur.errors import RecipeError
 from secateur.facts import Workload
-from secateur.methods.prices import (
-    DEFAULT_SEQUENCE_LENGTH,
+from secateur.methods.costs import (
     decode_bytes_per_token,
     kv_cache_bytes_per_token,
     least_costs,
     prefill_flops_per_token,
-    sequence_length,
 )
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
@@ -71,8 +70,8 @@ def test_the_meta_device_is_enough():
 
 def test_a_block_is_as_long_as_the_model_allows():
     config = tiny_llama().config
-    assert [sequence_length(asked, config) for asked in (None, 1, 256)] == [256, 1, 256]
-    with pytest.raises(RecipeError, match="257 is longer than the model's 256 positions; set it to at most 256"):
-        sequence_length(257, config)
+    assert [block_length(asked, config) for asked in (None, 1, 256)] == [256, 1, 256]
+    with pytest.raises(RecipeError, match="257 is longer than the model's 256 positions; give at most 256"):
+        block_length(257, config)
     config.max_position_embeddings = 100_000
-    assert sequence_length(None, config) == DEFAULT_SEQUENCE_LENGTH
+    assert block_length(None, config) == DEFAULT_SEQUENCE_LENGTH

@@ -224,7 +224,7 @@ def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
         (2, 896, 4864, 24, 14, {"to": "0.4B"}),
         (4, 3584, 18944, 28, 28, {"to": "6B"}),
         (8, 5120, 27648, 64, 40, {"to": "54GB"}),
-        (8, 8192, 28672, 80, 64, {"to": "120GB", "context": 8192}),
+        (8, 8192, 28672, 80, 64, {"to": "120GB"}),
     ],
 )
 def test_a_size_is_met_within_one_step_from_the_shape_alone(kv_heads, hidden, ffn, layers, heads, asked):
@@ -234,13 +234,12 @@ def test_a_size_is_met_within_one_step_from_the_shape_alone(kv_heads, hidden, ff
     started = opened(model, parse_recipe(grouped({"depth": 0, "calibration": text, **asked})))
     found = resolve(checked(started))
     left = params_after(found)
-    cache = 2 * layers * kv_heads * (hidden // heads) * model.dtype.itemsize * asked.get("context", 0)
     stays = {"0.4B": 4e8, "6B": 6e9}.get(asked["to"])
     if stays is None:
-        stays = (float(asked["to"].removesuffix("GB")) * 1e9 - cache) / model.dtype.itemsize
+        stays = float(asked["to"].removesuffix("GB")) * 1e9 / model.dtype.itemsize
     step = found.align * layers * 3 * hidden
     assert stays - step < left <= stays
-    assert found.recipe.remove.to is found.recipe.remove.context is None
+    assert found.recipe.remove.to is None
 
 
 MIXTURE = {

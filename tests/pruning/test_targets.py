@@ -7,10 +7,9 @@ import pytest
 import torch
 from models import tiny_gemma3, tiny_llama, tiny_qwen2
 
-from secateur.methods.budget import Prices, params_gone, round_plans, round_shares, uniform_plan
+from secateur.methods.budget import Prices, params_gone, prices_of, round_plans, round_shares, uniform_plan
 from secateur.methods.curve import GroupProfile, curve_plan
 from secateur.methods.depth import remove_layers
-from secateur.methods.prices import prices_of
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
 from secateur.model.per_layer import record_widths

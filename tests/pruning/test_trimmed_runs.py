@@ -23,7 +23,7 @@ from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
 from secateur.log import silent
-from secateur.methods.prices import token_prices
+from secateur.methods.budget import token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.kept_tokens import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur import recover
 from secateur.facts import TrainingRecord, mean_kl, mean_nats
-from secateur.methods.prices import weight_size
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings
 from secateur.recovery import pair as recovery_pair
@@ -28,7 +27,7 @@ from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
 from secateur.recovery.open import open_job, prepare
 from secateur.recovery.train import Work, train_guarded
-from secateur.recovery.weights import check_training
+from secateur.recovery.weights import check_training, weight_size
 from secateur.report.measured import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
 

@@ -15,7 +15,6 @@ from transformers import TrainerControl, TrainerState
 
 from secateur.errors import RecipeError
 from secateur.facts import Verdict
-from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RecoverySettings
@@ -24,7 +23,7 @@ from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.pair import Block, RecoveryText
 from secateur.recovery.train import Distiller, Listener, Work, _arguments, log_lines
-from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, with_lora
+from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, weight_size, with_lora
 
 
 def work_with(place: Any, **settings: Any) -> Work:

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 from secateur.data.answers import Conversation, Speaker
-from secateur.data.shipped import shipped
+from secateur.data.sources import shipped
 from secateur.facts import ANSWER_TOKENS
 from secateur.model.bind import bind
 from secateur.stream import judge as judging

@@ -169,23 +169,28 @@ def export(
     if as_json:
         print(done.to_json(), end="")
         return
+
+    # What the file holds.
     context = "" if done.context_length is None else f", context {done.context_length:,}"
-    said = f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}."
-    common.CONSOLE.print(said, soft_wrap=True)
+    common.CONSOLE.print(
+        f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.", soft_wrap=True
+    )
     if done.num_params:
         total = sum(done.num_params.values())
         types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
         wider = f"{done.wider_share:.1%} in a wider type than asked, as their rows do not fit its blocks"
         common.CONSOLE.print(f"Parameters by type: {types}; {wider}.", soft_wrap=True)
     if done.importance_tokens:
-        read = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
-        common.CONSOLE.print(f"Importance of channels: measured on {read} tokens.", soft_wrap=True)
-    found = done.check
-    if found is not None:
+        domains = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
+        common.CONSOLE.print(f"Importance of channels: measured on {domains} tokens.", soft_wrap=True)
+
+    # Whether llama.cpp agrees.
+    compared = done.check
+    if compared is not None:
         common.CONSOLE.print(
-            f"Checked: perplexity of {found.num_tokens} held-out tokens {found.perplexity_llama_cpp:.3f} in llama.cpp, "
-            f"{found.perplexity_transformers:.3f} in transformers; {found.num_greedy_equal} of {found.num_greedy} "
-            f"greedy tokens equal (largest gap {found.largest_gap_nats:.3f} nats)."
+            f"Checked: perplexity of {compared.num_tokens} held-out tokens {compared.perplexity_llama_cpp:.3f} in "
+            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers; {compared.num_greedy_equal} of "
+            f"{compared.num_greedy} greedy tokens equal (largest gap {compared.largest_gap_nats:.3f} nats)."
         )
     elif name == "gguf":
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'

@@ -10,11 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
+
+from secateur.errors import RecipeError
+from secateur.model.stock import Tokenizer
 
 
 class Block(NamedTuple):
@@ -249,3 +252,26 @@ def counted_documents(blocks: Blocks) -> Iterator[Int64[Tensor, " T"]]:
     counts_NT = torch.ones_like(blocks.ids_NT, dtype=torch.bool) if blocks.counted_NT is None else blocks.counted_NT
     for number in sorted(blocks.documents):
         yield blocks.ids_NT[counts_NT & (blocks.document_NT == number)]
+
+
+DEFAULT_SEQUENCE_LENGTH = 512
+
+
+def block_length(asked: int | None, config: Any, key: str = "calibration.sequence_length") -> int:
+    """Return the tokens of a block. Raises RecipeError, naming `key`, if the model has fewer positions."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = asked or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+    if longest is not None and length > longest:
+        raise RecipeError(f"{key}: {length} is longer than the model's {longest} positions; give at most {longest}.")
+    return length
+
+
+def other_text(documents: Sequence[str], tokenizer: Tokenizer, config: Any) -> list[Block]:
+    """Return blocks of one document each. `config`: of a model, which may read no more tokens of one."""
+    length = block_length(None, config)
+    blocks: list[Block] = []
+    for number, text in enumerate(documents):
+        ids_T = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        # The first token of a block is context alone.
+        blocks += [Block(part, torch.full_like(part, number)) for part in ids_T.split(length) if len(part) > 1]
+    return blocks

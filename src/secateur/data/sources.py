@@ -16,12 +16,14 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, PackagePath
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
 
+import yaml
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
@@ -30,7 +32,6 @@ from huggingface_hub.errors import (
 from secateur.data.chat import chat_text
 from secateur.data.forms import Note, NoText, content_of, prompt_of, unheard
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
-from secateur.data.shipped import shipped
 from secateur.errors import CalibrationError, one_line, web_address
 from secateur.model.stock import Tokenizer
 from secateur.plugins import GENERAL_TEXT, general_text
@@ -364,3 +365,11 @@ def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, no
     except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot hold
         raise CalibrationError(f"{where}: the text holds half of a surrogate pair; remove it.") from None
     return text
+
+
+@cache
+def shipped(file: str) -> tuple[str, ...]:
+    """Return a file's texts, kinds by turns."""
+    kinds = yaml.safe_load(resources.files("secateur").joinpath("data", file).read_bytes()).values()
+    longest = max(map(len, kinds))
+    return tuple(kind[number] for number in range(longest) for kind in kinds if number < len(kind))

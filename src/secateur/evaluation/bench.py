@@ -18,7 +18,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Size, Workload
 from secateur.files import write_text
 from secateur.log import Progress, silent, steps, versions
-from secateur.methods.prices import least_costs
+from secateur.methods.costs import least_costs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of

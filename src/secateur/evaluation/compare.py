@@ -5,18 +5,16 @@ A cell is the run that `prune` is, in memory, and the text that judges it is the
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from secateur.data.blocks import Blocks
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.parts import Subject, subject_of
 from secateur.evaluation.study import DENSE, Cell, Comparison, FoundCell, Study, cells, load_study, save_comparison
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
-from secateur.evaluation.text import losses_of_dense_tokens, named_blocks
+from secateur.evaluation.text import Judged, losses_of_dense_tokens, named_blocks
 from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prepare import prepared
@@ -29,17 +27,6 @@ from secateur.store import Services, Store
 from secateur.stream.device import keeping_freed
 
 CELLS_FOLDER = "cells"
-
-
-class Judged(NamedTuple):
-    """Blocks of the dense tokenizer by domain: of documents that no cell learns by, and others.
-
-    `content_hash`: of the first, and of what the study calibrates on.
-    """
-
-    held_out: Mapping[str, Blocks]
-    others: Mapping[str, Blocks]
-    content_hash: str
 
 
 @dataclass(frozen=True, slots=True)

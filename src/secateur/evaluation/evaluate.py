@@ -3,22 +3,18 @@
 In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a result directory.
 """
 
-import dataclasses
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.blocks import Blocks, Text
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, is_chat, load_tasks
-from secateur.evaluation.text import check_length, has_recipe, named_blocks, recipe_blocks
+from secateur.evaluation.tasks import TaskOptions, is_chat, load_tasks
+from secateur.evaluation.text import text_to_judge
 from secateur.files import write_text
 from secateur.log import Progress, Tell, mute, silent, versions
-from secateur.model.checkpoint import load_tokenizer
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
@@ -28,32 +24,6 @@ from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
 from secateur.stream.judge import Judge
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """The options of `evaluate` on what to measure, in the order of the file."""
-
-    domains: dict[str, Domain] | None
-    num_blocks: int
-    sequence_length: int
-    tasks: tuple[str, ...]
-    task_options: TaskOptions
-    tasks_data: Path | None
-    device: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """Everything that a model is asked, in its own tokens.
-
-    `domains`: blocks by name.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    domains: dict[str, Blocks]
-    tasks: LoadedTasks | None
-    notes: tuple[str, ...]
 
 
 @joined()
@@ -97,45 +67,73 @@ def evaluate(
     CheckpointError for models, NumericsError for a loss that is not finite.
     """
     options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code)
-    settings = _Settings(domains, num_blocks, sequence_length, tuple(tasks), options, tasks_data, device)
     progress = progress if is_first() else silent
-    pruned = parts.open_subject("pruned", model, settings.device)
+
+    # Check the models, without their weights.
+    pruned = parts.open_subject("pruned", model, device)
     directory = _output_directory(None if out is None else Path(out), pruned)
-    dense = None if against is None else parts.open_subject("dense", against, settings.device)
-    of_dense, alone = (), "evaluate each alone and compare bits per byte"
+    dense = None if against is None else parts.open_subject("dense", against, device)
+    notes_on_dense, trim = (), None
     if dense is not None:
-        of_dense = check_dense(pruned.checkpoint, dense.checkpoint, "--against", other=other_dense)
-    trim = None if dense is None else trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
-    text = _prepare(settings, pruned, progress)
-    models = (each.fingerprint for each in (pruned, dense) if each is not None)
-    check_same({"model": " ".join(models), "text": str([int(part.ids_NT.sum()) for part in text.domains.values()])})
-    if (note := _note_on_tokens(pruned, trim)) is not None:
-        text = replace(text, notes=(*text.notes, note))
+        notes_on_dense = check_dense(pruned.checkpoint, dense.checkpoint, "--against", other=other_dense)
+        alone = "evaluate each alone and compare bits per byte"
+        trim = trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
+
+    # Read what they are asked, in the pruned model's tokens; all ranks have the same.
+    tokenizer = pruned.tokenizer()
+    text, notes = text_to_judge(
+        pruned.checkpoint, domains, num_blocks, sequence_length, tokenizer, progress, is_needed=not tasks
+    )
+    loaded = load_tasks(tasks, options, tasks_data) if tasks else None
+    if loaded is not None and (names := [name for name, task in loaded.tasks.items() if is_chat(task, tokenizer)]):
+        notes += (f"asked through the chat template: {', '.join(names)}.",)
+    notes += _note_on_tokens(pruned, trim)
+    fingerprints = (subject.fingerprint for subject in (pruned, dense) if subject is not None)
+    check_same({"model": " ".join(fingerprints), "text": str([int(blocks.ids_NT.sum()) for blocks in text.values()])})
+
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    judge = Judge(dict[str, Text](text.domains), text.tokenizer, pruned.checkpoint.config, store, progress, trim)
-    asks_tasks = partial(_tasks, store, text, settings.task_options, progress)
+    judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim)
+
+    def asked(subject: parts.Subject, own_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        if loaded is None:
+            return {}
+        return parts.task_parts(store, subject, own_tokenizer, loaded, options, progress)
+
+    # Measure the dense model, and forget it before the pruned one is loaded.
     before = kl_of = kl = changes = None
-    harness: dict[str, Any] = {}
+    dense_tasks: dict[str, Any] = {}
     if dense is not None:
-        scores = judge.dense(dense.to_judge())
-        harness = asks_tasks(dense, judge.dense_tokenizer)
-        before = parts.measured_by(scores, judge.dense_text, judge.dense_tokenizer, harness)
+        dense_scores = judge.dense(dense.to_judge())
+        dense_tasks = asked(dense, judge.dense_tokenizer)
+        before = parts.measured_by(dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks)
         if trim is not None:
             dense.keep(trim.kept)
-        kl_of = parts.judge_of_kl(store, dense, pruned, text.domains, progress)
+        kl_of = parts.judge_of_kl(store, dense, pruned, text, progress)
         dense.forget()
+
+    # Measure the pruned one, and what lies between them.
     scores = judge.pruned(pruned.to_judge())
-    own_harness = asks_tasks(pruned, text.tokenizer)
-    after = parts.measured_by(scores, judge.text, text.tokenizer, own_harness)
+    pruned_tasks = asked(pruned, tokenizer)
+    after = parts.measured_by(scores, judge.text, tokenizer, pruned_tasks)
     if before is not None and kl_of is not None:
         kl = kl_of()
-        of_tasks = parts.task_changes(harness, own_harness) if text.tasks is not None else None
-        changes = parts.differences(before, after, of_tasks)
+        changes = parts.differences(before, after, parts.task_changes(dense_tasks, pruned_tasks) if loaded else None)
+
+    settings = {
+        "domains": list(text),
+        "num_blocks": num_blocks,
+        "sequence_length": sequence_length,
+        "tasks": list(tasks),
+        "task_options": asdict(options),
+        # A directory is this machine's: its name alone.
+        "tasks_data": None if tasks_data is None else tasks_data.name,
+        "device": device,
+    }
     evaluation = Evaluation(
         model=name_of(pruned.checkpoint),
         against=None if dense is None else name_of(dense.checkpoint),
-        settings=_plain(settings, text),
-        notes=(*of_dense, *text.notes),
+        settings=settings,
+        notes=(*notes_on_dense, *notes),
         dense=before,
         pruned=after,
         kl=kl,
@@ -167,55 +165,14 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     return out or checkpoint.directory
 
 
-def _prepare(settings: _Settings, pruned: parts.Subject, progress: Progress) -> _Text:
-    """Return the text in the pruned model's tokens."""
-    directory, notes, config = pruned.checkpoint.directory, (), pruned.checkpoint.config
-    tokenizer, domains = load_tokenizer(pruned.checkpoint), dict[str, Blocks]()
-    if settings.domains is not None:
-        num_blocks, length = settings.num_blocks, settings.sequence_length
-        domains, notes = named_blocks(settings.domains, num_blocks, length, tokenizer, progress, directory)
-        check_length(length, config.get_text_config())
-    elif has_recipe(directory) or not settings.tasks:
-        domains, notes = recipe_blocks(directory, tokenizer, progress)
-    tasks = None
-    if settings.tasks:
-        tasks = load_tasks(settings.tasks, settings.task_options, settings.tasks_data)
-        written = [name for name, task in tasks.tasks.items() if is_chat(task, tokenizer)]
-        chat = (f"asked through the chat template: {', '.join(written)}.",) if written else ()
-        notes += chat
-    return _Text(tokenizer, domains, tasks, notes)
-
-
-def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> str | None:
+def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> tuple[str, ...]:
     """Return in which tokens the nats are, where the vocabulary was trimmed."""
     if trim is not None:
         return (
             f"the tokenizers differ ({trim.kept.num_dense:,} and {len(trim.kept.dense_ids):,} tokens): losses are nats "
-            "per token of the dense tokenizer; KL is over the kept tokens on the trimmed text."
+            "per token of the dense tokenizer; KL is over the kept tokens on the trimmed text.",
         )
     if (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
         sizes = f"{kept.num_dense:,} to {len(kept.dense_ids):,} tokens"
-        return f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer."
-    return None
-
-
-def _tasks(
-    store: Store,
-    text: _Text,
-    options: TaskOptions,
-    progress: Progress,
-    subject: parts.Subject,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Any]:
-    """Return all that `task_parts` does of one model; empty without tasks."""
-    if text.tasks is None:
-        return {}
-    return parts.task_parts(store, subject, tokenizer, text.tasks, options, progress)
-
-
-def _plain(settings: _Settings, text: _Text) -> dict[str, Any]:
-    """Return the settings for the file. Names of files only: directories are this machine's."""
-    data = dataclasses.asdict(settings)
-    data |= {"domains": list(text.domains), "tasks": list(settings.tasks)}
-    data["tasks_data"] = None if settings.tasks_data is None else settings.tasks_data.name
-    return data
+        return (f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer.",)
+    return ()

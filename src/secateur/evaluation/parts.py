@@ -19,7 +19,7 @@ from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge,
 from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
-from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, meta_model, open_checkpoint
+from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.model.modules import text_model
 from secateur.model.token_bytes import num_bytes
@@ -107,6 +107,10 @@ class Subject:
     def facts(self) -> Part:
         """What its figures depend on, beside the text."""
         return {"model": self.fingerprint, "device": self.device.type, "versions": versions()}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, read anew."""
+        return load_tokenizer(self.checkpoint)
 
     def model(self) -> PreTrainedModel:
         """Return the model, loading it at the first call."""

@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.blocks import NGRAM_TOKENS, Blocks, JudgedText, LearningText, ngram_overlap
+from secateur.data.blocks import NGRAM_TOKENS, Blocks, JudgedText, LearningText, block_length, ngram_overlap
 from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.data.retokenised import retokenised
-from secateur.errors import CalibrationError, RecipeError
+from secateur.errors import RecipeError
 from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
+from secateur.model.checkpoint import Checkpoint
 from secateur.model.kept_tokens import Trim
 from secateur.recipe import RECIPE_FILE, Calibration, Domain, as_recipe
 from secateur.result_directory import RESULT_FILE
@@ -25,6 +26,40 @@ SEED = 0  # for text that no recipe describes
 TOLD_OVERLAP = 0.02
 # A trim counts in the dense tokenizer, in which text has fewer tokens.
 COUNTED_BY_A_TRIM = MOST_COUNTED * 5 // 4
+
+
+class Judged(NamedTuple):
+    """Blocks of the dense tokenizer by domain: of documents that no cell learns by, and others.
+
+    `content_hash`: of the first, and of what the study calibrates on.
+    """
+
+    held_out: Mapping[str, Blocks]
+    others: Mapping[str, Blocks]
+    content_hash: str
+
+
+def text_to_judge(
+    checkpoint: Checkpoint,
+    domains: dict[str, Domain] | None,
+    num_blocks: int,
+    sequence_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    *,
+    is_needed: bool,
+) -> tuple[dict[str, Blocks], tuple[str, ...]]:
+    """Return blocks by domain, and notes: of `domains`, or what judged the run that made the model.
+
+    `is_needed`: a model that no run made is an error, RecipeError, not one without text. Other errors: as for
+    `named_blocks` and `recipe_blocks`.
+    """
+    directory = checkpoint.directory
+    if domains is None:
+        return recipe_blocks(directory, tokenizer, progress) if is_needed or has_recipe(directory) else ({}, ())
+    text = named_blocks(domains, num_blocks, sequence_length, tokenizer, progress, directory)
+    block_length(sequence_length, checkpoint.config, "--sequence-length")
+    return text
 
 
 def has_recipe(directory: Path) -> bool:
@@ -58,15 +93,6 @@ def recipe_blocks(
         note = f"answers of the dense model are left out ({answers}), and so the hash of the text is not compared."
         return blocks, (*notes, note)
     return blocks, (*notes, *_changes(directory, judged))
-
-
-def check_length(length: int, config: Any) -> None:
-    """Raise CalibrationError if a model has fewer positions than a block."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise CalibrationError(
-            f"--sequence-length: {length} is longer than the model's {longest} positions; give at most {longest}."
-        )
 
 
 def named_blocks(

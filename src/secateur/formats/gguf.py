@@ -329,6 +329,7 @@ def export(
     Raises a SecateurError, one sentence, for everything that a user can correct: CheckpointError
     for a model that llama.cpp cannot run, RecipeError for options.
     """
+    # Check all that was asked before a weight is read.
     file = Path(gguf)
     usable = "a secateur.Exporter"
     exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda found: isinstance(found, Exporter), usable)
@@ -346,20 +347,22 @@ def export(
         raise RecipeError(
             f"export importance: is for {', '.join(QUANTISED)}, got {type_name}; choose one of these or leave it out."
         )
+
+    # Write the file; it appears once llama.cpp agrees.
     write, tokens = exporter.write, dict[str, int]()
     if importance:
         weights, tokens = importance_of(checkpoint, progress)
         write = partial(export_gguf, importance=weights)
     with staged_file(file, overwrite=overwrite) as staged:
         write(checkpoint, staged, type_name, progress)
-        num_bytes, found = staged.stat().st_size, None
+        num_bytes, compared = staged.stat().st_size, None
         stored = stored_types(staged, checkpoint, type_name) if by_llama_cpp else ({}, 0.0)
         if is_gguf and check is not False and have_llama_cpp():
             progress("check", 0, 1)
-            found = check_gguf(staged, checkpoint, type_name)
+            compared = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
     length = context_length(checkpoint.config, gguf_family(checkpoint)) if is_gguf else None
-    return Export(str(file), type_name, num_bytes, length, found, *stored, tokens)
+    return Export(str(file), type_name, num_bytes, length, compared, *stored, tokens)
 
 
 def _check_old_file(file: Path, checkpoint: Checkpoint, *, is_gguf: bool) -> None:

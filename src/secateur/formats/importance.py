@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.data.blocks import block_length
 from secateur.errors import CalibrationError
 from secateur.formats.gguf_tensors import gguf_tensors
 from secateur.formats.run_text import run_text_again
 from secateur.formats.serving import gguf_family
 from secateur.log import Progress
-from secateur.methods.prices import sequence_length
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer
 from secateur.recipe import RECIPE_FILE, as_recipe
@@ -36,9 +36,10 @@ def importance_of(
     none. The text is what the run that made the checkpoint learnt by, else that of a recipe's default
     domains. Raises CalibrationError or RecipeError for text that cannot be read.
     """
+    # The text that the run learnt by.
     path = checkpoint.directory / RECIPE_FILE
     recipe = as_recipe(path if path.is_file() else None)
-    length = sequence_length(recipe.calibration.sequence_length, checkpoint.config)
+    length = block_length(recipe.calibration.sequence_length, checkpoint.config)
     num_tokens = recipe.calibration.num_tokens or NUM_TOKENS
     recipe = recipe.filled(calibration={"sequence_length": length, "num_tokens": num_tokens})
     directory, tokenizer = checkpoint.directory, load_tokenizer(checkpoint)
@@ -49,6 +50,8 @@ def importance_of(
             "export importance: the model's recipe has no text but what its dense model wrote, which is not at hand; "
             "leave importance out."
         )
+
+    # Sum the squares of what each matrix reads, domain by domain.
     model: Any = load_model(checkpoint).float()
     backbone = model.get_submodule(bind(model).backbone)
     squares: dict[str, Tensor] = {}
@@ -59,7 +62,7 @@ def importance_of(
 
     matrices = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
     hooks = [each.register_forward_pre_hook(partial(add, name)) for name, each in matrices.items()]
-    found: dict[str, Tensor] = {}
+    importance: dict[str, Tensor] = {}
     num_done, num_blocks = 0, sum(map(len, blocks.values()))
     for domain, ids_NT in blocks.items():
         squares.clear()
@@ -68,10 +71,13 @@ def importance_of(
             num_done += len(batch.ids_BT)
             progress("importance", num_done, num_blocks)
         for name, sums in squares.items():
-            found[name] = found.get(name, torch.zeros_like(sums)) + sums / sums.mean().clamp_min(1e-30) / len(blocks)
+            share = sums / sums.mean().clamp_min(1e-30) / len(blocks)
+            importance[name] = importance.get(name, torch.zeros_like(sums)) + share
     for hook in hooks:
         hook.remove()
+
+    # By the names that the file has.
     tensors = gguf_tensors(checkpoint, gguf_family(checkpoint), "f32")
-    columns = {each.gguf_name: found.get(each.name.removesuffix(".weight")) for each in tensors}
+    columns = {each.gguf_name: importance.get(each.name.removesuffix(".weight")) for each in tensors}
     matched = {name: each.float().numpy() for name, each in columns.items() if each is not None}
     return matched, {name: each.numel() for name, each in blocks.items()}

@@ -4,8 +4,12 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from secateur.errors import RecipeError
+from secateur.model.bind import Arch
 from secateur.model.group import ALIGNED, Group, GroupKey
 
 # Widths that suit tensor cores: ALIGN_LARGE from LARGE_WIDTH units on. llama.cpp's k-quants store rows
@@ -48,6 +52,18 @@ class Prices:
         what = " and ".join(["layers"] * (taken > self.tokens) + ["tokens"] * bool(self.tokens))
         what = f" that the {what} left" if what else self.what
         return dataclasses.replace(self, total=self.total - taken, tokens=0, what=what)
+
+
+def token_prices(model: Any, num_tokens: int) -> int:
+    """Return the parameters of tokens: their rows of embedding and head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = 0 if head.weight is embedding.weight else head.in_features
+    return num_tokens * (embedding.embedding_dim + own + (head.bias is not None))
+
+
+def prices_of(arch: Arch, model: nn.Module) -> Prices:
+    """Return the parameters of each layer and of the whole model."""
+    return Prices(arch.params_per_layer, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def params_of(groups: Iterable[Group]) -> int:

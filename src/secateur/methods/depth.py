@@ -75,6 +75,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     that nothing is recovered. Without held-out batches the whole step is taken. There is a layer before
     `layer`, and the family adds what an MLP gives as it is. Raises NumericsError as `least_squares`.
     """
+    # Sum what the reader sees, and what `layer` adds.
     reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
     with at_hand(layers[layer - 1]):
         gram = Gram(reader.in_features, reader.weight.device)
@@ -94,6 +95,8 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         else:
             gram.add_product(x_TF)
             cross_FD += x_TF.float().T @ added_TD
+
+    # Fit the reader, as far as held-out text likes it.
     sum_over_ranks(gram, cross_FD)
     with at_hand(layers[layer - 1]):
         every_F = torch.arange(reader.in_features, device=reader.weight.device)

@@ -251,6 +251,8 @@ def observe_routing(
                     f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
                 )
             found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
+
+    # The sums over all ranks.
     total = totals({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
     device = next(module.parameters()).device
     return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted

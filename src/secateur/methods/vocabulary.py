@@ -221,6 +221,7 @@ def removal_order(
     nor does what any of them is merged from. `order_by_V`: the use that decides which one is next,
     `use_V` without it. `weights_V`: see `PieceNats.weights`, 1 without them.
     """
+    # Rows without a token go first; the others wait for those that are merged from them.
     fixed = with_parts(vocabulary, stay)
     padding = [index for index in range(vocabulary.num_rows) if index not in vocabulary.texts and index not in fixed]
     use, order_by, gone = use_V.tolist(), (use_V if order_by_V is None else order_by_V).tolist(), set(padding)
@@ -241,6 +242,8 @@ def removal_order(
     waiting = [(order_by[index] * further(spelt(index)), index) for index in free if not needed_by[index]]
     heapq.heapify(waiting)
     ids, costs, cost = list(padding), [0.0] * len(padding), 0.0
+
+    # Take the cheapest token each time. Its use becomes that of its pieces.
     while waiting:
         known, index = heapq.heappop(waiting)
         parts = spelt(index)
@@ -254,6 +257,8 @@ def removal_order(
         gone.add(index)
         ids.append(index)
         costs.append(cost)
+
+        # A part that no token is merged from any more may go next.
         for part in set(vocabulary.parts[index]) if vocabulary.needs_parts else ():
             needed_by[part] -= 1
             if not needed_by[part] and part in free:

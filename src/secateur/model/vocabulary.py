@@ -24,7 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from secateur.errors import CheckpointError
 from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
 from secateur.model.stock import CausalLM, Tokenizer, quiet_transformers
-from secateur.model.token_bytes import SPACE, byte_piece
+from secateur.model.token_bytes import SPACE, byte_piece, decoder_steps
 
 # A part of tokenizer.json.
 Parsed = dict[str, Any]
@@ -62,9 +62,9 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     num_rows, rules = embedding.num_embeddings, parsed["model"]
     ids = _ids(parsed, num_rows)
     pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
-    is_bpe = rules["type"] == "BPE"
+    is_bpe, is_byte_level = rules["type"] == "BPE", "ByteLevel" in decoder_steps(tokenizer)
     parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules)) | _spelt_in_bytes(rules, pieces)
-    texts = _texts(parsed, ids)
+    texts = _texts(parsed, ids, is_byte_level=is_byte_level)
     fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
     fixed |= {index for index, text in texts.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
@@ -74,7 +74,7 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
     return Vocabulary(
-        kind=_kind(parsed),
+        kind=_kind(rules, is_byte_level=is_byte_level),
         num_rows=num_rows,
         texts=texts,
         parts=parts,
@@ -149,32 +149,16 @@ def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
     return {text: index for text, index in ids.items() if index < num_rows}
 
 
-def _steps(step: Parsed | None) -> Iterable[Parsed]:
-    """Yield every step of a pre-tokenizer, decoder or post-processor."""
-    if step is None:
-        return
-    inner = next((step[key] for key in ("pretokenizers", "decoders", "processors") if key in step), None)
-    if inner is None:
-        yield step
-    for each in inner or ():
-        yield from _steps(each)
-
-
-def is_byte_level(parsed: Parsed) -> bool:
-    """Say whether the backend, as JSON, spells text as symbols that each stand for a byte."""
-    return any(step["type"] == "ByteLevel" for step in _steps(parsed["decoder"]))
-
-
-def _kind(parsed: Parsed) -> str:
-    kind = parsed["model"]["type"]
-    if is_byte_level(parsed):
+def _kind(model: Parsed, *, is_byte_level: bool) -> str:
+    kind = model["type"]
+    if is_byte_level:
         return f"byte-level {kind}"
-    return f"{kind} with byte fallback" if parsed["model"].get("byte_fallback") else kind
+    return f"{kind} with byte fallback" if model.get("byte_fallback") else kind
 
 
-def _texts(parsed: Parsed, ids: dict[str, int]) -> dict[int, str]:
+def _texts(parsed: Parsed, ids: dict[str, int], *, is_byte_level: bool) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
-    if not is_byte_level(parsed):
+    if not is_byte_level:
         return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
     byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     return {
@@ -282,7 +266,8 @@ def _named(tokenizer: Tokenizer, backend: Any, parsed: Parsed) -> set[int]:
     """Return special and added tokens, those of the post-processor and of the chat template's own text."""
     special: Any = tokenizer.all_special_ids
     found = {token["id"] for token in parsed["added_tokens"]} | set(special)
-    for step in _steps(parsed["post_processor"]):
+    processor = parsed["post_processor"] or {}
+    for step in processor.get("processors", [processor]):
         found |= {index for each in step.get("special_tokens", {}).values() for index in each["ids"]}
         found |= {step[key][1] for key in ("sep", "cls") if key in step}
     if (unknown := parsed["model"].get("unk_id")) is not None:

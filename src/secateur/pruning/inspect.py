@@ -12,8 +12,7 @@ from typing import Any
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
 from secateur.log import Progress, silent
-from secateur.methods.budget import align_of
-from secateur.methods.prices import token_prices
+from secateur.methods.budget import align_of, token_prices
 from secateur.model.checkpoint import meta_model, notes_on
 from secateur.model.group import Group
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
@@ -102,10 +101,14 @@ def _inspection(opened: Opened, progress: Progress) -> Inspection:
     services = Services(progress=progress)
     opened = checked(opened)
     recipe = opened.recipe
+
+    # The run, or the nearest one that can be.
     opened, measured_later = _trimmed(opened, services)
     resolved, refused = _resolved(opened)
-    resolved, arch, size = with_polish_that_fits(opened, resolved), opened.arch, opened.size
-    memory = memory_for(opened, resolved)
+    resolved = with_polish_that_fits(opened, resolved)
+
+    # What it leaves, and takes.
+    arch, size, memory = opened.arch, opened.size, memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = params_after(resolved)
     embedding: Any = opened.model.get_input_embeddings()

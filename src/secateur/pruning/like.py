@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Size
 from secateur.files import sha256_of
 from secateur.log import versions
+from secateur.methods.budget import token_prices
 from secateur.methods.curve import Profiles
-from secateur.methods.prices import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import open_checkpoint, planned_model
 from secateur.model.group import Group
@@ -79,7 +78,7 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     groups = {each.key: each for each in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
         raise bad_keeps(directory)
-    tokens, source = kept_tokens_of(directory), lineage(checkpoint, Size.of(other).num_params)[-1]
+    tokens, source = kept_tokens_of(directory), lineage(checkpoint, other.num_parameters())[-1]
     like = Like(checkpoint, source, sha256_of(directory / KEEP_FILE), keeps, tokens)
     return replace(opened.asking(recipe), like=like)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
 from secateur.files import check_free_space
-from secateur.log import Progress, RunLog, Tell
+from secateur.log import Progress, RunLog, Tell, human_bytes
 from secateur.model.stock import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
@@ -27,7 +27,6 @@ from secateur.pruning.open import (
     tokenizer_of,
 )
 from secateur.pruning.resolve import Resolved, checked, nearest, resolve
-from secateur.pruning.result import foretold
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
@@ -136,6 +135,30 @@ def prepared(
         kept={} if opened.like is None else opened.like.keeps,
     )
     return Prepared(opened, run, drawn, placement, notes)
+
+
+def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, num_models: int) -> str:
+    """Return a sentence on what a run is about to do, and in how much memory for so many copies. `does`: its verb."""
+    recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
+    parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
+    for name in dict.fromkeys(group.name for group in resolved.groups):
+        members = [group for group in resolved.groups if group.name == name]
+        before = sum(group.num_units for group in members) / len(members)
+        after = sum(kept[group.layer, name] for group in members) / len(members)
+        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.budget != "uniform")]
+    if opened.trim is not None:
+        parts += [f"tokens {opened.trim.kept.num_dense:,} -> {len(opened.trim.kept.dense_ids):,}"]
+    text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"
+    if not resolved.groups and not resolved.depth:
+        return f"{opened.name}: removes {', '.join(parts)}, by {text}."
+    trained = f", then trained on {recipe.polish.num_tokens:,}" if recipe.polish.num_tokens else ""
+    num_bytes = plan.estimate.peak + (num_models - 1) * opened.size.num_bytes
+    rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
+    asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
+    return (
+        f"{opened.name}: {does} {asked} in {rounds}, measured on {text}{trained}; "
+        f"{human_bytes(num_bytes)} of memory beyond the interpreter."
+    )
 
 
 def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from secateur.data.blocks import block_length
 from secateur.errors import RecipeError
 from secateur.files import is_size, parse_count, parse_size
 from secateur.methods.budget import (
@@ -23,11 +24,12 @@ from secateur.methods.budget import (
     params_gone,
     params_of,
     plan_of,
+    prices_of,
     round_plans,
     round_shares,
+    token_prices,
     uniform_plan,
 )
-from secateur.methods.prices import kv_cache_bytes_per_token, prices_of, sequence_length, token_prices
 from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
 from secateur.model.group import OF_EXPERTS, Group, GroupKey
@@ -161,7 +163,7 @@ def checked(opened: Opened) -> Opened:
             f"layers widths of their own, which a language model inside a larger class ({config.model_type}) cannot be "
             f"saved with; use budget uniform without protected_layers."
         )
-    sequence_length(recipe.calibration.sequence_length, config)
+    block_length(recipe.calibration.sequence_length, config)
     if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
         raise RecipeError(
             f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
@@ -182,17 +184,13 @@ def share_of_size(opened: Opened) -> Opened:
     remove = recipe.remove
     if remove.to is None:
         return opened
-    asked = f"to: {remove.to}"
     if is_size(remove.to):
-        cache_bytes = (remove.context or 0) * kv_cache_bytes_per_token(opened.model)
-        asked += f" with a cache of {cache_bytes / 1e9:.3g} GB" * bool(cache_bytes)
-        num_bytes = parse_size("remove.to", remove.to) - cache_bytes
-        stays = int(num_bytes * size.num_params / size.num_bytes)
+        stays = int(parse_size("remove.to", remove.to) * size.num_params / size.num_bytes)
     else:
         stays = parse_count(remove.to)
     if not 0 < stays < size.num_params:
         raise RecipeError(
-            f"remove.{asked} leaves {max(stays, 0):,} parameters, and the model has {size.num_params:,} "
+            f"remove.to: {remove.to} leaves {stays:,} parameters, and the model has {size.num_params:,} "
             f"({size.num_bytes / 1e9:.3g} GB); give a smaller model's size that is above 0."
         )
     plain = _of_share(opened, 1 - stays / size.num_params)
@@ -212,7 +210,7 @@ def share_of_size(opened: Opened) -> Opened:
     if left > stays:
         num_bytes = left * size.num_bytes // size.num_params
         raise RecipeError(
-            f"remove.{asked} is less than a cut can leave; the recipe's groups leave {left:,} parameters "
+            f"remove.to: {remove.to} is less than a cut can leave; the recipe's groups leave {left:,} parameters "
             f"({num_bytes / 1e6:.4g} MB) at least; give that or more, lower align or min_keep, or name more groups."
         )
     return found
@@ -221,7 +219,7 @@ def share_of_size(opened: Opened) -> Opened:
 def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
     """Return `opened` with this share in place of a size. `align`: None for the recipe's."""
     align = align or opened.recipe.remove.align
-    remove = {"to": None, "context": None, "share": share, "align": align}
+    remove = {"to": None, "share": share, "align": align}
     return replace(opened, recipe=opened.recipe.filled(remove=remove))
 
 
@@ -467,7 +465,7 @@ def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict
     """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
     widest = max((group.num_inputs for group in groups), default=1)
     num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
-    length = sequence_length(recipe.calibration.sequence_length, config)
+    length = block_length(recipe.calibration.sequence_length, config)
     return {"num_tokens": num_tokens, "sequence_length": length}, widest
 
 

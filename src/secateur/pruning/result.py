@@ -10,13 +10,11 @@ from torch import Tensor
 from secateur.data.blocks import ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
-from secateur.log import human_bytes, versions
+from secateur.log import versions
 from secateur.model.group import Group
 from secateur.model.kept_units import Keeps, write_keeps
 from secateur.model.stock import CausalLM, Tokenizer
-from secateur.pruning.cost import MemoryPlan
 from secateur.pruning.open import Opened, tokenizer_of
-from secateur.pruning.resolve import Resolved
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
 from secateur.pruning.trimmed import vocabulary_facts
@@ -146,27 +144,3 @@ def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tens
         before, least, most = widths.get(group.name, (group.num_units, kept, kept))
         widths[group.name] = (before, min(least, kept), max(most, kept))
     return widths
-
-
-def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, num_models: int) -> str:
-    """Return a sentence on what a run is about to do, and in how much memory for so many copies. `does`: its verb."""
-    recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
-    parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
-    for name in dict.fromkeys(group.name for group in resolved.groups):
-        members = [group for group in resolved.groups if group.name == name]
-        before = sum(group.num_units for group in members) / len(members)
-        after = sum(kept[group.layer, name] for group in members) / len(members)
-        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.budget != "uniform")]
-    if opened.trim is not None:
-        parts += [f"tokens {opened.trim.kept.num_dense:,} -> {len(opened.trim.kept.dense_ids):,}"]
-    text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"
-    if not resolved.groups and not resolved.depth:
-        return f"{opened.name}: removes {', '.join(parts)}, by {text}."
-    trained = f", then trained on {recipe.polish.num_tokens:,}" if recipe.polish.num_tokens else ""
-    num_bytes = plan.estimate.peak + (num_models - 1) * opened.size.num_bytes
-    rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
-    asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
-    return (
-        f"{opened.name}: {does} {asked} in {rounds}, measured on {text}{trained}; "
-        f"{human_bytes(num_bytes)} of memory beyond the interpreter."
-    )

@@ -17,8 +17,7 @@ from secateur.data.blocks import Blocks, TokenCounts
 from secateur.data.rows import read_rows
 from secateur.errors import CheckpointError, RecipeError
 from secateur.methods import vocabulary as methods
-from secateur.methods.budget import least_step, params_of
-from secateur.methods.prices import prices_of, token_prices
+from secateur.methods.budget import least_step, params_of, prices_of, token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.checkpoint import load_tokenizer
 from secateur.model.kept_tokens import KeptTokens, Trim

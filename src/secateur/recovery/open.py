@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from secateur.data.blocks import block_length
 from secateur.errors import RecipeError
 from secateur.files import check_free_space, disk_errors, make_lasting
 from secateur.log import Progress, RunLog, Tell, mute, silent
-from secateur.methods.prices import sequence_length
 from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
 from secateur.model.stock import CausalLM
@@ -65,7 +65,7 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Keys | None, *, o
     if "domains" in (changes.get("calibration") or {}):  # they replace the old ones
         base.get("calibration", {}).pop("domains", None)
     recipe = parse_recipe(merged(base, changes), "recover")
-    length = sequence_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
+    length = block_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
     check_training(asked, "recover")

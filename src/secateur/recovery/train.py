@@ -29,7 +29,6 @@ from transformers import (
 from secateur.facts import Judgement, TrainingRecord, Verdicts, mean_kl
 from secateur.files import make_lasting
 from secateur.log import Progress, RunLog, Tell, mute
-from secateur.methods.prices import weight_size
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.ranks import alone, from_first
@@ -47,6 +46,7 @@ from secateur.recovery.weights import (
     merge,
     prepare_weights,
     wants_shards,
+    weight_size,
     whole_parameters,
     with_lora,
 )

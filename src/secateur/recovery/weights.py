@@ -5,6 +5,7 @@ In: a model and what a recipe or a launcher asks for. Out: a model to train; who
 
 import copy
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, cast
@@ -20,6 +21,15 @@ from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.offload import forget_weights
 
 FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
+
+
+def weight_size(model: Any) -> float:
+    """Return the root mean square of the weights in matrices, embedding and head left out."""
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(parameter) for module in words for parameter in module.parameters()}
+    matrices = [each for each in model.parameters() if each.dim() > 1 and id(each) not in left_out]
+    squares = sum(each.double().square().sum().item() for each in matrices)
+    return math.sqrt(squares / sum(each.numel() for each in matrices))
 
 
 def wants_shards() -> bool:

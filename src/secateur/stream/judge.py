@@ -19,9 +19,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.data.answers import Conversation, Speaker, greedy_answers, in_tokens_of
-from secateur.data.blocks import Block, Text, blocks_of
+from secateur.data.blocks import Block, Text, blocks_of, other_text
 from secateur.data.retokenised import retokenised
-from secateur.data.shipped import other_text, shipped
+from secateur.data.sources import shipped
 from secateur.errors import NumericsError
 from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
 from secateur.log import Progress, silent

@@ -1,23 +1,11 @@
-"""What layers and tokens take of a model's parameters, and the least costs of a model."""
+"""The least costs of a model, by its shapes: bytes and operations of a token."""
 
-import math
 from typing import Any
 
 from torch import nn
 
-from secateur.errors import RecipeError
 from secateur.facts import Costs, Workload
-from secateur.methods.budget import Prices
-from secateur.model.bind import Arch, head_width, num_kv_heads
-
-
-def weight_size(model: Any) -> float:
-    """Return the root mean square of the weights in matrices, embedding and head left out."""
-    words = (model.get_input_embeddings(), model.get_output_embeddings())
-    left_out = {id(parameter) for module in words for parameter in module.parameters()}
-    matrices = [each for each in model.parameters() if each.dim() > 1 and id(each) not in left_out]
-    squares = sum(each.double().square().sum().item() for each in matrices)
-    return math.sqrt(squares / sum(each.numel() for each in matrices))
+from secateur.model.bind import head_width, num_kv_heads
 
 
 def least_costs(model: Any, workload: Workload) -> Costs:
@@ -76,30 +64,3 @@ def _attention(model: Any) -> tuple[int, int]:
         num_query_channels += layer.num_attention_heads * head_width(layer)
         num_kv_channels += num_kv_heads(layer) * head_width(layer)
     return num_query_channels, num_kv_channels
-
-
-DEFAULT_SEQUENCE_LENGTH = 512
-
-
-def sequence_length(asked: int | None, config: Any) -> int:
-    """Return the tokens of a block. Raises RecipeError if the model has fewer positions."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = asked or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
-    if longest is not None and length > longest:
-        raise RecipeError(
-            f"calibration.sequence_length: {length} is longer than the model's {longest} positions; "
-            f"set it to at most {longest}."
-        )
-    return length
-
-
-def token_prices(model: Any, num_tokens: int) -> int:
-    """Return the parameters of tokens: their rows of embedding and head."""
-    embedding, head = model.get_input_embeddings(), _head(model)
-    own = 0 if head.weight is embedding.weight else head.in_features
-    return num_tokens * (embedding.embedding_dim + own + (head.bias is not None))
-
-
-def prices_of(arch: Arch, model: nn.Module) -> Prices:
-    """Return the parameters of each layer and of the whole model."""
-    return Prices(arch.params_per_layer, sum(parameter.numel() for parameter in model.parameters()))
