@@ -33,7 +33,7 @@ from secateur.data.pool import Amounts, TextPool
 from secateur.facts import Size
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.pruning.loop import prune_in_place
+from secateur.pruning.loop import prune_together
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run
@@ -74,7 +74,7 @@ def round_seconds(directory: Path, resolved: Resolved, calibration: LearningText
     """Time one prune of a fresh copy, loading not included."""
     model = load_model(open_checkpoint(directory))
     start = time.perf_counter()
-    prune_in_place(Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration))
+    prune_together([Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration)])
     return time.perf_counter() - start
 
 

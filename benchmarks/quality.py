@@ -26,7 +26,7 @@ from secateur.data.pool import Amounts, TextPool
 from secateur.facts import Size
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, open_checkpoint
-from secateur.pruning.loop import prune_in_place, remove_depth
+from secateur.pruning.loop import prune_together, remove_depth
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
@@ -104,7 +104,7 @@ def run_row(
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
         run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration))
-        prune_in_place(run)
+        prune_together([run])
         arch, seconds = run.arch, time.perf_counter() - start
     blocks = {domain.name: domain.calibration.ids_NT for domain in evaluation.domains}
     losses = domain_losses(model, arch, blocks)

@@ -20,10 +20,10 @@ from typing import Any
 from quality import LENGTH, draw
 from texts import HYBRID, text_file
 
+from secateur import recover
 from secateur.api import prune
 from secateur.model.bind import bind
 from secateur.model.checkpoint import load, load_tokenizer, open_checkpoint
-from secateur.recovery.recover import recover
 from secateur.stream.losses import domain_losses
 
 CALIBRATION_TOKENS, EVALUATION_BLOCKS = 49_152, 4

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from secateur.data.blocks import Blocks, LearningDomain, LearningText
 from secateur.facts import Size
 from secateur.model.bind import bind
-from secateur.pruning.loop import prune_in_place
+from secateur.pruning.loop import prune_together
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
@@ -36,5 +36,5 @@ def prune(model: PreTrainedModel, blocks_NT: Tensor, share: float, seed: int) ->
     resolved = resolve(checked(opened))
     blocks = Blocks.of(blocks_NT)
     text = LearningText((LearningDomain("hybrid", 1.0, blocks, len(blocks), blocks[:1]),), blocks_NT.shape[1])
-    prune_in_place(Run(model=model, arch=resolved.arch, resolved=resolved, text=text))
+    prune_together([Run(model=model, arch=resolved.arch, resolved=resolved, text=text)])
     return Pruned(model, count_parameters(model), "none", "eight rounds, widths a multiple of 8")

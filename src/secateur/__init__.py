@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
-    from secateur.evaluation.measure import measure
+    from secateur.evaluation.measure import measure, measuring
     from secateur.formats.gguf import Exporter, export
     from secateur.formats.save import verify
     from secateur.methods.scores import Score
@@ -57,6 +57,7 @@ __all__ = [
     "inspect",
     "load",
     "measure",
+    "measuring",
     "prune",
     "prune_sizes",
     "push",
@@ -70,7 +71,7 @@ _MODULES = {
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
-    "evaluation.measure": ("measure",),
+    "evaluation.measure": ("measure", "measuring"),
     "pruning.inspect": ("inspect",),
     "formats.save": ("verify",),
     "formats.gguf": ("Exporter", "export"),

@@ -159,7 +159,7 @@ def test_inspect_describes_the_model_whatever_is_asked(remove, reached, why, che
 def test_inspect_says_what_else_could_go(checkpoints, recipe_file):
     shown = " ".join(run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file).stdout.split())
     assert (
-        "could also go kv_heads: 2 KV heads in each of 3 layers, 20,736 parameters could also go query_heads" in shown
+        "could also go kv_heads (KV head): 2 in each of 3 layers, 20,736 parameters could also go query_heads" in shown
     )
     assert "could also go ffn" not in shown
 

@@ -1,8 +1,10 @@
 """Measuring: what is foretold rests on models that were cut and judged, and holds for those that `prune` writes."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,10 +15,14 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.evaluation.measure import PROBES
+from secateur.evaluation.measure import PROBES, _opened, _seconds
 from secateur.formats.save import Verification
+from secateur.log import human_bytes
+from secateur.pruning.resolve import resolve
+from secateur.recipe import as_recipe
+from secateur.report.page import render
 from secateur.report.records import Measurement, SizeCost, nats_at
-from secateur.report.size_curve import measurement_page
+from secateur.report.size_curve import marked, measurement_page
 from tests.pruning.test_resume import Stopped, stopped_after
 
 
@@ -54,6 +60,9 @@ def test_sizes_are_told_of_the_whole_model(measured, checkpoints, recipe):
         [1 - cost.num_params / record.dense_size.num_params for cost in record.sizes], rel=1e-12
     )
     chart = measurement_page(record).sections[0].chart
+    page = measurement_page(record)
+    assert page.verdict.startswith("Hardly noticed ") and page.verdict.endswith("%.")
+    assert all(f"{name} {100 * share:.1f}%</text>" in render(page) for name, share in marked(record).items())
     assert chart is not None and set(chart.lines) == {"own answers", "other text", "mean of domains"}
     largest = record.sizes[-1]
     told = secateur.inspect(
@@ -152,6 +161,43 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
     assert {k: v for k, v in again.items() if k not in of_the_clock} == {
         k: v for k, v in first.items() if k not in of_the_clock
     }
+
+
+def test_a_config_alone_says_what_measuring_takes(checkpoints, recipe, recipe_file, tmp_path):
+    (tmp_path / "config").mkdir()
+    for file in checkpoints["llama"].iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path / "config")
+    told: list[str] = []
+    secateur.measure(checkpoints["llama"], grouped(recipe), out=tmp_path / "out", tell=told.append)
+    does = told[0].replace(str(checkpoints["llama"]), "")
+    said = secateur.measuring(tmp_path / "config", grouped(recipe))
+    assert said.startswith(str(tmp_path / "config")) and does in said
+    # The readers of three copies, in float32, and no result.
+    assert f"It takes {human_bytes(3 * 3 * 112 * 48 * 4)} of disk" in said
+    hours, minutes, seconds = said.split("about ")[1].split(" here")[0].split(":")
+    assert 0 <= int(hours) * 3600 + int(minutes) * 60 + int(seconds) < 600
+    run = run_cli("measure", tmp_path / "config", tmp_path / "no", "--recipe", recipe_file, "--dry-run")
+    assert (
+        run.status == 0
+        and does.split(" prose")[0] in run.stdout.replace("code, prose", "prose, code")
+        and not (tmp_path / "no").exists()
+    )
+    run = run_cli("measure", tmp_path / "config", tmp_path / "no", "--dry-run", "--set", "remove.share=0.3")
+    assert run.status == 2 and "leave out remove.share, to, layers and depth." in run.stderr
+
+
+def test_more_tokens_and_wider_models_take_longer(checkpoints, recipe):
+    def seconds(**asked: Any) -> float:
+        opened = _opened(checkpoints["llama"], as_recipe(grouped({**recipe, **asked})), weights=False)
+        with patch("secateur.evaluation.measure.Timer") as timer:
+            timer.return_value.timeit.return_value.median = 1024**3
+            return _seconds(opened, resolve(opened))
+
+    # Products in all: of the stream and three copies, of Gram matrices, and of what is solved.
+    num_tokens, in_layers, width = 1280 * 10 / 9, 3 * 23_136, 112
+    by_hand = num_tokens * in_layers * (1 + 3 * 1.7) + 3 * 3 * width**2 * (num_tokens + 4 * width)
+    assert seconds() == pytest.approx(by_hand)
 
 
 def test_a_recipe_that_says_how_much_goes_is_refused(checkpoints, recipe, tmp_path):

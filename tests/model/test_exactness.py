@@ -21,7 +21,7 @@ from secateur.methods.budget import uniform_plan
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Group, add_zero_biases, cut, linear, rows_of
 from secateur.pruning import loop
-from secateur.pruning.loop import prune_in_place
+from secateur.pruning.loop import prune_together
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
 from secateur.recipe import parse_recipe
@@ -84,7 +84,7 @@ def prune_tiny(model: Any, calibration: LearningText, **recipe: Any) -> tuple[di
     settings = {"align": 8, "remove": 0.15, "calibration": {"num_tokens": 4096}, **recipe}
     resolved, log = resolve(opened(model, parse_recipe(grouped(settings)))), RunLog()
     run = Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration, services=Services(log=log))
-    return prune_in_place(run), [line for line in log.lines if line["event"] == "group"]
+    return prune_together([run])[0], [line for line in log.lines if line["event"] == "group"]
 
 
 @pytest.mark.parametrize(("factory", "groups", "remove"), [*mixed(FAMILIES, GROUPS), *mixed(FAMILIES[:1], GROUPS)])
@@ -135,7 +135,7 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Factory, dtype: tor
     for group in resolved.groups:
         everything.num_keep[group.layer, group.name] = group.num_units
     keep_all = dataclasses.replace(resolved, plans=(everything,))
-    keeps = prune_in_place(Run(model=model, arch=keep_all.arch, resolved=keep_all, text=random_calibration()))
+    keeps = prune_together([Run(model=model, arch=keep_all.arch, resolved=keep_all, text=random_calibration())])[0]
     assert {len(keep) for keep in keeps.values()} == {112, model.config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

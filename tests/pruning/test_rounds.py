@@ -17,7 +17,7 @@ from secateur.methods.profile import ProfileSettings
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
 from secateur.pruning import loop, round_plan, run
-from secateur.pruning.loop import prune_in_place
+from secateur.pruning.loop import prune_together
 from secateur.pruning.resolve import resolve
 from secateur.pruning.round_plan import layer_seed
 from secateur.pruning.run import LossWatch, Run, watched_losses
@@ -43,7 +43,7 @@ def test_a_seed_is_of_one_layer_in_one_round_of_one_draw():
 
 
 def test_random_units_are_drawn_anew_in_every_layer_and_for_every_seed():
-    drawn = [prune_in_place(run_of(tiny_llama(), seed=seed, **RANDOM)) for seed in (0, 1)]
+    drawn = [prune_together([run_of(tiny_llama(), seed=seed, **RANDOM)])[0] for seed in (0, 1)]
     chosen = [tuple(keep.tolist()) for keeps in drawn for keep in keeps.values()]
     assert len(chosen) == 6 and len(set(chosen)) == 6
     # Not even by much the same numbers: of 112 channels two draws have about kept^2 / 112 in common.
@@ -61,7 +61,7 @@ def test_random_units_are_drawn_anew_in_every_round():
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "prune_group", spy)
-        prune_in_place(runs)
+        prune_together([runs])
     assert len(drawn) == len(set(drawn)) == 6
 
 
@@ -115,7 +115,7 @@ def test_the_dense_stream_runs_beside_where_drift_is_made_up_for(factory, asked,
         made.append(bool(walk.dense_BTD))
 
     monkeypatch.setattr(Walk, "__init__", spy)
-    prune_in_place(run_of(factory(), **asked))
+    prune_together([run_of(factory(), **asked)])
     assert made == [expected]
 
 
@@ -191,7 +191,7 @@ def test_batches_say_which_text_was_held_out():
 def test_a_bias_makes_the_config_say_so_and_none_does_not():
     for compensate, expected in (("bias", True), ("none", False)):
         found = run_of(tiny_llama(), compensate=compensate, score="flap")
-        prune_in_place(found)
+        prune_together([found])
         assert found.model.config.mlp_bias == expected
         assert found.model.config.intermediate_size == found.resolved.plans[-1].num_keep[0, "ffn"]
 
@@ -240,7 +240,7 @@ def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
     assert [line["layer"] for line in lines] == [1, 3] and all("chosen" not in line for line in lines)
     assert all({"error_before", "error_after", "step"} <= set(line) for line in lines)
     with pytest.raises(AssertionError, match="remove_depth comes first"):
-        prune_in_place(run_of(tiny_llama(num_layers=6), removed_layers=[1, 3], remove=0.45))
+        prune_together([run_of(tiny_llama(num_layers=6), removed_layers=[1, 3], remove=0.45)])
 
 
 def test_the_first_layer_has_none_before_it_to_be_folded_into():

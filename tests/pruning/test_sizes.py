@@ -15,6 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.save import Verification
+from secateur.pruning.group_step import prune_group
 from secateur.report.records import Summary, nats_at, read_summary
 from tests.pruning.test_resume import Stopped, stopped_after
 
@@ -54,6 +55,28 @@ def alone(checkpoints, recipe, tmp_path_factory) -> Callable[[str, float], Path]
         return made[name, share]
 
     return of
+
+
+def test_sizes_that_are_finished_serve_a_run_with_other_sizes(checkpoints, recipe, alone, tmp_path):
+    asked, out = grouped({**recipe, **RECIPES["polish"]}), tmp_path / "out"
+    with pytest.raises(Stopped), stopped_after(14):
+        secateur.prune_sizes(checkpoints["llama"], asked, (0.1, 0.2), out=out)
+    with patch("secateur.pruning.loop.prune_group", wraps=prune_group) as steps:
+        secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out, resume=True)
+    assert sorted(path.name for path in out.iterdir()) == ["20", "35"]
+    assert weights(out / "20") == weights(alone("polish", 0.2)) and weights(out / "35") == weights(
+        alone("polish", 0.35)
+    )
+    assert steps.call_count == 3, "the groups of the size that was not there"
+
+
+def test_every_size_needs_its_own_room_on_the_disk(checkpoints, recipe, tmp_path):
+    asked = grouped({**recipe, "evaluate": False})
+    with patch("secateur.pruning.prepare.check_free_space") as checked:
+        secateur.prune(checkpoints["llama"], asked, out=tmp_path / "one")
+        secateur.prune_sizes(checkpoints["llama"], asked, (0.1, 0.2), out=tmp_path / "two")
+    one, two = (call.args[1] for call in checked.call_args_list)
+    assert two == 2 * one
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -175,6 +198,20 @@ def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, 
     )
 
 
+@pytest.mark.parametrize("limit", [0.03, 0.2])
+def test_a_limit_needs_no_measurement(limit, taught, recipe, texts, cut_to, tmp_path):
+    """The first size is a guess then, and the next ones are by what the one before has lost."""
+    calibration = {**recipe["calibration"], "domains": {"prose": {"files": [str(texts["prose"])]}}}
+    asked, out = grouped({**recipe, "calibration": calibration, "polish": False}), tmp_path / "out"
+    made = secateur.prune(taught, asked, out=out, max_loss=limit)
+    alone, lost = cut_to(made.summary.remove_asked)
+    assert weights(out) == weights(alone) and lost <= limit
+    assert 1 <= len(cuts(made.summary)) <= 3 and f"loses {lost:.3f} nats" in "".join(cuts(made.summary))
+    # Some cut was beyond the limit, or near it, and of those within the largest is written.
+    tried = [float(note.split(" loses ")[1].split()[0]) for note in cuts(made.summary)]
+    assert max(tried) > 0.9 * limit and f"{max(each for each in tried if each <= limit):.3f}" == f"{lost:.3f}"
+
+
 def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stopped(taught, prose, tmp_path):
     asked, out, num_stops = {"polish": {**POLISH, "learning_rate": 1e-3}}, tmp_path / "out", 0
     whole = secateur.prune(taught, asked, from_=prose, out=tmp_path / "whole", max_loss=0.2)
@@ -200,8 +237,7 @@ def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stop
         ({"remove": {"to": "80K", "depth": 1}}, {}, "leave out remove.share, to, layers and depth.$"),
         ({}, {"max_loss": 0.0}, r"^max_loss: give nats per token above 0, got 0\.0\.$"),
         ({}, {"max_loss": float("nan")}, r"^max_loss: give nats per token above 0, got nan\.$"),
-        ({}, {"from_": None}, r"^max_loss: needs from \(--from DIR\), which .* writes, and no like\.$"),
-        ({}, {"like": "x"}, r"and no like\.$"),
+        ({}, {"like": "x"}, r"^max_loss: says how much goes, and so does like; leave out one of them\.$"),
         ({"choose": {"rounds": 2}}, {}, r"^remove: several sizes, or a limit on the loss, go in one round each"),
         (
             {},

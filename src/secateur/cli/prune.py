@@ -38,7 +38,7 @@ def prune(
     to: common.To = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="NATS", help="As much goes as loses no more per token of held-out text; needs --from."),
+        typer.Option(metavar="NATS", help="As much goes as loses no more per token of held-out text."),
     ] = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
@@ -119,6 +119,9 @@ def measure(
     budget: common.Budget = None,
     device: common.Device = None,
     sets: common.Sets = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take; MODEL needs no weights.")
+    ] = False,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
@@ -127,6 +130,9 @@ def measure(
     """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
     options = {"choose": {"budget": budget}, "machine": {"device": device}}
     asked = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
+    if dry_run:
+        print(secateur.measuring(model, asked))
+        return
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
         found = secateur.measure(
             model,

@@ -6,16 +6,22 @@ to a few sizes in one walk and judged; between these sizes losses are interpolat
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from secateur.log import Progress, silent, versions
+import torch
+from torch.utils.benchmark import Timer
+
+from secateur.log import Progress, human_bytes, silent, versions
 from secateur.methods.curve import Profiles
+from secateur.pruning.cost import HELD_OUT_FACTOR, disk_bytes, memory_for
 from secateur.pruning.inspect import gguf_files
-from secateur.pruning.open import Opened, open_model
+from secateur.pruning.open import Opened, computes_in_float32, open_model
 from secateur.pruning.prepare import (
     Prepared,
     begun,
+    foretold,
     judge_of,
     judged,
     judged_dense,
@@ -25,12 +31,12 @@ from secateur.pruning.prepare import (
     with_most,
 )
 from secateur.pruning.prune import shaped
-from secateur.pruning.resolve import resolve
+from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.result import calibration_facts
 from secateur.pruning.round_plan import profiles_of
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import is_first, joined
-from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
+from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
 from secateur.report.records import LEAST_NATS, OTHER_TEXT, OWN_ANSWERS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import write_measurement
 from secateur.stream.device import keeping_freed
@@ -39,6 +45,8 @@ from secateur.stream.threads import threads_kept
 
 # Shares of the most that can go, at which copies are cut and judged; a loss between is interpolated.
 PROBES = (0.2, 0.45, 0.8)
+COPIES = len(PROBES)
+DOES = "foretells what it costs to remove up to"
 # What is foretold: from 5% to 60% of all parameters, as far as units reach.
 PERCENTS = range(5, 65, 5)
 FILE_TYPES = ("bf16", "q8_0", "q4_k_m")
@@ -49,7 +57,7 @@ FILE_TYPES = ("bf16", "q8_0", "q4_k_m")
 @threads_kept()
 def measure(
     model: str | Path,
-    recipe: Recipe | dict[str, Any] | Path | str | None = None,
+    recipe: AnyRecipe = None,
     *,
     out: Path | str,
     overwrite: bool = False,
@@ -70,16 +78,48 @@ def measure(
     Raises a SecateurError, one sentence, for what a user can correct.
     """
     asked, progress = as_recipe(recipe), progress if is_first() else silent
-    opened = open_model(model, asked)
-    plain = asked.filled(polish={"num_tokens": 0}, output={"evaluate": asked.output.evaluate or True})
-    opened = with_share_of_answers(with_most(opened.asking(plain), asked, "measure"))
+    opened = _opened(model, asked, weights=True)
     with begun(opened, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
-        ready = prepared(opened, services, does="foretells what it costs to remove up to", num_models=len(PROBES))
+        ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
         directory, measurement = services.scratch, _measured(ready, command)
         if directory is not None:
             (directory / RECIPE_FILE).write_text(dump_recipe(asked.filled(remove={"depth": 0})), encoding="utf-8")
             measurement = write_measurement(directory, measurement)
     return measurement
+
+
+def measuring(model: str | Path, recipe: AnyRecipe = None) -> str:
+    """Return what `measure` would do and take, as a sentence; the model needs no weights. Errors: as `measure`."""
+    opened = _opened(model, as_recipe(recipe), weights=False)
+    resolved = resolve(opened)
+    plan = memory_for(opened, resolved)
+    return (
+        f"{foretold(opened, resolved, plan, DOES, COPIES)} It takes "
+        f"{human_bytes(disk_bytes(opened, resolved, plan, COPIES, 0))} of disk and about "
+        f"{timedelta(seconds=round(_seconds(opened, resolved)))} here before the copies are judged."
+    )
+
+
+def _seconds(opened: Opened, resolved: Resolved) -> float:
+    """Return about how long a walk with the copies of a model takes here: its products, without judging.
+
+    Each token goes through a layer once for the dense stream, and for each copy through the whole layer and what
+    is left of its FFN. A reader of F inputs takes F^2 for each token and 4 F^3 for its units and its fit. The
+    speed is that of a product that is timed now.
+    """
+    num_tokens, dtype = HELD_OUT_FACTOR * resolved.num_tokens, opened.model.dtype
+    once = num_tokens * sum(opened.arch.params_per_layer)
+    fits = sum(group.num_inputs**2 * (num_tokens + 4 * group.num_inputs) for group in resolved.groups)
+    square = torch.ones(1024, 1024, dtype=torch.float32 if computes_in_float32(opened) else dtype, device=opened.device)
+    timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+    return (once + COPIES * (1.7 * once + fits)) * timer.timeit(4).median / 1024**3
+
+
+def _opened(model: str | Path, asked: Recipe, *, weights: bool) -> Opened:
+    """Return the model with the most that goes."""
+    opened = open_model(model, asked, weights=weights)
+    plain = asked.filled(polish={"num_tokens": 0}, output={"evaluate": asked.output.evaluate or True})
+    return with_share_of_answers(with_most(opened.asking(plain), asked, "measure"))
 
 
 def _measured(ready: Prepared, command: str) -> Measurement:
@@ -102,12 +142,12 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     # Sizes are those of the whole model, which is the first copy.
     percents = [percent for percent in PERCENTS if percent / 100 <= opened.recipe.remove.share]
     costs = [_cost(sized(even, {"share": percent / 100})) for percent in percents]
-    units = sum(group.num_units * group.params_per_unit for group in run.resolved.groups) / opened.size.num_params
+    units = run.resolved.of_units
 
     # Cut the copies in one walk, and judge them.
     probes = list[SizeCost]()
     for name, shape in zip(sizes, shaped(ready, members), strict=True):
-        pruned = judged(shape.run, name, judge.pruned)
+        pruned = judged(shape.run, name, partial(judge.pruned, speaks=False))
         plan = shape.run.resolved.plans[-1]
         probes.append(SizeCost(plan.removed_share, plan.cost_after, _lost(dense, pruned)))
 

@@ -94,15 +94,13 @@ def _there(opened: Opened) -> int | None:
 
 def _too_little(least: MemoryEstimate, budget: int, *, on_cpu: bool) -> RecipeError:
     """Return the error for a budget in which nothing works."""
-    named = {"weights": least.weights, "hidden states": least.hidden_states, "statistics": least.statistics}
-    named["solve"], remedy = least.solve, "lower calibration.num_tokens"
+    remedy = "lower calibration.num_tokens"
     if least.is_of_layer_choice:
-        named, remedy = {"choice of layers": least.layer_choice}, "name them in remove.layers or give depth: 0"
-    parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in named.items())
+        remedy = "name layers that go in remove.layers or give depth: 0"
     key, how = ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
     return RecipeError(
-        f"machine.{key}: {budget / 1e9:.2f} GB cannot work; with {how} the run still needs {least.peak / 1e9:.2f} GB "
-        f"({parts}); allow that, or {remedy}."
+        f"machine.{key}: {budget / 1e9:.2f} GB cannot work; with {how} the run still needs {least.peak / 1e9:.2f} GB; "
+        f"allow that, or {remedy}."
     )
 
 
@@ -227,11 +225,11 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
     return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
 
 
-def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
+def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models: int = 1, num_results: int = 1) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
-    The result, at most as large as the dense model, ; each round's refitted
-    readers; the dense layers if there are several rounds; finished layers if weights stay on disk.
+    Results, each at most as large as the dense model; each round's refitted readers, of so many models; the
+    dense layers if there are several rounds; finished layers if weights stay on disk.
     """
     model, num_rounds = opened.model, len(resolved.plans)
     layers = decoder_layers(model, opened.arch)
@@ -240,7 +238,7 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan) -> int:
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    total = num_bytes + num_rounds * readers
+    total = num_results * num_bytes + num_models * num_rounds * readers
     if num_rounds > 1 and resolved.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

@@ -29,7 +29,7 @@ from secateur.stream.walk import Batch, Walk
 
 
 def remove_depth(run: Run) -> Run:
-    """Remove the recipe's `depth` layers in place; call it before `prune_in_place`.
+    """Remove the recipe's `depth` layers in place; call it before `prune_together`.
 
     Which: the recipe's `remove.layers`, or those of `choose_layers` on the first block of each
     domain of the first round, in a model about as narrow as the widths will make it. Layers go from
@@ -139,11 +139,6 @@ class _Member:
     def target_mix(self) -> float:
         """The part of the drift that is made up for, by which a dense stream runs beside."""
         return self.run.resolved.target_mix
-
-
-def prune_in_place(run: Run) -> Keeps:
-    """Prune the model of one run, see `prune_together`."""
-    return prune_together([run])[0]
 
 
 def prune_together(runs: Sequence[Run]) -> list[Keeps]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from secateur.errors import RecipeError
 from secateur.files import check_free_space
-from secateur.log import Progress, RunLog, Tell, human_bytes
+from secateur.log import Progress, RunLog, Tell, human_bytes, mute
 from secateur.model.stock import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
@@ -61,7 +61,7 @@ def begun(
     target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
     with store_for(place, opened.recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
-        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell)
+        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
 
 
 class Prepared(NamedTuple):
@@ -84,11 +84,12 @@ def prepared(
     num_judged_blocks: int | None = None,
     does: str = "removes",
     num_models: int = 1,
+    num_results: int = 1,
 ) -> Prepared:
     """Return a run up to where its model is loaded, and in place on the device.
 
     `num_judged_blocks`: of each domain, to judge by; None: as the recipe says. `does`: what is said of the
-    share that goes. `num_models`: as many copies of the weights are in memory.
+    share that goes. `num_models`: as many copies of the weights are in memory. `num_results`: are written.
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
@@ -101,15 +102,13 @@ def prepared(
     if plan.weights_on_disk or plan.one_layer_at_a_time:
         resolved = _without_answers(opened, resolved)
     if services.scratch is not None:
-        check_free_space(services.scratch, disk_bytes(opened, resolved, plan))
-    if is_first():
-        services.tell(foretold(opened, resolved, plan, does, num_models))
+        check_free_space(services.scratch, disk_bytes(opened, resolved, plan, num_models, num_results))
+    services.tell(foretold(opened, resolved, plan, does, num_models))
     with log.time("calibration"):
         drawn = from_first(partial(text.drawn, opened, resolved))
     text_notes = (*drawn.learning.notes, *drawn.judged.notes)
-    if is_first():
-        for sentence in text_notes:
-            services.tell(sentence)
+    for sentence in text_notes:
+        services.tell(sentence)
     with log.time("load"):
         services.progress("load", 0, 1)
         opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
@@ -238,7 +237,9 @@ def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = Fal
         place = placement
         if model is not opened.model:
             place = onload(own, one_at_a_time=placement.one_at_a_time, in_float32=placement.in_float32)
-        run = replace(first, model=model, resolved=resolved, services=first.services.part(name))
+        services = first.services.part(name)
+        services.store.check_input("size", f"{remove}")
+        run = replace(first, model=model, resolved=resolved, services=services)
         members[name] = Prepared(own, run, drawn, place)
     return members
 

@@ -4,13 +4,14 @@ All that can be checked without weights is checked before a weight is read.
 `api.prune` adds recovery.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from secateur.errors import RecipeError
 from secateur.log import Progress, Tell, mute, silent
@@ -40,13 +41,16 @@ from secateur.ranks import size
 from secateur.recipe import RECIPE_FILE, Recipe, load_recipe
 from secateur.recovery.polish import learn, polish
 from secateur.report.measured import PolishRecord
-from secateur.report.records import Summary, nats_at
+from secateur.report.records import LEAST_NATS, Summary, nats_at
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.device import keeping_freed, peak_bytes, peak_bytes_on
 from secateur.stream.threads import threads_kept
 
 # A limit on the loss: how many cuts look for it at most, and the part of it by which one is near enough.
 NUM_CUTS, NEAR = 3, 0.9
+# Without a measured curve: nats per token for each time that 1 - 1/e of the units go. Small models lose so many.
+GUESSED_NATS = 2.0
+
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
 
@@ -78,8 +82,8 @@ def prune_run(
     """
     if max_loss is not None and not max_loss > 0:
         raise RecipeError(f"max_loss: give nats per token above 0, got {max_loss}.")
-    if max_loss is not None and (from_ is None or like is not None):
-        raise RecipeError("max_loss: needs from (--from DIR), which secateur measure MODEL DIR writes, and no like.")
+    if max_loss is not None and like is not None:
+        raise RecipeError("max_loss: says how much goes, and so does like; leave out one of them.")
     asked = recipe
     recipe = recipe if like is None else recipe_like(Path(like), recipe)
     measured = None if from_ is None else Measured.of(Path(from_))
@@ -88,26 +92,30 @@ def prune_run(
     if measured is not None:
         measured.check_model(opened)
     opened = with_share_of_answers(checked(opened if like is None else opened_like(opened, Path(like))))
-    recipe, num_models, is_alone = opened.recipe, len(sizes or "1"), sizes is None and max_loss is None
+    base, is_alone = opened, sizes is None and max_loss is None
+    num_models = num_results = len(sizes or "1")
     if sizes is not None:
         opened = largest_of(opened, sizes)
     elif max_loss is not None:
         # The model as it is, the best cut so far, and the one that is cut.
         opened, num_models = with_most(opened, asked, "max_loss"), 3
-    with begun(opened, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
+    # Sizes that are finished serve another run with other ones beside them.
+    with begun(base, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
         if is_alone and services.scratch is not None:
             services.log.append_to(services.scratch)
-        ready = prepared(opened, services, does="removes" if is_alone else "removes up to", num_models=num_models)
+        does = "removes" if is_alone else "removes up to"
+        ready = prepared(opened, services, does=does, num_models=num_models, num_results=num_results)
         if measured is not None:
             if max_loss is not None or "calibration" not in asked.model_fields_set:
                 measured.check_text(ready.run)
-            services.store.check_input("limit or measurement", f"{max_loss} {measured.record.files[RESULT_FILE]}")
             ready = ready._replace(run=replace(ready.run, profiles=measured.profiles))
+        digest = None if measured is None else measured.record.files[RESULT_FILE]
+        services.store.check_input("limit or measurement", f"{max_loss} {digest}")
         with eval_mode(ready.run.model):
-            members = {"": ready} if sizes is None else of_sizes(ready, recipe, sizes)
+            members = {"": ready} if sizes is None else of_sizes(ready, base.recipe, sizes)
             cut = shaped(ready, [*members.values()], force=force)
-            if measured is not None and max_loss is not None:
-                cut = _within(ready, recipe, measured, max_loss)
+            if max_loss is not None:
+                cut = _within(ready, measured, max_loss)
             results = list(_pruned(ready, members, cut, command, finish))
     return [replace(each, out=out and Path(out) / name) for name, each in zip(members, results, strict=True)]
 
@@ -120,18 +128,27 @@ def _pruned(
     dense = None if judge is None else judged_dense(ready, judge)
     for name, (member, run, keeps, polished) in zip(members, cut, strict=True):
         opened, placement, directory, log = member.opened, member.placement, run.services.scratch, run.services.log
-        found: dict[str, Any] = {"calibration": calibration_facts(ready.drawn), "lineage": opened.lineage}
-        found |= {"polish": polished}
-        found |= {"dense_losses": {}, "pruned_losses": {}, "peak_bytes": peak_bytes()}
-        if judge is not None and dense is not None:
-            pruned = judged(run, f"pruned {name}".strip(), judge.pruned)
-            found |= {"dense_losses": dense.domains, "pruned_losses": pruned.domains}
-            found |= {"other_text": (dense.other, pruned.other), "own_answers": pruned.answers}
+        peak, pruned = peak_bytes(), None if judge is None else judged(run, f"pruned {name}".strip(), judge.pruned)
         services.store.note_found()
-        found |= {"device_peak_bytes": peak_bytes_on(opened.device)}
+        device_peak = peak_bytes_on(opened.device)
         placement.offload()
         proof = None if directory is None else save_and_prove(opened, run, keeps, directory)
-        summary = summary_of(opened, run, keeps, proof, command=command, **found)
+        summary = summary_of(
+            opened,
+            run,
+            keeps,
+            proof,
+            command=command,
+            calibration=calibration_facts(ready.drawn),
+            lineage=opened.lineage,
+            polish=polished,
+            dense_losses=dense.domains if dense else {},
+            pruned_losses=pruned.domains if pruned else {},
+            other_text=dense and pruned and (dense.other, pruned.other),
+            own_answers=pruned and pruned.answers,
+            peak_bytes=peak,
+            device_peak_bytes=device_peak,
+        )
         if directory is not None:
             log.write({"event": "seconds", **summary.seconds})
             summary = finish(directory, summary, run.resolved.recipe)
@@ -166,54 +183,59 @@ def shaped(
         runs[0] = replace(first, after_dense=partial(lesson.take_states, first.model))
 
     # Whole layers go first, then units, round by round. Models of equal layers have one dense stream.
-    keeps = [Keeps()] * len(runs)
+    keeps = dict[int, Keeps]()
     if cut:
         with services.log.time("prune"):
             runs = [remove_depth(run) for run in runs]
             whole = [run for run in runs if not run.resolved.depth]
             alone = [[run] for run in runs if run.resolved.depth]
             pairs = [zip(some, prune_together(some), strict=True) for some in (whole, *alone) if some]
-            kept = {id(run): each for some in pairs for run, each in some}
-            keeps = [kept[id(run)] for run in runs]
+            keeps = {id(run): each for some in pairs for run, each in some}
 
-    for member, run, units in zip(members, runs, keeps, strict=True):
+    for member, run in zip(members, runs, strict=True):
         polished = None
         if lesson is not None:
             with member.placement.on_host():
                 polished = polish(run.model, lesson, first.resolved.recipe.seed, run.services, opened.device)
-        yield Shaped(member, run, units, polished)
+        yield Shaped(member, run, keeps.get(id(run), Keeps()), polished)
 
 
-def _within(ready: Prepared, recipe: Recipe, measured: Measured, max_loss: float) -> Iterator[Shaped]:
+def _within(ready: Prepared, measured: Measured | None, max_loss: float) -> Iterator[Shaped]:
     """Yield the largest of a few cuts that loses no more nats per token of held-out text, polish included.
 
     That text is of the dense model's answers, if the run learns by some, else of all domains. The first size is
-    the one at which the measured curve reaches the limit; for the next ones the curve is scaled to what the last
-    cut has lost. Raises RecipeError if none of them loses so little.
+    the one at which the measured curve reaches the limit, or a guessed one; for the next ones the curve is scaled
+    to what the last cut has lost. Raises RecipeError if none of them loses so little.
     """
     run, resolved, services = ready.run, ready.run.resolved, ready.run.services
     answers = [name for name, domain in resolved.recipe.calibration.domains.items() if domain.answers]
     text = {name: run.held_out[name] for name in answers or run.held_out}
-    probes, units, step = measured.record.probes, measured.record.units, resolved.step / resolved.prices.total
+    units, step = resolved.of_units, resolved.step / resolved.prices.total
 
     def foretold(steps: int) -> float:
-        return mean(nats_at(probes, name, steps * step, units) for name in text)
+        if measured is None:
+            return -GUESSED_NATS * math.log1p(-steps * step / units)
+        return mean(nats_at(measured.record.probes, name, steps * step, units) for name in text)
 
     def nats(run: Run, which: str) -> float:
         return mean(loss.nats_per_token for loss in text_losses(run, which, text).values())
 
     dense, factor, lost = nats(run, "held-out text"), 1.0, dict[int, float]()
-    best, fits, notes = None, 0, list[str]()
+    best, fits, fails, notes = None, 0, int(resolved.largest / step) + 1, list[str]()
     for number in range(1, NUM_CUTS + 1):
-        # The most steps of the widths that the curve allows.
-        more = range(2, int(resolved.largest / step) + 1)
-        steps = 1 + bisect_right(more, max_loss, key=lambda steps: factor * foretold(steps))
-        if steps <= fits or steps in lost:
+        # The most steps of the widths that the curve allows; a guess ends at a power law through both sides.
+        more = range(fits + 1, fails)
+        steps = max(1, fits + bisect_right(more, max_loss, key=lambda steps: factor * foretold(steps)))
+        if measured is None and fits and fails in lost:
+            least = max(lost[fits], LEAST_NATS)
+            steps = int(fits * (fails / fits) ** (math.log(max_loss / least) / math.log(lost[fails] / least)))
+        if steps not in more:
             break
 
         # Cut a copy; its lines are those of the run only if it is chosen.
         part = ready._replace(run=replace(run, services=replace(services, scratch=None)))
-        [member] = of_sizes(part, recipe, {f"cut-{number}": {"share": round(steps * step, 6)}}, stays=True).values()
+        sizes = {f"cut-{number}": {"share": round(steps * step, 6)}}
+        [member] = of_sizes(part, ready.opened.recipe, sizes, stays=True).values()
         [shape] = shaped(member)
         lost[steps] = nats(shape.run, "held-out text, cut") - dense
         factor = lost[steps] / foretold(steps)
@@ -222,7 +244,9 @@ def _within(ready: Prepared, recipe: Recipe, measured: Measured, max_loss: float
             f"{lost[steps]:.3f} nats per token of held-out text ({', '.join(text)}), of {max_loss:g} that it may."
         )
         services.tell(notes[-1])
-        if lost[steps] <= max_loss:
+        if lost[steps] > max_loss:
+            fails = steps
+        else:
             best, fits = shape, steps
         if NEAR * max_loss <= lost[steps] <= max_loss:
             break

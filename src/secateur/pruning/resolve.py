@@ -113,6 +113,11 @@ class Resolved:
         return 1 - (left.total - params_gone(self.groups, self.least_keep)) / self.prices.total
 
     @property
+    def of_units(self) -> float:
+        """The share of all parameters that the groups' units are."""
+        return params_of(self.groups) / self.prices.total
+
+    @property
     def reaches(self) -> bool:
         """Whether the widths can give the share; equal ones are the nearest to it."""
         room = self.step / 2 if self.is_uniform else 0

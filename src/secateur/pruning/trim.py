@@ -27,7 +27,7 @@ from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
 from secateur.pruning.text import RunText
-from secateur.ranks import from_first, is_first, own_part
+from secateur.ranks import from_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import Batch, make_batches
 
@@ -175,11 +175,10 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
         counts_N = counts_N[:-1]
     ffns = tuple(group for group in groups if group.name == "ffn")
     channels = params_of(ffns)
-    if is_first():
-        dense.services.tell(
-            f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the "
-            "calibration text; what goes, and how long the run takes, is said after that."
-        )
+    dense.services.tell(
+        f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the calibration "
+        "text; what goes, and how long the run takes, is said after that."
+    )
     nats, law = _measured(dense, hand, removal, pieces, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]

@@ -297,16 +297,12 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, each)
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
-    elsewhere = " (they stay on disk)" if inspection.weights_on_disk else ""
-    parts = (memory.weights, memory.hidden_states, memory.statistics, memory.solve, memory.layer_choice, memory.polish)
-    weights, hidden, statistics, solve, choice, training = (human_bytes(part) for part in parts)
-    choosing = f"; {choice} beside the weights while layers are chosen, before that" if memory.layer_choice else ""
-    polish = f"; {training} in all for the polish, after that" if memory.polish else ""
+    weights = f"weights {human_bytes(memory.weights)}{' (they stay on disk)' * inspection.weights_on_disk}"
+    polish = f", the polish {human_bytes(memory.polish)}" if memory.polish else ""
     yield (
         "memory",
         f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
-        f"tokens: weights {weights}{elsewhere}, hidden states {hidden}, statistics {statistics}, solve {solve}"
-        f"{choosing}{polish}; the interpreter comes on top",
+        f"tokens ({weights}{polish}); the interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
     of_tokens = f"{inspection.num_token_params / size.num_params:.1%} of all parameters"
@@ -321,8 +317,8 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
 def _possible_groups(inspection: Inspection) -> Iterator[tuple[str, str]]:
     shown = {group.name for group in inspection.groups}
     for group in (group for group in inspection.possible if group.name not in shown):
-        size = f"{group.num_units:,} {group.unit}s in each of {group.num_layers} layers"
-        yield "could also go", f"{group.name}: {size}, {group.num_params:,} parameters"
+        size = f"{group.num_units:,} in each of {group.num_layers} layers, {group.num_params:,} parameters"
+        yield "could also go", f"{group.name} ({group.unit}): {size}"
     for name, reason in inspection.impossible.items():
         yield "cannot go", f"{name}: {reason}"
 

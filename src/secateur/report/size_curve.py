@@ -31,19 +31,19 @@ def measurement_table(measurement: Measurement) -> Tables:
 
 def measurement_page(measurement: Measurement) -> Page:
     """Return the page: the picture first, then the tables, and what was cut to foretell from."""
-    *marks, band = [f"{name}: {text}" for name, text in _notes(measurement)]
     lines = {judged: _line(measurement.sizes, judged) for judged in (*_first(measurement.sizes), "mean of domains")}
     chart = Chart(
         "Nats per token lost, by the share of all parameters that goes", lines, marked(measurement), MOST_NATS
     )
     probes = _table("Cut and judged", measurement.probes)
     sections = [
-        Section("curve", "How much can go", [*marks, band], chart=chart),
+        Section("curve", "How much can go", [f"{name}: {text}" for name, text in _notes(measurement)], chart=chart),
         Section("sizes", "Size by size", tables=[_sizes(measurement)]),
         Section("probes", "What this rests on", tables=[probes], code=measurement.command),
     ]
     title = f"{measurement.model}: what smaller costs, by secateur"
-    return Page(title, f"{'; '.join(marks).capitalize()}.", measurement.warnings, (), sections)
+    verdict = ", ".join(f"{name} {share:.1%}" for name, share in marked(measurement).items()).capitalize()
+    return Page(title, f"{verdict}.", measurement.warnings, (), sections)
 
 
 def marked(measurement: Measurement) -> dict[str, float]:

@@ -78,6 +78,8 @@ def judge(
     sheet: AnswerSheet,
     dense_tokenizer: Tokenizer,
     progress: Progress = silent,
+    *,
+    speaks: bool = True,
 ) -> OwnAnswers:
     """Return how the pruned model, `speaker`, stands to the dense one on the sheet's answers.
 
@@ -85,6 +87,7 @@ def judge(
     it, nats lost are r = sum_p (n_p - m_p) / sum_p a_p. Their variance is that of a ratio,
     P / (P - 1) sum_p (n_p - m_p - r a_p)^2 / (sum_p a_p)^2.
 
+    Unless it `speaks` it is not asked what it answers by itself, and counts as if it answered alike.
     `dense_tokenizer`: the sheet's, of which the speaker's may be a trim; nats are then of the same
     text in the trimmed tokens, per token of the dense tokenizer.
 
@@ -104,8 +107,10 @@ def judge(
     num_prompts = len(sheet.prompts)
 
     # What the pruned model answers by itself.
-    written = from_first(
-        lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress)
+    written = (
+        from_first(lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress))
+        if speaks
+        else sheet.conversations
     )
     pairs = list(zip(sheet.prompts, sheet.conversations, written, strict=True))[:NUM_SHOWN]
     return OwnAnswers(
@@ -251,14 +256,16 @@ class Judge:
             self._sheet = AnswerSheet.of(prompts, plain)
         return Judgement(losses, losses.pop(OTHER))
 
-    def pruned(self, model: ToJudge) -> Judgement:
-        """Judge a model that was pruned from the dense one. Raises NumericsError if a loss is not finite."""
+    def pruned(self, model: ToJudge, *, speaks: bool = True) -> Judgement:
+        """Judge a model that was pruned from the dense one, see `judge`. Raises NumericsError for NaN or infinity."""
         losses = self._losses(model, self.text, self.num_tokens)
         answers, sheet = None, self._sheet
         if sheet is not None:
             answers = self._kept(
                 f"own answers, {model.which}",
-                lambda: judge(model.speaker(self.tokenizer), sheet, self.dense_tokenizer, self._progress),
+                lambda: judge(
+                    model.speaker(self.tokenizer), sheet, self.dense_tokenizer, self._progress, speaks=speaks
+                ),
                 model,
                 {"sheet": sheet.plain()},
                 kind=OwnAnswers,
