@@ -51,6 +51,20 @@ def test_lines_of_stages(capsys):
     ]
 
 
+def test_what_is_left_is_told_once_a_hundredth_is_done(capsys):
+    """The first step of a stage may read what all others need: ten hours were foretold for minutes."""
+    now = 0.0
+    listen = _lines(lambda: now)
+    for now, done in ((0.0, 0), (20.0, 99), (40.0, 100), (60.0, 5_000)):
+        listen("answers", done, 10_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "0:00:00 answers",
+        "0:00:20 answers: 99 of 10,000",
+        "0:00:40 answers: 100 of 10,000, about 1:06:00 left",
+        "0:01:00 answers: 5,000 of 10,000, about 0:01:00 left",
+    ]
+
+
 def test_a_stage_that_goes_back_has_begun_anew(capsys):
     """What is left follows from the speed of this time, not from the hours between two of a grid's cells."""
     now = 0.0

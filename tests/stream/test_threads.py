@@ -61,11 +61,10 @@ def test_a_run_has_its_own_number_unless_the_user_says_one(said, recipe, checkpo
 
 
 @pytest.mark.parametrize(
-    ("load", "said", "expected"), [(9.0, None, "PASSIVE"), (9.0, "ACTIVE", "ACTIVE"), (0.1, None, None)]
+    ("load", "said", "expected"), [(50.0, None, "PASSIVE"), (50.0, "ACTIVE", "ACTIVE"), (5.0, None, None)]
 )
 def test_threads_sleep_where_other_programs_run(load, said, expected, monkeypatch):
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: load)
     monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
     if said is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")

@@ -8,9 +8,14 @@ to standard output, progress to standard error. Importing a command's module reg
 import os
 import sys
 
+import psutil
+
 from secateur.cli import measure, prune, recipe
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
+
+# Cores that others use to this share in this time are busy.
+BUSY_PERCENT, BUSY_SECONDS = 25, 0.1
 
 __all__ = ["app", "main", "measure", "prune", "recipe"]
 
@@ -34,8 +39,9 @@ def give_way() -> None:
     """Where other programs run, let threads that wait for each other sleep; torch reads this as it is imported.
 
     On an idle machine spinning is a tenth faster. On a busy one it takes the cores from those waited for.
+    The load average would count what the user ran a minute ago, so the cores are watched for a moment.
     """
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+    if psutil.cpu_percent(interval=BUSY_SECONDS) > BUSY_PERCENT:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -29,6 +29,8 @@ from secateur.recipe import INSTALLED_DOMAINS, Keys, merged, parse_recipe, prese
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
+# What is left is told once this share of a stage is done: its first step may cost as much as a hundred others.
+TELLING_SHARE = 0.01
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
             return
         since, before = begun[stage]
         text = stage if is_new else f"{stage}: {done:,} of {total:,}"
-        if done > before:
+        if done > before and done - before >= TELLING_SHARE * total:
             text += f", about {_clock((now - since) * (total - done) / (done - before))} left"
         last = now
         tell(f"{_clock(now - start)} {text}")
