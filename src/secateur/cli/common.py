@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -83,7 +84,7 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
             return
         since, before = begun[stage]
         text = stage if is_new else f"{stage}: {done:,} of {total:,}"
-        if done > before and done - before >= TELLING_SHARE * total:
+        if done - before >= max(1, TELLING_SHARE * total):
             text += f", about {_clock((now - since) * (total - done) / (done - before))} left"
         last = now
         tell(f"{_clock(now - start)} {text}")
@@ -92,8 +93,7 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return str(timedelta(seconds=round(seconds)))
 
 
 IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "push", "report", "verify"})
