@@ -14,8 +14,7 @@ from secateur.cli import measure, prune, recipe
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
-# Cores that others use to this share in this time are busy.
-BUSY_PERCENT, BUSY_SECONDS = 25, 0.1
+BUSY_PERCENT = 25  # of all cores, used by others
 
 __all__ = ["app", "main", "measure", "prune", "recipe"]
 
@@ -41,7 +40,7 @@ def give_way() -> None:
     On an idle machine spinning is a tenth faster. On a busy one it takes the cores from those waited for.
     The load average would count what the user ran a minute ago, so the cores are watched for a moment.
     """
-    if psutil.cpu_percent(interval=BUSY_SECONDS) > BUSY_PERCENT:
+    if psutil.cpu_percent(interval=0.1) > BUSY_PERCENT:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
