@@ -26,11 +26,11 @@ def main() -> None:
         with stoppable(), launched():
             app(prog_name="secateur")
     except SecateurError as error:
-        _say(str(error), *(f"{note}." for note in _notes(error)))
+        _say(str(error), *(f"{note}." for note in getattr(error, "__notes__", ())))
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED_BY:
-            _say(f"{'; '.join(['interrupted', *_notes(end)])}.")
+            _say(f"{'; '.join(['interrupted', *getattr(end, '__notes__', ())])}.")
         raise
 
 
@@ -42,10 +42,6 @@ def give_way() -> None:
     """
     if psutil.cpu_percent(interval=0.1) > BUSY_PERCENT:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
 
 
 def _say(*sentences: str) -> None:

@@ -67,10 +67,9 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
     It prints a line as a stage first begins, and then every so often what is left of it. Each
     begins with the time since the start, in h:mm:ss. A stage that goes back has begun anew.
     """
-    start = clock()
+    start = last = clock()
     begun: dict[str, tuple[float, int]] = {}  # by stage: when, and how much was done then
     reached: dict[str, int] = {}
-    last = start
 
     def listen(stage: str, done: int, total: int) -> None:
         nonlocal last
