@@ -109,8 +109,9 @@ def prune_run(
             if max_loss is not None or "calibration" not in asked.model_fields_set:
                 measured.check_text(ready.run)
             ready = ready._replace(run=replace(ready.run, profiles=measured.profiles))
-        digest = None if measured is None else measured.record.files[RESULT_FILE]
-        services.store.check_input("limit or measurement", f"{max_loss} {digest}")
+        if measured or max_loss:
+            given = f"{max_loss} {measured and measured.record.files[RESULT_FILE]}"
+            services.store.check_input("limit or measurement", given)
         with eval_mode(ready.run.model):
             members = {"": ready} if sizes is None else of_sizes(ready, base.recipe, sizes)
             cut = shaped(ready, [*members.values()], force=force)
