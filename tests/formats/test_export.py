@@ -529,6 +529,8 @@ def hasten_a_merge(parsed: dict[str, Any]) -> None:
         (lambda parsed: parsed["model"]["merges"].pop(), "cannot say how its tokenizer merges"),
         (hasten_a_merge, "cannot say how its tokenizer merges"),
         (lambda parsed: parsed["model"]["vocab"].pop("<0xE2>"), "has no piece <0xE2>"),
+        (lambda parsed: parsed["model"]["vocab"].pop("<0xFF>"), "has no piece <0xFF>"),
+        (lambda parsed: parsed["model"]["vocab"].pop("<0x00>"), "has no piece <0x00>"),
     ],
 )
 def test_sentencepiece_that_scores_cannot_express(change, message, tmp_path):

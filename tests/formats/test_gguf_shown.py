@@ -26,7 +26,6 @@ SHAPES = {
     "70B": Shape("llama", 80, 1, 8, is_tied=False),
     "80 layers of another": Shape("gemma3", 80, 1, 8, is_tied=True),
     "falcon": Shape("falcon", 32, 1, 71, is_tied=True),
-    "weighed": Shape("llama", 32, 1, 8, is_tied=False, weighed=True),
 }
 
 

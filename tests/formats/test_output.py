@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import check_free_space, parse_size
-from secateur.formats.save import save_checkpoint
+from secateur.formats.save import has_own, save_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens, kept_tokens_of
 from secateur.model.vocabulary import trimmed_tokenizer
 from secateur.result_directory import staging
@@ -291,3 +291,14 @@ def test_a_model_without_some_tokens_has_no_file_of_the_old_ids(tmp_path):
     said = json.loads(written["generation_config.json"])
     assert said["suppress_tokens"] == [len(kept.dense_ids) - 1] and said["eos_token_id"] == 2
     assert kept_tokens_of(tmp_path / "out") == kept
+
+
+def test_a_file_that_is_a_link_to_somewhere_else_is_not_a_directorys_own(tmp_path):
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere.json"
+    place.mkdir()
+    for file in (elsewhere, place / "own.json"):
+        file.write_text("{}")
+    (place / "link.json").symlink_to(elsewhere)
+    (place / "inside.json").symlink_to(place / "own.json")
+    names = ("own.json", "inside.json", "link.json", "missing.json")
+    assert [has_own(place, name) for name in names] == [True, True, False, False]

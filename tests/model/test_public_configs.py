@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from recipes import grouped
+from shown import assert_shown
 from transformers import CONFIG_MAPPING
 
+from secateur.errors import RecipeError
 from secateur.formats.serving import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
@@ -106,6 +108,18 @@ def test_what_llama_cpp_runs_once_a_recipe_has_cut(
     found = inspect(tmp_path, parse_recipe(grouped(dict(**{"remove": 0.1} | recipe))))
     assert found.files_problem is not None
     assert re.search(problem or "without the tokenizer", found.files_problem) and bool(found.files) == (not problem)
+
+
+def test_a_budget_in_which_nothing_works_names_what_needs_how_much(tmp_path: Path) -> None:
+    """With weights on disk: hidden states, Gram matrices and a solve of 8192 channels; or the choice of layers."""
+    config = json.loads(named("llama-3.2-1b").read_text())["config"]
+    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
+    told = []
+    for changes in ({"remove": 0.1}, {"remove": 0.5}):
+        with pytest.raises(RecipeError) as refused:
+            inspect(tmp_path, parse_recipe(grouped(changes | {"memory_budget": "500MB"})))
+        told.append(str(refused.value))
+    assert_shown("budget", "\n".join(told))
 
 
 def test_layers_that_differ_already_are_told_from_what_a_run_would_do(tmp_path: Path) -> None:

@@ -133,9 +133,22 @@ def test_answers_of_a_model_without_a_chat_template_are_an_error() -> None:
         shares(bare, answers=0.5)
 
 
-def test_no_share_beside_prompts_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="domain 'c' is of answers"):
-        shares(TOKENIZER, domains={"c": {"files": "c.jsonl", "answers": True}}, answers=0)
+@pytest.mark.parametrize(
+    ("domains", "named"),
+    [
+        ({"c": {"files": "c.jsonl", "answers": True}}, "c"),
+        ({"a": {"files": "a.txt"}, "c": {"files": "c.jsonl", "answers": True}}, "c"),
+        ({"d": {"answers": True}}, "d"),
+    ],
+)
+def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError, match=f"domain '{named}' is of answers; leave out one of them"):
+        shares(TOKENIZER, domains=domains, answers=0)
+
+
+def test_no_share_leaves_prompts_that_come_with_secateur_out() -> None:
+    domains = {"a": {"files": "a.txt"}, "answers": {"answers": True}}
+    assert shares(TOKENIZER, domains=domains, answers=0) == {"a": 1.0}
 
 
 def test_too_few_prompts_are_an_error(files: Path, tmp_path: Path) -> None:

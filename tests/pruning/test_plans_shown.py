@@ -19,6 +19,7 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.open import Opened
+from secateur.pruning.prepare import foretold
 from secateur.pruning.resolve import nearest, resolve
 from secateur.recipe import parse_recipe
 from secateur.stream.device import CPU
@@ -85,8 +86,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"align": 40},
         {"to": "150K"},
         {"to": "600KB"},
-        {"to": "700KB", "context": 64},
-        {"to": "700KB", "context": 100000},
+        {"to": "2MB"},
         {"to": "300K"},
         {"to": "20K"},
         {"to": "150K", "groups": ["kv_heads"]},
@@ -97,7 +97,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"score": "wanda", "domain_weighting": "tokens"},
         {"score": "reap"},
         {"domain_weighting": "minimax"},
-        {"obs_batch": 1},
         {"damping": 0.5},
         {"calibration": {"num_tokens": 100, "sequence_length": 32}},
         {"calibration": {"num_tokens": 4096, "sequence_length": 100000}},
@@ -181,6 +180,8 @@ def planned(found: Opened) -> str:
         "disk": disk_bytes(found, run, plan),
         "files": (files, problem),
         "nearest": f"{nearest(found).recipe.remove.share:.6g}",
+        "says": foretold(found, run, plan, "removes", 1),
+        "of three": foretold(found, run, plan, "foretells", 3).rpartition(";")[2],
     }
     return "\n".join([f"    {key}: {value}" for key, value in told.items()] + [f"    {each}" for each in run.warnings])
 

@@ -118,9 +118,9 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
 
     The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
     large steps (heads) come first and those with small steps make up for their rounding, so the
-    target is met within half a step of the last kind per group. Raises RecipeError with the largest
-    possible `remove` if less than a step or `min_keep` of a group would stay, or with the smallest if
-    not even one step would go.
+    target is met within half a step of the last kind per group, or as near as that kind can come. Raises
+    RecipeError with the largest possible `remove` for more than that, or with the smallest if not even one
+    step would go.
     """
     steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
@@ -136,9 +136,11 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
             num_keep[group.layer, name] = 0 if is_last and width < step / 2 else nearest_count(group, width, step)
         missing -= params_gone(members, num_keep)
     least = least_keep(groups, align, min_keep)
-    if any(num_keep[key] < count for key, count in least.items()):
-        raise out_of_reach(remove, prices, params_gone(groups, least) / prices.total)
-    plan = plan_of(groups, prices, num_keep)
+    # The last kind alone may not hold what the others' rounding leaves to it.
+    kept = {key: max(count, least[key]) for key, count in num_keep.items()}
+    if kept != num_keep and remove > (largest := params_gone(groups, least) / prices.total):
+        raise out_of_reach(remove, prices, largest)
+    plan = plan_of(groups, prices, kept)
     if plan.cost_after == prices.total:
         step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
         smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4

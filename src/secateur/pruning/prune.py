@@ -14,7 +14,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from secateur.errors import RecipeError
-from secateur.log import Progress, Tell, mute, silent
+from secateur.log import Progress, Tell
 from secateur.model.kept_units import Keeps
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.like import Measured, opened_like, recipe_like, recipe_over
@@ -62,16 +62,16 @@ def prune_run(
     recipe: Recipe,
     *,
     finish: Finish,
-    out: Path | str | None = None,
+    out: Path | str | None,
     like: Path | str | None = None,
-    tokenizer: Tokenizer | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
+    tokenizer: Tokenizer | None,
+    overwrite: bool,
+    resume: bool,
     force: bool = False,
-    command: str = "",
-    progress: Progress = silent,
-    tell: Tell = mute,
-    from_: Path | str | None = None,
+    command: str,
+    progress: Progress,
+    tell: Tell,
+    from_: Path | str | None,
     sizes: Sizes | None = None,
     max_loss: float | None = None,
 ) -> list[Result]:

@@ -177,7 +177,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     channels = params_of(ffns)
     dense.services.tell(
         f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the calibration "
-        "text; what goes, and how long the run takes, is said after that."
+        "text; what goes is said after that."
     )
     nats, law = _measured(dense, hand, removal, pieces, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
