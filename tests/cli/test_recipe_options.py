@@ -81,14 +81,6 @@ def test_a_mistake_names_the_flag(options, said):
     assert outcome.status == 2 and outcome.stderr.startswith(f"secateur: {said}"), outcome.stderr
 
 
-def test_set_gives_what_a_recipe_needs(tmp_path):
-    """`keep_text` says which tokens stay where some go."""
-    (tmp_path / "recipe.yaml").write_text("remove: {keep_text: [mine.txt]}")
-    given = ["--recipe", tmp_path / "recipe.yaml", "--set", "remove.vocabulary=auto"]
-    outcome = run_cli("prune", tmp_path / "no", "out", *given)
-    assert "no: no such directory" in outcome.stderr
-
-
 def test_a_column_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:name").write_text("")

@@ -438,9 +438,6 @@ def parse_sets(texts: list[str] | None) -> Keys:
 def with_sets(data: Keys, sets: list[str] | None) -> Keys:
     """Return a recipe's keys with those of `--set`. Raises RecipeError, naming where the mistake is."""
     whole = merged(data, parse_sets(sets))
-    try:
-        parse_recipe(data, "command line")
-    except RecipeError:  # perhaps it lacks what --set gives
-        parse_recipe(whole, "command line")
+    parse_recipe(data, "command line")
     parse_recipe(whole, "--set")
     return whole
