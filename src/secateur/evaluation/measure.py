@@ -17,7 +17,7 @@ from secateur.log import Progress, human_bytes, silent, versions
 from secateur.methods.curve import Profiles
 from secateur.pruning.cost import HELD_OUT_FACTOR, disk_bytes, memory_for
 from secateur.pruning.inspect import gguf_files
-from secateur.pruning.open import Opened, computes_in_float32, open_model
+from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import (
     Prepared,
     begun,
@@ -41,7 +41,7 @@ from secateur.report.records import LEAST_NATS, OTHER_TEXT, OWN_ANSWERS, Measure
 from secateur.report.size_curve import write_measurement
 from secateur.stream.device import keeping_freed
 from secateur.stream.judge import Judgement
-from secateur.stream.threads import threads_kept
+from secateur.stream.threads import fastest_threads, threads_kept
 
 # Shares of the most that can go, at which copies are cut and judged; a loss between is interpolated.
 PROBES = (0.2, 0.45, 0.8)
@@ -104,14 +104,15 @@ def _seconds(opened: Opened, resolved: Resolved) -> float:
     """Return about how long a walk with the copies of a model takes here: its products, without judging.
 
     Each token goes through a layer once for the dense stream, and for each copy through the whole layer and what
-    is left of its FFN. A reader of F inputs takes F^2 for each token and 4 F^3 for its units and its fit. The
-    speed is that of a product that is timed now.
+    is left of its FFN. A reader of F inputs takes F^2 for each token and 9 F^3 for its units and its fit. The
+    speed is that of a float32 product that is timed now.
     """
-    num_tokens, dtype = HELD_OUT_FACTOR * resolved.num_tokens, opened.model.dtype
+    num_tokens = HELD_OUT_FACTOR * resolved.num_tokens
     once = num_tokens * sum(opened.arch.params_per_layer)
-    fits = sum(group.num_inputs**2 * (num_tokens + 4 * group.num_inputs) for group in resolved.groups)
-    square = torch.ones(1024, 1024, dtype=torch.float32 if computes_in_float32(opened) else dtype, device=opened.device)
-    timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+    fits = sum(group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups)
+    square = torch.ones(1024, 1024, device=opened.device)
+    threads = fastest_threads(lambda: square @ square)
+    timer = Timer("square @ square", globals={"square": square}, num_threads=threads)
     return (once + COPIES * (1.7 * once + fits)) * timer.timeit(4).median / 1024**3
 
 
