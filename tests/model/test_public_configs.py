@@ -1,7 +1,7 @@
 """`inspect` on the configs of well-known checkpoints, 0.1B to 671B: it says what they are known to have.
 
 Each file of `public_configs/` holds what the model's config says of its sizes and the total number of parameters that
-its publisher or the hub states; tied embeddings count once.
+its publisher or the hub states, and where both were found; tied embeddings count once.
 """
 
 import json
@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING
 from secateur.errors import RecipeError
 from secateur.formats.serving import gguf_specs
 from secateur.model.bind import bind, decoder_layers
+from secateur.model.checkpoint import meta_model
 from secateur.model.per_layer import record_widths
 from secateur.pruning.inspect import inspect
 from secateur.recipe import parse_recipe
@@ -27,6 +28,7 @@ from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
 from tests.model.test_families import cut_units, kept_of
 
 CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
+NEWEST = sorted((Path(__file__).parent / "public_configs" / "newest").glob("*.json"))
 
 
 @cache
@@ -71,6 +73,15 @@ def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: 
     problem = NOT_IN_LLAMA_CPP.get(model_type, unknown)
     assert found.files_problem is not None and problem in found.files_problem
     assert bool(found.files) == (problem == "without the tokenizer")
+
+
+@pytest.mark.parametrize("file", NEWEST, ids=lambda file: file.stem)
+def test_the_newest_checkpoints_have_the_published_parameters(file: Path) -> None:
+    facts = json.loads(file.read_text())
+    config = dict(facts["config"])
+    counted = meta_model(CONFIG_MAPPING[config.pop("model_type")](**config)).num_parameters()
+    least = -0.025 if "num_params_with" in facts else -0.005  # a layer that predicts a second token is left aside
+    assert least < counted / facts["num_params"] - 1 < 0.005
 
 
 def test_there_are_enough_of_them_from_small_to_large() -> None:

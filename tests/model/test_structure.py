@@ -1,14 +1,18 @@
 """Structures that are odd or hostile: each is refused or cut right, never cut wrong."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     ElectraConfig,
     ElectraForCausalLM,
+    Gemma4TextConfig,
     GitConfig,
     GitForCausalLM,
     LlamaConfig,
@@ -18,9 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError
 from secateur.model.bind import bind, decoder_layers, head_of
-from secateur.model.group import linear
-from secateur.model.guesses import mask, remove, some_units
+from secateur.model.group import Stacks, linear
+from secateur.model.guesses import Unrouted, close_to, experts_in, mask, remove, some_units
 from secateur.model.modules import Logits
+from secateur.model.per_layer import record_widths
 from secateur.model.structure import places
 from tests.model.test_exactness import logits_of
 from tests.models import randomised, tiny_ids
@@ -308,3 +313,50 @@ class Loud(LlamaForCausalLM):
 
 def test_logits_that_are_scaled_and_capped_are_found() -> None:
     assert bind(Loud(LlamaConfig(**SIZES, louder=3.0, cap=5.0))).logits == Logits(3.0, 1.0, 5.0)
+
+
+GEMMA4 = {
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size": 32,
+    "hidden_size_per_layer_input": 0,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_shared_layers": 0,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+def test_experts_beside_an_ffn_go_as_in_gemma_4(tmp_path: Path) -> None:
+    model = randomised(AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4)).eval(), 0)
+    whole, masked = copy.deepcopy(model), copy.deepcopy(model)
+    arch = bind(whole)
+    assert {group.name for group in arch.groups} == {"shared", "experts", "expert_ffn"}
+    unrouted = []
+    for group in arch.select(("experts",)):
+        assert (group.num_units, group.at_least) == (6, 2)
+        keep = some_units(group, 4)
+        unrouted += close_to(decoder_layers(masked, arch)[group.layer], group, keep)
+        remove(decoder_layers(whole, arch)[group.layer], group, keep)
+    record_widths(whole, arch)
+    whole.save_pretrained(tmp_path)
+    ids = tiny_ids(vocab_size=64)
+    with Unrouted(unrouted):
+        expected = logits_of(masked, ids)
+    assert not torch.allclose(expected, logits_of(model, ids), atol=1e-4)
+    assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), ids), expected, atol=1e-5)
+
+
+def test_no_expert_goes_where_the_config_does_not_say_how_many_are_chosen() -> None:
+    model = randomised(AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4)).eval(), 0)
+    layer, build = model.model.layers[0], experts_in("experts", Stacks("gate_up_proj", None, "down_proj", False, False))
+    assert build(layer, 0, model.config).allows(4)
+    assert not any(build(layer, 0, LlamaConfig()).allows(count) for count in range(1, 6))

@@ -32,7 +32,15 @@ EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
 # Channels that fill 16 bytes in half precision, the alignment of transformers' grouped matmul.
 CHANNEL_STEP = 8
 # What a config calls the number of experts that a token is sent to.
-KEYS_OF_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k", "experts_per_token")
+KEYS_OF_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k",
+    "experts_per_token",
+    "top_k_experts",
+)
 
 Build = Callable[[nn.Module, int, Any], Group]
 """Makes a group of a layer, its index and config; raises ArchError if the layer has no such modules."""
@@ -144,7 +152,9 @@ def experts_in(
         num_units = len(module.get_parameter(stacks.down))
         tensors = {name: attribute_of(layer, name) for name in rows}
         num_groups = getattr(config, "n_group", None) or 1
-        top_k = next(value for key in KEYS_OF_CHOSEN if isinstance(value := getattr(config, key, None), int))
+        numbers = (getattr(config, key, None) for key in KEYS_OF_CHOSEN)
+        # No expert goes where the config does not say how many a token is sent to.
+        top_k = next((each for each in numbers if isinstance(each, int)), num_units)
         chosen = getattr(config, "topk_group", None) or 1
         held = [*module.parameters(), *(each for each in tensors.values() if isinstance(each, nn.Parameter))]
         return Group(

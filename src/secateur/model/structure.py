@@ -216,11 +216,10 @@ class _Finder:
     def __init__(self, model: PreTrainedModel, stock: Any, config: Any) -> None:
         self.names = _, layers, _ = places(model)
         kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(layers).children()]
-        first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
         self.arch = Arch(model.config.model_type, *self.names)
-        self.twin_layer = tuple(first[kind] for kind in kinds)
+        self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
         num_params = sum(each.numel() for each in model.parameters())
-        self.twin: Any = twin(stock, config, num_params, max(2, max(first.values()) + 1))
+        self.twin: Any = twin(stock, config, num_params, max(2, max(self.twin_layer) + 1))
         linears_for_conv(self.twin)
         self.config = text_config(self.twin)
         self.layers = list(self.twin.get_submodule(layers).children())
