@@ -72,7 +72,7 @@ ALIKE = 0.6
 
 def advice(name: str, allowed: Iterable[str], otherwise: str = "give one of these.") -> str:
     """Return what to do about a wrong name: the one that was probably meant, if any is like it."""
-    alike = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=ALIKE)
+    alike = difflib.get_close_matches(name, sorted(allowed), cutoff=ALIKE)
     return f"did you mean '{alike[0]}'?" if alike else otherwise
 
 

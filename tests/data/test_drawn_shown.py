@@ -47,7 +47,8 @@ def shown_split(split: Split) -> str:
         f"  counted of {name}: {int(each.tokens_V.sum())}, {each.damped_V.sum():.3f}" for name, each in counts.items()
     ]
     lines += [f"  {note}" for note in (*text.notes, *split.judged.notes, *split.notes)]
-    return "\n".join([*lines, f"  {text.num_tokens} and {text.num_held_out_tokens} tokens, {text.content_hash[:8]}"])
+    hashes = [each.content_hash[:8] for each in (text, split.judged)]
+    return "\n".join([*lines, f"  {text.num_tokens} and {text.num_held_out_tokens} tokens, {', '.join(hashes)}"])
 
 
 SHORT, AGAIN, LONG = {"short": ("short.jsonl",)}, {"again": ("again.csv",)}, {"long": ("p.txt", "q.txt")}

@@ -19,7 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from secateur.data.blocks import Blocks, LearningText
-from secateur.data.pool import CHARACTERS_PER_TOKEN, Amounts, Split, TextPool, _pieces, _Texts, _Tokens
+from secateur.data.pool import CHARACTERS_PER_TOKEN, MOST_REPEATS, Amounts, Split, TextPool, _pieces, _Texts, _Tokens
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain
 
@@ -399,3 +399,20 @@ def test_progress_counts_the_blocks_of_all_domains(domain: Domain) -> None:
     calibration = Calibration(domains={"a": domain, "b": domain}, sequence_length=LENGTH)
     learning_text(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step))
     assert seen == [("calibration", done, 2 * (10 + 2)) for done in (0, 12, 24)]
+
+
+def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few bytes, compressed, may stand for any number of equal rows."""
+    read = list[int]()
+
+    def source(*_: Any) -> Iterator[str]:
+        for number in range(10**9):
+            read.append(number)
+            yield "the same" if number > 2 else f"row {number}"
+
+    monkeypatch.setattr("secateur.data.pool.documents", source)
+    texts = _Texts("mine", Domain(installed="code"), TOKENIZER, 0, LENGTH, lambda *_: None)
+    assert [texts.has(number) for number in (0, 1, 2, 3, 4)] == [True, True, True, True, False]
+    assert len(read) == 4 + MOST_REPEATS and len(texts.pieces) == len(texts.digests) == 4

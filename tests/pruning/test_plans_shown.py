@@ -93,6 +93,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"to": "150K", "budget": "curve"},
         {"compensate": "none"},
         {"compensate": "bias"},
+        {"compensate": "bias", "score": "magnitude", "domain_weighting": "tokens"},
         {"compensate": "none", "score": "magnitude", "domain_weighting": "tokens"},
         {"score": "wanda", "domain_weighting": "tokens"},
         {"score": "reap"},

@@ -12,7 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -45,6 +45,8 @@ CHARACTERS_PER_TOKEN = 5
 JUDGED_TOKENS = 1024
 # Tokens of a domain beyond these hardly move what is counted.
 MOST_COUNTED = 1_000_000
+# A few bytes of a compressed file may stand for any number of equal documents.
+MOST_REPEATS = 10_000
 
 
 def judging_tokens(evaluate: bool | int) -> int:
@@ -77,29 +79,30 @@ class Allotted(NamedTuple):
 class _Texts:
     """A domain's documents in the seed's order, each in pieces of about a block; read as far as asked for.
 
-    Equal documents are one. A long one begins at a random line and wraps.
+    Equal documents are one, and behind so many in a row the text is taken to go on so. A long one begins at
+    a random line and wraps.
     """
 
     def __init__(self, name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int, note: Note) -> None:
         self._source = documents(name, domain, tokenizer, seed, note)
         self._order = Random(f"{seed}:{name}:lines")
         self._num_characters = length * CHARACTERS_PER_TOKEN
-        self._seen: set[bytes] = set()
-        self.pieces: list[tuple[str, ...]] = []
-        self.digests: list[bytes] = []
+        self._seen = set[bytes]()
+        self.pieces = list[tuple[str, ...]]()
+        self.digests = list[bytes]()
 
     def has(self, number: int) -> bool:
         """Read until document `number`, and return whether there is one."""
-        while len(self.pieces) <= number:
-            text = next(self._source, None)
-            if text is None:
-                return False
+        if number < len(self.pieces):
+            return True
+        for text in islice(self._source, MOST_REPEATS):
             digest = hashlib.sha256(text.encode()).digest()
             if digest not in self._seen:
                 self._seen.add(digest)
                 self.digests.append(digest)
                 self.pieces.append(tuple(_pieces(text, self._num_characters, self._order)))
-        return True
+                return self.has(number)
+        return False
 
 
 def _pieces(text: str, size: int, order: Random) -> Iterator[str]:
@@ -259,7 +262,7 @@ class _Domain:
     sizes: _Sizes
     length: int
     owners: dict[bytes, str]
-    is_given: bool = False
+    is_given: bool
     first: int = 0
     late: deque[_Rest] = field(default_factory=deque[_Rest])
     parts: list[_Packing] = field(default_factory=list[_Packing])
