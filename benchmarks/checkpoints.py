@@ -61,7 +61,7 @@ def row(name: str, facts: dict[str, Any]) -> list[str]:
     published = facts["num_params"]
     off = f"{counted / published - 1:+.1%}"
     if "num_params_with" in facts:
-        off += f", which has {facts['num_params_with']}"
+        off += f" without {facts['num_params_with']}"
     return [name, f"`{model_type}`", in_billions(published), in_billions(counted), off, left, widths]
 
 
