@@ -149,3 +149,9 @@ def test_a_written_recipe_says_every_default():
     written = yaml.safe_load(dump_recipe(Recipe()))
     assert written["repair"]["damping"] == 0.001 and written["choose"]["budget"] == "uniform"
     assert list(written) == ["seed", "remove", "choose", "repair", "calibration", "machine", "output", "polish"]
+
+
+def test_a_recipe_names_files_whole_unless_it_is_for_others():
+    recipe = Recipe(calibration={"domains": {"mine": {"files": ["/home/me/a.txt"]}}})
+    assert "- /home/me/a.txt" in dump_recipe(recipe)
+    assert "- a.txt" in dump_recipe(recipe, places=False) and "/home" not in dump_recipe(recipe, places=False)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,3 +69,10 @@ def test_a_bar_that_begins_anew_has_a_clock_of_its_own(monkeypatch: Any) -> None
         [task] = bars.tasks
         assert (task.description, task.completed, task.total) == ("prune", 3, 3)
         assert task.finished_time == 30, "from the second start to its end"
+
+
+def test_of_several_sizes_each_is_told(monkeypatch: Any) -> None:
+    made = [SimpleNamespace(out=name, summary=SimpleNamespace(to_json=lambda name=name: f"{name}\n")) for name in "ab"]
+    monkeypatch.setattr("secateur.prune_sizes", lambda *_, **__: made, raising=False)
+    outcome = run_cli("prune", "m", "o", "--remove", "0.1,0.2", "--json")
+    assert (outcome.status, outcome.stdout) == (0, "a\nb\n")
