@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 # For modules that need nothing else from transformers.
-CausalLM, Tokenizer = PreTrainedModel, PreTrainedTokenizerBase
+CausalLM = PreTrainedModel
+Tokenizer = PreTrainedTokenizerBase
 
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
 _WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
