@@ -30,6 +30,7 @@ from secateur.evaluation.study import (
     save_comparison,
     shipped_studies,
     task_table,
+    verdict,
 )
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -210,7 +211,7 @@ def test_the_table_of_the_terminal_fits() -> None:
     console.print(comparison_table(Comparison(tuple(cells), {})))
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
-    assert "20.50 ± 0.71" in shown
+    assert "By geometric-mean perplexity" in " ".join(shown.split())
     assert quality_table("quality", cells[2:], ()).rows[0][2].startswith("30.0"), "of 0.3 that went, in percent"
 
 
@@ -248,3 +249,21 @@ def test_accuracies_of_one_draw_have_the_error_over_questions_and_of_several_the
     assert row == ("ours", "20%", "0.400 ± 0.025", "0.500 ± 0.030", "0.300 ± 0.040")
     (row,) = task_table([cell(0, 0.5, 0.3), cell(1, 0.7, 0.3)]).rows
     assert row == ("ours", "20%", "0.450 ± 0.071", "0.600 ± 0.141", "0.300 ± 0.000")
+
+
+def test_a_verdict_says_no_more_than_its_draws_carry() -> None:
+    start = "By geometric-mean perplexity over domains, at 30% removed ours has the lowest"
+    ours = found("ours", 20.0, 25.0, 30.0)
+    assert verdict(ours + found("theirs", 21.0, 26.2, 31.5)) == f"{start} (25.00), then theirs (26.23)."
+    # Better in each draw, but within two standard errors; better on average, but not in each draw.
+    for close in ((20.1, 25.2, 34.0), (23.0, 28.0, 29.9)):
+        mean = sum(close) / 3
+        assert (
+            verdict(ours + found("theirs", *close))
+            == f"{start} (25.00); 3 draws do not tell it from theirs ({mean:.2f})."
+        )
+    five = found("ours", *[20.0] * 5) + found("theirs", 22.0, 22.0, 22.0, 22.0, 19.9)
+    assert "5 draws do not tell it from theirs (21.58)" in verdict(five)
+    single = verdict(found("ours", 20.0) + found("theirs", 40.0) + found("others", 50.0))
+    assert single == f"{start} (20.00); one draw does not tell it from theirs (40.00), others (50.00)."
+    assert verdict(found("ours", 20.0)) == f"{start} (20.00)."

@@ -1,4 +1,7 @@
-"""A study: a grid of methods, shares and seeds from a YAML file, its cells and tables."""
+"""A study: a grid of methods, shares and seeds from a YAML file, its cells and tables.
+
+The verdict on a grid says no more than its draws carry.
+"""
 
 import math
 import statistics
@@ -216,9 +219,18 @@ class Row:
     ratio: float
     cells: list[FoundCell]
 
+    def mean(self, value: Value) -> float:
+        """Return the mean over seeds."""
+        return statistics.mean(map(value, self.cells))
+
+    @property
+    def perplexity(self) -> float:
+        """The mean over seeds of the geometric mean over domains."""
+        return self.mean(lambda cell: cell.perplexity)
+
     def text(self, value: Value, digits: int = 2) -> str:
         """Return the mean, of several seeds with its spread."""
-        mean = f"{statistics.mean(map(value, self.cells)):,.{digits}f}"
+        mean = f"{self.mean(value):,.{digits}f}"
         spread = f" ± {statistics.stdev(map(value, self.cells)):,.{digits}f}" if len(self.cells) > 1 else ""
         return mean + spread
 
@@ -232,12 +244,13 @@ def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
 
 
 def comparison_table(comparison: Comparison) -> Tables:
-    """Return what the terminal shows of a study: a row per method and share."""
-    return terminal([quality_table("", list(comparison.cells), domains=())])
+    """Return what the terminal shows of a study: a row per method and share, and the verdict."""
+    cells = list(comparison.cells)
+    return terminal([quality_table("", cells, domains=())], [(verdict(cells),)])
 
 
 def _markdown(study: Study, cells: list[FoundCell]) -> str:
-    lines = [f"# {escaped(study.question)}", ""]
+    lines = [f"# {escaped(study.question)}", "", escaped(verdict(cells)), ""]
     lines += [*(f"- {escaped(line)}" for line in _about(study, cells)), ""]
     tables = [quality_table(BY_DOMAIN, cells, cells[0].nats_per_token), over_dense_table(cells)]
     tables += [others_table(cells)] if cells[0].others else []
@@ -316,6 +329,35 @@ def _over_dense(row: Row, cells: list[FoundCell]) -> tuple[Change, dict[str, Cha
 
     by_domain = {name: over_draws([draw[name].nats_per_token for draw in draws]) for name in draws[0]}
     return over_draws([mean_change(draw.values()).nats_per_token for draw in draws]), by_domain
+
+
+def verdict(cells: list[FoundCell]) -> str:
+    """Name the method with the lowest perplexity at each share, and those that may be as good.
+
+    A method is told apart from another if it is better on every draw and, over at least two draws, by
+    more than two standard errors of the paired differences of log perplexity.
+    """
+    rows, parts = [row for row in rows_of(cells) if row.ratio], []
+    for ratio in dict.fromkeys(row.ratio for row in rows):
+        best, *others = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.perplexity)
+        named = {row.method: f"{row.method} ({row.perplexity:.2f})" for row in others}
+        alike = [named[row.method] for row in others if not _is_better(best, row)]
+        part = f"at {ratio:.0%} removed {best.method} has the lowest ({best.perplexity:.2f})"
+        if others and not alike:
+            part += f", then {named[others[0].method]}"
+        elif alike:
+            draws = "one draw does" if len(best.cells) == 1 else f"{len(best.cells)} draws do"
+            part += f"; {draws} not tell it from {', '.join(alike)}"
+        parts.append(part)
+    return f"By geometric-mean perplexity over domains, {'; '.join(parts)}."
+
+
+def _is_better(best: Row, other: Row) -> bool:
+    ours, theirs = ({cell.seed: math.log(cell.perplexity) for cell in row.cells} for row in (best, other))
+    gains = [theirs[draw] - nats for draw, nats in ours.items() if draw in theirs]
+    if len(gains) < 2 or min(gains) <= 0:
+        return False
+    return statistics.mean(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 def _about(study: Study, cells: list[FoundCell]) -> list[str]:
