@@ -340,12 +340,9 @@ def verdict(cells: list[FoundCell]) -> str:
     rows, parts = [row for row in rows_of(cells) if row.ratio], []
     for ratio in dict.fromkeys(row.ratio for row in rows):
         best, *others = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.perplexity)
-        named = {row.method: f"{row.method} ({row.perplexity:.2f})" for row in others}
-        alike = [named[row.method] for row in others if not _is_better(best, row)]
+        alike = [f"{row.method} ({row.perplexity:.2f})" for row in others if not _is_better(best, row)]
         part = f"at {ratio:.0%} removed {best.method} has the lowest ({best.perplexity:.2f})"
-        if others and not alike:
-            part += f", then {named[others[0].method]}"
-        elif alike:
+        if alike:
             draws = "one draw does" if len(best.cells) == 1 else f"{len(best.cells)} draws do"
             part += f"; {draws} not tell it from {', '.join(alike)}"
         parts.append(part)

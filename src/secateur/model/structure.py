@@ -419,6 +419,10 @@ class _Finder:
             sizes = {len(each) for each in own.values()}
             if place not in calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
                 continue
+            # Weights of a twin are random, but the entries of a table are not: no proof would see wrong experts.
+            if any(each.ndim > 1 and not each.is_floating_point() for each in layer.state_dict().values()):
+                self.why[EXPERTS] = "a stored table says which experts read a token"
+                continue
             shapes = [tuple(each.shape) for each in calls[place].args if isinstance(each, Tensor)]
             weighted = len(shapes) == 1 and shapes[0][0] == min(sizes) * token_ids(self.twin).numel()
             if not weighted and (len(shapes) != 3 or calls[place].args[1].is_floating_point()):
