@@ -368,8 +368,12 @@ def test_no_expert_goes_whose_tokens_a_table_names_as_in_deepseek_v4() -> None:
         config = AutoConfig.for_model(
             "deepseek_v4", **sizes, **experts, **heads, **ranks, **index, num_hash_layers=num_hash_layers
         )
-        offered[num_hash_layers] = {group.name for group in bind(AutoModelForCausalLM.from_config(config)).groups}
+        arch = bind(AutoModelForCausalLM.from_config(config))
+        offered[num_hash_layers] = {group.name for group in arch.groups}
     assert offered == {0: {"experts"}, 2: set()}
+    assert not arch.select(())
+    with pytest.raises(ArchError, match=r"^a model of type deepseek_v4 has no units that can go \(.*experts: "):
+        arch.select(("ffn",))
 
 
 def test_no_expert_goes_where_the_config_does_not_say_how_many_are_chosen() -> None:

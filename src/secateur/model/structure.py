@@ -136,15 +136,18 @@ class Arch:
         return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
-        """Return the groups of these names. Raises ArchError if the model has no such group."""
+        """Return the groups of these names. Raises ArchError if the model has no such group, or none at all."""
         known = {group.name for group in self.groups}
+        if names and not known:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.omits.items())
+            raise ArchError(f"a model of type {self.family} has no units that can go ({why}); trim its tokens.")
         for name in names:
             if name in self.omits and name not in known:
                 raise ArchError(f"remove.groups: a model of type {self.family} cannot lose {name}: {self.omits[name]}.")
             if name not in known:
                 raise ArchError(
                     f"remove.groups: a model of type {self.family} has no group '{name}'; it has "
-                    f"{', '.join(sorted(known)) or 'none'}; {advice(name, known)}"
+                    f"{', '.join(sorted(known))}; {advice(name, known)}"
                 )
         chosen = tuple(group for group in self.groups if group.name in names)
         for name, other in combinations(names, 2):
