@@ -54,7 +54,11 @@ def row(name: str, facts: dict[str, Any]) -> list[str]:
         try:
             found = secateur.inspect(directory, {"remove": {"share": SHARE}})
         except secateur.SecateurError as error:
-            counted, left, widths = meta_model(config).num_parameters(), "", f"nothing: {error}".rstrip(".")
+            counted, left, widths = (
+                meta_model(config).num_parameters(),
+                "",
+                f"nothing: {error}".split("; ")[0].rstrip("."),
+            )
         else:
             counted, left = found.size.num_params, in_billions(found.num_params_after)
             widths = ", ".join(f"{each.name} {each.num_units} -> {each.num_keep}" for each in found.groups)

@@ -140,7 +140,7 @@ class Arch:
         known = {group.name for group in self.groups}
         if names and not known:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.omits.items())
-            raise ArchError(f"a model of type {self.family} has no units that can go ({why}); trim its tokens.")
+            raise ArchError(f"a model of type {self.family} has no units that can go: {why}; trim its tokens.")
         for name in names:
             if name in self.omits and name not in known:
                 raise ArchError(f"remove.groups: a model of type {self.family} cannot lose {name}: {self.omits[name]}.")
@@ -414,17 +414,22 @@ class _Finder:
             bool(moved) and moved[0].numel() == before.numel() and _near([after - before], [moved[0].view_as(before)])
         )
 
+    @cached_property
+    def _has_table(self) -> bool:
+        """Whether a layer stores a table of integers: in a twin they are no experts' numbers, and no proof sees it."""
+        stored = (each for layer in self.layers for each in layer.state_dict().values())
+        return any(each.ndim > 1 and not each.is_floating_point() for each in stored)
+
     def _expert_offers(self, index: int) -> Iterator[Offer]:
+        if self._has_table:
+            self.why[EXPERTS] = "a stored table says which experts read a token"
+            return
         layer, calls = self.layers[index], self.calls[index]
         for place, module in layer.named_modules():
             own = dict(module.named_parameters())
             stacks = {name: each for name, each in own.items() if each.ndim == 3}
             sizes = {len(each) for each in own.values()}
             if place not in calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
-                continue
-            # Weights of a twin are random, but the entries of a table are not: no proof would see wrong experts.
-            if any(each.ndim > 1 and not each.is_floating_point() for each in layer.state_dict().values()):
-                self.why[EXPERTS] = "a stored table says which experts read a token"
                 continue
             shapes = [tuple(each.shape) for each in calls[place].args if isinstance(each, Tensor)]
             weighted = len(shapes) == 1 and shapes[0][0] == min(sizes) * token_ids(self.twin).numel()
