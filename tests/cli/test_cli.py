@@ -39,7 +39,7 @@ NUM_LAYERS, NUM_UNITS, NUM_KEEP = 3, 112, 64
 COMMANDS = {
     "prune": "MODEL OUT --remove --to --max-loss --recipe --preset --domain --answers --vocabulary --polish --budget "
     "--device --set --like --from --resume --overwrite --force --quiet --json",
-    "measure": "MODEL OUT --recipe --preset --domain --answers --budget --device --set --resume --overwrite "
+    "measure": "MODEL OUT --recipe --preset --domain --answers --budget --device --set --dry-run --resume --overwrite "
     "--quiet --json",
     "trim": "MODEL OUT --vocabulary --domain --keep-text --keep-script --seed --overwrite --force --quiet --json",
     "inspect": "MODEL --remove --to --recipe --preset --set --quiet --json",
