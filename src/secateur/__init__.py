@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
-    from secateur.evaluation.measure import measure, measuring
+    from secateur.evaluation.measure import foretell_measure, measure
     from secateur.formats.gguf import Exporter, export
     from secateur.formats.save import verify
     from secateur.methods.scores import Score
@@ -54,10 +54,10 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "foretell_measure",
     "inspect",
     "load",
     "measure",
-    "measuring",
     "prune",
     "prune_sizes",
     "push",
@@ -71,7 +71,7 @@ _MODULES = {
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
-    "evaluation.measure": ("measure", "measuring"),
+    "evaluation.measure": ("foretell_measure", "measure"),
     "pruning.inspect": ("inspect",),
     "formats.save": ("verify",),
     "formats.gguf": ("Exporter", "export"),

@@ -171,7 +171,7 @@ def test_a_config_alone_says_what_measuring_takes(checkpoints, recipe, recipe_fi
     told: list[str] = []
     secateur.measure(checkpoints["llama"], grouped(recipe), out=tmp_path / "out", tell=told.append)
     does = told[0].replace(str(checkpoints["llama"]), "")
-    said = secateur.measuring(tmp_path / "config", grouped(recipe))
+    said = secateur.foretell_measure(tmp_path / "config", grouped(recipe))
     assert said.startswith(str(tmp_path / "config")) and does in said
     # The readers of three copies, in float32, and no result.
     assert f"It takes {human_bytes(3 * 3 * 112 * 48 * 4)} of disk" in said

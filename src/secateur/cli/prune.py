@@ -131,7 +131,7 @@ def measure(
     options = {"choose": {"budget": budget}, "machine": {"device": device}}
     asked = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
     if dry_run:
-        print(secateur.measuring(model, asked))
+        print(secateur.foretell_measure(model, asked))
         return
     with common.listeners(quiet=quiet, as_json=as_json) as listeners:
         found = secateur.measure(

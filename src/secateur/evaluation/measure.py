@@ -88,7 +88,7 @@ def measure(
     return measurement
 
 
-def measuring(model: str | Path, recipe: AnyRecipe = None) -> str:
+def foretell_measure(model: str | Path, recipe: AnyRecipe = None) -> str:
     """Return what `measure` would do and take, as a sentence; the model needs no weights. Errors: as `measure`."""
     opened = _opened(model, as_recipe(recipe), weights=False)
     resolved = resolve(opened)
