@@ -26,7 +26,8 @@ from secateur.data.pool import Amounts, TextPool
 from secateur.facts import Size
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, open_checkpoint
-from secateur.pruning.loop import prune_together, remove_depth
+from secateur.pruning.cut import remove_depth
+from secateur.pruning.loop import prune_together
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run

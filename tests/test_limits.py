@@ -80,13 +80,19 @@ def model(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_deep_files_of_a_model(name, model):
     (model / name).write_text(DEEP["objects"])
-    if name == "model.safetensors.index.json":
-        (model / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as JSON \(it nests more than 100 levels\)"):
         load_tokenizer(open_checkpoint(model))
+
+
+@pytest.mark.parametrize("text", [*DEEP.values(), "{", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_shards(text, model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index.json: has no weight_map from tensor names to shard files; copy"):
+        open_checkpoint(model)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])

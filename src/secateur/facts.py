@@ -245,6 +245,10 @@ class OwnAnswers:
         return self.nats - self.dense_nats
 
 
+# What judges a model beside the text of its domains.
+OTHER_TEXT, OWN_ANSWERS = "other text", "own answers"
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """What a model lost, in nats per token of the dense tokenizer.
@@ -256,6 +260,12 @@ class Judgement:
     domains: dict[str, Loss]
     other: Loss
     answers: OwnAnswers | None = None
+
+    def lost(self, dense: "Judgement") -> dict[str, float]:
+        """Return the nats per token that the dense model does not lose, by domain and by what else judges."""
+        lost = {name: loss.nats_per_token - dense.domains[name].nats_per_token for name, loss in self.domains.items()}
+        lost[OTHER_TEXT] = self.other.nats_per_token - dense.other.nats_per_token
+        return lost if self.answers is None else {**lost, OWN_ANSWERS: self.answers.nats_lost}
 
 
 @dataclass(frozen=True, slots=True)

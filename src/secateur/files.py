@@ -281,17 +281,3 @@ def make_lasting(directory: Path) -> None:
     except OSError as error:
         reason = f"no directory can be made there ({error.strerror})"
         raise CheckpointError(f"OUT {directory.parent}: {reason}; choose another place.") from None
-
-
-def is_alive(process: int) -> bool:
-    """Whether the process runs; a zombie does not."""
-    stat = Path(f"/proc/{process}/stat")
-    if stat.is_file():
-        return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True

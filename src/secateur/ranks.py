@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from secateur.errors import RankError, RecipeError, SecateurError, shortened
-from secateur.files import is_alive
 
 # Limits for all ranks to start, and for waiting on one rank's result. A dead process is noticed at
 # once; these are for a machine that vanishes and leaves its connections open.
@@ -110,6 +110,16 @@ def _asked(is_so: Callable[[], bool]) -> bool:
         return is_so()
     except RuntimeError as error:
         raise RankError(lost_text(_first_line(error))) from None
+
+
+def is_alive(process: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # another user's
+        return True
 
 
 def lost_ranks() -> list[int]:

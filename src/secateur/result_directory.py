@@ -20,9 +20,9 @@ from typing import TypeVar
 
 from secateur.errors import CheckpointError
 from secateur.facts import Record
-from secateur.files import disk_errors, is_alive, make_hidden, missing_parents, remove_empty, sha256_of, sync
+from secateur.files import disk_errors, make_hidden, missing_parents, remove_empty, sha256_of, sync
 from secateur.log import Progress, Tell, mute, steps
-from secateur.ranks import from_first, is_first, size
+from secateur.ranks import from_first, is_alive, is_first, size
 
 RESULT_FILE = "result.json"
 BENCH_FILE, EVALUATION_FILE = "bench.json", "evaluation.json"

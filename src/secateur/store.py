@@ -31,6 +31,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.files import (
+    check_free_space,
     disk_errors,
     json_of,
     make_hidden,
@@ -310,6 +311,11 @@ class Services:
     store: Store = field(default_factory=Store)
     scratch: Path | None = None
     tell: Tell = mute
+
+    def check_space(self, num_bytes: int) -> None:
+        """Raise CheckpointError if the disk of `scratch` has less free."""
+        if self.scratch is not None:
+            check_free_space(self.scratch, num_bytes)
 
     def part(self, name: str) -> "Services":
         """Return those of a part of the job: a log of its own, and folders of its name."""

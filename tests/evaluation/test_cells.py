@@ -11,7 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 from secateur.data.blocks import Blocks
 from secateur.evaluation import compare as module
 from secateur.evaluation.study import Comparison, Evaluation, Study
-from secateur.pruning import prune as steps
+from secateur.pruning import cut as steps
 
 NUM_BLOCKS = 2
 

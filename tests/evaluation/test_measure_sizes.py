@@ -15,9 +15,10 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.evaluation.measure import PROBES, _opened, _seconds
+from secateur.evaluation.measure import COPIES, PROBES, _opened
 from secateur.formats.save import Verification
 from secateur.log import human_bytes
+from secateur.pruning.cost import walk_seconds
 from secateur.pruning.resolve import resolve
 from secateur.recipe import as_recipe
 from secateur.report.page import render
@@ -82,7 +83,7 @@ def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, rec
     record, out = measured
     middle = record.probes[1].removed
     asked = {**recipe, "budget": "curve", "remove": middle, "depth": 0}
-    with patch("secateur.pruning.round_plan.profile", side_effect=AssertionError("measured already")):
+    with patch("secateur.pruning.loop.profile", side_effect=AssertionError("measured already")):
         planned = secateur.prune(checkpoints["llama"], {"remove": middle}, from_=out)
     alone = secateur.prune(checkpoints["llama"], grouped(asked))
     assert {key: keep.tolist() for key, keep in planned.keeps.items()} == {
@@ -96,7 +97,7 @@ def test_another_model_text_or_version_is_refused(measured, checkpoints, tmp_pat
     _, out = measured
     with pytest.raises(CheckpointError, match=rf"^from {out}: is of another model, llama; measure again, or leave"):
         secateur.prune(checkpoints["qwen2"], {}, from_=out)
-    monkeypatch.setattr("secateur.pruning.like.versions", lambda: {"secateur": "9.9"})
+    monkeypatch.setattr("secateur.pruning.sizes.versions", lambda: {"secateur": "9.9"})
     with pytest.raises(CheckpointError, match=r"was measured with secateur .*, and here is 9\.9; measure again"):
         secateur.prune(checkpoints["llama"], {}, from_=out)
     monkeypatch.undo()
@@ -190,9 +191,9 @@ def test_a_config_alone_says_what_measuring_takes(checkpoints, recipe, recipe_fi
 def test_more_tokens_and_wider_models_take_longer(checkpoints, recipe):
     def seconds(**asked: Any) -> float:
         opened = _opened(checkpoints["llama"], as_recipe(grouped({**recipe, **asked})), weights=False)
-        with patch("secateur.evaluation.measure.Timer") as timer:
+        with patch("secateur.pruning.cost.Timer") as timer:
             timer.return_value.timeit.return_value.median = 1024**3
-            return _seconds(opened, resolve(opened))
+            return walk_seconds(opened, resolve(opened), COPIES)
 
     # Products in all: of the stream and three copies, of Gram matrices, and of what is solved.
     num_tokens, in_layers, width = 1280 * 10 / 9, 3 * 23_136, 112

@@ -22,10 +22,9 @@ from secateur.methods.depth import choose_layers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
-from secateur.pruning import loop as depth_step
-from secateur.pruning import prune as pruning
+from secateur.pruning import cut as depth_step
+from secateur.pruning.cut import _narrow_readers, remove_depth
 from secateur.pruning.inspect import inspect
-from secateur.pruning.loop import _narrow_readers, remove_depth
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import Run
 from secateur.recipe import parse_recipe
@@ -136,7 +135,7 @@ def test_every_layer_is_logged_with_its_kl_and_patch(factory, small, tmp_path, m
     with torch.no_grad():  # what enters the first layer is small, so that it must be quieter than the others
         model.model.layers[0].self_attn.o_proj.weight *= 0.01
         model.model.layers[0].mlp.down_proj.weight *= 0.01
-    monkeypatch.setattr(pruning, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
+    monkeypatch.setattr(depth_step, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
     settings = {**small, "depth": 3, "remove": share_of(3)}
     secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
     lines = lines_of(tmp_path / "out", "layer")
@@ -223,7 +222,7 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
         if index == 4:
             seen.append(walk.dense_BTD)
 
-    monkeypatch.setattr(pruning, "remove_depth", spy_depth)
+    monkeypatch.setattr(depth_step, "remove_depth", spy_depth)
     monkeypatch.setattr(Walk, "advance_dense", spy_walk)
     settings = {**small, "depth": 1, "remove": 0.35, "rounds": 2, "target_mix": 0.5}
     secateur.prune(dense(tiny_llama, (1,)), grouped(settings), tokenizer=TOKENIZER)

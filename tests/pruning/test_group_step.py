@@ -21,7 +21,7 @@ from secateur.model.group import add_zero_biases
 from secateur.model.kept_units import read_keeps, write_keeps
 from secateur.pruning import group_step
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.result import calibration_facts, group_widths, summary_of
+from secateur.pruning.result import group_widths, summary_of
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
 from secateur.stream.statistics import pool
@@ -158,7 +158,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     cut_down = tiny_llama(intermediate_size=64)
     after = dataclasses.replace(run, model=cut_down)
     none: dict[str, Any] = {"dense_losses": {}, "pruned_losses": {}, "peak_bytes": 1, "command": ""}
-    none["calibration"] = calibration_facts(Drawn(run.text, JudgedText(run.text.held_out), {}))
+    none["calibration"] = Drawn(run.text, JudgedText(run.text.held_out), {}).facts()
     found = summary_of(first, after, keeps, None, **none)
     assert found.guard_refusals == 2
     assert found.widths == {"ffn": (112, 64, 64)} and found.num_layers == (3, 3)
@@ -175,7 +175,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
 
 def test_facts_of_the_text_count_what_was_measured_on_and_what_was_held_out():
     text = run_of(tiny_llama()).text
-    facts = calibration_facts(Drawn(text, JudgedText(text.held_out), {"d0": Allotted(1, 3)}))
+    facts = Drawn(text, JudgedText(text.held_out), {"d0": Allotted(1, 3)}).facts()
     assert facts.num_tokens == {"d0": 64, "d1": 64} and facts.num_held_out_tokens == {"d0": 64, "d1": 64}
     assert (facts.content_hash, facts.sequence_length) == (text.content_hash, 32)
     assert facts.judged_hash == JudgedText(text.held_out).content_hash and facts.allotted == {"d0": (1, 3)}

@@ -16,10 +16,10 @@ from secateur.log import RunLog
 from secateur.methods.profile import ProfileSettings
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
-from secateur.pruning import loop, round_plan, run
-from secateur.pruning.loop import prune_together
+from secateur.pruning import cut as cutting
+from secateur.pruning import loop, run
+from secateur.pruning.loop import layer_seed, prune_together
 from secateur.pruning.resolve import resolve
-from secateur.pruning.round_plan import layer_seed
 from secateur.pruning.run import LossWatch, Run, watched_losses
 from secateur.recipe import parse_recipe
 from secateur.store import Services, Store
@@ -66,7 +66,7 @@ def test_random_units_are_drawn_anew_in_every_round():
 
 
 def settings_of(model: Any, number: int, **short: Any) -> ProfileSettings:
-    return round_plan._profile_settings(run_of(model, budget="curve", rounds=2, **short), number)
+    return loop._profile_settings(run_of(model, budget="curve", rounds=2, **short), number)
 
 
 def test_slopes_are_measured_at_the_share_that_this_round_takes():
@@ -90,7 +90,7 @@ def test_slopes_are_measured_at_the_share_that_this_round_takes():
     assert settings.perturbation == pytest.approx(1 - second / whole, rel=1e-12)
     run = run_of(tiny_llama(), budget="curve", rounds=2, **asked)
     cut_run = Run(model=model, arch=run.arch, resolved=run.resolved, text=run.text)
-    assert round_plan._profile_settings(cut_run, 2).perturbation == pytest.approx(1 - second / first, rel=1e-12)
+    assert loop._profile_settings(cut_run, 2).perturbation == pytest.approx(1 - second / first, rel=1e-12)
 
 
 def test_slopes_are_measured_as_the_recipe_asks():
@@ -199,9 +199,9 @@ def test_a_bias_makes_the_config_say_so_and_none_does_not():
 def narrow(monkeypatch: pytest.MonkeyPatch, text: LearningText, **short: Any) -> tuple[list[Any], Any, Any]:
     """Return the blocks, the shares and the damping that readers are made narrow with."""
     seen: list[Any] = []
-    monkeypatch.setattr(loop, "narrow_readers", lambda *arguments: seen.append(arguments) or [{}])
+    monkeypatch.setattr(cutting, "narrow_readers", lambda *arguments: seen.append(arguments) or [{}])
     found = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, **short)
-    loop._narrow_readers(found, found.batches())
+    cutting._narrow_readers(found, found.batches())
     ((_, _, batches, (shares,), damping, *_),) = seen
     return batches, shares, damping
 
@@ -231,7 +231,7 @@ def test_narrow_readers_take_the_judging_blocks_too_where_there_are_no_others(mo
 
 def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
     model = tiny_llama(num_layers=6)
-    found = loop.remove_depth(run_of(model, removed_layers=[1, 3], remove=0.45))
+    found = cutting.remove_depth(run_of(model, removed_layers=[1, 3], remove=0.45))
     assert found.resolved.layers == (0, 2, 4, 5) and found.arch.num_layers == 4
     dense = tiny_llama(num_layers=6).model.layers
     for layer, index in zip(model.model.layers, (0, 2, 4, 5), strict=True):
@@ -239,14 +239,14 @@ def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
     lines = [line for line in found.services.log.lines if line["event"] == "layer"]
     assert [line["layer"] for line in lines] == [1, 3] and all("chosen" not in line for line in lines)
     assert all({"error_before", "error_after", "step"} <= set(line) for line in lines)
-    with pytest.raises(AssertionError, match="remove_depth comes first"):
+    with pytest.raises(AssertionError, match="whole layers go first"):
         prune_together([run_of(tiny_llama(num_layers=6), removed_layers=[1, 3], remove=0.45)])
 
 
 def test_the_first_layer_has_none_before_it_to_be_folded_into():
     model = tiny_llama(num_layers=6)
     before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
-    found = loop.remove_depth(run_of(model, removed_layers=[0], remove=0.2))
+    found = cutting.remove_depth(run_of(model, removed_layers=[0], remove=0.2))
     (line,) = (line for line in found.services.log.lines if line["event"] == "layer")
     assert "error_after" not in line and "step" not in line
     for layer, weight in zip(model.model.layers, before[1:], strict=True):
@@ -259,7 +259,7 @@ def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
         model = tiny_llama(num_layers=6)
         found = run_of(model, random_calibration(blocks=32), removed_layers=[2], remove=0.2)
         services = Services(log=RunLog(), store=Store(tmp_path))
-        loop.remove_depth(replace(found, services=services))
+        cutting.remove_depth(replace(found, services=services))
         folded.append(model.model.layers[1].mlp.down_proj.weight)
     assert services.store.num_found == 1 and torch.equal(*folded)
     assert not torch.equal(folded[0], tiny_llama(num_layers=6).model.layers[1].mlp.down_proj.weight)

@@ -16,6 +16,7 @@ import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.save import Verification
 from secateur.pruning.group_step import prune_group
+from secateur.pruning.sizes import steps_between
 from secateur.report.records import Summary, nats_at, read_summary
 from tests.pruning.test_resume import Stopped, stopped_after
 
@@ -72,7 +73,7 @@ def test_sizes_that_are_finished_serve_a_run_with_other_sizes(checkpoints, recip
 
 def test_every_size_needs_its_own_room_on_the_disk(checkpoints, recipe, tmp_path):
     asked = grouped({**recipe, "evaluate": False})
-    with patch("secateur.pruning.prepare.check_free_space") as checked:
+    with patch("secateur.store.check_free_space") as checked:
         secateur.prune(checkpoints["llama"], asked, out=tmp_path / "one")
         secateur.prune_sizes(checkpoints["llama"], asked, (0.1, 0.2), out=tmp_path / "two")
     one, two = (call.args[1] for call in checked.call_args_list)
@@ -186,7 +187,7 @@ STEP = 8 * 3 * 48 * 3 / 100_176  # eight channels of each of three layers
 def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, prose, cut_to, tmp_path):
     """Whether the curve is right or wrong by a factor: a step more would lose too much."""
     out = tmp_path / "out"
-    with patch("secateur.pruning.prune.nats_at", lambda *asked: foretold * nats_at(*asked)):
+    with patch("secateur.pruning.sizes.nats_at", lambda *asked: foretold * nats_at(*asked)):
         made = secateur.prune(taught, {"polish": False}, from_=prose, out=out, max_loss=limit)
     alone, lost = cut_to(made.summary.remove_asked)
     assert weights(out) == weights(alone)
@@ -228,6 +229,19 @@ def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stop
     lost = pruned.nats_per_token - dense.nats_per_token
     before = whole.summary.polish.before["prose"].nats_per_token - dense.nats_per_token
     assert f"{before:.3f}" != f"{lost:.3f}" and f"loses {lost:.3f} nats" in "".join(cuts(whole.summary))
+
+
+@pytest.mark.parametrize(
+    ("fits", "fails", "limit", "steps"),
+    [
+        ((2, 0.1), (8, 1.6), 0.4, 4),  # nats that grow with the square of the steps
+        ((2, 0.1), (8, 1.6), 0.1, 2),
+        ((2, 1e-9), (8, 1e-3), 5e-4, 5),  # neither loss is told from noise, and ln 1 = 0
+        ((2, 1e-9), (8, 5e-4), 3e-4, 5),
+    ],
+)
+def test_the_next_cut_is_where_a_power_law_reaches_the_limit(fits, fails, limit, steps):
+    assert steps_between(fits, fails, limit) == steps
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_the_walk_of_a_prune_gives_what_the_dense_model_would_be_asked_for(num_t
         lessons.extend(learn(*arguments, walked=each) for each in (False, True))
         return lessons[-1]
 
-    monkeypatch.setattr("secateur.pruning.prune.learn", both)
+    monkeypatch.setattr("secateur.pruning.cut.learn", both)
     wanted = {**asked, "remove": 0.3, "polish": {**TRAINING, "num_tokens": num_tokens}}
     secateur.prune(tiny_llama(), grouped(wanted), tokenizer=tiny_tokenizer())
     told, taken = lessons
@@ -170,7 +170,7 @@ def test_without_such_a_stream_the_dense_model_is_asked(changes, asked, monkeypa
         walked.extend(more.values())
         return learn(*arguments, **more)
 
-    monkeypatch.setattr("secateur.pruning.prune.learn", noted)
+    monkeypatch.setattr("secateur.pruning.cut.learn", noted)
     wanted = {**asked, "remove": 0.3, **changes}
     found = secateur.prune(tiny_llama(), grouped(wanted), tokenizer=tiny_tokenizer())
     assert walked == [False] and found.summary.polish is not None

@@ -16,9 +16,9 @@ from secateur.evaluation.study import DENSE, Cell, Comparison, FoundCell, Study,
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.evaluation.text import Judged, losses_of_dense_tokens, named_blocks
 from secateur.log import Progress, Tell, mute, silent, versions
+from secateur.pruning.cut import cut_and_polish
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prepare import prepared
-from secateur.pruning.prune import shaped
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.text import run_text, with_share_of_answers
 from secateur.ranks import in_turns, is_first, joined
@@ -143,7 +143,7 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
             return figures | _judge(shared, replace(shared.dense), shared.opened, judged)
         start, num_blocks = time.perf_counter(), shared.study.evaluation.num_blocks
         ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=num_blocks)
-        run = next(shaped(ready, force=True, cut=cell.ratio > 0)).run
+        run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
         seconds = time.perf_counter() - start
         num_params = run.model.num_parameters()
         subject = replace(shared.dense, arch=run.arch, loaded=run.model)

@@ -10,38 +10,21 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch.utils.benchmark import Timer
-
 from secateur.log import Progress, human_bytes, silent, versions
 from secateur.methods.curve import Profiles
-from secateur.pruning.cost import HELD_OUT_FACTOR, disk_bytes, memory_for
+from secateur.pruning.cost import disk_bytes, memory_for, walk_seconds
+from secateur.pruning.cut import cut_and_polish
 from secateur.pruning.inspect import gguf_files
+from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
-from secateur.pruning.prepare import (
-    Prepared,
-    begun,
-    foretold,
-    judge_of,
-    judged,
-    judged_dense,
-    of_sizes,
-    prepared,
-    sized,
-    with_most,
-)
-from secateur.pruning.prune import shaped
-from secateur.pruning.resolve import Resolved, resolve
-from secateur.pruning.result import calibration_facts
-from secateur.pruning.round_plan import profiles_of
+from secateur.pruning.prepare import Prepared, begun, foretold, judge_of, judged, judged_dense, prepared
+from secateur.pruning.resolve import resolve
+from secateur.pruning.sizes import of_sizes, sized, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import is_first, joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
-from secateur.report.records import LEAST_NATS, OTHER_TEXT, OWN_ANSWERS, Measurement, SizeCost, nats_at
+from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import write_measurement
-from secateur.stream.device import keeping_freed
-from secateur.stream.judge import Judgement
-from secateur.stream.threads import fastest_threads, threads_kept
 
 # Shares of the most that can go, at which copies are cut and judged; a loss between is interpolated.
 PROBES = (0.2, 0.45, 0.8)
@@ -53,8 +36,6 @@ FILE_TYPES = ("bf16", "q8_0", "q4_k_m")
 
 
 @joined()
-@keeping_freed()
-@threads_kept()
 def measure(
     model: str | Path,
     recipe: AnyRecipe = None,
@@ -77,13 +58,13 @@ def measure(
 
     Raises a SecateurError, one sentence, for what a user can correct.
     """
-    asked, progress = as_recipe(recipe), progress if is_first() else silent
-    opened = _opened(model, asked, weights=True)
+    given, progress = as_recipe(recipe), progress if is_first() else silent
+    opened = _opened(model, given, weights=True)
     with begun(opened, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
         directory, measurement = services.scratch, _measured(ready, command)
         if directory is not None:
-            (directory / RECIPE_FILE).write_text(dump_recipe(asked.filled(remove={"depth": 0})), encoding="utf-8")
+            (directory / RECIPE_FILE).write_text(dump_recipe(given.filled(remove={"depth": 0})), encoding="utf-8")
             measurement = write_measurement(directory, measurement)
     return measurement
 
@@ -96,31 +77,15 @@ def foretell_measure(model: str | Path, recipe: AnyRecipe = None) -> str:
     return (
         f"{foretold(opened, resolved, plan, DOES, COPIES)} It takes "
         f"{human_bytes(disk_bytes(opened, resolved, plan, COPIES, 0))} of disk and about "
-        f"{timedelta(seconds=round(_seconds(opened, resolved)))} here before the copies are judged."
+        f"{timedelta(seconds=round(walk_seconds(opened, resolved, COPIES)))} here before the copies are judged."
     )
 
 
-def _seconds(opened: Opened, resolved: Resolved) -> float:
-    """Return about how long a walk with the copies of a model takes here: its products, without judging.
-
-    Each token goes through a layer once for the dense stream, and for each copy through the whole layer and what
-    is left of its FFN. A reader of F inputs takes F^2 for each token and 9 F^3 for its units and its fit. The
-    speed is that of a float32 product that is timed now.
-    """
-    num_tokens = HELD_OUT_FACTOR * resolved.num_tokens
-    once = num_tokens * sum(opened.arch.params_per_layer)
-    fits = sum(group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups)
-    square = torch.ones(1024, 1024, device=opened.device)
-    threads = fastest_threads(lambda: square @ square)
-    timer = Timer("square @ square", globals={"square": square}, num_threads=threads)
-    return (once + COPIES * (1.7 * once + fits)) * timer.timeit(4).median / 1024**3
-
-
-def _opened(model: str | Path, asked: Recipe, *, weights: bool) -> Opened:
+def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
     """Return the model with the most that goes."""
-    opened = open_model(model, asked, weights=weights)
-    plain = asked.filled(polish={"num_tokens": 0}, output={"evaluate": asked.output.evaluate or True})
-    return with_share_of_answers(with_most(opened.asking(plain), asked, "measure"))
+    opened = open_model(model, given, weights=weights)
+    plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
+    return with_share_of_answers(with_most(opened.asking(plain), given, "measure"))
 
 
 def _measured(ready: Prepared, command: str) -> Measurement:
@@ -147,10 +112,10 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 
     # Cut the copies in one walk, and judge them.
     probes = list[SizeCost]()
-    for name, shape in zip(sizes, shaped(ready, members), strict=True):
-        pruned = judged(shape.run, name, partial(judge.pruned, speaks=False))
-        plan = shape.run.resolved.plans[-1]
-        probes.append(SizeCost(plan.removed_share, plan.cost_after, _lost(dense, pruned)))
+    for name, cut in zip(sizes, cut_and_polish(run, [member.run for member in members]), strict=True):
+        pruned = judged(cut.run, name, partial(judge.pruned, speaks=False))
+        plan = cut.run.resolved.plans[-1]
+        probes.append(SizeCost(plan.removed_share, plan.cost_after, pruned.lost(dense)))
 
     # Foretell each size by these.
     texts = probes[0].lost
@@ -160,7 +125,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
         lineage=opened.lineage,
         command=command,
         dense_size=opened.size,
-        calibration=calibration_facts(drawn),
+        calibration=drawn.facts(),
         probes=tuple(probes),
         sizes=tuple(costs),
         band=_band(probes, units),
@@ -173,23 +138,16 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     )
 
 
-def _lost(dense: Judgement, pruned: Judgement) -> dict[str, float]:
-    """Return the nats per token lost, by domain and by what else judges."""
-    lost = {name: loss.nats_per_token - dense.domains[name].nats_per_token for name, loss in pruned.domains.items()}
-    lost[OTHER_TEXT] = pruned.other.nats_per_token - dense.other.nats_per_token
-    return lost if pruned.answers is None else {**lost, OWN_ANSWERS: pruned.answers.nats_lost}
-
-
-def _cost(asked: Opened) -> SizeCost:
-    """Return a cut to this share with its bytes by type of file; what it loses is not known yet."""
-    resolved = resolve(asked)
-    plan, (files, _) = resolved.plans[-1], gguf_files(asked, resolved, FILE_TYPES)
+def _cost(opened: Opened) -> SizeCost:
+    """Return a cut to the recipe's share with its bytes by type of file; what it loses is not known yet."""
+    resolved = resolve(opened)
+    plan, (files, _) = resolved.plans[-1], gguf_files(opened, resolved, FILE_TYPES)
     return SizeCost(plan.removed_share, plan.cost_after, {}, {name: left for name, (_, left) in files.items()})
 
 
 def _band(probes: Sequence[SizeCost], units: float) -> float:
     """Return how far off the middle probe is foretold by the others, as a mean share of its loss."""
     first, middle, last = probes
-    told = {name: nats_at((first, last), name, middle.removed, units) for name in middle.lost}
-    errors = [abs(told[name] / lost - 1) for name, lost in middle.lost.items() if lost > LEAST_NATS]
+    expected = {name: nats_at((first, last), name, middle.removed, units) for name in middle.lost}
+    errors = [abs(expected[name] / lost - 1) for name, lost in middle.lost.items() if lost > LEAST_NATS]
     return sum(errors) / max(len(errors), 1)

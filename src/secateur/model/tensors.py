@@ -8,13 +8,13 @@ handled: pickle files (refused). What quantised tensors mean is in `quantised`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import CheckpointError
-from secateur.files import read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -67,6 +67,10 @@ def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: files[each.file].get_tensor(name) for name, each in stored.items()}
 
 
+class _Index(BaseModel):
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 def _weight_files(directory: Path) -> list[Path]:
     # In transformers' order of preference, so that both read the same weights.
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
@@ -80,10 +84,11 @@ def _weight_files(directory: Path) -> list[Path]:
             'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
             "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
         )
-    shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise CheckpointError(f"{index}: has no weight_map from tensor names to shard files; copy it again.")
-    names = sorted({str(name) for name in shard_of.values()})
+    try:
+        shard_of = _Index.model_validate_json(index.read_bytes()).weight_map
+    except (OSError, ValueError):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to shard files; copy it again.") from None
+    names = sorted(set(shard_of.values()))
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index}: shard '{name}' must be a plain file name inside {directory}.")

@@ -1,7 +1,10 @@
-"""What a run will cost in memory and on disk, from shapes alone."""
+"""What a run will cost in memory, on disk and in time, from shapes alone."""
 
 import importlib.util
 from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.benchmark import Timer
 
 from secateur.errors import RecipeError
 from secateur.files import parse_size
@@ -16,6 +19,7 @@ from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate
 from secateur.stream.device import free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
+from secateur.stream.threads import fastest_threads
 
 HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
 
@@ -242,3 +246,19 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models:
     if num_rounds > 1 and resolved.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)
+
+
+def walk_seconds(opened: Opened, resolved: Resolved, num_copies: int) -> float:
+    """Return about how long a walk with the copies of a model takes here: its products, without judging.
+
+    Each token goes through a layer once for the dense stream, and for each copy through the whole layer and what
+    is left of its FFN. A reader of F inputs takes F^2 for each token and 9 F^3 for its units and its fit. The
+    speed is that of a float32 product that is timed now.
+    """
+    num_tokens = HELD_OUT_FACTOR * resolved.num_tokens
+    once = num_tokens * sum(opened.arch.params_per_layer)
+    fits = sum(group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups)
+    square = torch.ones(1024, 1024, device=opened.device)
+    threads = fastest_threads(lambda: square @ square)
+    timer = Timer("square @ square", globals={"square": square}, num_threads=threads)
+    return (once + num_copies * (1.7 * once + fits)) * timer.timeit(4).median / 1024**3

@@ -1,10 +1,10 @@
-"""What a run takes from a directory: units of another result (`--like`), or what was measured (`--from`).
+"""What a run takes from another result (`--like`): its recipe, and which units stay.
 
-In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays; profiles.
+In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import sha256_of
-from secateur.log import versions
 from secateur.methods.budget import token_prices
-from secateur.methods.curve import Profiles
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import open_checkpoint, planned_model
 from secateur.model.group import Group
@@ -24,10 +22,8 @@ from secateur.model.kept_units import KEEP_FILE, bad_keeps, read_keeps
 from secateur.model.stock import CausalLM
 from secateur.pruning.open import Like, Opened
 from secateur.pruning.resolve import groups_of
-from secateur.pruning.run import Run
 from secateur.recipe import RECIPE_FILE, Keys, Recipe, load_recipe, merged, parse_recipe
-from secateur.report.records import Measurement, Summary, read_summary
-from secateur.result_directory import RESULT_FILE, read_digests
+from secateur.report.records import Summary, read_summary
 
 
 def recipe_like(directory: Path, changes: Recipe) -> Recipe:
@@ -53,12 +49,12 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
 
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
     """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
-    asked = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
+    keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
     # New domains replace the old ones, and so does a size in numbers the share.
     for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
-        if new in asked.get(group, {}):
+        if new in keys.get(group, {}):
             base.get(group, {}).pop(old, None)
-    return parse_recipe(merged(base, asked), "recipe")
+    return parse_recipe(merged(base, keys), "recipe")
 
 
 def opened_like(opened: Opened, directory: Path) -> Opened:
@@ -72,10 +68,10 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     layers, keeps = read_keeps(directory, summary.num_layers[0])
     other = planned_model(checkpoint)
     _check_shape(opened, other, summary, directory)
-    gone = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
-    remove: Keys = {"layers": tuple(gone), "depth": len(gone)}
+    removed = [layer for layer in range(summary.num_layers[0]) if layer not in layers]
+    remove: Keys = {"layers": tuple(removed), "depth": len(removed)}
     recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
-    groups = {each.key: each for each in groups_of(recipe, opened.arch, layers)}
+    groups = {group.key: group for group in groups_of(recipe, opened.arch, layers)}
     if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
         raise bad_keeps(directory)
     tokens, source = kept_tokens_of(directory), lineage(checkpoint, other.num_parameters())[-1]
@@ -92,11 +88,11 @@ def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: P
     tokens, models = kept_tokens_of(directory), (opened.model, other)
     embeddings: list[Any] = [model.get_input_embeddings() for model in models]
     rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
-    facts = zip((opened.size, summary.dense_size), models, rows, strict=True)
     # Siblings may have more tokens than were there when none of these went.
-    own, dense = (size.num_params - token_prices(model, count) for size, model, count in facts)
+    sizes = zip((opened.size, summary.dense_size), models, rows, strict=True)
+    own, dense = (size.num_params - token_prices(model, count) for size, model, count in sizes)
     units = {group.name: group.num_units for group in reversed(opened.arch.groups)}
-    found = [
+    numbers = [
         ("family", opened.arch.family, summary.family),
         ("number of layers", opened.arch.num_layers, summary.num_layers[0]),
         ("hidden size", *(text_config(model).hidden_size for model in models)),
@@ -107,53 +103,9 @@ def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: P
         *([] if tokens is None else [("number of tokens", *rows)]),
         ("number of parameters without those of tokens", own, dense),
     ]
-    for what, got, wanted in found:
+    for what, got, wanted in numbers:
         if got != wanted:
             raise CheckpointError(
                 f"like {directory}: the {what} of {opened.name} is {got}, and of the model that was pruned there "
                 f"{wanted}; give a model of that shape, or leave like out to choose units anew."
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A directory of `measure`, and its record."""
-
-    directory: Path
-    record: Measurement
-
-    @classmethod
-    def of(cls, directory: Path) -> "Measured":
-        """Read the directory. Raises CheckpointError if it is none that `measure` wrote, or is damaged."""
-        path = directory / RESULT_FILE
-        if (directory / KEEP_FILE).is_file():
-            raise CheckpointError(
-                f"from {directory}: is a result of prune; give what secateur measure MODEL DIR writes."
-            )
-        if not path.is_file():
-            raise CheckpointError(f"from {directory}: has no {RESULT_FILE}; give a directory that measure has written.")
-        if read_digests(directory) is None:
-            raise CheckpointError(f"from {directory}: {RESULT_FILE} was changed since; measure again.")
-        return cls(directory, Measurement.from_json(path.read_bytes(), str(path)))
-
-    @property
-    def profiles(self) -> Profiles:
-        """The profiles of the groups; none where widths by layer were not asked for."""
-        return {(layer, group): profile for layer, group, profile in self.record.profiles}
-
-    def check_model(self, opened: Opened) -> None:
-        """Raise CheckpointError if it is of another model or version."""
-        measured, record = self.record.versions, self.record
-        if record.lineage[-1].fingerprint != opened.lineage[-1].fingerprint:
-            raise self._other(f"is of another model, {record.model}")
-        for name, version in versions().items():
-            if measured.get(name) != version:
-                raise self._other(f"was measured with {name} {measured.get(name)}, and here is {version}")
-
-    def check_text(self, run: Run) -> None:
-        """Raise CheckpointError if it was measured on another text."""
-        if self.record.text_hash != run.text.measured_hash:
-            raise self._other("was measured on another text than the domains give now")
-
-    def _other(self, how: str) -> CheckpointError:
-        return CheckpointError(f"from {self.directory}: {how}; measure again, or leave it out.")

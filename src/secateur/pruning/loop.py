@@ -1,117 +1,33 @@
-"""The loop: whole layers go first, then rounds over layers over groups, on the pruned stream."""
+"""Rounds: what each group of units keeps is planned, then they go layer by layer, on the pruned stream.
+
+In: runs of models without the layers and tokens that go. Out: the models, cut in place, and which units stay.
+"""
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.methods.budget import Plan
-from secateur.methods.depth import choose_layers, fold_patch, narrow_readers, remove_layers
-from secateur.methods.profile import PROBE_BLOCKS, first_blocks
-from secateur.model.bind import Arch, decoder_layers
-from secateur.model.group import Group, add_zero_biases, linear, original_units
+from secateur.methods.budget import Plan, least_keep, plan_of
+from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
+from secateur.methods.profile import ProfileSettings, profile
+from secateur.model.bind import decoder_layers
+from secateur.model.group import Group, GroupKey, add_zero_biases, original_units
 from secateur.model.kept_units import Keeps
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
-from secateur.pruning.round_plan import layer_seed, plan_round
-from secateur.pruning.run import LossWatch, Run, watched_losses
+from secateur.pruning.run import LossWatch, Run
+from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
 from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
+from secateur.stream.statistics import BY_DOMAIN
 from secateur.stream.walk import Batch, Walk
-
-
-def remove_depth(run: Run) -> Run:
-    """Remove the recipe's `depth` layers in place; call it before `prune_together`.
-
-    Which: the recipe's `remove.layers`, or those of `choose_layers` on the first block of each
-    domain of the first round, in a model about as narrow as the widths will make it. Layers go from
-    the first on, so that each fold is fitted to what the layers before it then give. They are
-    folded on all blocks of the first round if the recipe compensates by least squares and the
-    family adds an FFN's output as it is. All that follows starts from this model; only the safety
-    net compares with the dense one.
-    """
-    resolved, dense, services = run.resolved, run.arch, run.services
-    if not resolved.depth:
-        return run
-    dense_losses = run.dense_losses or watched_losses(run, "dense")
-    batches = run.batches()
-    named = removed_layers(resolved.recipe, dense)
-    costs = {} if named else _chosen(run, batches)
-    gone, order = sorted(named or costs), list(costs)
-    layers = tuple(index for index in range(dense.num_layers) if index not in gone)
-    arch = dense
-    services.progress("remove layers", 0, resolved.depth)
-    for done, layer in enumerate(gone):
-        start = time.perf_counter()
-        patch = _patch(run, arch, layer, layer - done, batches)
-        arch = remove_layers(run.model, arch, [layer - done])
-        choice = {"chosen": order.index(layer) + 1, "kl": costs[layer]} if costs else {}
-        line = {"event": "layer", "layer": layer, **choice, **patch}
-        services.log.write({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
-        release_freed()
-        services.progress("remove layers", done + 1, resolved.depth)
-    return dataclasses.replace(run, arch=arch, resolved=resolved.with_layers(layers), dense_losses=dense_losses)
-
-
-def _chosen(run: Run, batches: list[Batch]) -> dict[int, float]:
-    """Return the KL of each layer to remove, in the order chosen."""
-    recipe, arch, progress = run.resolved.recipe, run.arch, run.services.progress
-
-    def chosen() -> list[tuple[int, float]]:
-        blocks, depth = first_blocks(batches, PROBE_BLOCKS), run.resolved.depth
-        readers, protected = _narrow_readers(run, batches), protected_layers(recipe, arch)
-        costs = choose_layers(run.model, arch, blocks, depth, readers=readers, protected=protected, progress=progress)
-        return list(costs.items())
-
-    return dict(run.services.store.value("removed layers", chosen))
-
-
-def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
-    """Return FFN readers about as narrow as the widths will be; none if none gets narrower."""
-    recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
-    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
-    kept, total = sum(plan.num_keep[each.key] for each in ffns), sum(each.num_units for each in ffns)
-    if kept == total:
-        return {}
-    # The plan is for the layers expected to stay, so only its share is of use.
-    domains, widest = run.text.domains, max(group.num_units for group in ffns)
-    num_blocks = math.ceil(NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
-    spare = min(len(domain.calibration) for domain in domains) - PROBE_BLOCKS
-    after = PROBE_BLOCKS if spare >= num_blocks else 0
-    unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
-    damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
-    blocks = first_blocks(batches, num_blocks, after=after)
-    with_ffn = {group.layer for group in run.arch.select(("ffn",))}
-    shares = dict.fromkeys(unprotected & with_ffn, kept / total)
-    return narrow_readers(run.model, run.arch, blocks, [shares], damping, run.services.progress)[0]
-
-
-def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
-    """Fold `layer`, now at `position`, into the one before if possible; return the verdict."""
-    recipe = run.resolved.recipe
-    if position == 0 or recipe.repair.compensate != "least_squares" or not arch.mlp_adds_directly:
-        return {}
-    ffn = next((group for group in arch.select(("ffn",)) if group.layer == position - 1), None)
-    if ffn is None:  # its FFN is of experts, which no linear reads
-        return {}
-    before = decoder_layers(run.model, arch)[position - 1]
-    name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
-    found = run.services.store.find(name)
-    if found is not None:
-        with torch.no_grad():
-            weight.copy_(found[0]["weight"])
-        return found[1]
-    patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, run.resolved.damping))
-    run.services.store.save(name, {"weight": weight}, patch)
-    return patch
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,7 +43,7 @@ class _Member:
     @classmethod
     def of(cls, run: Run) -> "_Member":
         """Return the whole model, with what its recipe adds to its readers."""
-        assert run.arch.num_layers == len(run.resolved.layers), "remove_depth comes first"
+        assert run.arch.num_layers == len(run.resolved.layers), "whole layers go first"
         groups, layers = run.resolved.groups, decoder_layers(run.model, run.arch)
         if run.resolved.recipe.repair.compensate == "bias":
             for group in groups:
@@ -148,7 +64,7 @@ def prune_together(runs: Sequence[Run]) -> list[Keeps]:
     One walk carries a pruned stream of each beside one dense stream; each becomes what it would be alone,
     to the byte.
 
-    Call `remove_depth` first; layers are numbered as the model then does. Raises RecipeError if
+    Whole layers have gone; layers are numbered as the model then does. Raises RecipeError if
     a protected domain allows no further round.
     """
     run, num_rounds = runs[0], len(runs[0].resolved.plans)
@@ -222,10 +138,10 @@ def _one_layer(member: _Member, index: int, number: int) -> None:
 def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) -> Tensor:
     """Prune the group, or repeat the stored step; return the kept indices."""
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
-    found = run.services.store.find(name)
-    if found is not None:
-        stored, line = found
-        keep = redo_group(layer, group, stored)
+    finished = run.services.store.find(name)
+    if finished is not None:
+        outcome, line = finished
+        keep = redo_group(layer, group, outcome)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
         kept = run.kept.get(group.key)
@@ -258,3 +174,58 @@ def _update_config(run: Run) -> None:
         for key in {group.bias_switch.config_key for group in run.resolved.groups if group.bias_switch}:
             setattr(run.model.config, key, True)
     record_widths(run.model, run.arch)
+
+
+def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> Plan:
+    """Return the plan of round `number`.
+
+    `max_rise`: how much each protected domain's loss may still rise. Raises RecipeError if the
+    round's share cannot go within these limits.
+    """
+    if run.kept or run.resolved.recipe.choose.budget == "uniform":
+        return run.resolved.plans[number - 1]
+    planned = partial(_planned, run, number, batches, max_rise)
+    num_keep = run.services.store.value(f"round-{number}-plan", planned, kind=list[tuple[GroupKey, int]])
+    return plan_of(run.resolved.groups, run.resolved.prices_left, dict(num_keep))
+
+
+def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> list[tuple[GroupKey, int]]:
+    resolved, remove = run.resolved, run.resolved.removals[number - 1]
+    least = least_keep(resolved.groups, resolved.align, resolved.recipe.remove.min_keep)
+    prices, profiles = resolved.prices_left, run.profiles or profiles_of(run, number, batches)
+    plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
+    predicted = predicted_rise(profiles, plan.num_keep)
+    run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
+    return [*plan.num_keep.items()]
+
+
+def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:
+    """Return the profiles of the model as it is now; slopes are those of this round's share."""
+
+    def made() -> list[tuple[GroupKey, GroupProfile]]:
+        settings, progress = _profile_settings(run, number), run.services.progress
+        return [*profile(run.model, run.arch, run.resolved.groups, batches, settings, progress=progress).items()]
+
+    kind = list[tuple[GroupKey, GroupProfile]]
+    return dict(run.services.store.value(f"round-{number}-profiles", made, kind=kind))
+
+
+def _profile_settings(run: Run, number: int) -> ProfileSettings:
+    """Return the settings; slopes are measured at the width of an equal share for all groups."""
+    recipe, groups = run.resolved.recipe, run.resolved.groups
+    layers = decoder_layers(run.model, run.arch)
+    now = sum(g.parts.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
+    then = sum(run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
+    return ProfileSettings(
+        # Weights by domain act through the slopes.
+        weighting="energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting,
+        shares=run.shares,
+        damping=run.resolved.damping,
+        align=run.resolved.align,
+        perturbation=1 - then / now,
+    )
+
+
+def layer_seed(seed: int, number: int, layer: int) -> int:
+    """Return a different seed for each layer and round."""
+    return (seed * 1_000_003 + number) * 1_000_003 + layer

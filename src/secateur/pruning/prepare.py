@@ -1,19 +1,16 @@
-"""A run up to where its model is loaded and still dense: its text, its memory, what judges it, a copy for each size.
+"""A run up to where its model is loaded and still dense: its text, its memory, what judges it.
 
-In: an opened model. Out: a `Prepared` run, or several of them that share their text.
+In: an opened model. Out: a `Prepared` run.
 """
 
-import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.errors import RecipeError
-from secateur.files import check_free_space
 from secateur.log import Progress, RunLog, Tell, human_bytes, mute
 from secateur.model.stock import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
@@ -26,22 +23,20 @@ from secateur.pruning.open import (
     store_for,
     tokenizer_of,
 )
-from secateur.pruning.resolve import Resolved, checked, nearest, resolve
+from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, is_first, size
-from secateur.recipe import Recipe
 from secateur.result_directory import staging_if_any
 from secateur.store import Services
+from secateur.stream.device import keeping_freed
 from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement
-from secateur.stream.threads import choose_threads
+from secateur.stream.threads import choose_threads, threads_kept
 
 # A run that names the tokens of a domain that judge it gets a share of prompts and documents, all with so many.
 TOKENS_BESIDE_ALL = 1024
-# What is to go, by the name of a size: keys of the recipe's `remove`.
-Sizes = Mapping[str, dict[str, Any]]
 
 
 @contextmanager
@@ -54,14 +49,18 @@ def begun(
     progress: Progress,
     tell: Tell,
 ) -> Iterator[Services]:
-    """Yield what a run reports to and resumes from; its `scratch` becomes `out` when the block succeeds."""
+    """Yield what a run reports to and resumes from; its `scratch` becomes `out` when the block succeeds.
+
+    Inside it freed memory is kept, and a run may choose how many threads torch has; behind it all is as before.
+    """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
     computes |= {"units that stay": opened.like and opened.like.digest}
     target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
-    with store_for(place, opened.recipe, opened.checkpoint, computes, log, **options) as store, target as directory:
-        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
+    store = store_for(place, opened.recipe, opened.checkpoint, computes, log, **options)
+    with keeping_freed(), threads_kept(), store as steps, target as directory:
+        yield Services(progress=progress, log=log, store=steps, scratch=directory, tell=tell if is_first() else mute)
 
 
 class Prepared(NamedTuple):
@@ -93,17 +92,21 @@ def prepared(
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
+    # Which tokens go, before anything is planned that depends on their number.
     opened = replace(opened, tokenizer=tokenizer_of(opened))
     text = run_text(opened, services.progress, num_judged_blocks=num_judged_blocks)
     if opened.recipe.remove.vocabulary is not None:
         opened = plan_trim(opened, services, text)
+
+    # What the run takes, and does.
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:
         resolved = _without_answers(opened, resolved)
-    if services.scratch is not None:
-        check_free_space(services.scratch, disk_bytes(opened, resolved, plan, num_models, num_results))
+    services.check_space(disk_bytes(opened, resolved, plan, num_models, num_results))
     services.tell(foretold(opened, resolved, plan, does, num_models))
+
+    # Its text, then the weights, which write the answers among it.
     with log.time("calibration"):
         drawn = from_first(partial(text.drawn, opened, resolved))
     text_notes = (*drawn.learning.notes, *drawn.judged.notes)
@@ -124,12 +127,15 @@ def prepared(
         if any(blocks.is_meta for blocks in drawn.learning.held_out.values()):
             drawn = drawn.written(opened, text.answers(opened, services))
         services.store.check_input("calibration text", drawn.learning.content_hash + drawn.judged.content_hash)
+
     run = Run(
         model=model,
         arch=opened.arch,
         resolved=resolved,
         text=drawn.learning,
         services=services,
+        trim=opened.trim,
+        on_host=placement.on_host,
         weights_on_disk=plan.weights_on_disk,
         kept={} if opened.like is None else opened.like.keeps,
     )
@@ -153,9 +159,9 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, nu
     trained = f", then trained on {recipe.polish.num_tokens:,}" if recipe.polish.num_tokens else ""
     num_bytes = plan.estimate.peak + (num_models - 1) * opened.size.num_bytes
     rounds = f"{len(resolved.plans)} rounds" if len(resolved.plans) > 1 else "1 round"
-    asked = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
+    share = f"{recipe.remove.share:.1%} of all {resolved.prices.total_text} ({', '.join(parts)})"
     return (
-        f"{opened.name}: {does} {asked} in {rounds}, measured on {text}{trained}; "
+        f"{opened.name}: {does} {share} in {rounds}, measured on {text}{trained}; "
         f"{human_bytes(num_bytes)} of memory beyond the interpreter."
     )
 
@@ -179,69 +185,6 @@ def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
         stored = str(opened.model.dtype).removeprefix("torch.")
         notes += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)
     return notes
-
-
-def sized(opened: Opened, remove: dict[str, Any]) -> Opened:
-    """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
-    return checked(opened.asking(opened.recipe.filled(remove=remove)))
-
-
-def with_most(opened: Opened, asked: Recipe, verb: str) -> Opened:
-    """Return the model with the most that units alone can give, for a run of which `verb` says how much goes.
-
-    Raises RecipeError if the recipe that was `asked` for says it too, or what copies of a model cannot do.
-    """
-    if asked.remove.depth or asked.remove.model_fields_set & {"share", "to", "layers"}:
-        raise RecipeError(
-            f"{verb}: goes over all sizes that units alone can give; leave out remove.share, to, layers and depth."
-        )
-    _check_copies(opened.recipe)
-    return nearest(sized(opened, {"share": 0.99, "depth": 0}))
-
-
-def _check_copies(recipe: Recipe) -> None:
-    remove, choose, machine = recipe.remove, recipe.choose, recipe.machine
-    if remove.vocabulary or choose.rounds > 1 or machine.memory_budget or machine.device_budget:
-        raise RecipeError(
-            "remove: several sizes, or a limit on the loss, go in one round each, on copies of all weights and with "
-            "all tokens; leave out rounds, memory_budget, device_budget and vocabulary, or prune to one size at a time."
-        )
-
-
-def largest_of(opened: Opened, sizes: Sizes) -> Opened:
-    """Return the model with the size of which most goes. Raises RecipeError for a size that cannot be."""
-    _check_copies(opened.recipe)
-    return max(
-        (sized(opened, remove) for remove in sizes.values()), key=lambda each: resolve(each).plans[-1].removed_share
-    )
-
-
-def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = False) -> dict[str, Prepared]:
-    """Return a run for each size, by its name: on a copy of the dense model, and on the same text.
-
-    `recipe`: that all share. `stays`: the model that is ready is none of them. Raises RecipeError where the
-    weights do not fit the device.
-    """
-    opened, first, drawn, placement, notes = ready
-    if placement.one_at_a_time and not placement.in_float32:
-        raise RecipeError("remove: several sizes at once need all weights on the device; prune to one size at a time.")
-    with placement.on_host():
-        models = [] if stays else [opened.model]
-        models += [copy.deepcopy(opened.model) for _ in range(len(models), len(sizes))]
-    base = recipe.model_copy(update={"calibration": first.resolved.recipe.calibration})
-    members = dict[str, Prepared]()
-    for (name, remove), model in zip(sizes.items(), models, strict=True):
-        own = sized(replace(opened, model=model, recipe=base), remove)
-        resolved = with_polish_that_fits(own, resolve(own))
-        resolved = replace(resolved, warnings=resolved.warnings + notes)
-        place = placement
-        if model is not opened.model:
-            place = onload(own, one_at_a_time=placement.one_at_a_time, in_float32=placement.in_float32)
-        services = first.services.part(name)
-        services.store.check_input("size", f"{remove}")
-        run = replace(first, model=model, resolved=resolved, services=services)
-        members[name] = Prepared(own, run, drawn, place)
-    return members
 
 
 def judge_of(ready: Prepared) -> Judge | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.data.blocks import ngram_overlap
 from secateur.facts import Size
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import versions
@@ -16,28 +15,9 @@ from secateur.model.kept_units import Keeps, write_keeps
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.run import Run
-from secateur.pruning.text import Drawn
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
-from secateur.report.records import CalibrationFacts, Summary
-
-
-def calibration_facts(drawn: Drawn) -> CalibrationFacts:
-    """Return hashes, token counts by domain, and the overlap of judging and learning text."""
-    learning, judged = drawn.learning, drawn.judged.blocks
-    return CalibrationFacts(
-        content_hash=learning.content_hash,
-        sequence_length=learning.sequence_length,
-        num_tokens={domain.name: domain.calibration.num_tokens for domain in learning.domains},
-        num_held_out_tokens={name: blocks.num_tokens for name, blocks in learning.held_out.items()},
-        held_out_overlap=ngram_overlap(
-            {domain.name: domain.blocks.ids_NT for domain in learning.domains},
-            {name: blocks.ids_NT for name, blocks in judged.items()},
-        ),
-        num_judged_tokens={name: blocks.num_tokens for name, blocks in judged.items()},
-        judged_hash=drawn.judged.content_hash,
-        allotted={name: tuple(each) for name, each in drawn.allotted.items()},
-    )
+from secateur.report.records import Summary
 
 
 def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """A run: what the loop and the planning of its rounds work on, and the losses between its rounds."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +13,7 @@ from secateur.facts import Loss
 from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
 from secateur.model.group import GroupKey
+from secateur.model.kept_tokens import Trim
 from secateur.model.kept_units import Keeps
 from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
@@ -25,6 +27,7 @@ from secateur.stream.walk import Batch, Walk, make_batches
 class Run:
     """What a prune works on, step by step. `text`: what it may learn by; what judges it is elsewhere.
 
+    `trim`: what goes of the vocabulary. `on_host`: has the model in host memory inside the context.
     `weights_on_disk`: finished layers are mapped from files. `dense_losses`: held-out nats per token by
     domain before layers went, if something watches them.
     `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
@@ -38,6 +41,8 @@ class Run:
     resolved: Resolved
     text: LearningText
     services: Services = field(default_factory=Services)
+    trim: Trim | None = None
+    on_host: Callable[[], AbstractContextManager[None]] = nullcontext
     weights_on_disk: bool = False
     dense_losses: dict[str, float] = field(default_factory=dict[str, float])
     dense_tokens: dict[str, dict[int, int]] | None = None
@@ -45,6 +50,11 @@ class Run:
     kept: Keeps = field(default_factory=Keeps)
     after_dense: Callable[[Walk], None] | None = None
     profiles: Profiles = field(default_factory=dict[GroupKey, GroupProfile])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
 
     @property
     def shares(self) -> dict[str, float]:
@@ -58,7 +68,7 @@ class Run:
 
     def batches(self) -> list[Batch]:
         """Return this rank's part of the batches of a round, held-out text too."""
-        device: torch.device = next(self.model.parameters()).device
+        device = self.device
         batches: list[Batch] = []
         for domain in self.text.domains:
             for blocks, held_out in ((domain.calibration.to(device), False), (domain.held_out.to(device), True)):

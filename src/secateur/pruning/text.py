@@ -3,18 +3,23 @@
 In: an opened model. Out: what the run learns by, and what judges it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from secateur.data.answers import Answers, Written, in_tokens_of, with_answers
-from secateur.data.blocks import JudgedText, LearningText
+from secateur.data.blocks import JudgedText, LearningText, ngram_overlap
 from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, judging_tokens
+from secateur.data.rows import read_rows
 from secateur.errors import RecipeError
 from secateur.log import Progress
+from secateur.model.stock import Tokenizer
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved, text_for
 from secateur.recipe import Domain, Recipe
 from secateur.recovery.answers import answers_of
+from secateur.report.records import CalibrationFacts
 from secateur.store import Services
 
 # Of the text of a run, where nothing else is said; and the domain's name.
@@ -37,6 +42,23 @@ class Drawn(NamedTuple):
         if opened.trim is not None:
             told = in_tokens_of(opened.trim.dense_tokenizer, opened.trim.tokenizer)
         return Drawn(*with_answers(self.learning, self.judged, answers, told), self.allotted)
+
+    def facts(self) -> CalibrationFacts:
+        """Return hashes, token counts by domain, and the overlap of judging and learning text."""
+        learning, judged = self.learning, self.judged.blocks
+        return CalibrationFacts(
+            content_hash=learning.content_hash,
+            sequence_length=learning.sequence_length,
+            num_tokens={domain.name: domain.calibration.num_tokens for domain in learning.domains},
+            num_held_out_tokens={name: blocks.num_tokens for name, blocks in learning.held_out.items()},
+            held_out_overlap=ngram_overlap(
+                {domain.name: domain.blocks.ids_NT for domain in learning.domains},
+                {name: blocks.ids_NT for name, blocks in judged.items()},
+            ),
+            num_judged_tokens={name: blocks.num_tokens for name, blocks in judged.items()},
+            judged_hash=self.judged.content_hash,
+            allotted={name: tuple(numbers) for name, numbers in self.allotted.items()},
+        )
 
 
 @dataclass(slots=True)
@@ -170,3 +192,19 @@ def without_answers(opened: Opened) -> Opened:
             "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
         )
     return replace(opened, recipe=opened.recipe.filled(calibration={"domains": text, "answers": None}))
+
+
+def ids_in(files: Sequence[str], tokenizer: Tokenizer) -> set[int]:
+    """Return the tokens of the files that the recipe's `keep_text` names. Raises RecipeError if one has no text."""
+    ids: set[int] = set()
+    for file in files:
+        if not Path(file).exists():
+            raise RecipeError(
+                f"remove.keep_text: {file}: there is no such file; paths are relative to the working directory."
+            )
+        for where, row in read_rows(Path(file)):
+            text = row.get("text") if isinstance(row, dict) else row
+            if not isinstance(text, str):
+                raise RecipeError(f"remove.keep_text: {where} has no text; give .txt, or rows with a `text` column.")
+            ids |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids

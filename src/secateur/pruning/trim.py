@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from secateur.data.blocks import Blocks, TokenCounts
-from secateur.data.rows import read_rows
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
 from secateur.methods.vocabulary import PieceNats
@@ -26,7 +24,7 @@ from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_token
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
-from secateur.pruning.text import RunText
+from secateur.pruning.text import RunText, ids_in
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import Batch, make_batches
@@ -126,7 +124,7 @@ def _read(opened: Opened, services: Services) -> _Dense:
     text, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
     opened, vocabulary = opened.asking(recipe.filled(calibration=text)), read_vocabulary(tokenizer, opened.model)
     stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts)
-    stay |= from_first(partial(_ids_in, recipe.remove.keep_text, tokenizer))
+    stay |= from_first(partial(ids_in, recipe.remove.keep_text, tokenizer))
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
@@ -140,21 +138,6 @@ def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) 
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     minimax = recipe.choose.domain_weighting == "minimax"
     return methods.removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax)
-
-
-def _ids_in(files: tuple[str, ...], tokenizer: Tokenizer) -> set[int]:
-    found: set[int] = set()
-    for file in files:
-        if not Path(file).exists():
-            raise RecipeError(
-                f"remove.keep_text: {file}: there is no such file; paths are relative to the working directory."
-            )
-        for where, row in read_rows(Path(file)):
-            text = row.get("text") if isinstance(row, dict) else row
-            if not isinstance(text, str):
-                raise RecipeError(f"remove.keep_text: {where} has no text; give .txt, or rows with a `text` column.")
-            found |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return found
 
 
 def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: PieceNats) -> tuple[int, float]:

@@ -217,8 +217,6 @@ class SizeCost:
     num_bytes: dict[str, int] = field(default_factory=dict[str, int])
 
 
-# What judges beside the domains.
-OTHER_TEXT, OWN_ANSWERS = "other text", "own answers"
 # A loss below this, in nats per token, is within the noise of what judges.
 LEAST_NATS = 1e-3
 

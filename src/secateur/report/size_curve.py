@@ -4,9 +4,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
+from secateur.facts import OTHER_TEXT, OWN_ANSWERS
 from secateur.log import human_bytes
 from secateur.report.page import Chart, Page, Section, Table, render
-from secateur.report.records import OTHER_TEXT, OWN_ANSWERS, Measurement, SizeCost, nats_at
+from secateur.report.records import Measurement, SizeCost, nats_at
 from secateur.report.rows import Tables, terminal
 from secateur.result_directory import PAGE_FILE, write_summary
 

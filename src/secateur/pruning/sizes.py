@@ -1,0 +1,223 @@
+"""Sizes of one model: copies that are cut to several, and the largest cut whose loss a limit allows.
+
+In: a run whose model is dense, and keys of `remove` by the name of a size. Out: a run for each, on a copy; or the cut
+that is chosen. What `measure` found says where to look first.
+"""
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from secateur.errors import CheckpointError, RecipeError
+from secateur.log import versions
+from secateur.methods.curve import Profiles
+from secateur.model.kept_units import KEEP_FILE
+from secateur.pruning.cost import with_polish_that_fits
+from secateur.pruning.cut import Cut, cut_and_polish
+from secateur.pruning.open import Opened, onload
+from secateur.pruning.prepare import Prepared
+from secateur.pruning.resolve import checked, nearest, resolve
+from secateur.pruning.run import Run, text_losses
+from secateur.recipe import Recipe
+from secateur.report.records import LEAST_NATS, Measurement, nats_at
+from secateur.result_directory import RESULT_FILE, read_digests
+
+# What is to go, by the name of a size: keys of the recipe's `remove`.
+Sizes = Mapping[str, dict[str, Any]]
+# A limit on the loss: how many cuts look for it at most, and the part of it by which one is near enough.
+NUM_CUTS, NEAR = 3, 0.9
+# Without a measured curve: nats per token for each time that 1 - 1/e of the units go. Small models lose so many.
+GUESSED_NATS = 2.0
+
+
+def sized(opened: Opened, remove: dict[str, Any]) -> Opened:
+    """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
+    return checked(opened.asking(opened.recipe.filled(remove=remove)))
+
+
+def with_most(opened: Opened, given: Recipe, verb: str) -> Opened:
+    """Return the model with the most that units alone can give, for a run of which `verb` says how much goes.
+
+    Raises RecipeError if the recipe that was `given` says it too, or what copies of a model cannot do.
+    """
+    if given.remove.depth or given.remove.model_fields_set & {"share", "to", "layers"}:
+        raise RecipeError(
+            f"{verb}: goes over all sizes that units alone can give; leave out remove.share, to, layers and depth."
+        )
+    _check_copies(opened.recipe)
+    return nearest(sized(opened, {"share": 0.99, "depth": 0}))
+
+
+def largest_of(opened: Opened, sizes: Sizes) -> Opened:
+    """Return the model with the size of which most goes. Raises RecipeError for a size that cannot be."""
+    _check_copies(opened.recipe)
+    return max((sized(opened, remove) for remove in sizes.values()), key=_removed_share)
+
+
+def _removed_share(opened: Opened) -> float:
+    return resolve(opened).plans[-1].removed_share
+
+
+def _check_copies(recipe: Recipe) -> None:
+    remove, choose, machine = recipe.remove, recipe.choose, recipe.machine
+    if remove.vocabulary or choose.rounds > 1 or machine.memory_budget or machine.device_budget:
+        raise RecipeError(
+            "remove: several sizes, or a limit on the loss, go in one round each, on copies of all weights and with "
+            "all tokens; leave out rounds, memory_budget, device_budget and vocabulary, or prune to one size at a time."
+        )
+
+
+def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = False) -> dict[str, Prepared]:
+    """Return a run for each size, by its name: on a copy of the dense model, and on the same text.
+
+    `recipe`: that all share. `stays`: the model that is ready is none of them. Raises RecipeError where the
+    weights do not fit the device.
+    """
+    opened, dense, drawn, placement, notes = ready
+    if placement.one_at_a_time and not placement.in_float32:
+        raise RecipeError("remove: several sizes at once need all weights on the device; prune to one size at a time.")
+    with placement.on_host():
+        models = [] if stays else [opened.model]
+        models += [copy.deepcopy(opened.model) for _ in range(len(models), len(sizes))]
+    base = recipe.model_copy(update={"calibration": dense.resolved.recipe.calibration})
+    members = dict[str, Prepared]()
+    for (name, remove), model in zip(sizes.items(), models, strict=True):
+        member = sized(replace(opened, model=model, recipe=base), remove)
+        resolved = with_polish_that_fits(member, resolve(member))
+        resolved = replace(resolved, warnings=resolved.warnings + notes)
+        place = placement
+        if model is not opened.model:
+            place = onload(member, one_at_a_time=placement.one_at_a_time, in_float32=placement.in_float32)
+        services = dense.services.part(name)
+        services.store.check_input("size", f"{remove}")
+        run = replace(dense, model=model, resolved=resolved, services=services, on_host=place.on_host)
+        members[name] = Prepared(member, run, drawn, place)
+    return members
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A directory of `measure`, and its record."""
+
+    directory: Path
+    record: Measurement
+
+    @classmethod
+    def of(cls, directory: Path) -> "Measured":
+        """Read the directory. Raises CheckpointError if it is none that `measure` wrote, or is damaged."""
+        path = directory / RESULT_FILE
+        if (directory / KEEP_FILE).is_file():
+            raise CheckpointError(
+                f"from {directory}: is a result of prune; give what secateur measure MODEL DIR writes."
+            )
+        if not path.is_file():
+            raise CheckpointError(f"from {directory}: has no {RESULT_FILE}; give a directory that measure has written.")
+        if read_digests(directory) is None:
+            raise CheckpointError(f"from {directory}: {RESULT_FILE} was changed since; measure again.")
+        return cls(directory, Measurement.from_json(path.read_bytes(), str(path)))
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its record."""
+        return self.record.files[RESULT_FILE]
+
+    @property
+    def profiles(self) -> Profiles:
+        """The profiles of the groups; none where widths by layer were not asked for."""
+        return {(layer, group): profile for layer, group, profile in self.record.profiles}
+
+    def check_model(self, opened: Opened) -> None:
+        """Raise CheckpointError if it is of another model or version."""
+        measured, record = self.record.versions, self.record
+        if record.lineage[-1].fingerprint != opened.lineage[-1].fingerprint:
+            raise self._other(f"is of another model, {record.model}")
+        for name, version in versions().items():
+            if measured.get(name) != version:
+                raise self._other(f"was measured with {name} {measured.get(name)}, and here is {version}")
+
+    def check_text(self, run: Run) -> None:
+        """Raise CheckpointError if it was measured on another text."""
+        if self.record.text_hash != run.text.measured_hash:
+            raise self._other("was measured on another text than the domains give now")
+
+    def _other(self, how: str) -> CheckpointError:
+        return CheckpointError(f"from {self.directory}: {how}; measure again, or leave it out.")
+
+
+def cut_within(ready: Prepared, measured: Measured | None, max_loss: float) -> Iterator[tuple[Prepared, Cut]]:
+    """Yield the largest of a few cuts that loses no more nats per token of held-out text, and what it was cut from.
+
+    A polish is included. The text is of the dense model's answers, if the run learns by some, else of all domains.
+    The first size is the one at which the measured curve reaches the limit, or a guessed one; for the next ones the
+    curve is scaled to what the last cut has lost. Raises RecipeError if none of them loses so little.
+    """
+    run, resolved, services = ready.run, ready.run.resolved, ready.run.services
+    answers = [name for name, domain in resolved.recipe.calibration.domains.items() if domain.answers]
+    text = {name: run.held_out[name] for name in answers or run.held_out}
+    units, step = resolved.of_units, resolved.step / resolved.prices.total
+
+    def foretold(steps: int) -> float:
+        if measured is None:
+            return -GUESSED_NATS * math.log1p(-steps * step / units)
+        return mean(nats_at(measured.record.probes, name, steps * step, units) for name in text)
+
+    def nats(run: Run, which: str) -> float:
+        return mean(loss.nats_per_token for loss in text_losses(run, which, text).values())
+
+    dense, factor, lost = nats(run, "held-out text"), 1.0, dict[int, float]()
+    best, fits, fails, notes = None, 0, int(resolved.largest / step) + 1, list[str]()
+    for number in range(1, NUM_CUTS + 1):
+        # The most steps of the widths that the curve allows; a guess ends at a power law through both sides.
+        more = range(fits + 1, fails)
+        steps = max(1, fits + bisect_right(more, max_loss, key=lambda steps: factor * foretold(steps)))
+        if measured is None and fits and fails in lost:
+            steps = steps_between((fits, lost[fits]), (fails, lost[fails]), max_loss)
+        if steps not in more:
+            break
+
+        # Cut a copy; its lines are those of the run only if it is chosen.
+        part = ready._replace(run=replace(run, services=replace(services, scratch=None)))
+        sizes = {f"cut-{number}": {"share": round(steps * step, 6)}}
+        [member] = of_sizes(part, ready.opened.recipe, sizes, stays=True).values()
+        [cut] = cut_and_polish(member.run)
+        lost[steps] = nats(cut.run, "held-out text, cut") - dense
+        factor = lost[steps] / foretold(steps)
+        notes.append(
+            f"max_loss: without {cut.run.resolved.plans[-1].removed_share:.1%} of all parameters it loses "
+            f"{lost[steps]:.3f} nats per token of held-out text ({', '.join(text)}), of {max_loss:g} that it may."
+        )
+        services.tell(notes[-1])
+        if lost[steps] > max_loss:
+            fails = steps
+        else:
+            best, fits = (member, cut), steps
+        if NEAR * max_loss <= lost[steps] <= max_loss:
+            break
+    if best is None:
+        raise RecipeError(f"{notes[-1].removesuffix('.')}; allow more, or polish with more tokens.")
+
+    # What is written is written as by a run of its own.
+    member, cut = best
+    chosen = replace(cut.run.services, scratch=services.scratch)
+    if chosen.scratch is not None:
+        chosen.log.append_to(chosen.scratch)
+    for note in notes:
+        chosen.log.write({"event": "note", "text": note})
+    yield member, cut._replace(run=replace(cut.run, services=chosen))
+
+
+def steps_between(fits: tuple[int, float], fails: tuple[int, float], max_loss: float) -> int:
+    """Return the steps at which a power law through two cuts, each with its loss, reaches the limit.
+
+    Halfway, if both lose too little to be told apart.
+    """
+    (fewer, least), (more, most) = fits, fails
+    least = max(least, LEAST_NATS)
+    if most <= least:
+        return (fewer + more) // 2
+    return int(fewer * (more / fewer) ** (math.log(max_loss / least) / math.log(most / least)))
