@@ -29,8 +29,8 @@ from secateur.model.bind import bind, head_of
 from secateur.model.checkpoint import load
 from secateur.recipe import PolishSettings
 from secateur.recovery.attention import attention_in_training
-from secateur.recovery.cost import blocks_per_step
 from secateur.recovery.loss import distillation_loss, loss_in_forward, states_of
+from secateur.recovery.text import blocks_per_step
 from secateur.recovery.weights import autocasts, prepare_weights
 from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
 from secateur.stream.losses import final_states

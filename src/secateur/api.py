@@ -13,7 +13,6 @@ from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
 from secateur.recipe import AnyRecipe, Keys, Remove, as_recipe
 from secateur.recovery import recover as recovery
-from secateur.recovery.weights import wants_shards
 from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
 from secateur.report.records import Inspection, Measurement, Summary
 from secateur.report.report import write_pages, write_recovered_pages
@@ -131,6 +130,7 @@ def prune_sizes(
     )
 
 
+@joined()
 def recover(
     pruned: str | Path,
     teacher: str | Path,
@@ -162,21 +162,19 @@ def recover(
     Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for
     the recipe and for missing packages, CheckpointError for models that do not fit each other.
     """
-    wants_shards()  # a launcher's mistake is told before the ranks wait for each other
-    with joined():
-        return recovery.recover(
-            pruned,
-            teacher,
-            recipe,
-            out=out,
-            finish=write_recovered_pages,
-            tokens=tokens,
-            overwrite=overwrite,
-            other_dense=other_dense,
-            command=command,
-            progress=progress,
-            tell=tell,
-        )
+    return recovery.recover(
+        pruned,
+        teacher,
+        recipe,
+        out=out,
+        finish=write_recovered_pages,
+        tokens=tokens,
+        overwrite=overwrite,
+        other_dense=other_dense,
+        command=command,
+        progress=progress,
+        tell=tell,
+    )
 
 
 _TABLES: dict[type, Callable[[Any], Tables]] = {

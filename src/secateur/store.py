@@ -82,10 +82,10 @@ class Store:
         self._promised: set[str] = set()
 
     @classmethod
-    def lasting(cls, directory: Path, tell: Tell) -> "Store":
+    def lasting(cls, directory: Path, tell: Tell, label: str = "") -> "Store":
         """Return a store that stays in its directory; steps say what they `depends_on`."""
         make_lasting(directory)
-        return cls(directory, tell=tell)
+        return cls(directory, label=label, tell=tell)
 
     @classmethod
     @contextmanager

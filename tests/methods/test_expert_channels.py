@@ -9,9 +9,8 @@ from recipes import grouped
 
 import secateur
 from secateur.errors import RecipeError
-from secateur.methods import expert_channels
-from secateur.methods.expert_channels import _observe, prune_expert_channels
-from secateur.methods.experts import channel_inputs
+from secateur.methods import experts
+from secateur.methods.experts import _observe_channels, channel_inputs, prune_expert_channels
 from secateur.methods.scores import SCORES, Score, wanda
 from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers
@@ -73,7 +72,7 @@ def test_all_channels_kept_change_nothing(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
-    monkeypatch.setattr(expert_channels, "NUM_SAMPLED", 40)
+    monkeypatch.setattr(experts, "NUM_SAMPLED", 40)
     model, shares = tiny_family("mixtral"), {"a": 0.5, "b": 0.3, "c": 0.2}
     arch = bind(model)
     group = arch.select(CHANNELS)[0]
@@ -84,7 +83,7 @@ def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
 
     def sampled(seed: int, order: int) -> dict[str, torch.Tensor]:
         walk = Walk(model, arch, [batch for each in batches.values() for batch in each[::order]])
-        return _observe(walk, group, "energy", shares, seed).samples
+        return _observe_channels(walk, group, "energy", shares, seed).samples
 
     found, backwards, other = sampled(0, 1), sampled(0, -1), sampled(1, 1)
     assert {name: len(each_TD) for name, each_TD in found.items()} == {"a": 20, "b": 12, "c": 8}

@@ -9,15 +9,14 @@ import torch
 from torch.nn.functional import silu
 
 from secateur.errors import NumericsError
-from secateur.methods import expert_channels
 from secateur.methods.compensate import Method
-from secateur.methods.expert_channels import prune_expert_channels
 from secateur.methods.experts import (
     _refit,
     _routing_of_weighted,
     channel_inputs,
     cut_experts,
     observe_routing,
+    prune_expert_channels,
     prune_experts,
     refit_experts,
 )
@@ -304,7 +303,7 @@ def test_an_expert_that_gives_no_numbers_is_named(name: str) -> None:
     model = tiny_family("mixtral")
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2, 0, 0] = torch.nan
-    prune = prune_experts if name == "experts" else expert_channels.prune_expert_channels
+    prune = prune_experts if name == "experts" else prune_expert_channels
     with pytest.raises(NumericsError, match=r"layer 1, mlp\.experts, domain a: an expert gives NaN"):
         prune(Task(walk_to(model, 1), group_of(model, name, 1), 4, method(), SHARES, 0))
 

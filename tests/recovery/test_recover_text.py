@@ -10,8 +10,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CalibrationError, RecipeError
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
-from secateur.recovery.cost import blocks_per_step
-from secateur.recovery.pair import RecoveryText, recovery_text, shared_out
+from secateur.recovery.pair import recovery_text
+from secateur.recovery.text import RecoveryText, blocks_per_step, shared_out
 
 TOKENIZER, LENGTH = tiny_tokenizer(), 32
 

@@ -21,7 +21,7 @@ from secateur.recipe import RecoverySettings
 from secateur.recovery import train
 from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.pair import Block, RecoveryText
+from secateur.recovery.text import Block, RecoveryText
 from secateur.recovery.train import Distiller, Listener, Work, _arguments, log_lines
 from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, weight_size, with_lora
 

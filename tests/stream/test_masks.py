@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from secateur.data.blocks import Blocks
 from secateur.methods.depth import fold_patch, layer_kl, narrow_kl, narrow_readers
-from secateur.methods.expert_channels import prune_expert_channels
-from secateur.methods.experts import prune_experts
+from secateur.methods.experts import prune_expert_channels, prune_experts
 from secateur.methods.profile import Probe
 from secateur.methods.select import Task
 from secateur.model.bind import bind

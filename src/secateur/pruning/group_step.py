@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from secateur.methods.compensate import Method, repair
 from secateur.methods.depth import remove_layers
-from secateur.methods.expert_channels import prune_expert_channels
-from secateur.methods.experts import prune_experts
+from secateur.methods.experts import prune_expert_channels, prune_experts
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import Task, log_line, select
 from secateur.model.bind import bind, decoder_layers, text_config

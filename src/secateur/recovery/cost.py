@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from secateur.facts import Size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.loss import HEAD_POSITIONS
+from secateur.recovery.text import blocks_per_step
 from secateur.recovery.weights import autocasts, words_of
 
 # Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
@@ -21,11 +22,6 @@ STREAM_WIDTHS, FFN_WIDTHS = 10, 4
 def polish_settings(recipe: Recipe) -> RecoverySettings | None:
     """Return how a resolved recipe trains; None if it does not."""
     return RecoverySettings(**recipe.polish.model_dump()) if recipe.polish.num_tokens else None
-
-
-def blocks_per_step(batch_tokens: int, sequence_length: int) -> int:
-    """Return how many blocks make one step of `batch_tokens` tokens, at least one."""
-    return max(1, batch_tokens // sequence_length)
 
 
 def scratch_bytes(pruned: PreTrainedModel, settings: RecoverySettings) -> int:

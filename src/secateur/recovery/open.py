@@ -12,24 +12,17 @@ from typing import NamedTuple
 
 from secateur.data.blocks import block_length
 from secateur.errors import RecipeError
-from secateur.files import check_free_space, disk_errors, make_lasting
+from secateur.files import check_free_space, disk_errors
 from secateur.log import Progress, RunLog, Tell, mute, silent
-from secateur.model.bind import bind
 from secateur.model.checkpoint import weight_digests
-from secateur.model.stock import CausalLM
 from secateur.ranks import launched_size
-from secateur.recipe import Keys, Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import RECIPE_FILE, Keys, Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
 from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Candidates, RecoveryText, open_pair, recovery_text, shared_out
+from secateur.recovery.pair import Candidates, open_pair, recovery_text
+from secateur.recovery.text import RecoveryText, shared_out
 from secateur.recovery.train import Work
-from secateur.recovery.weights import check_training
-from secateur.report.records import RECIPE_FILE
-from secateur.store import Store
-from secateur.stream.judge import Judge as LastJudge
-from secateur.stream.judge import ToJudge
-
-JUDGED_FOLDER = "judged"
+from secateur.recovery.weights import check_training, wants_shards
 
 
 class Job(NamedTuple):
@@ -53,6 +46,7 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Keys | None, *, o
 
     Raises CheckpointError for models that do not fit each other, RecipeError for a bad recipe.
     """
+    wants_shards()  # a launcher's mistake is told before all else
     candidates = open_pair(pruned, teacher, other_dense=other_dense)
     changes = changes or {}
     path = candidates.pruned.directory / RECIPE_FILE
@@ -111,7 +105,7 @@ def prepare(
         log.note(sentence)
     with log.time("judge"):
         judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
-    work = Work(
+    return Work(
         pruned=candidates.load_pruned(),
         teacher=dense,
         text=text,
@@ -123,21 +117,6 @@ def prepare(
         progress=progress,
         tell=tell,
     )
-    if recipe.output.evaluate:
-        make_lasting(scratch / JUDGED_FOLDER)
-        store, config = Store(scratch / JUDGED_FOLDER, label="recover", tell=tell), work.pruned.config
-        last = LastJudge(text.judged, candidates.tokenizer, config, store, progress, candidates.trim)
-        whole = dense if candidates.trim is None else candidates.load_teacher(whole=True)
-        with log.time("judge"):
-            judgements = {"dense": last.dense(to_judge(work, "dense", whole))}
-            judgements["pruned"] = last.pruned(to_judge(work, "pruned", work.pruned))
-        work = replace(work, last_judge=last, judgements=judgements)
-    return work
-
-
-def to_judge(work: Work, which: str, model: CausalLM) -> ToJudge:
-    """Return a model of the recovery for its last judge."""
-    return ToJudge(which, lambda: (model, bind(model)), work.text.sequence_length)
 
 
 def _left_behind(scratch: Path, out: Path) -> Iterator[str]:

@@ -5,18 +5,13 @@ In: references of both models; a recipe. Out: `Candidates`; blocks to train on a
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from jaxtyping import Bool, Int64
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.answers import with_answers
-from secateur.data.blocks import Blocks
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError
 from secateur.formats.run_text import run_text_again
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind
@@ -33,7 +28,7 @@ from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
 from secateur.model.kept_units import KEEP_FILE, read_keeps
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.answers import answers_of
-from secateur.recovery.cost import blocks_per_step
+from secateur.recovery.text import RecoveryText, blocks_of, whole_steps
 from secateur.store import Store
 
 
@@ -114,49 +109,6 @@ def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher:
         )
 
 
-class Block(NamedTuple):
-    """A block of a domain. `counted_T`: which tokens count, of the dense model's answers; None: all."""
-
-    domain: str
-    ids_T: Int64[Tensor, " T"]
-    counted_T: Bool[Tensor, " T"] | None = None
-
-
-def blocks_of(text: Mapping[str, Blocks]) -> list[Block]:
-    """Return all domains' blocks."""
-    return [Block(name, block.ids_T, block.counted_T) for name, part in text.items() for block in part]
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveryText:
-    """`blocks`: to train on, in order. `held_out`: what guards, by domain. `content_hash`: of both.
-
-    `judged`: what judged the pruning, without answers. `notes`: sentences on what was left out.
-    """
-
-    blocks: tuple[Block, ...]
-    held_out: dict[str, Blocks]
-    sequence_length: int
-    content_hash: str
-    notes: tuple[str, ...] = ()
-    judged: dict[str, Blocks] = field(default_factory=dict[str, Blocks])
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the tokens to train on."""
-        return sum(len(block.ids_T) for block in self.blocks)
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether some tokens count for nothing."""
-        return any(block.counted_T is not None for block in self.blocks)
-
-    @property
-    def num_held_out_tokens(self) -> int:
-        """Return the tokens that guard."""
-        return sum(blocks.num_tokens for blocks in self.held_out.values())
-
-
 def recovery_text(
     directory: Path,
     recipe: Recipe,
@@ -197,28 +149,3 @@ def recovery_text(
         (*text.notes, *split.judged.notes),
         judged,
     )
-
-
-def shared_out(
-    settings: RecoverySettings, length: int, num_ranks: int, num_blocks: int | None = None
-) -> RecoverySettings:
-    """Return settings of steps that ranks share out, each at least a block of `length` tokens.
-
-    `num_blocks`: of the text. A step has no more, but for a block of each rank.
-    """
-    asked = blocks_per_step(settings.batch_tokens, length)
-    per_rank = -(-min(asked, num_blocks or asked) // num_ranks)
-    at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
-    return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
-
-
-def whole_steps(blocks: Sequence[Block], settings: RecoverySettings, length: int, key: str) -> Sequence[Block]:
-    """Return as many blocks as whole steps take. Raises RecipeError, naming the recipe's `key`, for none."""
-    size = blocks_per_step(settings.batch_tokens, length)
-    num_blocks = min(len(blocks), settings.num_tokens // length) // size * size
-    if num_blocks == 0:
-        raise RecipeError(
-            f"{key}.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
-            f"tokens; raise it, or lower {key}.batch_tokens."
-        )
-    return blocks[:num_blocks]

@@ -25,7 +25,7 @@ from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import polish_settings
 from secateur.recovery.judge import Judge
-from secateur.recovery.pair import RecoveryText, blocks_of, shared_out, whole_steps
+from secateur.recovery.text import RecoveryText, blocks_of, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import PolishRecord
 from secateur.store import Services

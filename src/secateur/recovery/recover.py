@@ -5,25 +5,27 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from secateur.facts import TrainingRecord, Verdicts
+from secateur.facts import Judgement, TrainingRecord, Verdicts
 from secateur.files import without_places
 from secateur.formats.save import has_own, prove_reload, save_checkpoint
 from secateur.log import LOG_FILE, Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.ranks import alone, is_first, meet
-from secateur.recipe import Keys, as_recipe, dump_recipe
-from secateur.recovery.open import Job, changes_of, open_job, prepare, to_judge
+from secateur.recipe import RECIPE_FILE, Keys, as_recipe, dump_recipe
+from secateur.recovery.open import Job, changes_of, open_job, prepare
 from secateur.recovery.train import Work, train_guarded
 from secateur.report.measured import RECOVERY_FILE, RecoveryRecord
-from secateur.report.records import RECIPE_FILE
 from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable, restore, staging_if_any
+from secateur.store import Store
 from secateur.stream.device import keeping_freed, peak_bytes
+from secateur.stream.judge import Judge, ToJudge
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
+JUDGED_FOLDER = "judged"
 
 
 # Adds the record to the card in the directory, and writes digests and page.
@@ -56,26 +58,53 @@ def recover(
     record = None
     with staging_if_any(path, overwrite=overwrite, protected=candidates.pruned.directory, tell=tell) as directory:
         work = prepare(job, path, progress, tell)
+        judgements = _judged_first(job, work)
         with _told_if_interrupted(work):
             with work.log.time("recover"):
                 before, training = train_guarded(work)
             meet("trained")  # nobody reads any more what is removed in the end
             if directory is not None:
                 with alone():  # the others ask nothing
-                    _judge_last(work, held=training.held)
-                    record = write_result(work, job, before, training, directory, command, finish)
+                    judged = _judged_last(work, judgements, held=training.held)
+                    record = write_result(work, job, before, training, judged, directory, command, finish)
     if is_first():
         shutil.rmtree(work.directory)
     return record
 
 
-def _judge_last(work: Work, *, held: bool) -> None:
-    """Judge the model that is written. `held`: whether the training changed it."""
-    if work.last_judge is None:
-        return
+class Judgements(NamedTuple):
+    """What judges models by the text that judged the pruning, None if nothing is to; what it said of each so far."""
+
+    judge: Judge | None
+    by_model: dict[str, Judgement]
+
+
+def _judged_first(job: Job, work: Work) -> Judgements:
+    """Judge the dense and the pruned model."""
+    candidates, teacher, length = job.candidates, work.teacher, work.text.sequence_length
+    if not job.recipe.output.evaluate or teacher is None:
+        return Judgements(None, {})
+    store = Store.lasting(work.directory / JUDGED_FOLDER, work.tell, label="recover")
+    judge = Judge(
+        work.text.judged, candidates.tokenizer, work.pruned.config, store, work.progress, trim=candidates.trim
+    )
+    dense = teacher if candidates.trim is None else candidates.load_teacher(whole=True)
     with work.log.time("judge"):
-        after = work.last_judge.pruned(to_judge(work, "recovered", work.pruned)) if held else work.judgements["pruned"]
-    work.judgements["recovered"] = after
+        by_model = {"dense": judge.dense(ToJudge.of(dense, "dense", length))}
+        by_model["pruned"] = judge.pruned(ToJudge.of(work.pruned, "pruned", length))
+    return Judgements(judge, by_model)
+
+
+def _judged_last(work: Work, judgements: Judgements, *, held: bool) -> dict[str, Judgement]:
+    """Judge the model that is written, too, if models are judged. `held`: whether the training changed it."""
+    judge, by_model = judgements
+    if judge is None:
+        return by_model
+    after = by_model["pruned"]
+    with work.log.time("judge"):
+        if held:
+            after = judge.pruned(ToJudge.of(work.pruned, "recovered", work.text.sequence_length))
+    return {**by_model, "recovered": after}
 
 
 @contextmanager
@@ -98,13 +127,14 @@ def write_result(
     job: Job,
     before: Verdicts,
     training: TrainingRecord,
+    judged: dict[str, Judgement],
     directory: Path,
     command: str,
     finish: Finish,
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
-    `before`: the verdicts before the training. `finish`: writes what people read.
+    `before`: the verdicts before the training. `judged`: models, by their names. `finish`: writes what people read.
     """
     with work.log.time("save"):
         _save(work, job, directory)
@@ -130,7 +160,7 @@ def write_result(
         reload_max_abs_difference=proof.max_abs_difference,
         notes=work.log.notes,
         versions=versions(),
-        judged=work.judgements,
+        judged=judged,
     )
     _write_record(record, work, job.candidates.pruned.directory, directory)
     finish(directory, record)

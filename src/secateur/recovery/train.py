@@ -26,8 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from secateur.facts import Judgement, TrainingRecord, Verdicts, mean_kl
-from secateur.files import make_lasting
+from secateur.facts import TrainingRecord, Verdicts, mean_kl
 from secateur.log import Progress, RunLog, Tell, mute
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
@@ -35,10 +34,9 @@ from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.checkpoints import Checkpoints
-from secateur.recovery.cost import blocks_per_step
 from secateur.recovery.judge import Judge, moved_away, objective, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.pair import Block, RecoveryText
+from secateur.recovery.text import Block, RecoveryText, blocks_per_step
 from secateur.recovery.weights import (
     autocasts,
     handed_over,
@@ -52,7 +50,6 @@ from secateur.recovery.weights import (
 )
 from secateur.store import Store
 from secateur.stream.device import release_freed
-from secateur.stream.judge import Judge as LastJudge
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
@@ -178,7 +175,6 @@ class Work:
     `teacher`: the dense model. `states`: in its place, what its head reads for each block of text.
     `before`: the verdicts before the training, which `train_guarded` fills in.
     With `kl_share: 0` neither is used. `name`: recover or polish.
-    `last_judge`: judges what a recovery gives, in its end, and `judgements` has those of the models before that.
     """
 
     pruned: PreTrainedModel
@@ -194,8 +190,6 @@ class Work:
     states: Sequence[Tensor] | None = None
     before: Verdicts | None = None
     name: str = "recover"
-    last_judge: LastJudge | None = None
-    judgements: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
     on_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
 
@@ -234,17 +228,16 @@ def judged(work: Work) -> Verdicts:
 
 def _train(work: Work) -> dict[str, Any]:
     """Train, or load what an interrupted run had trained; return tokens and seconds."""
-    folder = work.directory / TRAINED_FOLDER
-    store = Store(folder, label=work.name, tell=work.tell)
-    make_lasting(folder)
+    store = Store.lasting(work.directory / TRAINED_FOLDER, work.tell, label=work.name)
     with alone():  # every process has the whole model, and reads and writes it by itself
-        found = store.find("trained")
-    if found is not None:
+        finished = store.find("trained")
+    if finished is not None:
+        weights, record = finished
         for name, parameter in work.pruned.named_parameters():
-            parameter.data = found[0][name].to(parameter.device)
-        for line in found[1]["lines"]:
+            parameter.data = weights[name].to(parameter.device)
+        for line in record["lines"]:
             work.log.write(line)
-        return found[1]["cost"]
+        return record["cost"]
     start = time.perf_counter()
     num_tokens = recover_logits(work)
     release_freed()  # the optimizer's states

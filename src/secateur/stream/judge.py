@@ -25,7 +25,7 @@ from secateur.data.sources import shipped
 from secateur.errors import NumericsError
 from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
 from secateur.log import Progress, silent
-from secateur.model.bind import Arch, head_of
+from secateur.model.bind import Arch, bind, head_of
 from secateur.model.kept_tokens import Trim
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first
@@ -203,6 +203,11 @@ class ToJudge:
     load: Callable[[], tuple[CausalLM, Arch]]
     length: int
     depends_on: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: CausalLM, which: str, length: int) -> "ToJudge":
+        """Return a model that is in memory."""
+        return cls(which, lambda: (model, bind(model)), length)
 
     def speaker(self, tokenizer: Tokenizer) -> Speaker:
         """Return the model as one that answers, which draws nothing."""
