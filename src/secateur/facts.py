@@ -91,13 +91,9 @@ class Record:
         """Name what shows it: its numbers would fill a screen."""
         return f"<{type(self).__name__}: secateur.table shows it, .to_json() has every number>"
 
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping; records may add derived numbers."""
-        return dataclasses.asdict(self)
-
     def to_json(self) -> str:
         """Return the record as indented JSON."""
-        return json.dumps(self.plain(), indent=2, default=lambda model: model.model_dump()) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2, default=lambda model: model.model_dump()) + "\n"
 
     @classmethod
     def from_json(cls: type[Kind], text: str | bytes, where: str) -> Kind:

@@ -1,6 +1,5 @@
 """Records of what was measured on finished models: evaluation, speed, comparison, recovery."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Collection, Sequence
@@ -19,7 +18,6 @@ from secateur.facts import (
     Verdicts,
     Workload,
     standard_error,
-    won_back,
 )
 
 RECOVERY_FILE = "recovery.json"
@@ -180,17 +178,6 @@ class Evaluation(Record):
         """The measured models by their names in tables, dense first."""
         return {"pruned": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
 
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, without what was not measured."""
-        data = {key: value for key, value in dataclasses.asdict(self).items() if key == "against" or value is not None}
-        for part in ("dense", "pruned", "differences"):
-            if part in data:
-                data[part] = {key: value for key, value in data[part].items() if value is not None}
-        for which in self.models:
-            if "tasks" in data[which]:
-                data[which]["tasks"] |= data[which]["tasks"].pop("more")
-        return data
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -317,9 +304,3 @@ class RecoveryRecord(Trained, Record):
     notes: tuple[str, ...]
     versions: dict[str, str]
     judged: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
-
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, with the share of KL that was won back."""
-        won = won_back(self.before, self.after)
-        derived = {"share_won_back": None if math.isnan(won) else won}
-        return {**dataclasses.asdict(self), **derived, "num_tokens": self.training.num_tokens}

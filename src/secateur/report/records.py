@@ -1,15 +1,13 @@
 """Records of a run and of an inspection as plain numbers, and a result directory read back."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from secateur.errors import CheckpointError
-from secateur.facts import Ancestor, Kind, Loss, OwnAnswers, Record, Size, geometric_mean_perplexity, parse_json
+from secateur.facts import Ancestor, Kind, Loss, OwnAnswers, Record, Size, parse_json
 from secateur.log import LOG_FILE
 from secateur.methods.curve import GroupProfile
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe
@@ -106,12 +104,6 @@ class Inspection(Record):
     files: dict[str, tuple[int, int]]
     files_problem: str | None
 
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, with the memory's peak."""
-        data = dataclasses.asdict(self)
-        data["memory"]["peak"] = self.memory.peak
-        return data
-
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
@@ -187,11 +179,6 @@ class Summary(Record):
     like: Ancestor | None = None
     lineage: tuple[Ancestor, ...] = ()  # the original model first
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
-
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as a mapping, with perplexities derived from the losses."""
-        perplexities = {name: geometric_mean_perplexity(losses) for name, losses in self.losses_by_name().items()}
-        return {**dataclasses.asdict(self), "geometric_mean_perplexity": perplexities}
 
     @property
     def has_layers_of_different_widths(self) -> bool:
