@@ -43,8 +43,8 @@ def facts_of(path: Path, text: list[int]) -> Facts:
     import torch
 
     import secateur
+    from secateur.evaluation.bench import least_costs
     from secateur.facts import Workload
-    from secateur.methods.costs import least_costs
 
     model: Any = secateur.load(path, dtype=torch.float32)
     with torch.inference_mode():

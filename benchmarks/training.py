@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.methods.costs import prefill_flops_per_token
+from secateur.evaluation.bench import prefill_flops_per_token
 from secateur.model.bind import bind, head_of
 from secateur.model.checkpoint import load
 from secateur.recipe import PolishSettings

@@ -24,7 +24,7 @@ from secateur.facts import Workload
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
-from secateur.report.measured import ALIKE, BenchResult, Spread
+from secateur.report.measured import ALIKE, BenchResult, SpeedUp, Spread
 from secateur.report.rows import faster
 from secateur.report.rows_measured import bench_tables
 from tests.trims import trimmed_pair
@@ -95,13 +95,13 @@ def test_the_command_writes_what_it_shows(pair):
     outcome = run_cli("bench", pruned, "--against", dense, *arguments)
     assert outcome.status == 0, outcome.stderr
     result = BenchResult.from_json((pruned / "bench.json").read_text(), "bench.json")
-    assert result.workload == SMALL and result.dense is not None and result.decode is not None
-    assert result.dense.size.num_params - result.pruned.size.num_params == 3 * 3 * 64 * 64
-    costs = result.dense.costs.decode_bytes_per_token, result.pruned.costs.decode_bytes_per_token
-    assert result.decode.ideal == pytest.approx(costs[0] / costs[1]) and result.decode.ideal > 1
-    assert result.decode.share_of_ideal == pytest.approx(result.decode.measured.median / result.decode.ideal)
-    share = [f"{result.decode.share_of_ideal:.0%}"] if result.decode.measured.is_told else [ALIKE]
-    for shown in (f"{result.decode.ideal:.2f}", *share, "decode, tokens/s"):
+    assert result.workload == SMALL and list(result.models) == ["dense", "pruned"]
+    dense, pruned = result.models.values()
+    assert dense.size.num_params - pruned.size.num_params == 3 * 3 * 64 * 64
+    decode = result.speed_ups["decode"]
+    assert decode.ideal == pytest.approx(dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token) > 1
+    share = [f"{decode.measured.median / decode.ideal:.0%}"] if decode.measured.is_told else [ALIKE]
+    for shown in (f"{decode.ideal:.2f}", *share, "decode, tokens/s"):
         assert shown in outcome.stdout
     many = "s" if result.num_threads > 1 else ""
     assert f"cpu, {result.num_threads} thread{many} " in outcome.stdout
@@ -121,8 +121,8 @@ def test_the_command_writes_what_it_shows(pair):
 def test_a_speed_up_is_told_where_1_is_not_in_its_range(pair, ratio, text):
     assert ratio.ratio_text() == text and ratio.is_told == (ALIKE not in text)
     found = bench(*pair, **asdict(SMALL))
-    found = replace(found, prefill=replace(found.decode, measured=ratio, share_of_ideal=0.97))
-    ((_, shown, _, share), _) = bench_tables(found)[1].rows
+    found = replace(found, speed_ups={"prefill": SpeedUp(ratio, ratio.median / 0.97)})
+    ((_, shown, _, share),) = bench_tables(found)[1].rows
     assert shown == text and share == ("97%" if ratio.is_told else "")
     said = faster("prefill", ratio)
     assert said.startswith(f"prefill runs {ratio.median:.2f} (" if ratio.is_told else f"prefill speed is {ALIKE} (")
@@ -137,7 +137,7 @@ def test_json_and_no_dense_model(pair, tmp_path):
     outcome = run_cli("bench", pair[0], "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
     assert outcome.status == 0, outcome.stderr
     shown = json.loads(outcome.stdout)
-    assert (shown["dense"], shown["decode"], shown["workload"]["repeats"]) == (None, None, 1)
+    assert (list(shown["models"]), shown["speed_ups"], shown["workload"]["repeats"]) == (["model"], {}, 1)
     assert json.loads((pair[0] / "bench.json").read_text()) == shown
     assert not list(pair[0].glob(".bench*"))
 

@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.data.blocks import DEFAULT_SEQUENCE_LENGTH, block_length
 from secateur.errors import RecipeError
-from secateur.facts import Workload
-from secateur.methods.costs import (
+from secateur.evaluation.bench import (
     decode_bytes_per_token,
     kv_cache_bytes_per_token,
     least_costs,
     prefill_flops_per_token,
 )
+from secateur.facts import Workload
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
 LINEARS = 3 * (48 * 48 + 2 * 24 * 48 + 48 * 48 + 3 * 112 * 48)

@@ -213,7 +213,7 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     assert page.problems == []
     assert "copa, acc</th><td>0.500 ± 0.050</td><td>0.250 ± 0.050</td>" in html
     assert "copa, f1</th><td>0.300</td><td>0.300</td>" in html
-    assert f"<td>{bench['decode']['ideal']:.2f}x</td>" in html
+    assert f"<td>{bench['speed_ups']['decode']['ideal']:.2f}x</td>" in html
     kl = evaluation["kl"][HOSTILE]
     assert f"<td>{kl['kl']:.3f}{plus_minus(kl['standard_error'])}</td>" in html
     told = json.loads((copy / "result.json").read_text(encoding="utf-8"))
@@ -222,8 +222,8 @@ def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
     write_report(copy)
     assert HOSTILE not in page_of(copy) and PageChecks(page_of(copy)).problems == []
     assert "<td>a\n b  </td>" in page_of(copy)
-    bench["prefill"]["measured"] = {"median": 1.2, "lowest": 1.1, "highest": 1.3}
-    bench["decode"]["measured"] = {"median": 1.04, "lowest": 0.97, "highest": 1.25}
+    bench["speed_ups"]["prefill"]["measured"] = {"median": 1.2, "lowest": 1.1, "highest": 1.3}
+    bench["speed_ups"]["decode"]["measured"] = {"median": 1.04, "lowest": 0.97, "highest": 1.25}
     (copy / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
     write_report(copy)
     html = page_of(copy)

@@ -171,14 +171,17 @@ BENCH = BenchResult(
     device="cpu",
     num_threads=2,
     workload=Workload(batch=1, prompt_tokens=256, new_tokens=32, repeats=5),
-    pruned=figures("small-model-pruned", 1.25),
-    dense=figures("small-model", 1.0),
-    prefill=SpeedUp(Spread(1.2, 1.1, 1.3), 1.25, 0.96),
-    decode=SpeedUp(Spread(1.04, 0.97, 1.1), 1.25, 0.832),
+    models={"dense": figures("small-model", 1.0), "pruned": figures("small-model-pruned", 1.25)},
+    speed_ups={
+        "prefill": SpeedUp(Spread(1.2, 1.1, 1.3), 1.25),
+        "decode": SpeedUp(Spread(1.04, 0.97, 1.1), 1.25),
+    },
     versions=VERSIONS,
     notes=("the machine was busy.",),
 )
-BENCH_ALONE = dataclasses.replace(BENCH, num_threads=1, dense=None, prefill=None, decode=None, notes=())
+BENCH_ALONE = dataclasses.replace(
+    BENCH, num_threads=1, models={"model": BENCH.models["pruned"]}, speed_ups={}, notes=()
+)
 BENCH_GPU = dataclasses.replace(BENCH, device="cuda")
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from secateur.errors import RecipeError
-from secateur.facts import Size, Workload
+from secateur.facts import Costs, Size, Workload
 from secateur.files import write_text
 from secateur.log import Progress, silent, steps, versions
-from secateur.methods.costs import least_costs
+from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
@@ -77,7 +77,7 @@ def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.devi
     models = list[PreTrainedModel]()
     for checkpoint in steps(progress, "load", checkpoints):
         models.append(load_model(checkpoint))
-        torch.nn.Module.to(models[-1], device)
+        nn.Module.to(models[-1], device)
     runners = [transformers_runner(model, workload) for model in models]
     runs = take_turns(runners, workload.repeats, progress)
 
@@ -91,18 +91,25 @@ def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.devi
         )
         for checkpoint, model, of_model in zip(checkpoints, models, runs, strict=True)
     ]
-    pruned, dense = figures[0], figures[1] if len(figures) == 2 else None
-    prefill = decode = None
-    notes = _notes(checkpoints)
-    if dense is not None:
+    notes, models_by_name, speed_ups = _notes(checkpoints), {"model": figures[0]}, dict[str, SpeedUp]()
+    if len(figures) == 2:
+        pruned, dense = figures
+        models_by_name = {"dense": dense, "pruned": pruned}
         flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
-        prefill = _speed_up(*(prefill_rates(run, workload) for run in runs), ideal=flops)
-        decode = _speed_up(*(decode_rates(run, workload) for run in runs), ideal=num_bytes)
+        for phase, rates, ideal in (("prefill", prefill_rates, flops), ("decode", decode_rates, num_bytes)):
+            ours, theirs = (rates(run, workload) for run in runs)
+            speed_ups[phase] = SpeedUp(paired_ratio(ours, theirs), ideal)
         if workload.repeats == 1:
             notes += ("one repeat has no range, so the speed-ups may be chance; repeat the runs to know.",)
     return BenchResult(
-        str(device), torch.get_num_threads(), workload, pruned, dense, prefill, decode, versions(), notes
+        device=str(device),
+        num_threads=torch.get_num_threads(),
+        workload=workload,
+        models=models_by_name,
+        speed_ups=speed_ups,
+        versions=versions(),
+        notes=notes,
     )
 
 
@@ -115,11 +122,6 @@ def _notes(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
         f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
         "is more where the vocabulary was trimmed.",
     )
-
-
-def _speed_up(pruned: list[float], dense: list[float], *, ideal: float) -> SpeedUp:
-    measured = paired_ratio(pruned, dense)
-    return SpeedUp(measured, ideal, measured.median / ideal)
 
 
 def _check_options(device: torch.device, workload: Workload) -> None:
@@ -219,3 +221,61 @@ def _generate(model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: 
         )
     assert len(clock.times) == new_tokens
     return [seconds - start for seconds in clock.times]
+
+
+def least_costs(model: Any, workload: Workload) -> Costs:
+    """Return bytes per decoded token, FLOPs per prompt token and cache bytes per token."""
+    flops = prefill_flops_per_token(model, workload.prompt_tokens)
+    return Costs(decode_bytes_per_token(model, workload), flops, kv_cache_bytes_per_token(model))
+
+
+def kv_cache_bytes_per_token(model: Any) -> int:
+    """Return 2 (K and V) * L * KV heads * head_dim * bytes per value."""
+    _, num_kv_channels = _attention(model)
+    return 2 * num_kv_channels * model.dtype.itemsize
+
+
+def decode_bytes_per_token(model: Any, workload: Workload) -> float:
+    """Return bytes per decoded token: (weights + B * embedding row) / B + cache of the context.
+
+    Every weight is read once per batch, tied ones too; of an embedding that is not the head, only B
+    rows are. The context is its mean over the measured steps: step i attends to T + i tokens, so
+    T + N / 2.
+    """
+    embedding, head = model.get_input_embeddings().weight, _head(model).weight
+    assert isinstance(embedding, nn.Parameter)
+    weights = sum(each.nbytes for each in model.parameters() if each is not embedding or head is embedding)
+    row = embedding.nbytes / len(embedding)
+    mean_context = workload.prompt_tokens + workload.new_tokens / 2
+    return weights / workload.batch + row + mean_context * kv_cache_bytes_per_token(model)
+
+
+def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
+    """Return the operations per prompt token: 2 * weights of linears + attention + head / T.
+
+    Attention multiplies each query with the keys up to its own, and the weights with their values:
+    4 * head_dim operations per pair. A token attends to (T + 1) / 2 tokens on average. As in
+    generation, the head runs at the last position only.
+    """
+    head = _head(model)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    num_query_channels, _ = _attention(model)
+    attention = 4 * num_query_channels * (prompt_tokens + 1) / 2
+    return 2 * sum(linear.weight.numel() for linear in linears) + attention + 2 * head.weight.numel() / prompt_tokens
+
+
+def _head(model: Any) -> nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _attention(model: Any) -> tuple[int, int]:
+    """Return the query and KV channels of all layers: heads * head_dim by each layer's config."""
+    config: Any = model.config.get_text_config()
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
+    num_query_channels = num_kv_channels = 0
+    for layer in layers:
+        num_query_channels += layer.num_attention_heads * head_width(layer)
+        num_kv_channels += num_kv_heads(layer) * head_width(layer)
+    return num_query_channels, num_kv_channels

@@ -228,16 +228,15 @@ class ModelFigures:
 
 @dataclass(frozen=True, slots=True)
 class SpeedUp:
-    """Pruned over dense speed: measured, the ideal, and the share of the ideal."""
+    """Pruned over dense speed: measured, and the ideal."""
 
     measured: Spread
     ideal: float
-    share_of_ideal: float
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BenchResult(Record):
-    """`bench.json`. `dense`, `prefill` and `decode` are None without a dense model.
+    """`bench.json`. `models`: dense and pruned, or one `model`. `speed_ups`: by phase, of two models.
 
     `notes`: sentences on what the figures do not say.
     """
@@ -245,22 +244,10 @@ class BenchResult(Record):
     device: str
     num_threads: int
     workload: Workload
-    pruned: ModelFigures
-    dense: ModelFigures | None
-    prefill: SpeedUp | None
-    decode: SpeedUp | None
+    models: dict[str, ModelFigures]
+    speed_ups: dict[str, SpeedUp]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
-
-    @property
-    def models(self) -> dict[str, ModelFigures]:
-        """The timed models by their names in tables, dense first."""
-        return {"model": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
-
-    @property
-    def speed_ups(self) -> dict[str, SpeedUp]:
-        """The speed-up by phase; empty without a dense model."""
-        return {name: up for name, up in (("prefill", self.prefill), ("decode", self.decode)) if up is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,21 +89,19 @@ def samples_section(files: ResultFiles) -> Section | None:
 
 def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
     """Return (phase, dense and pruned tokens/s, speed-up), if measured by `secateur bench`."""
-    bench = files.bench
-    if bench is None or bench.dense is None:
+    if files.bench is None or not files.bench.speed_ups:
         return []
-    before, after = bench.dense.speed, bench.pruned.speed
-    rates = {
-        "prefill": (before.prefill.median, after.prefill.median),
-        "decode": (before.decode.median, after.decode.median),
-    }
-    return [(phase, *rates[phase], up.measured) for phase, up in bench.speed_ups.items()]
+    speeds, ups = [figures.speed for figures in files.bench.models.values()], files.bench.speed_ups
+    return [
+        ("prefill", *(speed.prefill.median for speed in speeds), ups["prefill"].measured),
+        ("decode", *(speed.decode.median for speed in speeds), ups["decode"].measured),
+    ]
 
 
 def speed_section(files: ResultFiles) -> Section:
     """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
     bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
-    if bench is None or bench.dense is None:
+    if bench is None or not bench.speed_ups:
         return Section("speed", "Size", tables=(sizes,))
     tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
     return Section("speed", "Speed and memory", text, tables)

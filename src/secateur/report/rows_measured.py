@@ -114,9 +114,10 @@ def bench_tables(result: BenchResult) -> list[Table]:
     models = result.models
     figures = [(label, *(cell(each) for each in models.values())) for label, cell in _ROWS.items()]
     speed_ups = []
-    for label, found in result.speed_ups.items():
-        share = f"{found.share_of_ideal:.0%}" if found.measured.is_told else ""
-        speed_ups.append((label, found.measured.ratio_text(), f"{found.ideal:.2f}x", share))
+    for label, speed_up in result.speed_ups.items():
+        measured, ideal = speed_up.measured, speed_up.ideal
+        share = f"{measured.median / ideal:.0%}" if measured.is_told else ""
+        speed_ups.append((label, measured.ratio_text(), f"{ideal:.2f}x", share))
     return [
         Table(caption, ("median (lowest to highest)", *models), figures),
         Table("speed-up, median and range of the repeats' ratios", ("", "measured", "ideal", "of ideal"), speed_ups),
@@ -145,7 +146,7 @@ def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
     for name, figures in result.models.items():
         yield name, f"{figures.model}, {figures.dtype}"
     yield "run", _run(result)
-    if result.dense is not None:
+    if result.speed_ups:
         yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
         yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
 
