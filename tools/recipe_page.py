@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from secateur.cli.recipe import about, meaning, plain_value
+from secateur.cli.prune import about, meaning, plain_value
 from secateur.recipe import SCORE_NAMES, Domain, Recipe, RecoverySettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"

@@ -5,9 +5,9 @@ from run_cli import run_cli
 
 
 def test_it_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.cli.prune.DEMO_MODEL", str(checkpoints["llama"]))
-    monkeypatch.setattr("secateur.cli.prune.DEMO_RECIPE", grouped({**recipe, "remove": 0.2}))
-    monkeypatch.setattr("secateur.cli.prune.DEMO_WORKLOAD", {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1})
+    monkeypatch.setattr("secateur.cli.measure.DEMO_MODEL", str(checkpoints["llama"]))
+    monkeypatch.setattr("secateur.cli.measure.DEMO_RECIPE", grouped({**recipe, "remove": 0.2}))
+    monkeypatch.setattr("secateur.cli.measure.DEMO_WORKLOAD", {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1})
     out = tmp_path / f"a long {'name ' * 20}indeed"
     run = run_cli("demo", out)
     assert run.status == 0, run.stderr

@@ -2,7 +2,8 @@
 
 A user's mistake ends in one sentence on standard error and exit status 2, Ctrl-C in status 130,
 SIGTERM in 143. An interrupted run leaves nothing but the steps that it can resume from. Results go
-to standard output, progress to standard error. Importing a command's module registers it.
+to standard output, progress to standard error. Importing a command's module registers it; `--help` has
+them in that order.
 """
 
 import os
@@ -10,13 +11,13 @@ import sys
 
 import psutil
 
-from secateur.cli import measure, prune, recipe
+from secateur.cli import measure
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
 BUSY_PERCENT = 25  # of all cores, used by others
 
-__all__ = ["app", "main", "measure", "prune", "recipe"]
+__all__ = ["app", "main", "measure"]
 
 
 def main() -> None:

