@@ -71,7 +71,7 @@ def load_vllm(source: Path, place: Path, threads: int, **options: Any) -> Loaded
 
 
 def load_llama_cpp(source: Path, place: Path, threads: int) -> Loaded:
-    """The file that `secateur export --gguf` wrote beside the model."""
+    """The file that `secateur export` wrote beside the model."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
     import numpy as np
 

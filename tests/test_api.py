@@ -37,7 +37,6 @@ KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Pytho
     "measure": "preset domains answers budget device set",
     "inspect": "remove to fit context type_name preset polish groups budget align rounds memory_budget set",
     "recover": "domains answers set",
-    "export": "out",  # with --format; FILE is `gguf` in Python
 }
 
 

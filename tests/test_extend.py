@@ -16,7 +16,6 @@ import torch
 import yaml
 from models import randomised
 from recipes import grouped
-from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
 from warm import WarmProcesses
@@ -112,14 +111,14 @@ def test_the_package_of_the_page_prunes_and_exports(
     used = yaml.safe_load((out / "recipe.yaml").read_text())
     assert used["choose"]["score"] == "loudest"
 
-    written = secateur_from(site, warm, "export", out, "--format", "npz", "--out", file, "--quiet")
+    written = secateur_from(site, warm, "export", out, file, "--format", "npz", "--quiet")
     assert written.returncode == 0, written.stderr
     assert f"Written to {file}: f32," in " ".join(written.stdout.split())
     width = json.loads((out / "config.json").read_text())["intermediate_size"]
     assert numpy.load(file)["model.layers.0.mlp.down_proj.weight"].shape == (48, width) and width < 112
-    refused = secateur_from(site, warm, "export", out, "--format", "npz", "--out", tmp_path / "b", "--type", "f16")
+    refused = secateur_from(site, warm, "export", out, tmp_path / "b", "--format", "npz", "--type", "f16")
     assert refused.returncode == 2 and "npz has f32 alone, got f16" in refused.stderr
-    refused = secateur_from(site, warm, "export", out, "--format", "npz", "--out", tmp_path / "b", "--check")
+    refused = secateur_from(site, warm, "export", out, tmp_path / "b", "--format", "npz", "--check")
     assert refused.returncode == 2 and "format npz has nothing that checks it" in refused.stderr
 
 
@@ -198,9 +197,3 @@ def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
     assert tuple(SCORES) == SCORE_NAMES
     assert tuple(SOURCES) == (*SOURCE_NAMES, "answers")  # without a source, the prompts that come with secateur
-
-
-def test_what_to_export_is_said_once(tmp_path: Path) -> None:
-    for wrong in ((), ("--format", "gguf"), ("--out", "a"), ("--gguf", "a", "--format", "gguf", "--out", "b")):
-        refused = run_cli("export", tmp_path, *wrong)
-        assert refused.status == 2 and "give --gguf FILE, or --format NAME and --out FILE" in refused.stderr

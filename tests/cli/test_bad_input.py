@@ -387,7 +387,7 @@ def test_disk_full_in_export(error, model, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
     bpe_tokenizer().save_pretrained(model)
     file = tmp_path / "out.gguf"
-    refused(run_cli("export", model, "--gguf", file, "--no-check"), f"{file}: the disk is full; free ")
+    refused(run_cli("export", model, file, "--no-check"), f"{file}: the disk is full; free ")
     assert list(tmp_path.iterdir()) == [model]
 
 

@@ -48,7 +48,7 @@ COMMANDS = {
     "verify": "RESULT --quiet --json",
     "recover": "PRUNED --teacher --out --tokens --recipe --domain --answers --set "
     "--other-dense --overwrite --quiet --json",
-    "push": "RESULT REPO --base-model --public --dry-run --quiet --json",
+    "push": "RESULT REPO --public --dry-run --quiet --json",
 }
 
 

@@ -165,7 +165,7 @@ def test_other_commands_replace_no_file_of_the_user(out, checkpoints, tmp_path):
     write(tmp_path, "thesis.docx", "mine/evaluation.json", "mine/report.html")
     before = contents(tmp_path)
     file, place = tmp_path / "thesis.docx", tmp_path / "mine"
-    export = ("export", out, "--no-check", "--quiet", "--gguf")
+    export = ("export", out, "--no-check", "--quiet")
     refused(run_cli(*export, file, "--overwrite"), f"{file}: is no GGUF file, so --overwrite does not replace it")
     refused(run_cli("evaluate", out, "--out", place, "--quiet"), "has an evaluation.json that evaluate did not write")
     options = ("--model", checkpoints["llama"], "--small", "--quiet")

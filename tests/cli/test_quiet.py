@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "compare": ("paper", "o"),
     "evaluate": ("m",),
     "bench": ("m",),
-    "export": ("m", "--gguf", "f"),
+    "export": ("m", "f"),
     "push": ("r", "user/name"),
     "verify": ("r",),
     "inspect": ("m",),

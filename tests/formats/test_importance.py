@@ -109,7 +109,7 @@ def test_llama_cpp_rounds_loud_columns_more_exactly(result: Path, tmp_path: Path
     files = {name: tmp_path / f"{name}.gguf" for name in ("whole", "plain", "weighed")}
     export(result, files["whole"], type_name="f32", check=False)
     plain = export(result, files["plain"], type_name="q2_k", check=False)
-    outcome = run_cli("export", result, "--gguf", files["weighed"], "--type", "q2_k", "--importance", "--no-check")
+    outcome = run_cli("export", result, files["weighed"], "--type", "q2_k", "--importance", "--no-check")
     assert "Importance of channels: measured on prose 8,192, code 8,192 tokens." in outcome.stdout
     assert files["weighed"].stat().st_size == plain.num_bytes and plain.importance_tokens == {}
     weights, _ = importance_of(open_checkpoint(result), silent)

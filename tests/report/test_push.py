@@ -152,9 +152,9 @@ def test_nothing_is_written_into_what_is_no_result(places):
 
 
 def test_a_dry_run_lists_what_would_be_sent(places):
-    outcome = run_cli("push", places["once"], "me/tiny-pruned", "--dry-run", "--base-model", "me/tiny")
+    outcome = run_cli("push", places["once"], "me/tiny-pruned", "--dry-run")
     assert outcome.status == 0 and outcome.stderr == ""
-    for said in ("model.safetensors", "recipe.yaml", "base_model: me/tiny", "base_model_relation: finetune"):
+    for said in ("model.safetensors", "recipe.yaml", "library_name: transformers"):
         assert said in outcome.stdout
     assert outcome.stdout.endswith("Would go to me/tiny-pruned, private; nothing was sent.\n")
     found = push(places["once"], "me/tiny-pruned", dry_run=True, public=True)
@@ -219,11 +219,11 @@ def test_what_is_sent_holds_no_place_and_is_whole(once, hub):
     # Text that looks like a path and is none stays as it is.
     card = (once / CARD).read_text().replace("# dense, pruned", "# 1/2 of </script> or a/b, pruned")
     (once / CARD).write_text(card)
-    assert run_cli("push", once, "me/tiny-pruned", "--base-model", "me/tiny", "--public", "--quiet").status == 0
+    assert run_cli("push", once, "me/tiny-pruned", "--public", "--quiet").status == 0
     for file in (path for path in hub.place.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         assert not re.search(rb"/tmp|a place of mine", file.read_bytes()), file
     assert (hub.place / CARD).read_text().split("---\n", 2)[2] == card.split("---\n", 2)[2]
-    assert metadata(hub.place)["base_model"] == "me/tiny" and not hub.asked["private"]
+    assert not hub.asked["private"]
     assert read_result(hub.place).recipe.calibration.domains["prose"].files == ("prose.txt",)
     outcome = run_cli("verify", hub.place, "--quiet")
     assert outcome.status == 0, outcome.stdout
@@ -243,14 +243,10 @@ def test_a_result_that_is_not_whole_is_not_sent(once, tmp_path):
         push(once, "me/tiny", dry_run=True)
 
 
-def test_push_says_what_is_wrong(places, tmp_path, monkeypatch):
+def test_push_says_what_is_wrong(places, monkeypatch):
     for name in ("tiny", "a/b/c", "me/ti ny"):
         with pytest.raises(RecipeError, match="is no name on the hub; give OWNER/NAME"):
             push(places["once"], name, dry_run=True)
-    (tmp_path / "mine" / "dense").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match=r"--base-model mine/dense: is a directory here"):
-        push(places["once"], "me/tiny", base_model="mine/dense", dry_run=True)
     with pytest.raises(CheckpointError, match=r"has no result.json"):
         push(places["dense"], "me/tiny", dry_run=True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):

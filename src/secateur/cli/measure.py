@@ -8,7 +8,6 @@ import typer
 import secateur
 import secateur.cli.common as common
 from secateur.cli.prune import prune_and_tell
-from secateur.errors import RecipeError
 from secateur.recipe import parse_recipe
 
 
@@ -106,16 +105,13 @@ def report(
     print(write_report(directory))
 
 
-@common.app.command(epilog="Example: secateur export smaller --gguf smaller.gguf --type q8_0")
+@common.app.command(epilog="Example: secateur export smaller smaller.gguf --type q8_0")
 def export(
     model: common.Model,
-    gguf: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Short for --format gguf --out FILE: for llama.cpp.")
-    ] = None,
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
     format_name: Annotated[
-        str | None, typer.Option("--format", metavar="NAME", help="gguf, or a format that an installed package adds.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --format: the file to write.")] = None,
+        str, typer.Option("--format", metavar="NAME", help="gguf, or a format that an installed package adds.")
+    ] = "gguf",
     type_name: Annotated[
         str | None,
         typer.Option(
@@ -147,12 +143,11 @@ def export(
     """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
     from secateur.log import human_bytes
 
-    name, file = _wanted(gguf, format_name, out)
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
         done = secateur.export(
             model,
-            file,
-            format=name,
+            out,
+            format=format_name,
             type_name=type_name,
             importance=importance,
             check=check,
@@ -165,9 +160,7 @@ def export(
 
     # What the file holds.
     context = "" if done.context_length is None else f", context {done.context_length:,}"
-    common.CONSOLE.print(
-        f"Written to {file}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.", soft_wrap=True
-    )
+    common.CONSOLE.print(f"Written to {out}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.", soft_wrap=True)
     if done.num_params:
         total = sum(done.num_params.values())
         types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
@@ -185,27 +178,15 @@ def export(
             f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers; {compared.num_greedy_equal} of "
             f"{compared.num_greedy} greedy tokens equal (largest gap {compared.largest_gap_nats:.3f} nats)."
         )
-    elif name == "gguf":
+    elif format_name == "gguf":
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
         common.CONSOLE.print(f"Not checked against llama.cpp: {why}.")
-
-
-def _wanted(gguf: Path | None, name: str | None, out: Path | None) -> tuple[str, Path]:
-    """Return format and file. Raises RecipeError unless each is given once."""
-    if gguf is not None and name is None and out is None:
-        return "gguf", gguf
-    if gguf is None and name is not None and out is not None:
-        return name, out
-    raise RecipeError("export: give --gguf FILE, or --format NAME and --out FILE.")
 
 
 @common.app.command(epilog="Example: secateur push smaller me/Qwen2.5-0.5B-pruned --dry-run")
 def push(
     result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model's name on the Hugging Face hub.")],
-    base_model: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="The dense model's hub id, if it is not known.")
-    ] = None,
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; by default only its owner.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent; no network.")] = False,
     quiet: common.Quiet = False,
@@ -219,19 +200,19 @@ def push(
     from secateur.report.rows import terminal
 
     with common.progress_bar(enabled=not (quiet or as_json or dry_run)) as progress:
-        found = secateur.push(result, repo, base_model=base_model, public=public, dry_run=dry_run, progress=progress)
+        pushed = secateur.push(result, repo, public=public, dry_run=dry_run, progress=progress)
     if as_json:
-        print(found.to_json(), end="")
+        print(pushed.to_json(), end="")
         return
-    rows = [(name, human_bytes(size)) for name, size in found.files.items()]
-    rows.append(("together", human_bytes(sum(found.files.values()))))
+    rows = [(name, human_bytes(size)) for name, size in pushed.files.items()]
+    rows.append(("together", human_bytes(sum(pushed.files.values()))))
     common.CONSOLE.print(terminal([Table("", ("file", "size"), rows)]))
-    text = yaml.safe_dump({"model card": found.metadata}, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump({"model card": pushed.metadata}, sort_keys=False, allow_unicode=True, width=100)
     common.CONSOLE.print(text, end="", soft_wrap=True)
-    for note in found.notes:
+    for note in pushed.notes:
         common.CONSOLE.print(f"note: {note}", soft_wrap=True)
-    seen = "private" if found.private else "public"
-    done = f"Would go to {repo}, {seen}; nothing was sent" if found.url is None else f"Pushed to {found.url}, {seen}"
+    seen = "private" if pushed.private else "public"
+    done = f"Would go to {repo}, {seen}; nothing was sent" if pushed.url is None else f"Pushed to {pushed.url}, {seen}"
     common.CONSOLE.print(f"{done}.", soft_wrap=True)
 
 
@@ -268,19 +249,19 @@ def verify(
     from secateur.report.rows import terminal
 
     with common.progress_bar(enabled=not (quiet or as_json)) as progress:
-        found = secateur.verify(result, progress=progress)
+        verified = secateur.verify(result, progress=progress)
     if as_json:
-        print(found.to_json(), end="")
+        print(verified.to_json(), end="")
     else:
-        rows = [("sha256", f"{found.num_files} files match, {human_bytes(found.num_bytes)}")]
-        if found.max_abs_difference is not None:
-            difference = f"largest logit difference {found.max_abs_difference:g}"
+        rows = [("sha256", f"{verified.num_files} files match, {human_bytes(verified.num_bytes)}")]
+        if verified.max_abs_difference is not None:
+            difference = f"largest logit difference {verified.max_abs_difference:g}"
             rows.append(("reload", f"stock transformers in a fresh process: {difference}"))
         common.CONSOLE.print(terminal([], rows))
-        for each in found.mismatches:
-            text = f"{each.what}: expected {each.expected}, found {each.found.removesuffix('.')}."
+        for file in verified.mismatches:
+            text = f"{file.what}: expected {file.expected}, found {file.found.removesuffix('.')}."
             common.CONSOLE.print(text, soft_wrap=True)
-    if found.mismatches:
+    if verified.mismatches:
         raise typer.Exit(1)
 
 

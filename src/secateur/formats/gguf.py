@@ -304,7 +304,7 @@ class Export(Record):
 
 def export(
     model: str | Path,
-    gguf: str | Path,
+    out: str | Path,
     *,
     format: str = "gguf",
     type_name: str | None = None,
@@ -315,7 +315,7 @@ def export(
 ) -> Export:
     """Write a model with tokenizer and chat template as one file, complete or not at all.
 
-    `model`: a local directory, a hub id or `smollm2-135m`. `gguf`: the file to write.
+    `model`: a local directory, a hub id or `smollm2-135m`. `out`: the file to write.
     `format`: one of `EXPORTERS`, or one that an installed package registers.
     `type_name`: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser such as q4_k_m (the option
     --type), by default the weights' own. `importance`: that quantiser rounds the weights of loud
@@ -330,7 +330,7 @@ def export(
     for a model that llama.cpp cannot run, RecipeError for options.
     """
     # Check all that was asked before a weight is read.
-    file = Path(gguf)
+    file = Path(out)
     usable = "a secateur.Exporter"
     exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda found: isinstance(found, Exporter), usable)
     is_gguf = format == "gguf"

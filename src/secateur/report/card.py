@@ -33,13 +33,10 @@ NUM_WORST = 3  # domains named as those that suffered most
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def card_data(summary: Summary, recipe: Recipe | None, *, base_model: str | None = None) -> ModelCardData:
-    """Return the hub's metadata. `base_model`: a hub id, by default the one that is known.
-
-    What is not known is left out; `unknown` says why.
-    """
+def card_data(summary: Summary, recipe: Recipe | None) -> ModelCardData:
+    """Return the hub's metadata. What is not known is left out; `unknown` says why."""
     lineage, domains = summary.lineage, {} if recipe is None else dict(recipe.calibration.domains)
-    base_model = base_model or next((each.hub_id for each in reversed(lineage) if each.hub_id), None)
+    base_model = next((each.hub_id for each in reversed(lineage) if each.hub_id), None)
     said: dict[str, Any] = {"tags": list(TAGS)}
     if lineage and lineage[-1].license:
         dense = lineage[-1]
@@ -59,7 +56,7 @@ def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
     if data.license is None:
         yield "the licence of the dense model is not known, so the card names none; add license to its first lines."
     if data.base_model is None:
-        yield "the hub id of the dense model is not known; give it with secateur push --base-model OWNER/NAME."
+        yield "the hub id of the dense model is not known, so the card names none; add base_model to its first lines."
     if data.language is None and summary.vocabulary is not None:
         yield "the vocabulary was trimmed, so the card does not repeat the languages of the dense model."
 

@@ -4,7 +4,6 @@ What is sent are the files of the run and the records of later commands, nothing
 """
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +53,6 @@ def push(
     result: str | Path,
     repo: str,
     *,
-    base_model: str | None = None,
     public: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
@@ -62,8 +60,7 @@ def push(
     """Upload a result to the Hugging Face hub as the model `repo`, which is made if it is not there.
 
     `result`: a directory that `prune` or `recover` wrote. `repo`: its name there, as user/name.
-    `base_model`: the hub id of the dense model, where it is not known or another is meant. `public`:
-    everybody may see it; by default only its owner. `dry_run`: send nothing, and ask nothing of the
+    `public`: everybody may see it; by default only its owner. `dry_run`: send nothing, and ask nothing of the
     network. `progress`: called with (stage, done, total).
 
     Returns a `Pushed`. What is sent holds no local path: in the recipe, files of text are named by
@@ -72,11 +69,7 @@ def push(
     Raises RecipeError for a name that is no hub id, CheckpointError if `result` is no result, or the
     hub cannot be reached or refuses.
     """
-    _check_id("push", repo)
-    if base_model is not None:
-        _check_id("--base-model", base_model)
-        if os.path.isdir(base_model):
-            raise RecipeError(f"--base-model {base_model}: is a directory here; give the model's name on the hub.")
+    _check_id(repo)
     directory = Path(result)
     digests, files = read_digests(directory), read_result(directory)
     if digests is None:
@@ -84,7 +77,7 @@ def push(
     if not dry_run:
         _check_access()
     summary = files.summary
-    data = card_data(summary, files.recipe, base_model=base_model)
+    data = card_data(summary, files.recipe)
     notes = tuple(unknown(data, summary))
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
@@ -103,14 +96,14 @@ def push(
     return Pushed(repo, not public, url, sent, data.to_dict(), notes)
 
 
-def _check_id(option: str, hub_id: str) -> None:
+def _check_id(hub_id: str) -> None:
     try:
         validate_repo_id(hub_id)
         valid = hub_id.count("/") == 1
     except HFValidationError:
         valid = False
     if not valid:
-        raise RecipeError(f"{option} {hub_id}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
+        raise RecipeError(f"push {hub_id}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
 
 
 def _check_access() -> None:
