@@ -92,7 +92,6 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     """Return what sizes cost."""
     opened, run, drawn = ready.opened, ready.run, ready.drawn
     services, judge = run.services, judge_of(ready)
-    assert judge is not None, "a measurement is judged"
     dense = judged_dense(ready, judge)
     sizes = {f"probe-{number}": {"share": part * opened.recipe.remove.share} for number, part in enumerate(PROBES)}
     even = opened.asking(opened.recipe.filled(choose={"budget": "uniform"}))

@@ -76,15 +76,12 @@ def recipe_blocks(
     as that model is not available. Raises RecipeError without a recipe, CalibrationError for
     unreadable text.
     """
-    path = directory / RECIPE_FILE
     if not has_recipe(directory):
         raise RecipeError(
             f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "
             "--domain NAME[=FILE] or --tasks."
         )
-    recipe = as_recipe(path)
-    if recipe.calibration.num_tokens is None:
-        raise RecipeError(f"recipe {path}: calibration.num_tokens is missing; use the recipe.yaml that the run wrote.")
+    recipe = as_recipe(directory / RECIPE_FILE)
     split = run_text_again(directory, recipe, tokenizer, progress)
     judged, notes = split.judged, (*split.notes, *split.judged.notes)
     blocks = {name: part for name, part in judged.blocks.items() if not part.is_meta}

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.data.pool import Allotted, Amounts, Split, TextPool, judging_tokens
+from secateur.errors import RecipeError
 from secateur.facts import parse_json
 from secateur.log import Progress
 from secateur.model.stock import Tokenizer
-from secateur.recipe import Recipe
+from secateur.recipe import RECIPE_FILE, Recipe
 from secateur.result_directory import RESULT_FILE
 
 
@@ -49,10 +50,15 @@ def run_text_again(
 
     `num_training_tokens`, `key`: to learn by, if more than the run's calibration, and what asks for
     them. `least_held_out`: blocks of a domain; more than the run's come from what it learnt by. `only`:
-    the domains to read, None for all. Raises CalibrationError for text that is unreadable or too short.
+    the domains to read, None for all. Raises CalibrationError for text that is unreadable or too short,
+    RecipeError for a recipe that no run wrote.
     """
     calibration, facts = recipe.calibration, text_facts(directory)
-    assert calibration.num_tokens is not None
+    if calibration.num_tokens is None:
+        raise RecipeError(
+            f"recipe {directory / RECIPE_FILE}: calibration.num_tokens is missing; use the recipe.yaml that the run "
+            "wrote."
+        )
     amounts = Amounts(
         num_tokens=calibration.num_tokens,
         num_training_tokens=num_training_tokens,

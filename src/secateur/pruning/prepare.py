@@ -187,15 +187,19 @@ def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
     return notes
 
 
-def judge_of(ready: Prepared) -> Judge | None:
-    """Return what judges the run, None if nothing is to."""
+def judge_of(ready: Prepared) -> Judge:
+    """Return what judges the run, by as much text as the recipe says."""
     opened, run, drawn, *_ = ready
-    evaluate = run.resolved.recipe.output.evaluate
-    if not evaluate:
-        return None
-    text, services, config = drawn.judged.blocks, run.services, run.model.config
-    share = 1.0 if evaluate is True else evaluate / TOKENS_BESIDE_ALL
-    return Judge(text, tokenizer_of(opened), config, services.store, services.progress, opened.trim, share)
+    services, evaluate = run.services, run.resolved.recipe.output.evaluate
+    return Judge(
+        drawn.judged.blocks,
+        tokenizer_of(opened),
+        run.model.config,
+        services.store,
+        services.progress,
+        trim=opened.trim,
+        share=1.0 if evaluate is True else evaluate / TOKENS_BESIDE_ALL,
+    )
 
 
 def judged_dense(ready: Prepared, judge: Judge) -> Judgement:

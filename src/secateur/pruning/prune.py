@@ -104,7 +104,8 @@ def _pruned(
 
     `cuts`: the name of each size, what it was cut from, and the cut.
     """
-    services, judge = ready.run.services, judge_of(ready)
+    services, is_judged = ready.run.services, ready.run.resolved.recipe.output.evaluate
+    judge = judge_of(ready) if is_judged else None
     dense = None if judge is None else judged_dense(ready, judge)
     for name, (member, (run, keeps, polished)) in cuts:
         opened, directory, log = member.opened, run.services.scratch, run.services.log
