@@ -8,7 +8,6 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -208,22 +207,14 @@ def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placemen
 
 
 def store_for(
-    out: Path | None,
-    recipe: Recipe,
-    checkpoint: Checkpoint | None,
-    computes: dict[str, Any],
-    log: RunLog,
-    *,
-    resume: bool,
-    overwrite: bool,
-    tell: Tell,
+    out: Path | None, opened: Opened, log: RunLog, *, resume: bool, overwrite: bool, tell: Tell
 ) -> AbstractContextManager[Store]:
     """Return the store of a run that can be resumed, see `Store.open`; else one that saves nothing.
 
-    `checkpoint`: None for a model in memory, which cannot be resumed because a run cuts it in
-    place. `computes`: the device and dtype that the recipe leaves to the machine. Raises
-    CheckpointError if a run that cannot be resumed is to `resume`.
+    A model in memory cannot be resumed, because a run cuts it in place. Raises CheckpointError if a run that
+    cannot be resumed is to `resume`.
     """
+    recipe, checkpoint = opened.recipe, opened.checkpoint
     if out is None or checkpoint is None:
         if resume:
             raise CheckpointError(
@@ -233,19 +224,20 @@ def store_for(
         return nullcontext(Store(log=log))
     if not is_first():
         return nullcontext(Store(log=log, label=str(out)))
-    inputs = inputs_of(recipe, checkpoint) | {"computes": computes}
-    options = {"resume": resume, "overwrite": overwrite, "protected": checkpoint.directory, "tell": tell}
-    return Store.open(out, inputs, log, **options)
 
-
-def inputs_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the result depends on before a weight is read: no text."""
-    return {
+    # What the result depends on before a weight is read: no text, but what the recipe leaves to the machine.
+    inputs = {
         "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),
         "model file": weight_digests(checkpoint),
         "version of": versions(),
+        "computes": {
+            "device": str(opened.device),
+            "in float32": computes_in_float32(opened),
+            "units that stay": opened.like and opened.like.digest,
+        },
     }
+    return Store.open(out, inputs, log, resume=resume, overwrite=overwrite, protected=checkpoint.directory, tell=tell)
 
 
 def check_same_run(model: CausalLM, recipe: Recipe) -> None:

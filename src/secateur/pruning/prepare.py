@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from secateur.log import Progress, RunLog, Tell, human_bytes, mute
 from secateur.model.stock import eval_mode
@@ -17,7 +17,6 @@ from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polis
 from secateur.pruning.open import (
     Opened,
     check_same_run,
-    computes_in_float32,
     loaded,
     onload,
     store_for,
@@ -54,13 +53,10 @@ def begun(
     Inside it freed memory is kept, and a run may choose how many threads torch has; behind it all is as before.
     """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
-    computes = {"device": str(opened.device), "in float32": computes_in_float32(opened)}
-    computes |= {"units that stay": opened.like and opened.like.digest}
     target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "tell": tell}
-    store = store_for(place, opened.recipe, opened.checkpoint, computes, log, **options)
-    with keeping_freed(), threads_kept(), store as steps, target as directory:
-        yield Services(progress=progress, log=log, store=steps, scratch=directory, tell=tell if is_first() else mute)
+    steps = store_for(place, opened, log, resume=resume, overwrite=overwrite, tell=tell)
+    with keeping_freed(), threads_kept(), steps as store, target as directory:
+        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
 
 
 class Prepared(NamedTuple):
