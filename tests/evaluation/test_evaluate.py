@@ -79,7 +79,7 @@ def test_against_the_dense_model(copy, checkpoints):
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
     keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
     keys += ["own_answers"]
-    assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains", "other_text"]
+    assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains", "other_text", "tasks"]
 
 
 def test_against_itself(copy):

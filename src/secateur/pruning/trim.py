@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
+import secateur.methods.vocabulary as methods
 from secateur.data.blocks import Blocks, TokenCounts
 from secateur.errors import CheckpointError
-from secateur.methods import vocabulary as methods
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.checkpoint import load_tokenizer
