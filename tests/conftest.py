@@ -8,6 +8,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import typed  # noqa: F401  # before anything of the package
 import yaml
 from hypothesis import HealthCheck, Phase, settings
+from little import JUDGED_BY_LITTLE, UNPROVED
 from models import tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
@@ -30,27 +32,35 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 settings.register_profile("first", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
 
-# What judges runs of tests, in place of the files of the package.
-JUDGING = {"prompts.yaml": ("Why?", "Two and two?"), "other_text.yaml": ("The bridge was closed.", "It rained.")}
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
 
 
+@contextmanager
+def patched(values: dict[str, Any]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(name, value)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
-def judged_by_what_guards() -> Iterator[None]:
-    """Runs in this process have no text of their own to judge them, and few questions; the command line's have all."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.data.pool.JUDGED_TOKENS", 0)
-        patched.setattr("secateur.stream.judge.ANSWER_TOKENS", 4)
-        patched.setattr("secateur.stream.judge.shipped", JUDGING.__getitem__)
+def judged_by_little() -> Iterator[None]:
+    with patched(JUDGED_BY_LITTLE):
+        yield
+
+
+@pytest.fixture(scope="module")
+def unproved() -> Iterator[None]:
+    """For tests of results that nobody has to load again in a process of its own."""
+    with patched(UNPROVED):
         yield
 
 
 @pytest.fixture(scope="module")
 def judging() -> Iterator[None]:
     """For tests of what a user runs: text of its own judges a run, two blocks of each domain."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.data.pool.JUDGED_TOKENS", 64)
+    with patched({"secateur.data.pool.JUDGED_TOKENS": 64}):
         yield
 
 
@@ -58,8 +68,7 @@ def judging() -> Iterator[None]:
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
     """Processes that have torch imported; in them results are proved."""
     processes = WarmProcesses(tmp_path_factory.mktemp("warm"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.formats.save.subprocess", processes)
+    with patched({"secateur.formats.save.subprocess": processes}):
         yield processes
     processes.close()
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from little import leave_out
 from recipes import grouped
 from safetensors.torch import save_file
 
 import secateur
-import secateur.data.pool
 from secateur import ranks
 from secateur.errors import RankError, RecipeError
 from secateur.ranks import joined
@@ -55,7 +55,6 @@ def refusals() -> dict[str, list[str]]:
 
 
 def main(jobs_file: str, place: str) -> None:
-    secateur.data.pool.JUDGED_TOKENS = 0  # as in the tests' own process
     jobs, out = json.loads(Path(jobs_file).read_text(encoding="utf-8")), Path(place)
     out.mkdir(exist_ok=True)
     for name, job in jobs.items():
@@ -73,5 +72,6 @@ def main(jobs_file: str, place: str) -> None:
 
 
 if __name__ == "__main__":
+    leave_out()
     with joined():
         main(*sys.argv[1:])

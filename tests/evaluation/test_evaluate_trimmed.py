@@ -19,9 +19,9 @@ from tests.trims import TrimmedPair, prose_file, trimmed_pair
 LENGTH, NUM_BLOCKS = 40, 6
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def pair(request, tmp_path_factory) -> TrimmedPair:
-    return trimmed_pair(tmp_path_factory.mktemp("trimmed"), tied=request.param, noise=0.03)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> TrimmedPair:
+    return trimmed_pair(tmp_path_factory.mktemp("trimmed"), noise=0.03)
 
 
 @pytest.fixture(scope="module")

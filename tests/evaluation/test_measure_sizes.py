@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +15,6 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation.measure import COPIES, PROBES, _opened
-from secateur.formats.save import Verification
 from secateur.log import human_bytes
 from secateur.pruning.cost import walk_seconds
 from secateur.pruning.resolve import resolve
@@ -26,12 +24,7 @@ from secateur.report.records import Measurement, SizeCost, nats_at
 from secateur.report.size_curve import marked, measurement_page
 from tests.pruning.test_resume import Stopped, stopped_after
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """No reload, which other tests are about."""
-    with patch("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, "")):
-        yield
+pytestmark = pytest.mark.usefixtures("unproved")
 
 
 @pytest.fixture(scope="module")

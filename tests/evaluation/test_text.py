@@ -13,10 +13,10 @@ from texts import quality_of, split_text
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import NumericsError, RecipeError
-from secateur.evaluation.text import named_blocks, recipe_blocks
+from secateur.evaluation.text import recipe_blocks
 from secateur.facts import Loss, Size
 from secateur.log import silent
-from secateur.recipe import Domain, parse_recipe
+from secateur.recipe import parse_recipe
 from secateur.report.records import CalibrationFacts, Summary
 
 TOKENIZER = tiny_tokenizer()
@@ -80,12 +80,6 @@ def test_a_directory_that_does_not_say_its_text_is_an_error(recipe, tmp_path):
     out = result_of(tmp_path / "out", recipe, None, calibration=calibration)
     with pytest.raises(RecipeError, match=r"calibration\.num_tokens is missing"):
         recipe_blocks(out, TOKENIZER, silent)
-
-
-def test_named_text_has_as_many_blocks_of_every_domain_whatever_their_shares(texts):
-    domains = {name: Domain(files=(str(texts[name]),), share=share) for name, share in (("prose", 3), ("code", 1))}
-    found, _ = named_blocks(domains, 16, 24, TOKENIZER, silent)
-    assert {name: len(blocks) for name, blocks in found.items()} == {"prose": 16, "code": 16}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -5,12 +5,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bpe_tokenizer import bpe_tokenizer
+import gguf
+from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from shown import assert_shown
+from tokenizers import processors
 from transformers import CONFIG_MAPPING
 
 from secateur.errors import ArchError
 from secateur.formats.gguf import _begun
+from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_tokenizer
 from secateur.formats.gguf_types import QUANTISED, Shape, chosen_type, stays_as_it_is
 from secateur.formats.serving import gguf_family_of
 
@@ -72,3 +75,49 @@ def test_what_the_quantiser_leaves_alone() -> None:
     names = ["blk.0.attn_norm.weight", "blk.0.ffn_gate_inp.weight", "position_embd.weight", "blk.0.attn_q.bias"]
     assert all(stays_as_it_is(name, (64, 64)) for name in names)
     assert stays_as_it_is("blk.0.ffn_up.weight", (64,)) and not stays_as_it_is("blk.0.ffn_up.weight", (64, 64))
+
+
+class Writer:
+    """Notes what a `gguf.GGUFWriter` is told of a tokenizer."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda value: self.said.__setitem__(name.removeprefix("add_"), value)
+
+
+def tokenizers() -> dict[str, Any]:
+    """Return one of each splitting rule, one that starts text with a token, and one with a token for images."""
+    found = {rule: bpe_tokenizer(rule) for rule in PRE_TOKENIZERS.values()}
+    found["starts text"] = starts = bpe_tokenizer("llama-bpe")
+    start = [("<|start|>", starts.bos_token_id)]
+    starts.backend_tokenizer.post_processor = processors.TemplateProcessing("<|start|> $A", None, start)
+    found |= {rule: sentencepiece_tokenizer(rule) for rule in ("mistral", "llama", "gemma")}
+    found["of images"] = sentencepiece_tokenizer("gemma")
+    found["of images"].add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    return found
+
+
+def test_what_a_file_says_of_a_tokenizer() -> None:
+    """Rows beyond the tokenizer are unused; a token for images has none."""
+    lines = []
+    for name, tokenizer in tokenizers().items():
+        writer: Any = Writer()
+        add_tokenizer(writer, tokenizer, len(tokenizer) + (-1 if name == "of images" else 3), "here")
+        said = writer.said
+        tokens, kinds = said.pop("token_list"), [gguf.TokenType(kind).name for kind in said.pop("token_types")]
+        runs, at = [], 0
+        for kind, those in groupby(kinds):
+            num = len(list(those))
+            runs.append(f"{kind} {tokens[at]!r} x {num}")
+            at += num
+        if "token_scores" in said:
+            scores = dict(zip(tokens, said.pop("token_scores"), strict=True))
+            best = sorted(scores, key=lambda token: (-scores[token], token))[:6]
+            said["scores"] = {token: scores[token] for token in (*best, "e")}
+        if "token_merges" in said:
+            merges = said.pop("token_merges")
+            said["merges"] = [len(merges), *merges[:3], merges[-1]]
+        lines += [name, f"    tokens: {', '.join(runs)}", *(f"    {key}: {value!r}" for key, value in said.items())]
+    assert_shown("gguf/tokenizers", "\n".join(lines))

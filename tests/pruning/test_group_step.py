@@ -1,6 +1,5 @@
 """One group's step: what is measured, what the cut gets, what a later run repeats, and what the summary counts."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from secateur.model.bind import decoder_layers
 from secateur.model.group import add_zero_biases
 from secateur.model.kept_units import read_keeps, write_keeps
 from secateur.pruning import group_step
-from secateur.pruning.group_step import outcome_of, prune_group, redo_group
+from secateur.pruning.group_step import prune_group
 from secateur.pruning.result import group_widths, summary_of
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
 from secateur.stream.statistics import pool
 from secateur.stream.walk import Walk
-from tests.families import tiny_family
 from tests.models import opened
 from tests.pruning.test_rounds import run_of
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -55,28 +53,6 @@ def test_the_cut_gets_what_repair_gives_and_the_line_its_verdict(monkeypatch):
     assert len(keep) == 64 and (line["kept"], line["total"]) == (64, 112)
     expected = {"step": 0.5, "error_before": {"d0": 0.25}, "error_after": {"d0": 0.125}, "damping": 0.25}
     assert {key: line[key] for key in expected} == expected and line["condition"] == 8.0
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [("llama", "ffn"), ("llama", "kv_heads"), ("qwen2", "ffn"), ("mixtral", "experts"), ("mixtral", "expert_ffn")],
-)
-def test_a_stored_step_is_repeated_bit_for_bit(name, group):
-    model = tiny_family(name)
-    again = copy.deepcopy(model)
-    run = run_of(model, groups=[group], remove=0.1)
-    layer, other = (decoder_layers(each, run.arch)[0] for each in (model, again))
-    width = run.resolved.groups[0].num_units
-    keep, _, _ = step(run, num_keep={"ffn": 64, "kv_heads": 1, "experts": 4, "expert_ffn": 40}[group])
-    stored = {name: tensor.clone() for name, tensor in outcome_of(layer, run.resolved.groups[0], keep).items()}
-    found = redo_group(other, run.resolved.groups[0], stored)
-    assert torch.equal(found, keep) and keep.shape[-1] < width
-    for key, tensor in layer.state_dict().items():
-        assert torch.equal(other.state_dict()[key], tensor), key
-    dense = decoder_layers(tiny_family(name), run.arch)[0].state_dict()
-    (refitted, *_) = (key for key in stored if key != "keep")
-    key = next(key for key in dense if key.endswith(refitted) and key.split(".")[-1] == refitted.split(".")[-1])
-    assert stored[refitted].shape != dense[key].shape or not torch.equal(stored[refitted], dense[key])
 
 
 @pytest.mark.parametrize(

@@ -76,27 +76,6 @@ def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe,
         secateur.prune(checkpoints["llama"], grouped({**recipe, "memory_budget": "lots"}))
 
 
-def test_what_choosing_layers_needs_is_counted_and_refused(recipe, tmp_path):
-    model = tiny_llama(num_layers=40)
-    model.save_pretrained(tmp_path / "deep")
-    tiny_tokenizer().save_pretrained(tmp_path / "deep")
-    asked = {**recipe, "remove": 0.3, "groups": ["ffn"]}
-    without, chosen = (inspect(tmp_path / "deep", parse_recipe(grouped({**asked, "depth": depth}))) for depth in (0, 2))
-    readers = [layer.mlp.down_proj.weight for layer in model.model.layers]
-    assert without.memory.layer_choice == 0
-    assert chosen.memory.layer_choice > sum(weight.numel() * weight.element_size() for weight in readers)
-    # Room for the rounds, but not for all layers' readers.
-    room = without.memory.peak - without.memory.weights
-    assert room < chosen.memory.layer_choice
-    budget = {"memory_budget": f"{(room + 1000) / 1000:.3f}KB"}
-    assert inspect(tmp_path / "deep", parse_recipe(grouped({**asked, **budget, "depth": 0}))).weights_on_disk
-    with pytest.raises(
-        secateur.SecateurError,
-        match=r"machine.memory_budget: .* or name layers that go in remove.layers or give depth: 0",
-    ):
-        inspect(tmp_path / "deep", parse_recipe(grouped({**asked, **budget, "depth": 2})))
-
-
 def test_a_model_in_memory_cannot_stay_on_disk(recipe):
     with pytest.raises(
         secateur.SecateurError, match=r"machine.memory_budget: 1KB is less than .* only safetensors weights"

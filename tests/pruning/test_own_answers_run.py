@@ -13,9 +13,6 @@ import secateur
 from secateur.data.answers import Speaker
 from secateur.model.bind import bind
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.report.records import read_result
-from secateur.report.report import report_page
-from secateur.report.rows import verdict
 from secateur.stream import judge as judge_module
 from secateur.stream.judge import ask, judge
 
@@ -65,19 +62,6 @@ def test_text_of_other_sources_is_the_second_figure_and_of_the_two_saved_models(
     card = (pruned.out / "README.md").read_text()
     places = [card.index(row) for row in ("| own answers", "| text of other sources", "| text like what", "| prose")]
     assert places == sorted(places)
-
-
-def test_result_page_and_card_begin_with_them(pruned):
-    found = pruned.summary.own_answers
-    kept = json.loads((pruned.out / "result.json").read_text())["own_answers"]
-    assert kept == json.loads(json.dumps(asdict(found)))
-    assert "on the dense model's own answers" in verdict(pruned.summary)
-    files = read_result(pruned.out)
-    assert files.summary.own_answers == found
-    sections = {section.name for section in report_page(files).sections}
-    assert "samples" in sections
-    card = (pruned.out / "README.md").read_text()
-    assert card.index("own answers, nats/token") < card.index("| prose")
 
 
 def test_evaluate_finds_the_same_and_keeps_it(checkpoints, pruned):

@@ -1,6 +1,6 @@
 """All that a recipe and a model's shapes decide before a weight is read: layers, widths, text, memory and disk.
 
-One line for each case, or the sentence that refuses it; `test_resolve` and `test_memory_budget` have the formulas.
+One line for each case, or the sentence that refuses it; `test_resolve` has the formulas.
 """
 
 from dataclasses import asdict, replace
@@ -67,6 +67,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"removed_layers": [-11]},
         {"removed_layers": [2], "protected_layers": [-8]},
         {"removed_layers": [2], "depth": 2},
+        {"removed_layers": 1},
+        {"removed_layers": list(range(10))},
+        {"depth": -1},
+        {"depth": 5, "remove": 0.5, "protected_layers": [-1]},
+        {"remove": 0.65, "preset": "quick"},
+        {"remove": 0.65, "preset": "paper"},
         {"protected_layers": [0, -1]},
         {"protected_layers": list(range(10))},
         {"protected_layers": list(range(8)), "remove": 0.3},
@@ -82,6 +88,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"min_keep": 0.5, "remove": 0.2, "budget": "curve"},
         {"budget": "curve", "remove": 0.5},
         {"budget": "curve", "remove": 0.7},
+        {"budget": "curve", "remove": 0.7, "depth": 1},
+        {"budget": "curves"},
         {"align": 1},
         {"align": 40},
         {"to": "150K"},
@@ -119,6 +127,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"remove": 0.5},
         {"remove": 0.2, "budget": "curve", "rounds": 2},
         {"remove": 0.2, "groups": HEADS, "domain_weighting": "minimax"},
+        {"remove": 0.02, "groups": ["kv_heads"], "align": 1, "calibration": {"sequence_length": 32}},
+        {"remove": 0.15, "groups": ["kv_heads"], "depth": 1, "calibration": {"sequence_length": 32}},
         {"compute_dtype": "float32"},
         {"memory_budget": "700MB"},
         {"memory_budget": "300MB"},
@@ -145,6 +155,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "qwen2_moe-mixed": [{}, {"groups": ["ffn"], "remove": 0.05}, {"groups": ["shared", "experts"], "remove": 0.3}],
     "deepseek_v3": [{}, {"remove": 0.4}, {"groups": ["kv_heads"]}],
+    "qwen2": [{"compensate": "bias"}],
     "gpt2": [{"remove": 0.1}, {"compensate": "bias"}],
     "qwen2_vl": [{"remove": 0.1}, {"budget": "curve"}, {"protected_layers": [0]}],
 }

@@ -122,7 +122,7 @@ def test_several_ranks_compare_what_they_run(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def jobs(checkpoints, recipe, texts, tmp_path_factory) -> tuple[Path, Path]:
+def jobs(checkpoints, recipe, texts, unproved, tmp_path_factory) -> tuple[Path, Path]:
     """A file of jobs, and what one process makes of them."""
     model, blocks = str(checkpoints["llama"]), {"num_tokens": 4096, "sequence_length": 64}
     more = {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], **blocks}}

@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.formats.save import Verification
 from secateur.pruning.inspect import inspect
 from secateur.recipe import parse_recipe
 from secateur.result_directory import staging
@@ -32,24 +31,15 @@ from secateur.store import Store, place_beside
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "rounds": {"groups": ["ffn", "kv_heads"], "rounds": 3},
-    "curve": {"budget": "curve", "rounds": 2},
-    "depth": {"depth": 1},
-    "flap": {"score": "flap", "rounds": 2, "evaluate": False},
-    "bias": {"compensate": "bias"},
+    "curve and depth": {"budget": "curve", "rounds": 2, "depth": 1},
+    "flap and bias": {"score": "flap", "compensate": "bias", "rounds": 2, "evaluate": False},
     "on disk": {"memory_budget": "", "rounds": 2},
     "experts in bfloat16": {"groups": ["experts"], "rounds": 2, "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"], "rounds": 2},
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """No reload, which other tests are about."""
-    proof = Verification(0.0, "")
-    with (
-        patch("secateur.formats.save.verify_reload", lambda *_: proof),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("unproved")
 
 
 class Stopped(Exception):
@@ -125,7 +115,7 @@ class stopped_after:
             each.stop()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", list(RECIPES)[1:])
 def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints, mixtral, recipe, expected, tmp_path):
     model, out = mixtral if "experts" in name else checkpoints["llama"], tmp_path / "out"
     wanted = asked(name, model, recipe)
@@ -208,24 +198,20 @@ def faults(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("error", "first", "step"),
     [
-        ("ENOSPC", 3, 30),
+        ("ENOSPC", 3, 70),
         *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ("ENOSPC", "EIO", "SHORT")),
     ],
 )
 def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
-    wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2}
+    training = {"num_tokens": 128, "batch_tokens": 64, "evaluations": 2}
+    wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2, "polish": training}
     found, num_calls = failed_writes(faults, checkpoints["llama"], wanted, tmp_path, "", first, step, error)
     assert num_calls > 150 and len(found) == len(range(first, num_calls + 1, step))
     assert sum(each["flipped"] for each in found) >= len(found) // 2
 
 
-@pytest.mark.parametrize(
-    ("error", "first", "step"),
-    [
-        ("SHORT", 2, 9),
-        *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ("ENOSPC", "EIO", "SHORT")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "first", "step"), [(error, 1, 1) for error in ("ENOSPC", "EIO", "SHORT")])
 def test_a_disk_that_is_full_in_the_training_leaves_what_it_can_go_on_from(
     error, first, step, faults, checkpoints, recipe, tmp_path
 ):
@@ -274,11 +260,10 @@ def begun(model: Path, recipe: dict[str, Any], out: Path) -> None:
     ("changes", "said"),
     [
         ({"remove": 0.3}, "recipe remove share was 0.35 and is 0.3"),
-        ({"seed": 1}, "recipe seed was 0 and is 1"),
         ("weights", "model file model.safetensors has changed"),
         ("text", "the calibration text has changed"),
     ],
-    ids=["recipe", "seed", "weights", "text"],
+    ids=["recipe", "weights", "text"],
 )
 def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints, recipe, tmp_path):
     model, file = shutil.copytree(checkpoints["llama"], tmp_path / "model"), tmp_path / "mine.txt"
@@ -301,27 +286,6 @@ def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints
     assert sorted(place_beside(out).iterdir()) == finished and not out.exists()
 
 
-def test_what_is_said_of_an_earlier_run(checkpoints, recipe, expected, tmp_path):
-    wanted, out, heard = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
-
-    def tell(text: str) -> None:
-        if ": removes " not in text:
-            heard.append(text)
-
-    begun(checkpoints["llama"], wanted, out)
-    with pytest.raises(Stopped), stopped_after(3):
-        secateur.prune(checkpoints["llama"], grouped(wanted), out=out, tell=tell)
-    assert heard == [
-        f"{out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
-    ]
-    result = secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True, tell=tell)
-    assert heard[1:] == [f"{out}: goes on from the 2 steps that an earlier run has finished."]
-    assert any(note.startswith("resumed: 2 finished steps are of an earlier run") for note in result.summary.warnings)
-    assert weights(out) == weights(expected("defaults"))
-    secateur.prune(checkpoints["llama"], grouped(wanted), out=tmp_path / "new", resume=True, tell=tell)
-    assert heard[2:] == [f"{tmp_path / 'new'}: nothing of an earlier run is there to go on from, so it begins anew."]
-
-
 def test_a_budget_of_memory_may_change_on_the_way(checkpoints, recipe, expected, tmp_path):
     out, model = tmp_path / "out", checkpoints["llama"]
     begun(model, asked("defaults", model, recipe), out)
@@ -336,19 +300,6 @@ def test_a_model_in_memory_cannot_be_resumed(recipe):
         secateur.prune(tiny_llama(), grouped(recipe), tokenizer=tiny_tokenizer(), resume=True)
 
 
-def test_one_process_at_a_time(checkpoints, recipe, tmp_path):
-    wanted, out, second = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out", list[str]()
-
-    def meanwhile(stage: str, done: int, total: int) -> None:
-        if not second:
-            with pytest.raises(secateur.SecateurError) as refused:
-                secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True)
-            second.append(str(refused.value))
-
-    secateur.prune(checkpoints["llama"], grouped(wanted), out=out, progress=meanwhile)
-    assert second == [f"OUT {out}: another process is writing it; wait for its end, or choose another directory."]
-
-
 def test_what_killed_processes_left_is_removed_and_an_old_result_comes_back(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -361,13 +312,3 @@ def test_what_killed_processes_left_is_removed_and_an_old_result_comes_back(tmp_
         (directory / "config.json").write_text("new")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", live.name])
     assert (out / "config.json").read_text() == "new"
-
-
-def test_a_run_killed_just_before_its_end_has_finished(checkpoints, recipe, tmp_path):
-    wanted, out = asked("defaults", checkpoints["llama"], recipe), tmp_path / "out"
-    begun(checkpoints["llama"], wanted, out)
-    shutil.copytree(checkpoints["llama"], out)
-    os.utime(out)
-    with pytest.raises(secateur.SecateurError, match="already exists"):
-        secateur.prune(checkpoints["llama"], grouped(wanted), out=out, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

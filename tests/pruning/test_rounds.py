@@ -1,8 +1,6 @@
 """The loop over rounds: one seed a layer and round, slopes at the round's own cut, and the safety net's arithmetic."""
 
 import dataclasses
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,7 @@ from secateur.pruning.loop import layer_seed, prune_together
 from secateur.pruning.resolve import resolve
 from secateur.pruning.run import LossWatch, Run, watched_losses
 from secateur.recipe import parse_recipe
-from secateur.store import Services, Store
+from secateur.store import Services
 from secateur.stream.walk import Walk
 from tests.model.test_exactness import random_calibration
 
@@ -229,20 +227,6 @@ def test_narrow_readers_take_the_judging_blocks_too_where_there_are_no_others(mo
     assert damping is None
 
 
-def test_removed_layers_are_gone_from_the_run(tmp_path: Path):
-    model = tiny_llama(num_layers=6)
-    found = cutting.remove_depth(run_of(model, removed_layers=[1, 3], remove=0.45))
-    assert found.resolved.layers == (0, 2, 4, 5) and found.arch.num_layers == 4
-    dense = tiny_llama(num_layers=6).model.layers
-    for layer, index in zip(model.model.layers, (0, 2, 4, 5), strict=True):
-        assert torch.equal(layer.mlp.up_proj.weight, dense[index].mlp.up_proj.weight)
-    lines = [line for line in found.services.log.lines if line["event"] == "layer"]
-    assert [line["layer"] for line in lines] == [1, 3] and all("chosen" not in line for line in lines)
-    assert all({"error_before", "error_after", "step"} <= set(line) for line in lines)
-    with pytest.raises(AssertionError, match="whole layers go first"):
-        prune_together([run_of(tiny_llama(num_layers=6), removed_layers=[1, 3], remove=0.45)])
-
-
 def test_the_first_layer_has_none_before_it_to_be_folded_into():
     model = tiny_llama(num_layers=6)
     before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
@@ -251,18 +235,6 @@ def test_the_first_layer_has_none_before_it_to_be_folded_into():
     assert "error_after" not in line and "step" not in line
     for layer, weight in zip(model.model.layers, before[1:], strict=True):
         assert torch.equal(layer.mlp.down_proj.weight, weight)
-
-
-def test_a_fold_that_is_stored_is_repeated_bit_for_bit(tmp_path):
-    folded = []
-    for _ in range(2):
-        model = tiny_llama(num_layers=6)
-        found = run_of(model, random_calibration(blocks=32), removed_layers=[2], remove=0.2)
-        services = Services(log=RunLog(), store=Store(tmp_path))
-        cutting.remove_depth(replace(found, services=services))
-        folded.append(model.model.layers[1].mlp.down_proj.weight)
-    assert services.store.num_found == 1 and torch.equal(*folded)
-    assert not torch.equal(folded[0], tiny_llama(num_layers=6).model.layers[1].mlp.down_proj.weight)
 
 
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():

@@ -301,18 +301,8 @@ def test_a_repeated_choice_is_judged_too(untied, asked, tmp_path):
         secateur.prune(untied, {}, out=tmp_path / "again", like=tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"vocabulary": "auto"},
-        {"rounds": 2},
-        {"depth": 1, "evaluate": False, "remove": 0.5},
-        {"groups": []},
-    ],
-    ids=["auto", "rounds", "depth", "alone"],
-)
-def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(changes, untied, asked, warm, tmp_path):
-    wanted = {**asked, **changes}
+def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(untied, asked, warm, tmp_path):
+    wanted = {**asked, "vocabulary": "auto", "depth": 1, "remove": 0.5}
     whole = secateur.prune(untied, grouped(wanted), out=tmp_path / "whole", force=True)
     num_stops = 0
     while not (tmp_path / "resumed").exists():
@@ -447,11 +437,6 @@ def test_what_a_file_needs_stays(tied, asked, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vocabulary": 64}, r"remove\.vocabulary: 64 of the model's .* from 320"),
-        ({"vocabulary": 450}, r"450 of .* cannot stay; give a multiple of 64 \(such as 448 or 512\)"),
-        ({"vocabulary": 448, "remove": 0.01}, r"remove\.vocabulary: the tokens that go are 0\.\d+ of all"),
-        ({"vocabulary": "auto", "groups": ["kv_heads"]}, "auto weighs tokens against FFN channels"),
-        ({"keep_scripts": ["latin"]}, "448 of .* from 704"),  # 320 without it
         ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
         ({"keep_text": ["missing.txt"]}, r"remove\.keep_text: missing\.txt: there is no such file"),
         ({"vocabulary": None, "groups": []}, "nothing would go"),
@@ -466,23 +451,23 @@ def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "said"),
     [
-        {"vocabulary": 450},
-        {"vocabulary": 64},
-        {"vocabulary": 6400},
-        {"keep_scripts": ["latin"]},
-        {"vocabulary": 448, "remove": 0.01},
-        {"vocabulary": 448, "min_keep": 0.99},
-        {"vocabulary": "auto", "groups": ["kv_heads"]},
+        ({"vocabulary": 450}, r"450 of .* cannot stay; give a multiple of 64 \(such as 448 or 512\)"),
+        ({"vocabulary": 64}, r"remove\.vocabulary: 64 of the model's .* from 320"),
+        ({"vocabulary": 6400}, r"remove\.vocabulary: 6,400 of the model's"),
+        ({"keep_scripts": ["latin"]}, "448 of .* from 704"),  # 320 without it
+        ({"vocabulary": 448, "remove": 0.01}, r"remove\.vocabulary: the tokens that go are 0\.\d+ of all"),
+        ({"vocabulary": 448, "min_keep": 0.99}, r"remove: "),
+        ({"vocabulary": "auto", "groups": ["kv_heads"]}, "auto weighs tokens against FFN channels"),
     ],
 )
 def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
-    changes, tied, asked, tmp_path, monkeypatch
+    changes, said, tied, asked, tmp_path, monkeypatch
 ):
     recipe = grouped({**asked, **changes})
     monkeypatch.setattr("secateur.pruning.text.RunText.learning", lambda _: pytest.fail("text was read"))
-    with pytest.raises(secateur.SecateurError, match=r"remove[.:]") as error:
+    with pytest.raises(secateur.SecateurError, match=said) as error:
         secateur.prune(tied, recipe, out=tmp_path / "out")
     sentence = str(error.value)
     try:

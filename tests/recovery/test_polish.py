@@ -19,13 +19,12 @@ from transformers import AutoConfig
 import secateur
 from secateur.facts import mean_kl
 from secateur.model.bind import bind
-from secateur.pruning.cost import memory_for, params_after, polish_bytes, with_polish_that_fits
-from secateur.pruning.inspect import inspect
-from secateur.pruning.open import computes_in_float32, open_model
+from secateur.pruning.cost import memory_for, polish_bytes, with_polish_that_fits
+from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery import attention, train
-from secateur.recovery.cost import polish_settings, training_bytes
+from secateur.recovery.cost import training_bytes
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.polish import Lesson, _folder, learn, polish
 from secateur.store import Services, Store, place_beside
@@ -39,9 +38,23 @@ class Killed(Exception):
     """What stands for a kill."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def asked(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "remove": 0.5, "polish": TRAINING}
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, asked, tmp_path_factory) -> secateur.Result:
+    """A prune with its polish, written."""
+    return secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture(scope="module")
+def without(checkpoints, asked, tmp_path_factory) -> Path:
+    """Where the same prune without a polish has written."""
+    out = tmp_path_factory.mktemp("without") / "out"
+    secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=out)
+    return out
 
 
 def lesson_of(recipe: dict[str, Any], model: Any, **amounts: int) -> tuple[Lesson, Recipe]:
@@ -59,40 +72,30 @@ def rows(blocks: Any) -> set[tuple[int, ...]]:
     return {tuple(ids.tolist()) for ids in blocks}
 
 
-def test_training_lowers_the_held_out_kl_and_the_result_says_so(checkpoints, asked, tmp_path):
-    found = secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "out")
-    record = found.summary.polish
+def test_training_lowers_the_held_out_kl_and_the_result_says_so(whole):
+    found, record = whole, whole.summary.polish
     assert record is not None and record.training.held
     assert mean_kl(record.before) > mean_kl(record.after) > 0
     assert record.training.num_tokens == 1280 and found.recipe.polish.num_tokens == 1280
     # The run's last losses are those of the trained model, on the same held-out text.
     for domain, loss in found.summary.pruned_losses.items():
         assert loss.nats_per_token == pytest.approx(record.after[domain].nats_per_token, rel=1e-5)
-    assert AutoConfig.from_pretrained(tmp_path / "out").use_cache  # as the dense one's; the Trainer turns it off
-    card, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
-    share = 1 - mean_kl(record.after) / mean_kl(record.before)
-    assert "- polish: " in card and f"{share:.1%} won back with 1,280 tokens" in card
-    assert "The polish, on the text that guards it" in page and "polished" in page
+    assert AutoConfig.from_pretrained(whole.out).use_cache  # as the dense one's; the Trainer turns it off
     # A training that leads away from the dense model wins nothing back, however well it predicts the text.
     turned = replace(record, before=record.after, training=replace(record.training, after=record.before))
     assert "won back" not in turned.headline
 
 
-def test_without_it_the_page_has_no_such_section(checkpoints, asked, tmp_path):
-    found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert found.summary.polish is None and "The polish, on the text" not in page
-
-
 @pytest.mark.parametrize(("rate", "ends"), [(0.3, r"\d\.\d{4}"), (1e30, "inf")], ids=["ruined", "diverged"])
-def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(rate, ends, checkpoints, asked, tmp_path):
+def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(
+    rate, ends, checkpoints, asked, without, tmp_path
+):
     ruinous = {**TRAINING, "num_tokens": 640, "learning_rate": rate}
     found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": ruinous}), out=tmp_path / "ruined")
-    secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=tmp_path / "without")
     assert found.summary.polish is not None and not found.summary.polish.training.held
     assert (found.summary.polish.training.num_tokens < 640) == (ends == "inf"), "no use to go on"
     assert re.search(rf"polish: held-out KL did not fall \([\d.]+ -> {ends} nats", " ".join(found.summary.warnings))
-    assert (tmp_path / "ruined" / WEIGHTS).read_bytes() == (tmp_path / "without" / WEIGHTS).read_bytes()
+    assert (tmp_path / "ruined" / WEIGHTS).read_bytes() == (without / WEIGHTS).read_bytes()
 
 
 def test_an_uncut_model_stays_as_it_is(asked):
@@ -166,14 +169,12 @@ def test_the_walk_of_a_prune_gives_what_the_dense_model_would_be_asked_for(num_t
 def test_without_such_a_stream_the_dense_model_is_asked(changes, asked, monkeypatch):
     walked: list[bool] = []
 
-    def noted(*arguments: Any, **more: bool) -> Lesson | None:
+    def noted(*arguments: Any, **more: bool) -> None:
         walked.extend(more.values())
-        return learn(*arguments, **more)
 
     monkeypatch.setattr("secateur.pruning.cut.learn", noted)
-    wanted = {**asked, "remove": 0.3, **changes}
-    found = secateur.prune(tiny_llama(), grouped(wanted), tokenizer=tiny_tokenizer())
-    assert walked == [False] and found.summary.polish is not None
+    secateur.prune(tiny_llama(), grouped({**asked, "remove": 0.3, **changes}), tokenizer=tiny_tokenizer())
+    assert walked == [False]
 
 
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):
@@ -207,8 +208,7 @@ def test_more_text_than_the_calibration_never_has_what_judges(num_judged, asked,
         assert not pieces(block.ids_T for block in lesson.text.blocks) & pieces(unseen)
 
 
-def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, tmp_path):
-    secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "whole")
+def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, whole, tmp_path):
     seen: list[int] = []
 
     def kill(stage: str, done: int, total: int) -> None:
@@ -225,14 +225,14 @@ def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(check
     assert not out.exists()
     secateur.prune(checkpoints["llama"], grouped(asked), out=out, resume=True, progress=note)
     assert seen[0] > 0, "it goes on where its last checkpoint is"
-    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
-    for name in ("whole", "resumed"):
-        lines = (tmp_path / name / "run.jsonl").read_text(encoding="utf-8")
+    assert (out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed"]
+    for place in (whole.out, out):
+        lines = (place / "run.jsonl").read_text(encoding="utf-8")
         assert lines.count('"polish_step"') == 10, "the curve is whole"
 
 
-def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, tmp_path):
+def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, whole, tmp_path):
     def kill(stage: str, done: int, total: int) -> None:
         if stage == "polish" and done > 0.6 * total:
             raise Killed
@@ -241,9 +241,8 @@ def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, tmp_path
         secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=kill)
     (place,) = place_beside(tmp_path / "anew").glob("polish-*")
     assert any(place.rglob("*.safetensors")), "the training had saved something"
-    for name in ("anew", "whole"):
-        secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / name)
-    assert (tmp_path / "anew" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew")
+    assert (tmp_path / "anew" / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
     assert not place.exists()
 
 
@@ -289,26 +288,6 @@ def test_a_prune_recovers_nothing(checkpoints, asked, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_memory_is_that_of_its_parts(asked):
-    opened = checked(open_model(tiny_llama(), parse_recipe(grouped(asked)), tiny_tokenizer()))
-    resolved = resolve(opened)
-    settings, config = polish_settings(resolved.recipe), opened.model.config
-    assert settings is not None
-    left, words = params_after(resolved), 2 * opened.model.lm_head.weight.numel()
-    training = 4 * left + 12 * (left - words)  # float32 weights; gradients and moments of what trains
-    at_once = 2 * 32  # tokens of a forward pass
-    stream, ffn = (config.num_hidden_layers * n for n in (10 * config.hidden_size, 4 * config.intermediate_size))
-    step = at_once * (stream + ffn + 3 * config.vocab_size)
-    kept = left + (1280 + config.vocab_size) * config.hidden_size  # the weights before; states; the head
-    assert polish_bytes(opened, resolved) == 4 * kept + training + 4 * step
-    # bfloat16: half of what is kept, of the FFN's numbers and of logits; copies of what trains; none of words.
-    low = checked(open_model(tiny_llama().to(torch.bfloat16), parse_recipe(grouped(asked)), tiny_tokenizer()))
-    if not computes_in_float32(low):
-        step = at_once * (2 * stream + ffn + 3 * config.vocab_size)
-        training = 12 * (left - words) + 4 * (left - words) + 2 * words
-        assert polish_bytes(low, resolve(low)) == 2 * (kept - words + step + left - words) + training
-
-
 def test_the_best_weights_at_the_end_may_be_the_most():
     model, low = tiny_llama(), tiny_llama().to(torch.bfloat16)
     settings = RecoverySettings(num_tokens=32, batch_tokens=32)
@@ -328,14 +307,6 @@ def test_the_best_weights_at_the_end_may_be_the_most():
     step += 4 * 32 * 3 * (6 * 48 + 112) + 16 * 2 * 3 * (11 * 48 + 3 * 112)  # what linears read; the additions
     assert training_bytes(low, 10, 0, low_rank, 32, on_cpu=False) == 2 * 10 + step
     assert training_bytes(low, 10**8, 0, low_rank, 32, on_cpu=False) == 2 * 2 * 10**8, "stored, and merged at the end"
-
-
-def test_logits_are_counted_for_a_slice_of_the_positions():
-    model, settings = tiny_llama(), RecoverySettings(num_tokens=10**6, batch_tokens=10**6)
-    found = [training_bytes(model, 1, 0, settings, length, on_cpu=True) for length in (128, 1000)]
-    numbers = 3 * (10 * 48 + 4 * 112)
-    assert found[0] == 4 + 4 * 256 * (numbers + 3 * model.config.vocab_size), "two blocks, as many as a slice"
-    assert found[1] == 4 + 4 * (2000 * numbers + 256 * 3 * model.config.vocab_size)
 
 
 def test_activations_are_counted_by_the_widest_ffn_or_four_hidden_sizes():
@@ -379,11 +350,3 @@ def test_where_memory_is_short_one_block_at_a_time_low_rank_additions_or_nothing
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert fitted(narrow).recipe.polish == by_block.recipe.polish
     assert "pip install 'secateur[recover]'" in fitted(least).warnings[-1]
-
-
-def test_inspect_predicts_its_part(checkpoints, asked):
-    found, without = (
-        inspect(checkpoints["llama"], parse_recipe(grouped({**asked, "polish": polish})))
-        for polish in (TRAINING, False)
-    )
-    assert found.memory.polish > 0 == without.memory.polish

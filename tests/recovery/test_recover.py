@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -30,6 +31,7 @@ from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import check_training, weight_size
 from secateur.report.measured import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
+from secateur.store import Store
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
@@ -122,11 +124,6 @@ def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, p
     assert record_of(recovered).headline in html.unescape(page)
     card = (recovered / "README.md").read_text(encoding="utf-8")
     assert card.index("## Recovery") < card.index("## How it was made")
-
-
-def test_the_same_run_gives_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
-    recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "again")
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
@@ -351,3 +348,76 @@ def test_what_the_recipe_has_wrong_is_one_sentence(pruned, checkpoints, tmp_path
 def test_a_directory_without_a_recipe_needs_domains(checkpoints, tmp_path):
     with pytest.raises(secateur.RecipeError, match=r"has no recipe\.yaml"):
         recover(checkpoints["llama"], checkpoints["llama"], CHANGES, out=tmp_path / "out")
+
+
+class Code:
+    """An object whose pickle makes a file when it is opened as pickles are."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.file),)
+
+
+def interrupt(pruned: Path, teacher: Path, out: Path) -> tuple[Path, list[str]]:
+    """Stop a recovery behind its first checkpoint; return what it left and what it said."""
+
+    def kill(name: str, done: int, total: int) -> None:
+        if name == "recover" and done > 0.6 * total:
+            raise Killed
+
+    said: list[str] = []
+    with pytest.raises(Killed):
+        recover(pruned, teacher, CHANGES, out=out, progress=kill, tell=said.append)
+    [left] = {path.parents[1] for path in out.parent.glob(".out.recover-*/trainer/checkpoint-*")}
+    return left, said
+
+
+def test_it_is_said_where_it_lies_and_gone_in_the_end(pruned, checkpoints, tmp_path):
+    other = tmp_path / ".out.recover-0123456789ab"
+    other.mkdir()
+    (other / "layer-0.safetensors").write_bytes(bytes(1000))
+    beside = tmp_path / ".out.recovered"
+    beside.mkdir()
+    out = tmp_path / "out"
+    left, _ = interrupt(pruned, checkpoints["llama"], out)
+    said: list[str] = []
+    recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append)
+    [goes_on] = [line for line in said if line.startswith(f"{left}: ")]
+    [stale] = [line for line in said if line.startswith(f"{other}: ")]
+    assert "this one goes on from there" in goes_on and "of other inputs; delete it" in stale
+    assert not left.exists() and sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [other.name, beside.name, "out"]
+    )
+
+
+def test_pickles_in_it_are_opened_as_tensors_only(pruned, checkpoints, tmp_path):
+    left, said = interrupt(pruned, checkpoints["llama"], tmp_path / "out")
+    assert said[-1].startswith(f"{left}: keeps what is finished")
+    [state] = left.glob("trainer/checkpoint-*/optimizer.pt")
+    torch.save(Code(tmp_path / "ran"), state)
+    Store(left / "trainer").save_files(state.parent.name, state.parent)  # by somebody who also writes the digests
+    with pytest.raises(secateur.CheckpointError, match="holds more than tensors, so it is not opened") as caught:
+        recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+    torch.load(state, weights_only=False)
+    assert (tmp_path / "ran").exists(), "the pickle would have run"
+
+
+def test_damaged_trained_weights_are_trained_again(recovered, pruned, checkpoints, tmp_path):
+    def kill(name: str, done: int, total: int) -> None:
+        if name == "verify":
+            raise Killed
+
+    out, said = tmp_path / "out", list[str]()
+    with pytest.raises(Killed):
+        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
+    [trained] = tmp_path.glob(".out.recover-*/trained/*.safetensors")
+    raw = bytearray(trained.read_bytes())
+    raw[-1] ^= 1
+    trained.write_bytes(raw)
+    recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append)
+    told = f"recover: {trained.stem}, finished by an earlier run, is damaged on disk, so it is done again."
+    assert said.count(told) == 1
+    assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()

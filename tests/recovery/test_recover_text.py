@@ -13,7 +13,7 @@ from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery.pair import recovery_text
 from secateur.recovery.text import RecoveryText, blocks_per_step, shared_out
 
-TOKENIZER, LENGTH = tiny_tokenizer(), 32
+TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture

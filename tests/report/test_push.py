@@ -81,17 +81,6 @@ def test_the_card_has_the_hub_s_metadata(places):
     assert metadata(places["twice"])["license"] == "apache-2.0"  # read from the card of `once`
 
 
-def test_the_card_says_what_it_is_bad_at_and_on_which_text_it_was_calibrated(places):
-    text, summary = (places["once"] / CARD).read_text(), read_summary(places["once"])
-    ratios = {
-        name: loss.perplexity / summary.dense_losses[name].perplexity for name, loss in summary.pruned_losses.items()
-    }
-    worst = max(ratios, key=lambda name: ratios[name])
-    assert f"It lost most on {worst} ({ratios[worst]:.2f} times the dense model's perplexity)" in text
-    assert f"- prose: {summary.calibration.num_tokens['prose']:,} tokens (prose.txt)" in text
-    assert "hub id of the dense model" not in text, "it is said to who pushes, not to who reads the card"
-
-
 def test_what_is_written_names_no_place_of_this_machine_but_the_recipe(once, places):
     assert run_cli("evaluate", once, "--against", places["dense"], "--quiet").status == 0
     assert run_cli("bench", once, "--against", places["dense"], *TIMED).status == 0

@@ -1,7 +1,6 @@
 """The report of a real tiny run: complete, self-contained, escaped, repeatable; in a browser."""
 
 import dataclasses
-import json
 import re
 import shutil
 from html import escape, unescape
@@ -16,11 +15,9 @@ from run_cli import run_cli
 from secateur.api import prune
 from secateur.errors import CheckpointError
 from secateur.facts import Loss, OwnAnswers
-from secateur.report.card import model_card
-from secateur.report.measured import Spread, plus_minus
+from secateur.report.measured import Spread
 from secateur.report.records import Summary
-from secateur.report.report import write_report
-from secateur.report.rows import beside_verdict, caveats, escaped, loss_rows, verdict
+from secateur.report.rows import beside_verdict, verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
@@ -86,44 +83,6 @@ def test_names_are_escaped_in_the_page(result):
     assert "$\\frac$ 日本 &amp; " in html
 
 
-def test_a_difference_has_the_error_of_the_same_blocks(result):
-    summary, errors, rises = summary_of(result), [], []
-    rows = {row: cells for row, *cells in loss_rows(summary)}
-    for name, dense in summary.dense_losses.items():
-        pruned = summary.pruned_losses[name]
-        tokens, num_documents = dense.document_tokens, len(dense.document_nats)
-        assert dense.nats_per_token == pytest.approx(sum(dense.document_nats) / sum(tokens))
-        pairs = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
-        rises.append(sum(pairs) / sum(tokens))
-        squares = sum((pair - rises[-1] * count) ** 2 for pair, count in zip(pairs, tokens, strict=True))
-        many = num_documents > 1
-        errors.append((squares * num_documents / (num_documents - 1)) ** 0.5 / sum(tokens) if many else None)
-        assert rows[name][2] == f"{rises[-1]:+.3f}{plus_minus(errors[-1])}" and "±" not in rows[name][0]
-    error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2
-    assert rows["mean (geometric mean)"][2] == f"{sum(rises) / 2:+.3f}{plus_minus(error)}"
-
-
-def test_of_one_document_alone_no_error_is_told(result):
-    summary = summary_of(result)
-    cut = [
-        {name: Loss.of(loss.document_nats[:1], loss.document_tokens[:1]) for name, loss in losses.items()}
-        for losses in (summary.dense_losses, summary.pruned_losses)
-    ]
-    rows = list(loss_rows(dataclasses.replace(summary, dense_losses=cut[0], pruned_losses=cut[1])))
-    assert len(rows) == 4 and not any("±" in cell for row in rows for cell in row)
-    assert all(re.fullmatch(r"[+-]\d\.\d{3}", row[3]) for row in rows[1:])
-
-
-def test_the_page_tells_the_numbers_of_result_json_and_of_the_card(result):
-    html, summary = page_of(result), summary_of(result)
-    assert verdict(summary) in unescape(html) and escaped(verdict(summary)) in model_card(summary)
-    assert summary.calibration.content_hash in html
-    for losses in summary.losses_by_name().values():
-        for loss in losses.values():
-            assert f"<td>{loss.nats_per_token:.3f} ({loss.perplexity:.2f})</td>" in html
-    assert "layer 2</th><td>112 → 64</td>" in html, "rounds are told by what the model had and what it kept at last"
-
-
 def test_the_verdict_is_a_short_headline_and_says_what_was_not_measured(result):
     summary, losses = summary_of(result), (Loss.of([90.0, 120.0], [30, 40]), Loss.of([120.0, 150.0], [30, 40]))
     answers = OwnAnswers(48, 3000, 0.75, 1.17, 0.03, 0.8, (0.9, 0.85), (0.02, 0.05), ())
@@ -149,19 +108,6 @@ def test_the_verdict_is_a_short_headline_and_says_what_was_not_measured(result):
     assert "other sources" not in beside_verdict(plain)
     unknown = dataclasses.replace(plain, other_text=None, dense_losses={}, pruned_losses={})
     assert verdict(unknown) == "20% smaller; what that cost was not measured"
-
-
-def test_page_and_card_warn_of_overlap(copy):
-    summary = summary_of(copy)
-    shares = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.604, ODD: None})
-    doubtful = dataclasses.replace(summary, calibration=shares)
-    (note,) = caveats(doubtful)
-    assert f"({HOSTILE} 60%)" in note and escaped(note) in model_card(doubtful)
-    (copy / "result.json").write_text(doubtful.to_json(), encoding="utf-8")
-    write_report(copy)
-    assert page_of(copy).count("is flattered.") == 1
-    clean = dataclasses.replace(summary.calibration, held_out_overlap={HOSTILE: 0.05, ODD: None})
-    assert caveats(dataclasses.replace(summary, calibration=clean)) == []
 
 
 def test_overlap_is_measured_by_the_run(result):
@@ -194,44 +140,6 @@ def test_a_summary_goes_to_json_and_back(result):
         Summary.from_json(text.replace('"num_params"', '"count"', 1), "here")
 
 
-def test_what_bench_and_evaluate_measured_is_told(copy, checkpoints):
-    assert (
-        run_cli(
-            "bench", copy, "--against", checkpoints["llama"], "--prompt-tokens", 16, "--new-tokens", 4, "--quiet"
-        ).status
-        == 0
-    )
-    assert run_cli("evaluate", copy, "--against", checkpoints["llama"], "--quiet").status == 0
-    evaluation = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
-    for which, right in (("dense", 0.5), ("pruned", 0.25)):  # in the shape of lm-evaluation-harness
-        scores = {"alias": "copa", "acc,none": right, "acc_stderr,none": 0.05, "f1,none": 0.3, "f1_stderr,none": "N/A"}
-        evaluation[which]["tasks"] = {"results": {"copa": scores}, "sources": {}, "lm_eval_version": "0"}
-    (copy / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    write_report(copy)
-    html, bench = page_of(copy), json.loads((copy / "bench.json").read_text(encoding="utf-8"))
-    page = PageChecks(html)
-    assert page.problems == []
-    assert "copa, acc</th><td>0.500 ± 0.050</td><td>0.250 ± 0.050</td>" in html
-    assert "copa, f1</th><td>0.300</td><td>0.300</td>" in html
-    assert f"<td>{bench['speed_ups']['decode']['ideal']:.2f}x</td>" in html
-    kl = evaluation["kl"][HOSTILE]
-    assert f"<td>{kl['kl']:.3f}{plus_minus(kl['standard_error'])}</td>" in html
-    told = json.loads((copy / "result.json").read_text(encoding="utf-8"))
-    told["own_answers"]["shown"] = [{"prompt": HOSTILE, "dense": HOSTILE, "pruned": "a\n b\x07\u202e"}]
-    (copy / "result.json").write_text(json.dumps(told), encoding="utf-8")
-    write_report(copy)
-    assert HOSTILE not in page_of(copy) and PageChecks(page_of(copy)).problems == []
-    assert "<td>a\n b  </td>" in page_of(copy)
-    bench["speed_ups"]["prefill"]["measured"] = {"median": 1.2, "lowest": 1.1, "highest": 1.3}
-    bench["speed_ups"]["decode"]["measured"] = {"median": 1.04, "lowest": 0.97, "highest": 1.25}
-    (copy / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
-    write_report(copy)
-    html = page_of(copy)
-    assert html.count("not measurably different") == 3  # beside the verdict; key figure, table
-    assert "Prefill runs 1.20 (1.10 to 1.30) times as fast and decode speed is not measurably" in html
-    assert "1.04x" not in html
-
-
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -257,11 +165,6 @@ def test_a_damaged_result_is_one_sentence(copy, damage, sentence):
     assert outcome.status == 2 and outcome.stdout == ""
     assert re.fullmatch(rf"secateur: [^\n]*{sentence}[^\n]*\n", outcome.stderr)
     assert not copy.exists() or page_of(copy) == before
-
-
-def test_a_run_that_nothing_judges_has_no_quality(checkpoints, recipe, tmp_path):
-    prune(checkpoints["llama"], grouped({**recipe, "evaluate": False}), out=tmp_path / "out")
-    assert PageChecks(page_of(tmp_path / "out")).problems == [] and 'id="quality"' not in page_of(tmp_path / "out")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import io
 import re
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
 from models import tiny_llama
 from page_checks import PageChecks
-from rich.console import Console
 from test_card import HOSTILE, READER, shown, summary, tokens
 
 from secateur.facts import Loss
@@ -19,12 +17,10 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
-from secateur.report import rows
 from secateur.report.card import model_card
 from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
 from secateur.report.report import removed_section
-from secateur.report.rows import summary_table
 
 RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
 LEARNT = [
@@ -82,44 +78,8 @@ def made(scripts: dict[str, tuple[int, int]], **changes: Any) -> VocabularyFacts
     return dataclasses.replace(VocabularyFacts(1024, 512, domains, scripts, nats, 0.125), **changes)
 
 
-def test_the_sentence_names_the_script_that_loses_most_first_and_leaves_out_those_that_lose_nothing():
-    said = rows.who_suffers(made({"latin": (900, 400), "cjk": (20, 1), "greek": (30, 30), "thai": (15, 0)}))
-    assert said == (
-        "The vocabulary was trimmed from 1,024 to 512 tokens. Held-out text of the run's own domains takes 3.0% more "
-        "tokens and loses 0.12 nats per token by it. What is written in these scripts is predicted worse: 1 of 20 cjk "
-        "tokens, 400 of 900 latin tokens stay."
-    )
-    said = rows.who_suffers(made({"latin": (900, 900)}))
-    assert said.endswith("nats per token by it.")
-
-
 def trimmed(facts: VocabularyFacts | None, name: str = "model") -> Summary:
     return dataclasses.replace(summary(name, name, name, "secateur prune model out"), vocabulary=facts)
-
-
-def terminal(found: Summary) -> str:
-    console = Console(width=200, file=io.StringIO())
-    with console.capture() as capture:
-        console.print(summary_table(found))
-    return capture.get()
-
-
-def test_the_card_says_it_in_its_first_line_and_the_terminal_in_its_rows():
-    facts = made({"latin": (900, 400), "cjk": (20, 1), "thai": (15, 0)})
-    card = model_card(trimmed(facts))
-    after_title = card.split("pruned by secateur\n\n", 1)[1]
-    assert html.unescape(after_title).startswith("The vocabulary was trimmed from 1,024 to 512 tokens. Held-out text")
-    said = terminal(trimmed(facts))
-    assert re.search(r"vocabulary +│ +1,024 tokens +│ +512 tokens", said)
-    assert "a +10.0%, b +0.7% more tokens" in said
-    assert "nats/token of the dense tokenizer (perplexity)" in said
-    alone = "a +0.250, b -0.010 nats per token of the dense tokenizer; 0.125 were foretold"
-    assert alone in said and alone in html.unescape(model_card(trimmed(facts)))
-    assert "foretold" not in terminal(trimmed(dataclasses.replace(facts, foretold=None)))
-    assert alone in html.unescape(page_of(facts)) and "1 of 20 cjk tokens" in page_of(facts)
-    plain = terminal(trimmed(None))
-    assert "vocabulary" not in plain and "nats/token (perplexity)" in plain
-    assert "vocabulary" not in model_card(trimmed(None))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
