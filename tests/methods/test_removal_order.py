@@ -19,11 +19,11 @@ from secateur.methods.vocabulary import (
     PieceNats,
     Removal,
     channel_law,
-    cheapest_count,
     count_for_size,
     kept_after,
+    nats_of_trims,
     nats_over,
-    nats_per_token,
+    nats_with,
     of_scripts,
     piece_nats,
     removal_by_counts,
@@ -295,27 +295,16 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
             count_for_size(REMOVAL, 310, size)
 
 
-def test_tokens_and_channels_meet_where_their_sum_is_least():
-    removal = removal_of(REMOVAL.ids, 1e-6 * REMOVAL.cost_R)
-    counts = torch.arange(0, 201, 10)
-    channels = 3000.0 - 30 * counts
-    sums = {int(n): 1e4 * (float(removal.cost_R[n - 1]) if n else 0) + 3000 - 30 * int(n) for n in counts}
-    assert cheapest_count(removal, counts, 1e4, channels.double()) == min(sums, key=sums.__getitem__)
-    best = cheapest_count(removal, counts, 2e5, channels.double())
-    assert 0 < best < 200  # a marginal token costs 0.4 n, a channel 30
-
-
-def test_text_gets_no_longer_than_was_measured_unless_nothing_else_gives_enough():
+def test_text_costs_what_was_measured_and_in_between_a_straight_line():
     removal = removal_of(REMOVAL.ids, torch.arange(1, 201, dtype=torch.float64) / 1000)
-    counts, channels = torch.arange(0, 201, 10), torch.zeros(21, dtype=torch.float64)
-    channels[:18] = 1.0
-    assert cheapest_count(removal, counts, 0.0, 3000.0 - 30 * counts.double()) == 100  # 10%, as half of all
-    slow = removal_of(removal.ids, removal.cost_R / 4)
-    assert cheapest_count(slow, counts, 0.0, 3000.0 - 30 * counts.double()) == 200  # 5%
-    steep = removal_of(removal.ids, removal.cost_R**2 * 4)  # half of all lengthen text by 4%
-    assert cheapest_count(steep, counts, 0.0, 3000.0 - 30 * counts.double()) == 110  # 4.84%
-    channels[:12] = torch.inf
-    assert cheapest_count(removal, counts, 0.0, channels) == 180  # as the sum alone says
+    counts = torch.tensor([0, 50, 100, 150, 200])
+    one = nats_of_trims(removal, counts, {1.0: 3.0})
+    assert one.tolist() == pytest.approx([0.0, 0.15, 0.3, 0.45, 0.6])
+    measured = nats_of_trims(removal, counts, {0.15: 0.9, 0.1: 0.2})
+    assert measured.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.9, 1.6])
+    # A trim that seems to cost less than a smaller one costs as much; one that seems to win costs nothing.
+    assert nats_of_trims(removal, counts, {0.1: 0.2, 0.15: 0.1}).tolist() == pytest.approx([0.0, 0.1, 0.2, 0.2, 0.2])
+    assert nats_of_trims(removal, counts, {0.1: -0.2, 0.15: 0.1}).tolist() == pytest.approx([0.0, 0.0, 0.0, 0.1, 0.2])
 
 
 def test_nats_are_over_the_kept_tokens_alone():
@@ -329,7 +318,7 @@ def test_nats_are_over_the_kept_tokens_alone():
     assert nats_over(model, bind(model), block, kept_K) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_further_token_costs_the_nats_that_text_costs_more():
+def test_nats_with_a_trim_are_per_dense_token_and_the_mean_by_share():
     dense_tokenizer = bpe_tokenizer(vocab_size=310)
     num_rows = len(dense_tokenizer)
     model = tiny_llama(vocab_size=num_rows)
@@ -339,20 +328,27 @@ def test_a_further_token_costs_the_nats_that_text_costs_more():
     kept = KeptTokens(kept_after(removal, num_rows, len(removal.ids) // 2), num_rows)
     trim = Trim(kept, dense_tokenizer, trimmed_tokenizer(dense_tokenizer, kept))
     ids = torch.tensor(dense_tokenizer("".join(CORPUS))["input_ids"])
-    blocks, told = [ids[:180].view(6, 30), ids[180:240].view(2, 30)], []
-    found = nats_per_token(model, bind(model), trim, blocks, lambda *each: told.append(each))
-    nats, more, kept_K = 0.0, 0, torch.tensor(kept.dense_ids)
-    for ids_T in (*blocks[0][:4], *blocks[1]):
-        # What the first token spells is context alone.
-        first, rest = (trim.tokenizer(dense_tokenizer.decode(part))["input_ids"] for part in (ids_T[:1], ids_T[1:]))
-        new_T = torch.tensor([*first[-1:], *rest])
-        with torch.no_grad():
-            before = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
-            after = model(kept_K[new_T][None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
-        nats -= float(after.gather(1, new_T[1:, None]).sum()) - float(before.gather(1, ids_T[1:, None]).sum())
-        more += len(new_T) - len(ids_T)
-    assert more > 20 and nats > 1 and found == pytest.approx(nats / more, rel=1e-5)
-    assert told[-1][1:] == (6, 6)
+    text, told = {"prose": ids[:180].view(6, 30), "code": ids[180:240].view(2, 30)}, []
+    shares = {"prose": 0.75, "code": 0.25}
+    before, after = (
+        nats_with(model, bind(model), text, shares, each, lambda *step: told.append(step)) for each in (None, trim)
+    )
+    expected, further, kept_K = {None: 0.0, trim: 0.0}, 0, torch.tensor(kept.dense_ids)
+    for name, blocks in (("prose", text["prose"][:4]), ("code", text["code"])):
+        for ids_T in blocks:
+            # What the first token spells is context alone.
+            first, rest = (trim.tokenizer(dense_tokenizer.decode(part))["input_ids"] for part in (ids_T[:1], ids_T[1:]))
+            new_T = torch.tensor([*first[-1:], *rest])
+            with torch.no_grad():
+                dense = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
+                cut = model(kept_K[new_T][None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
+            weight = shares[name] / (29 * len(blocks))
+            expected[None] -= weight * float(dense.gather(1, ids_T[1:, None]).sum())
+            expected[trim] -= weight * float(cut.gather(1, new_T[1:, None]).sum())
+            further += len(new_T) - len(ids_T)
+    assert further > 20 and after - before > 0.1
+    assert (before, after) == pytest.approx((expected[None], expected[trim]), rel=1e-5)
+    assert told[-1][1:] == (2, 2)
 
 
 @pytest.fixture(scope="module")

@@ -334,11 +334,36 @@ def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
 
 
 def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
-    """Return the run that `auto` plans if a further token costs little and channels by their share."""
+    """Return the run that `auto` plans if tokens cost nothing and channels much."""
     asking = replace(opened(model, parse_recipe(grouped({**short, "vocabulary": "auto"}))), tokenizer=tokenizer)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.pruning.trim._measured", lambda *_: (1e-9, lambda share_N: share_N.clamp(min=0)))
+        patched.setattr("secateur.methods.vocabulary.nats_with", lambda *_: 0.0)
+        patched.setattr("secateur.pruning.trim._channel_law", lambda *_: lambda share_N: 1e6 * share_N.clamp(min=0))
         return resolve(plan_trim(asking, Services(), run_text(asking, silent)))
+
+
+def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, asked, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
+    recipe = parse_recipe(grouped({**asked, "vocabulary": "auto", "remove": 0.2}))
+    asking = replace(opened(model, recipe), tokenizer=tokenizer)
+    monkeypatch.setattr("secateur.pruning.trim._channel_law", lambda *_: lambda share_N: 1000 * share_N.clamp(min=0))
+    trims, chosen = list[int](), dict[float, tuple[int, list[int]]]()
+    for factor in (0.0, 0.002, 1.0):
+
+        def nats_with(*arguments: Any, factor: float = factor) -> float:
+            trim = arguments[4]
+            trims.append(0 if trim is None else trim.kept.num_dense - len(trim.kept.dense_ids))
+            return 3 + factor * trims[-1] ** 2
+
+        monkeypatch.setattr("secateur.methods.vocabulary.nats_with", nats_with)
+        trim = plan_trim(asking, Services(), run_text(asking, silent)).trim
+        assert trim is not None
+        gone = trim.kept.num_dense - len(trim.kept.dense_ids)
+        assert trim.foretold == pytest.approx(factor * gone**2)
+        chosen[factor] = gone, trims.copy()
+        trims.clear()
+    # The dense model first, then the best trim by pieces, and each next one by what was measured.
+    assert chosen == {0.0: (388, [0, 388]), 0.002: (260, [0, 388, 324, 260]), 1.0: (0, [0, 388])}
 
 
 def share_gone(found: Resolved) -> float:
@@ -346,14 +371,8 @@ def share_gone(found: Resolved) -> float:
     return 1 - params_after(found) / found.prices.total
 
 
-@pytest.fixture
-def any_growth(monkeypatch):
-    """Let text grow as it likes: tiny models give enough only with most of their tokens."""
-    monkeypatch.setattr("secateur.methods.vocabulary.MOST_GROWTH", math.inf)
-
-
 @pytest.mark.parametrize(("budget", "alone"), [("uniform", True), ("curve", False)])
-def test_auto_takes_tokens_alone_where_a_few_too_many_are_within_half_a_step(budget, alone, tied, asked, any_growth):
+def test_auto_takes_tokens_alone_where_a_few_too_many_are_within_half_a_step(budget, alone, tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     gone, price = model.config.vocab_size - 448, token_prices(model, 1)
     share = (gone - 20) * price / num_params(model)  # 20 tokens are 960 parameters; a uniform step is 3,456
@@ -372,7 +391,7 @@ def test_auto_reckons_with_the_steps_of_the_widths_that_tokens_leave(asked):
 
 
 @pytest.mark.parametrize("layers", [{"depth": 1}, {"removed_layers": [0]}, {"depth": 1, "groups": []}])
-def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked, any_growth):
+def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     # A layer and the tokens that go are 0.344 of the model; 64 tokens more would be 0.374.
     found = planned(model, tokenizer, {**asked, "remove": 0.35, **layers})
@@ -380,7 +399,7 @@ def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked, a
 
 
 def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked, monkeypatch):
-    monkeypatch.setattr("secateur.pruning.trim._measured", None)
+    monkeypatch.setattr("secateur.pruning.trim._channel_law", None)
     recipe = grouped({**asked, "remove": 0.2, "depth": 1, "vocabulary": "auto"})
     with pytest.raises(
         secateur.SecateurError, match=r"remove\.depth: 1 layers of 23,136 parameters each make it 0.224"
@@ -389,18 +408,18 @@ def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked
 
 
 @pytest.mark.parametrize("changes", [{"removed_layers": [0]}, {"rounds": 2}, {"min_keep": 0.96}], ids=str)
-def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked, any_growth):
+def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked):
     recipe = parse_recipe(grouped({**asked, "remove": 0.5, "vocabulary": "auto", **changes}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
     dense, text = trimming._read(ready, Services()), run_text(ready, silent)
     removal = trimming._removal(dense, trimming._counts(dense, text, {}), PieceNats())
     with trimming._at_hand(dense, text) as hand:
-        nats, law = trimming._measured(dense, hand, removal, PieceNats(), 0.5)
-    assert math.isfinite(nats) and float(law(torch.tensor(0.5))) > 0
+        num_gone, nats = trimming._count(dense, hand, removal, PieceNats())
+    assert num_gone > 0 and math.isfinite(nats)
 
 
-def test_auto_counts_no_channels_of_protected_layers(tied, asked, any_growth):
+def test_auto_counts_no_channels_of_protected_layers(tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     # 384 tokens would stay if the channels of the protected layer could go too.
     found = planned(model, tokenizer, {**asked, "remove": 0.35, "protected_layers": [0]})

@@ -33,16 +33,13 @@ from secateur.stream.walk import Batch
 ALIGN_TOKENS = 64
 # The share of a token's use that is its neighbours': what the domains' text happens not to contain.
 PRIOR_SHARE, NEIGHBOURS = 0.5, 1024
-# Blocks per domain on which the nats of further tokens, and those of narrow FFNs, are measured.
+# Blocks per domain on which the nats of a trim, and those of narrow FFNs, are measured.
 TOKEN_BLOCKS, NARROW_BLOCKS = 4, 2
 # In the text on which the nats of pieces are measured every so many tokens are spelt in theirs, and
 # every so many characters in bytes. Fewer characters than these tell nothing of their nats.
 TOKENS_APART, CHARACTERS_APART, FEWEST_CHARACTERS = 16, 2, 8
 # A script that makes up this share of some domain's letters is one that the model is to write.
 WRITTEN_SHARE = 0.01
-# How much longer text may get by `auto`, by the counts, unless half of the tokens lengthen it more:
-# nats are measured with half of them gone. A Qwen2.5 was ruined at 38% (LOG, 2026-11-29).
-MOST_GROWTH = 0.05
 # Readers fitted to few tokens lose so much more than those of a run: 0.44, 0.86 and 1.33 nats where
 # runs of SmolLM2-135M lost two thirds of it, at 10, 20 and 30% of all parameters.
 NARROW_TOKENS_PER_INPUT, NARROW_OVERSTATES = 4, 1.5
@@ -175,6 +172,10 @@ class Removal:
 
     ids: list[int]
     cost_R: Float[Tensor, " R"]
+
+    def growth(self, counts_N: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Return how much longer text is once so many tokens are gone, per token of it."""
+        return torch.cat([self.cost_R.new_zeros(1), self.cost_R])[counts_N]
 
 
 def removal_by_counts(
@@ -311,30 +312,30 @@ def nats_over(model: nn.Module, arch: Arch, block: Block, kept_K: Int64[Tensor, 
     return float(block.counted(torch.cat(nats)).sum())
 
 
-def nats_per_token(
+def nats_with(
     model: nn.Module,
     arch: Arch,
-    trim: Trim,
-    text: Sequence[Text],
-    progress: Progress,
-    weights_V: Float[Tensor, " V"] | None = None,
+    text: Mapping[str, Text],
+    shares: Mapping[str, float],
+    trim: Trim | None,
+    progress: Progress = silent,
 ) -> float:
-    """Return the nats that text costs more after the trim, per token that it then has more.
+    """Return the nats per dense token of text that counts after a trim, or before any: the domains' mean by share.
 
-    The first `TOKEN_BLOCKS` blocks of each domain are measured, in both tokenizers' tokens that count.
-    `weights_V`: as how many further tokens each dense token counts, see `PieceNats.weights`.
+    The first `TOKEN_BLOCKS` blocks of each domain are measured. `text`: in the dense tokenizer.
     """
-    kept_K, every_V = torch.tensor(trim.kept.dense_ids), torch.arange(trim.kept.num_dense)
-    weights_V = torch.ones(trim.kept.num_dense, dtype=torch.float64) if weights_V is None else weights_V
-    asked, nats, more = [block for domain in text for block in blocks_of(domain)[:TOKEN_BLOCKS]], 0.0, 0.0
-    trimmed = retokenised({"": asked}, trim.dense_tokenizer, trim.tokenizer)[""]
-    for block, new in steps(progress, "nats of further tokens", [*zip(asked, trimmed, strict=True)]):
-        new = new._replace(ids_T=kept_K[new.ids_T])
-        nats += nats_over(model, arch, new, kept_K) - nats_over(model, arch, block, every_V)
-        more += sum(
-            sign * float(each.counted(weights_V[each.ids_T[1:]]).sum()) for sign, each in ((1, new), (-1, block))
-        )
-    return max(0.0, nats) / max(1, more)
+    asked = {name: blocks_of(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
+    if trim is None:
+        kept_K, told = torch.arange(head_of(model, arch).out_features), asked
+    else:
+        kept_K, told = torch.tensor(trim.kept.dense_ids), retokenised(asked, trim.dense_tokenizer, trim.tokenizer)
+    total, of_shares = 0.0, 0.0
+    for name, blocks in steps(progress, "nats of trims", told.items()):
+        nats = sum(nats_over(model, arch, block._replace(ids_T=kept_K[block.ids_T]), kept_K) for block in blocks)
+        num_tokens = sum(int(block.mask_T[1:].sum()) for block in asked[name])
+        if num_tokens:
+            total, of_shares = total + shares[name] * nats / num_tokens, of_shares + shares[name]
+    return total / of_shares
 
 
 # From a share of the FFN channels to nats per token.
@@ -368,21 +369,21 @@ def channel_law(
     return lambda share: cost * (share.clamp(min=0) / most) ** exponent
 
 
-def cheapest_count(
-    removal: Removal, counts_N: Int64[Tensor, " N"], nats_per_token: float, channels_N: Float[Tensor, " N"]
-) -> int:
-    """Return the count of `counts_N` at which tokens and channels together cost the fewest nats.
+def nats_of_trims(
+    removal: Removal, counts_N: Int64[Tensor, " N"], measured: Mapping[float, float]
+) -> Float[Tensor, " N"]:
+    """Return the nats per token that text costs more once so many tokens are gone.
 
-    cost(n) = nats_per_token * cost of text after n, in further tokens, + nats of the channels then. At
-    the least of it a further token costs as many nats per parameter as a further channel. Counts that
-    cost more than `MOST_GROWTH` of a text's tokens, and than half of all tokens do, are taken only
-    where no other gives what is asked.
+    `measured`: what text costs that is so much longer by the counts, above 0. In between it is a
+    straight line, and it never falls.
     """
-    more = torch.cat([removal.cost_R.new_zeros(1), removal.cost_R])
-    more_N, most = more[counts_N], max(MOST_GROWTH, float(more[len(removal.ids) // 2]))
-    cost_N = nats_per_token * more_N + channels_N
-    within_N = torch.where(more_N > most, torch.inf, cost_N)
-    return int(counts_N[(cost_N if within_N.isinf().all() else within_N).argmin()])
+    places = sorted(measured)
+    more_P = removal.cost_R.new_tensor([0.0, *places])
+    nats_P = removal.cost_R.new_tensor([0.0, *(measured[more] for more in places)]).cummax(0).values
+    slopes = nats_P.diff() / more_P.diff()
+    more_N = removal.growth(counts_N)
+    line_N = torch.searchsorted(more_P[1:-1].contiguous(), more_N)
+    return nats_P[line_N] + slopes[line_N] * (more_N - more_P[line_N])
 
 
 def written_scripts(scripts: Mapping[int, frozenset[str]], counts: Mapping[str, TokenCounts]) -> set[str]:

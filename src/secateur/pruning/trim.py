@@ -31,6 +31,8 @@ from secateur.stream.walk import Batch, make_batches
 
 # FFNs that lose more of their channels than this are extrapolated, not measured.
 MOST_CHANNELS = 0.85
+# Trims that `auto` measures at most: each at what seems best by those before.
+NUM_TRIMS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,11 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
             nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
-                num_gone, per_token = methods.count_for_size(removal, num_rows, size), nats.token
+                num_gone = methods.count_for_size(removal, num_rows, size)
+                foretold = nats.token * float(removal.growth(torch.tensor([num_gone])))
             else:
-                num_gone, per_token = store.value("vocabulary", partial(_count, dense, hand, removal, nats))
-        cost = float(removal.cost_R[num_gone - 1]) if num_gone else 0.0
-        trim = replace(dense.trim(removal, num_gone), foretold=per_token * cost)
+                num_gone, foretold = store.value("vocabulary", partial(_count, dense, hand, removal, nats))
+        trim = replace(dense.trim(removal, num_gone), foretold=foretold)
         line = {"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows}
         log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": trim.foretold})
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
@@ -141,7 +143,7 @@ def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) 
 
 
 def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: PieceNats) -> tuple[int, float]:
-    """Return how many tokens go with `auto`, and what a further token of text then costs, in nats."""
+    """Return how many tokens go with `auto`, and the nats per token of text that this is to cost."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
     prices = prices_of(opened.arch, opened.model)
@@ -149,7 +151,8 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     asked = max(0.0, remove.share * prices.total - prices.taken(layers))
     per_token = token_prices(opened.model, 1)
     if not remove.group_names or not asked:
-        return int(methods.sizes_within(removal, num_rows, int(asked // per_token))[-1]), pieces.token
+        most_1 = methods.sizes_within(removal, num_rows, int(asked // per_token))[-1:]
+        return int(most_1), pieces.token * float(removal.growth(most_1))
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
     counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
     groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
@@ -159,10 +162,9 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     ffns = tuple(group for group in groups if group.name == "ffn")
     channels = params_of(ffns)
     dense.services.tell(
-        f"{opened.name}: first measures how many of its {num_rows:,} tokens go, about 1.4 passes over the calibration "
-        "text; what goes is said after that."
+        f"{opened.name}: first measures how many of its {num_rows:,} tokens go; what goes is said after that."
     )
-    nats, law = _measured(dense, hand, removal, pieces, min(MOST_CHANNELS, asked / channels))
+    law = _channel_law(dense, hand, min(MOST_CHANNELS, asked / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
     steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
@@ -171,9 +173,32 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
     if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
         cost_N[-1] = 0
-    found = methods.cheapest_count(removal, counts_N, nats, cost_N)
-    dense.services.log.note(f"vocabulary: a further token of text costs {nats:.2f} nats, so {found:,} go.")
-    return found, nats
+
+    # Until a trim is measured every further token costs as one of pieces. Text that gets longer than any measured is
+    # not taken.
+    shares = {name: domain.share for name, domain in opened.recipe.calibration.domains.items()}
+    arguments = (methods.nats_with, hand.opened.model, hand.opened.arch, hand.held_out, shares)
+    before = from_first(partial(*arguments, None, dense.services.progress))
+    measured = dict[float, float]()
+    for _ in range(NUM_TRIMS):
+        sum_N = cost_N + methods.nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
+        best = int(sum_N.argmin())
+        num_gone, more = int(counts_N[best]), float(removal.growth(counts_N)[best])
+        if not more or more in measured:
+            break
+        trim = dense.trim(removal, num_gone)
+        measured[more] = from_first(partial(*arguments, trim, dense.services.progress)) - before
+        dense.services.log.write({"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]})
+    if not measured:
+        return num_gone, 0.0
+    nats_N = methods.nats_of_trims(removal, counts_N, measured)
+    within_N = removal.growth(counts_N) <= max(measured)
+    best = int(torch.where(within_N, cost_N + nats_N, torch.inf).argmin())
+    num_gone, nats = int(counts_N[best]), float(nats_N[best])
+    dense.services.log.note(
+        f"vocabulary: {num_gone:,} tokens go, which costs {nats:.3f} nats per token of held-out text."
+    )
+    return num_gone, nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +206,13 @@ class _Hand:
     """The dense model with weights, on its device, and text to measure it on.
 
     `written`: each domain's calibration blocks; `answers`: those of the dense model's answers, of which
-    the answers alone count. `damping`: of fits.
+    the answers alone count; `held_out`: what guards the run, in all domains. `damping`: of fits.
     """
 
     opened: Opened
     written: dict[str, Blocks]
     answers: dict[str, Blocks]
+    held_out: dict[str, Blocks]
     damping: float
 
 
@@ -206,16 +232,19 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     domains = from_first(lambda: text.learning().text).domains
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
-    written = {domain.name: domain.calibration for domain in domains if not domain.blocks.is_meta}
+    read = [domain for domain in domains if not domain.blocks.is_meta]
+    written = {domain.name: domain.calibration for domain in read}
+    held_out = {domain.name: domain.held_out for domain in read}
     answers: dict[str, Blocks] = {}
     with eval_mode(opened.model):
         if len(written) < len(domains) and not (plan.weights_on_disk or plan.one_layer_at_a_time):
             speaker = text.answers(opened, dense.services)
             for domain in domains:
                 if domain.blocks.is_meta:
-                    blocks = speaker.blocks(domain.name, {"learning": domain.num_calibration})
-                    answers[domain.name] = blocks["learning"]
-        yield _Hand(opened, written | answers, answers, resolved.damping)
+                    sizes = len(domain.held_out), domain.num_calibration
+                    blocks = speaker.blocks(domain.name, {"held-out": sizes[0], "learning": sizes[1]})
+                    held_out[domain.name], answers[domain.name] = blocks["held-out"], blocks["learning"]
+        yield _Hand(opened, written | answers, answers, held_out, resolved.damping)
     placement.offload()
 
 
@@ -225,20 +254,11 @@ def _nats(dense: _Dense, hand: _Hand) -> PieceNats:
     return from_first(partial(methods.piece_nats, *arguments))
 
 
-def _measured(
-    dense: _Dense, hand: _Hand, removal: methods.Removal, pieces: PieceNats, most: float
-) -> tuple[float, methods.Law]:
-    """Return the nats of a further token of text, and those of a share of FFN channels less.
-
-    The first with half of the tokens gone that may go, the second up to `most` of the channels.
-    """
+def _channel_law(dense: _Dense, hand: _Hand, most: float) -> methods.Law:
+    """Return the nats of a share of FFN channels less, measured up to `most` of them."""
     model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
     batches: list[Batch] = []
     for name, blocks in hand.written.items():
         there = blocks.to(model.device)
         batches += own_part(make_batches(name, there.ids_NT, held_out=False, counted_NT=there.counted_NT))
-    text = list(hand.written.values())
-    half, weights_V = dense.trim(removal, len(removal.ids) // 2), pieces.weights(dense.vocabulary)
-    nats = from_first(partial(methods.nats_per_token, model, arch, half, text, progress, weights_V))
-    law = methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, progress)
-    return nats, law
+    return methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, progress)
