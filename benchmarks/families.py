@@ -37,8 +37,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from secateur.model.bind import Arch, bind, decoder_layers, head_of
-from secateur.model.group import Group
-from secateur.model.guesses import Unrouted, close_to, mask, remove, some_units
+from secateur.model.group import Group, cut
+from secateur.model.guesses import Unrouted, close_to, mask, some_units
 from secateur.model.per_layer import record_widths
 from secateur.model.stock import quiet_transformers
 from secateur.model.structure import places
@@ -210,7 +210,7 @@ def check_groups(model: Any, names: tuple[str, ...], auto: Any) -> None:
             unrouted += close_to(silent, group, keep)
         else:
             mask(silent, group, keep)
-        remove(layer, group, keep)
+        cut(layer, group, keep)
     record_widths(whole, arch)
     with Unrouted(unrouted):
         expected = run(masked)

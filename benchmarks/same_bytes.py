@@ -69,7 +69,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "expert-channels": ("qwen2-moe", {"remove": {"share": 0.1, "groups": ["expert_ffn"]}}),
     "shared-expert": ("qwen2-moe", {"remove": {"share": 0.02, "groups": ["shared"]}}),
     "reap": ("qwen2-moe", {"remove": {"share": 0.2, "groups": ["experts"]}, "choose": {"score": "reap"}}),
-    "flap-bias": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "flap"}, "repair": {"compensate": "bias"}}),
+    "flap-bare": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "flap"}, "repair": {"compensate": "none"}}),
     "wanda-none": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "wanda"}, "repair": {"compensate": "none"}}),
     "minimax": ("qwen2", {"remove": {"share": 0.2}, "choose": {"domain_weighting": "minimax"}}),
     "dampings": ("llama", {"remove": {"share": 0.2}, "repair": {"damping_factors": [0.1, 1.0, 10.0]}}),

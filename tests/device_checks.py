@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "domain_weighting": "minimax",
         "damping_factors": [1, 10],
     },
-    "flap": {"score": "flap", "compensate": "bias", "evaluate": False},
+    "flap": {"score": "flap", "compensate": "none", "evaluate": False},
     "depth": {"depth": 1, "remove": 0.35},
     "on disk": {"memory_budget": "0.1MB", "evaluate": False},
 }

@@ -98,12 +98,11 @@ def output_error(
     keep: Sequence[int],
     new_HS: Array,
     *,
-    bias_H: Array | float = 0.0,
     extra_TH: Array | float = 0.0,
 ) -> float:
     """|y + extra - (x_S V' + b)|^2 over |y|^2, y = x W'."""
     own_TH = x_TF @ reader_HF.T
-    missing_TH = own_TH + extra_TH - x_TF[:, list(keep)] @ new_HS.T - bias_H
+    missing_TH = own_TH + extra_TH - x_TF[:, list(keep)] @ new_HS.T
     return float((missing_TH**2).sum()) / max(float((own_TH**2).sum()), 1e-30)
 
 
@@ -115,15 +114,6 @@ def guard(error_of: Callable[[float], dict[str, float]]) -> float:
         if all(after[name] <= before[name] for name in before):
             return step
     return 0.0
-
-
-def flap_bias(reader_HF: Array, mean_F: Array, keep: Iterable[int]) -> Array:
-    """The mean output of the channels that go."""
-    kept, bias_H = set(keep), np.zeros(len(reader_HF))
-    for channel, mean in enumerate(mean_F):
-        if channel not in kept:
-            bias_H += reader_HF[:, channel] * mean
-    return bias_H
 
 
 def unit_scores(

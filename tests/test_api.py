@@ -101,14 +101,6 @@ def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
     assert model.generate(tiny_ids(batch=1), attention_mask=torch.ones(1, 16), max_new_tokens=4).shape == (1, 20)
 
 
-def test_biases_that_a_run_adds_can_be_trained_too(small):
-    model = tiny_llama()
-    secateur.prune(model, grouped({**small, "compensate": "bias", "score": "flap"}), tokenizer=TOKENIZER)
-    model(tiny_ids(), labels=tiny_ids()).loss.backward()
-    assert model.config.mlp_bias is True
-    assert model.model.layers[0].mlp.down_proj.bias.grad is not None
-
-
 def test_a_path_and_a_model_in_memory_give_the_same_weights(checkpoints, small):
     model = tiny_llama()
     secateur.prune(model, grouped(small), tokenizer=TOKENIZER)

@@ -270,10 +270,8 @@ class Choose(Strict):
 class Repair(Strict):
     """How to repair what stays."""
 
-    compensate: Literal["none", "bias", "least_squares"] = "least_squares"
-    """what refits the weights that read the units; `bias` is FLAP's, where the family can store
-    one.
-    """
+    compensate: Literal["none", "least_squares"] = "least_squares"
+    """what refits the weights that read the units."""
     damping: Positive = 1e-3
     """each channel's ridge, relative to its own entry on the Gram matrix's diagonal. With fewer
     than 10 tokens per channel it is at least 0.001 times what is missing to 10.

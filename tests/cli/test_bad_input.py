@@ -259,11 +259,6 @@ def test_too_little_damping_for_so_few_tokens(prune, recipe):
     refused(outcome, "obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens.")
 
 
-def test_bias_compensation_where_the_family_has_no_bias(checkpoints, prune):
-    outcome = prune(source=checkpoints["qwen2"], compensate="bias")
-    refused(outcome, "repair.compensate: family qwen2 cannot store a bias in its readers")
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

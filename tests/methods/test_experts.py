@@ -20,7 +20,7 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 SHARES = {"a": 0.5, "b": 0.5}
 STACKS = Stacks("gate_up_proj", None, "down_proj", alternating=False, transposed=False)
-ONE_GROUP = Experts("mlp.experts", "mlp.gate", ("mlp.gate.weight",), (), 1, (), STACKS)
+ONE_GROUP = Experts("mlp.experts", STACKS, ("mlp.gate.weight",))
 
 
 def expert_output(name: str, module: torch.nn.Module, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,8 @@ def test_the_observer_sees_what_brute_force_computes(name: str) -> None:
     walk.advance(0)
     found = observe_routing(walk, group)[0]["a"]
     layer = decoder_layers(model, arch)[1]
-    module, router = layer.get_submodule("mlp.experts"), layer.get_submodule(group.experts.router)
+    router = layer.get_submodule(group.experts.router_rows[0].rpartition(".")[0])
+    module = layer.get_submodule("mlp.experts")
     assert not module._forward_hooks
     seen = []
     handle = layer.get_submodule("mlp").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -72,7 +73,7 @@ def test_steps_end_where_asked_and_take_from_every_group() -> None:
 def test_groups_of_experts_keep_as_many_each() -> None:
     scores = torch.tensor([9.0, 8, 7, 1, 2, 3])
     assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
-    two = Experts("mlp.experts", "mlp.gate", (), (), 2, (), STACKS)
+    two = Experts("mlp.experts", STACKS, num_groups=2)
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
 
 

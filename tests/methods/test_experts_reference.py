@@ -14,7 +14,6 @@ from secateur.methods.experts import (
     _refit,
     _routing_of_weighted,
     channel_inputs,
-    cut_experts,
     observe_routing,
     prune_expert_channels,
     prune_experts,
@@ -22,6 +21,7 @@ from secateur.methods.experts import (
 )
 from secateur.methods.select import Task
 from secateur.model.bind import bind
+from secateur.model.group import cut
 from secateur.stream.walk import Batch, Walk, make_batches
 from tests.families import tiny_family
 from tests.models import tiny_ids
@@ -128,7 +128,7 @@ def test_the_experts_of_least_score_go_and_the_line_says_what_is_left(score: str
     assert torch.equal(mlp.experts.down_proj, old.experts.down_proj[expected])
     assert torch.equal(mlp.experts.gate_up_proj, old.experts.gate_up_proj[expected])
     assert torch.equal(mlp.gate.weight, old.gate.weight[expected])
-    counts = group_of(before, "experts", 1).experts.counts
+    counts = group_of(before, "experts", 1).counts
     assert counts
     for name in counts:
         parent, _, attribute = name.rpartition(".")
@@ -174,7 +174,7 @@ def test_with_a_refit_experts_go_in_steps_measured_on_what_the_last_step_left() 
         gone = scores.index(min(scores))
         stays = [expert for expert in range(len(left)) if expert != gone]
         left = [left[expert] for expert in stays]
-        cut_experts(stepwise.model.layers[1], group, torch.tensor(stays))
+        cut(stepwise.model.layers[1], group, torch.tensor(stays))
         judged = refit_experts(walk, group, wanted, 0.1, "energy", SHARES)
     assert keep.tolist() == left
     assert (line["step"], line["error_before"], line["error_after"]) == (
@@ -197,11 +197,11 @@ def test_a_refit_is_two_sweeps_of_damped_least_squares_towards_the_output_and_a_
     of_dense.advance(1)
     walk.dense_BTD = of_dense.hidden_BTD
     _, wanted = observe_routing(walk, group, target_mix=mix, keep=True)
-    cut_experts(model.model.layers[1], group, torch.tensor([0, 2, 3, 5]))
-    cut = copy.deepcopy(model)
+    cut(model.model.layers[1], group, torch.tensor([0, 2, 3, 5]))
+    after = copy.deepcopy(model)
     judged = refit_experts(walk, group, wanted, damping, weighting, SHARES)
 
-    own, dense_own, now = ([Layer(each, 1, text) for text in (TEXT, HELD_OUT)] for each in (before, dense, cut))
+    own, dense_own, now = ([Layer(each, 1, text) for text in (TEXT, HELD_OUT)] for each in (before, dense, after))
     target, held_out_target = (
         {n: own[i].given[n] + mix * (dense_own[i].behind[n] - own[i].behind[n]) for n in TEXT} for i in range(2)
     )

@@ -11,7 +11,7 @@ import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
 
-from secateur.data.blocks import Block, TokenCounts, count_tokens
+from secateur.data.blocks import TokenCounts, count_tokens
 from secateur.errors import RecipeError
 from secateur.methods import vocabulary as module
 from secateur.methods.depth import narrow_kl, narrow_readers
@@ -22,7 +22,6 @@ from secateur.methods.vocabulary import (
     count_for_size,
     kept_after,
     nats_of_trims,
-    nats_over,
     nats_with,
     of_scripts,
     piece_nats,
@@ -37,6 +36,7 @@ from secateur.methods.vocabulary import (
 from secateur.model.bind import bind
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
+from secateur.stream.losses import block_losses
 from secateur.stream.walk import make_batches
 
 
@@ -50,7 +50,7 @@ def vocabulary_of(*, needs_parts: bool, seed: int, num_tokens: int = 40, num_pad
     texts = {index: "abcdefgh"[index] for index in range(8)}
     for index, those in parts.items():
         texts[index] = "".join(texts[part] for part in those)
-    return Vocabulary("toy", num_tokens + num_padding, texts, parts, needs_parts, frozenset(range(8)))
+    return Vocabulary(num_tokens + num_padding, texts, parts, needs_parts, frozenset(range(8)))
 
 
 def brute_force(
@@ -141,7 +141,7 @@ def test_a_token_costs_the_weights_of_its_pieces(seed):
 
 def test_bytes_of_a_character_weigh_what_it_costs_and_nothing_else_does():
     parts = {4: (0, 1), 5: (0, 1, 2), 6: (3, 3)}
-    vocabulary = Vocabulary("toy", 7, {}, parts, True, frozenset(), {0: 0xE2, 1: 0x80, 2: 0x99})
+    vocabulary = Vocabulary(7, {}, parts, True, frozenset(), {0: 0xE2, 1: 0x80, 2: 0x99})
     weights_V = PieceNats(token=5.0, character=15.0).weights(vocabulary)
     cost = {index: float(weights_V[list(those)].sum()) - 1 for index, those in parts.items()}
     assert cost == {4: 3.0, 5: 3.0, 6: 1.0}  # 15 nats are three further tokens, of two bytes or of three
@@ -154,7 +154,6 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     arch, vocabulary = (
         bind(model),
         Vocabulary(
-            "toy",
             320,
             {},
             {50: (10, 11), 51: (12, 13, 14), 60: (1, 2, 3), 61: (4, 5), 70: (8, 9)},
@@ -230,7 +229,7 @@ def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
 def test_the_order_is_of_damped_counts_and_the_growth_of_plain_ones():
     # Token 2 is used five times in one document, token 3 once in each of three; half of either is the mean of both.
     parts = {2: (0, 1), 3: (1, 0)}
-    vocabulary = Vocabulary("toy", 4, {0: "a", 1: "b", 2: "ab", 3: "ba"}, parts, True, frozenset({0, 1}))
+    vocabulary = Vocabulary(4, {0: "a", 1: "b", 2: "ab", 3: "ba"}, parts, True, frozenset({0, 1}))
     texts = [[0, 2, 2, 2, 2, 2], [1, 3], [3], [3]]
     found = removal_by_counts(
         vocabulary, {"d": count_tokens(map(torch.tensor, texts), 4)}, {"d": 1.0}, nats=PieceNats()
@@ -268,9 +267,7 @@ REMOVAL = removal_of(list(range(300, 100, -1)), torch.arange(200, dtype=torch.fl
 
 def test_letters_of_the_scripts_that_the_text_is_written_in_stay():
     texts = dict(enumerate(["a", "b", "é", "ж", "鐵", "ab", "a鐵"]))
-    vocabulary = Vocabulary(
-        "toy", 7, texts, {2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0, 1), 6: (0, 4)}, True, frozenset({0, 1})
-    )
+    vocabulary = Vocabulary(7, texts, {2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0, 1), 6: (0, 4)}, True, frozenset({0, 1}))
     text = {"d": count_tokens([torch.tensor([0] * 190 + [5] * 6 + [4] * 3 + [3])], 7)}
     assert set(removal_by_counts(vocabulary, text, {"d": 1.0}, nats=PieceNats()).ids) == {3, 5, 6}
     less = {"d": count_tokens([torch.tensor([0] * 199 + [4])], 7)}  # half a percent is no script to write
@@ -314,8 +311,7 @@ def test_nats_are_over_the_kept_tokens_alone():
     with torch.no_grad():
         log_p = model(ids_T[None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
     expected = -sum(float(log_p[n, (kept_K == ids_T[n + 1]).nonzero()[0, 0]]) for n in range(24))
-    block = Block(ids_T, torch.zeros_like(ids_T))
-    assert nats_over(model, bind(model), block, kept_K) == pytest.approx(expected, rel=1e-6)
+    assert float(block_losses(model, bind(model), ids_T[None], kept_K).sum()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_nats_with_a_trim_are_per_dense_token_and_the_mean_by_share():
@@ -397,7 +393,7 @@ def test_the_law_goes_through_both_measured_points(narrow):
 def test_scripts_are_those_of_letters():
     assert scripts_of("naïve Паром 海 ひ 한 1+2 µ ʰ 🚀 \ufffd") == {"latin", "cyrillic", "cjk", "hiragana", "hangul"}
     assert scripts_of("12 :)") == set()
-    vocabulary = Vocabulary("toy", 3, {0: "abc", 1: "Паром", 2: "7"}, {}, True, frozenset())
+    vocabulary = Vocabulary(3, {0: "abc", 1: "Паром", 2: "7"}, {}, True, frozenset())
     assert of_scripts(vocabulary, ["cyrillic"]) == {1} and of_scripts(vocabulary, []) == set()
     with pytest.raises(
         RecipeError, match=r"no token of the model has a letter of greek; its scripts are cyrillic, latin"

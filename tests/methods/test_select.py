@@ -169,7 +169,7 @@ def test_a_groups_scores_count_the_rows_of_every_writer() -> None:
     )
     torch.testing.assert_close(found, squares.sqrt())
     # In a later round the layer has less units than the group began with.
-    cut(layer, ffn, torch.arange(40), 112)
+    cut(layer, ffn, torch.arange(40))
     found = unit_scores(layer, ffn, Statistics.empty(40, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
     torch.testing.assert_close(found, squares.sqrt()[:40])
 

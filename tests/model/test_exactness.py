@@ -19,7 +19,7 @@ from secateur.facts import Size
 from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.group import Group, add_zero_biases, cut, linear, rows_of
+from secateur.model.group import Group, cut, linear, rows_of
 from secateur.pruning import loop
 from secateur.pruning.loop import prune_together
 from secateur.pruning.resolve import resolve
@@ -165,7 +165,7 @@ def test_compensation_never_raises_held_out_error(
     assert any(line["step"] > 0 for line in lines)
     first = lines[0]
     group = next(each for each in bind(dense).select((first["group"],)) if each.layer == 0)
-    cut(plain.model.layers[0], group, keeps[0, group.name], group.num_units)
+    cut(plain.model.layers[0], group, keeps[0, group.name])
     for domain in calibration.domains:
         whole, without, repaired = (
             output_of(each.model.layers[0].get_submodule(group.reader.module), each, domain.held_out.ids_NT)
@@ -211,49 +211,6 @@ def test_rounds_measure_anew_and_keeps_are_original_indices() -> None:
         assert torch.equal(model.model.layers[layer].mlp.up_proj.weight, rows)
 
 
-def test_bias_compensation_survives_the_stock_reload(tmp_path: Path) -> None:
-    model, plain, dense, calibration = tiny_llama(), tiny_llama(), tiny_llama(), random_calibration()
-    settings = {"score": "flap", "domain_weighting": "tokens"}
-    keeps, lines = prune_tiny(model, calibration, compensate="bias", **settings)
-    prune_tiny(plain, calibration, compensate="none", **settings)
-    assert model.config.mlp_bias
-    # The bias of the first layer is its formula: what the channels that went gave in the mean over all tokens.
-    inputs: list[torch.Tensor] = []
-    mlp = dense.model.layers[0].mlp
-    handle = mlp.down_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).double()))
-    for domain in calibration.domains:
-        logits_of(dense, domain.calibration.ids_NT)
-    handle.remove()
-    gone = torch.ones(112, dtype=torch.bool)
-    gone[keeps[0, "ffn"]] = False
-    with torch.no_grad():
-        shift = mlp.down_proj.weight[:, gone].double() @ torch.cat(inputs).mean(0)[gone]
-        found = model.model.layers[0].mlp.down_proj.bias
-    torch.testing.assert_close(found, (lines[0]["step"] * shift).float(), rtol=1e-4, atol=1e-5)
-    assert lines[0]["step"] > 0
-    for layer, line in zip(model.model.layers, lines, strict=True):
-        assert bool(layer.mlp.down_proj.bias.any()) == (line["step"] > 0)
-        assert not layer.mlp.gate_proj.bias.any() and not layer.mlp.up_proj.bias.any()
-    model.save_pretrained(tmp_path)
-    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    for ours, theirs in zip(model.model.layers, reloaded.model.layers, strict=True):
-        assert torch.equal(ours.mlp.down_proj.bias, theirs.mlp.down_proj.bias)
-    ids_BT = tiny_ids()
-    torch.testing.assert_close(logits_of(reloaded, ids_BT), logits_of(model, ids_BT))
-    assert not torch.allclose(logits_of(model, ids_BT), logits_of(plain, ids_BT))
-    assert len(keeps) == 3
-
-
-def test_zero_biases_change_nothing() -> None:
-    model, ids_BT = tiny_llama(), tiny_ids()
-    before = logits_of(model, ids_BT)
-    arch = bind(model)
-    for group in arch.select(FFN):
-        add_zero_biases(decoder_layers(model, arch)[group.layer], group)
-    torch.testing.assert_close(logits_of(model, ids_BT), before)
-
-
 def test_half_cut_model_runs() -> None:
     """With one KV head and 40 channels in one layer alone, it gives what the masked model gives."""
     model, masked = tiny_llama(), tiny_llama()
@@ -262,7 +219,7 @@ def test_half_cut_model_runs() -> None:
         kept = {"kv_heads": 1, "ffn": 40}.get(group.name)
         if kept is not None:
             zero_units(masked.model.layers[1], group, torch.arange(kept, group.num_units))
-            cut(model.model.layers[1], group, torch.arange(kept), group.num_units)
+            cut(model.model.layers[1], group, torch.arange(kept))
     assert (model.model.layers[1].mlp.up_proj.out_features, model.model.layers[0].mlp.up_proj.out_features) == (40, 112)
     torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-6, rtol=1e-6)
 

@@ -16,7 +16,6 @@ from secateur.model.group import (
     Axis,
     Group,
     Linears,
-    add_zero_biases,
     cut,
     linear,
     original_units,
@@ -71,8 +70,8 @@ def test_a_cut_takes_rows_of_writers_columns_of_the_reader_and_nothing_else(comp
     (group,) = (each for each in arch.select(("ffn",)) if each.layer == 1)
     layer.mlp.up_proj.weight.requires_grad_(False)
     before, keep = parts_of(layer), torch.tensor([0, 3, 50, 111])
-    weight, shift = torch.randn(48, 4, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
-    cut(layer, group, keep, 112, *((weight, shift) if compensated else ()))
+    weight = torch.randn(48, 4, dtype=torch.float64)
+    cut(layer, group, keep, weight if compensated else None)
     expected = dict(before)
     for name in ("gate_proj", "up_proj"):
         for part in ("weight", "bias"):
@@ -80,8 +79,6 @@ def test_a_cut_takes_rows_of_writers_columns_of_the_reader_and_nothing_else(comp
     expected["mlp.down_proj.weight"] = before["mlp.down_proj.weight"][:, keep]
     if compensated:
         expected["mlp.down_proj.weight"] = weight.float()
-        # What the reader has stays its own; the shift comes on top.
-        expected["mlp.down_proj.bias"] = before["mlp.down_proj.bias"] + shift.float()
     found = parts_of(layer)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -97,21 +94,10 @@ def test_a_module_that_counts_its_units_counts_those_left():
     for name, implementation in (("llama", "eager"), ("gemma", "sdpa")):
         model = tiny_family(name, attn_implementation=implementation)
         group = bind(model).select(("query_heads",))[1]
-        cut(model.model.layers[1], group, torch.tensor([1]), 2)
+        cut(model.model.layers[1], group, torch.tensor([1]))
         assert [layer.self_attn.num_key_value_groups for layer in model.model.layers] == [2, 1, 2]
         with torch.no_grad():
             assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
-
-
-def test_a_bias_of_zeros_is_given_where_there_is_none_and_left_where_there_is_one():
-    model = tiny_llama()
-    group, layer = bind(model).select(("ffn",))[0], model.model.layers[0]
-    layer.mlp.gate_proj.bias = nn.Parameter(torch.ones(112))
-    layer.mlp.up_proj.weight.requires_grad_(False)
-    add_zero_biases(layer, group)
-    assert torch.equal(layer.mlp.gate_proj.bias, torch.ones(112))
-    assert torch.equal(layer.mlp.up_proj.bias, torch.zeros(112)) and not layer.mlp.up_proj.bias.requires_grad
-    assert torch.equal(layer.mlp.down_proj.bias, torch.zeros(48)) and layer.mlp.down_proj.bias.requires_grad
 
 
 def test_units_keep_their_first_names_through_rounds():
@@ -170,7 +156,7 @@ def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():
     model.config.auto_map = {"AutoModelForCausalLM": "theirs.Model"}
     arch = bind(model)
     group = arch.select(("ffn",))[1]
-    cut(decoder_layers(model, arch)[1], group, torch.arange(40), 112)
+    cut(decoder_layers(model, arch)[1], group, torch.arange(40))
     record_widths(model, arch)
     assert "auto_map" not in vars(model.config)
     assert [model.config.per_layer_config[index].intermediate_size for index in range(3)] == [112, 40, 112]
@@ -184,7 +170,7 @@ def test_the_config_says_what_the_tensors_are(name):
     names = {group.name for group in arch.groups} & {"ffn", "kv_heads"}
     for group in arch.select(tuple(sorted(names))):
         count = 40 if group.name == "ffn" else 1
-        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count), group.num_units)
+        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count))
     record_widths(model, arch)
     bound = bind(copy.deepcopy(model))
     assert {(group.name, group.num_units) for group in bound.select(tuple(sorted(names)))} == {

@@ -50,7 +50,7 @@ def uneven(family: str, *, heads: bool = True) -> PreTrainedModel:
     model = FAMILIES[family](**SIZES)
     arch = bind(model)
     for layer, group, width in zip(decoder_layers(model, arch), arch.select(("ffn",)), FFN_WIDTHS, strict=True):
-        cut(layer, group, torch.arange(width), group.num_units)
+        cut(layer, group, torch.arange(width))
     if heads:
         for layer, counts in zip(decoder_layers(model, arch), HEADS, strict=True):
             keep_heads(layer, *counts)
@@ -77,7 +77,7 @@ def evenly_cut() -> PreTrainedModel:
     model = FAMILIES["llama"](**SIZES)
     arch = bind(model)
     for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
-        cut(layer, group, torch.arange(64), group.num_units)
+        cut(layer, group, torch.arange(64))
     record_widths(model, arch)
     return model
 
@@ -262,8 +262,8 @@ def test_equal_but_smaller_widths_give_the_plain_checkpoint(saved, fresh):
 def test_a_model_evened_out_again_is_a_plain_one(tmp_path):
     model: Any = secateur.load(save(uneven("llama", heads=False), tmp_path / "uneven"))
     arch = bind(FAMILIES["llama"](**SIZES))
-    for layer, group, width in zip(decoder_layers(model, arch), arch.select(("ffn",)), FFN_WIDTHS, strict=True):
-        cut(layer, group, torch.arange(40), width)
+    for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
+        cut(layer, group, torch.arange(40))
     record_widths(model, arch)
     directory = save(model, tmp_path / "even")
     assert type(model).__name__ == "LlamaForCausalLM"

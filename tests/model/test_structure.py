@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError
 from secateur.model.bind import bind, decoder_layers, head_of
-from secateur.model.group import Stacks, linear
-from secateur.model.guesses import Unrouted, close_to, experts_in, mask, remove, some_units
+from secateur.model.group import Stacks, cut, linear
+from secateur.model.guesses import Unrouted, close_to, experts_in, mask, some_units
 from secateur.model.modules import Logits
 from secateur.model.per_layer import record_widths
 from secateur.model.structure import places
@@ -190,7 +190,7 @@ def test_an_odd_ffn_is_cut_right_or_not_at_all(name: str) -> None:
     for group in groups:
         keep = some_units(group, 40)
         mask(masked.model.layers[group.layer], group, keep)
-        remove(decoder_layers(model, arch)[group.layer], group, keep)
+        cut(decoder_layers(model, arch)[group.layer], group, keep)
         assert linear(model.model.layers[group.layer], group.reader.module).in_features == 40
     torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-5, rtol=1e-5)
 
@@ -346,7 +346,7 @@ def test_experts_beside_an_ffn_go_as_in_gemma_4(tmp_path: Path) -> None:
         assert (group.num_units, group.at_least) == (6, 2)
         keep = some_units(group, 4)
         unrouted += close_to(decoder_layers(masked, arch)[group.layer], group, keep)
-        remove(decoder_layers(whole, arch)[group.layer], group, keep)
+        cut(decoder_layers(whole, arch)[group.layer], group, keep)
     record_widths(whole, arch)
     whole.save_pretrained(tmp_path)
     ids = tiny_ids(vocab_size=64)

@@ -405,14 +405,13 @@ def test_a_word_whose_characters_are_no_tokens_stays():
 def test_texts_can_be_read():
     tokenizer, vocabulary = made("byte-level")
     (ferry,) = tokenizer(" ferry").input_ids
-    assert vocabulary.kind == "byte-level BPE" and vocabulary.texts[ferry] == " ferry"
+    assert vocabulary.texts[ferry] == " ferry"
     assert vocabulary.texts[tokenizer("<think>").input_ids[0]] == "<think>"
     assert vocabulary.texts[tokenizer("\N{ROCKET}").input_ids[0]] in ("\N{ROCKET}", "\N{REPLACEMENT CHARACTER}")
     shown = {text for text in vocabulary.texts.values() if len(text) == 1}
     assert {chr(code) for code in range(128)} <= shown and "\N{REPLACEMENT CHARACTER}" in shown
     tokenizer, vocabulary = made("llama")
-    assert vocabulary.kind == "BPE with byte fallback" and " leaves" in vocabulary.texts.values()
-    assert [made(kind)[1].kind for kind in UNIGRAM] == ["Unigram with byte fallback", "Unigram"]
+    assert " leaves" in vocabulary.texts.values()
 
 
 def test_a_special_token_without_a_row_is_not_of_the_trimmed_tokenizer(tmp_path):

@@ -77,7 +77,7 @@ def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:
     arch = bind(model)
     for entry in kept[1:]:
         (group,) = (g for g in arch.select((entry["group"],)) if g.layer == entry["layer"])
-        cut(decoder_layers(model, arch)[group.layer], group, torch.tensor(entry["keep"]), group.num_units)
+        cut(decoder_layers(model, arch)[group.layer], group, torch.tensor(entry["keep"]))
     return model
 
 

@@ -16,7 +16,6 @@ from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
-from secateur.model.group import add_zero_biases
 from secateur.model.kept_units import read_keeps, write_keeps
 from secateur.pruning import group_step
 from secateur.pruning.group_step import prune_group
@@ -41,15 +40,12 @@ def step(run: Run, number: int = 0, num_keep: int = 64) -> tuple[torch.Tensor, d
 
 
 def test_the_cut_gets_what_repair_gives_and_the_line_its_verdict(monkeypatch):
-    run = run_of(tiny_llama(), compensate="bias", score="flap")
-    layer, group = decoder_layers(run.model, run.arch)[0], run.resolved.groups[0]
-    add_zero_biases(layer, group)
-    with torch.no_grad():
-        layer.mlp.down_proj.bias.fill_(1.0)
-    weight, bias, guard = torch.randn(48, 64), torch.randn(48), Guard(0.5, {"d0": 0.25}, {"d0": 0.125})
-    monkeypatch.setattr(group_step, "repair", lambda *_: Repair(weight, bias, guard, 0.25, 8.0))
+    run = run_of(tiny_llama(), score="flap")
+    layer = decoder_layers(run.model, run.arch)[0]
+    weight, guard = torch.randn(48, 64), Guard(0.5, {"d0": 0.25}, {"d0": 0.125})
+    monkeypatch.setattr(group_step, "repair", lambda *_: Repair(weight, guard, 0.25, 8.0))
     keep, line, _ = step(run)
-    assert torch.equal(layer.mlp.down_proj.weight, weight) and torch.equal(layer.mlp.down_proj.bias, 1 + bias)
+    assert torch.equal(layer.mlp.down_proj.weight, weight)
     assert len(keep) == 64 and (line["kept"], line["total"]) == (64, 112)
     expected = {"step": 0.5, "error_before": {"d0": 0.25}, "error_after": {"d0": 0.125}, "damping": 0.25}
     assert {key: line[key] for key in expected} == expected and line["condition"] == 8.0

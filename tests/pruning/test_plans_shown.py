@@ -100,8 +100,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"to": "150K", "groups": ["kv_heads"]},
         {"to": "150K", "budget": "curve"},
         {"compensate": "none"},
-        {"compensate": "bias"},
-        {"compensate": "bias", "score": "magnitude", "domain_weighting": "tokens"},
         {"compensate": "none", "score": "magnitude", "domain_weighting": "tokens"},
         {"score": "wanda", "domain_weighting": "tokens"},
         {"score": "reap"},
@@ -138,7 +136,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"polish": "default", "memory_budget": "690MB"},
         {"polish": {"num_tokens": 10000, "train": "lora"}, "compute_dtype": "float32"},
     ],
-    "gemma3": [{"remove": 0.1}, {"target_mix": 0.5}, {"compensate": "bias"}, {"groups": HEADS, "remove": 0.1}],
+    "gemma3": [{"remove": 0.1}, {"target_mix": 0.5}, {"groups": HEADS, "remove": 0.1}],
     "mixtral": [
         {},
         {"remove": 0.5},
@@ -155,8 +153,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "qwen2_moe-mixed": [{}, {"groups": ["ffn"], "remove": 0.05}, {"groups": ["shared", "experts"], "remove": 0.3}],
     "deepseek_v3": [{}, {"remove": 0.4}, {"groups": ["kv_heads"]}],
-    "qwen2": [{"compensate": "bias"}],
-    "gpt2": [{"remove": 0.1}, {"compensate": "bias"}],
+    "gpt2": [{"remove": 0.1}],
     "qwen2_vl": [{"remove": 0.1}, {"budget": "curve"}, {"protected_layers": [0]}],
 }
 

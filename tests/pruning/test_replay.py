@@ -29,7 +29,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "curve": {"budget": "curve"},
     "depth": {"depth": 1, "remove": 0.35},
     "minimax": {"domain_weighting": "minimax"},
-    "bias": {"compensate": "bias"},
     "protected": {"protected_layers": [0]},
     "experts": {"groups": ["experts"], "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"]},

@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "rounds": {"groups": ["ffn", "kv_heads"], "rounds": 3},
     "curve and depth": {"budget": "curve", "rounds": 2, "depth": 1},
-    "flap and bias": {"score": "flap", "compensate": "bias", "rounds": 2, "evaluate": False},
+    "flap alone": {"score": "flap", "compensate": "none", "rounds": 2, "evaluate": False},
     "on disk": {"memory_budget": "", "rounds": 2},
     "experts in bfloat16": {"groups": ["experts"], "rounds": 2, "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"], "rounds": 2},

@@ -83,7 +83,7 @@ def test_slopes_are_measured_at_the_share_that_this_round_takes():
     arch = bind(model)
     for group in arch.select(("ffn", "kv_heads")):
         count = plans[0].num_keep[group.layer, group.name]
-        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count), group.num_units)
+        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count))
     settings = settings_of(tiny_llama(), 2, **asked)
     assert settings.perturbation == pytest.approx(1 - second / whole, rel=1e-12)
     run = run_of(tiny_llama(), budget="curve", rounds=2, **asked)
@@ -184,14 +184,6 @@ def test_batches_say_which_text_was_held_out():
     assert {name: blocks.ids_NT.data_ptr() for name, blocks in found.held_out.items()} == {
         domain.name: domain.held_out.ids_NT.data_ptr() for domain in text.domains
     }
-
-
-def test_a_bias_makes_the_config_say_so_and_none_does_not():
-    for compensate, expected in (("bias", True), ("none", False)):
-        found = run_of(tiny_llama(), compensate=compensate, score="flap")
-        prune_together([found])
-        assert found.model.config.mlp_bias == expected
-        assert found.model.config.intermediate_size == found.resolved.plans[-1].num_keep[0, "ffn"]
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch, text: LearningText, **short: Any) -> tuple[list[Any], Any, Any]:

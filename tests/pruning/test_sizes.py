@@ -23,7 +23,7 @@ FILES = ("model.safetensors", "config.json", "keep.json", "recipe.yaml")
 POLISH = {"num_tokens": 256, "batch_tokens": 64, "evaluations": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "no drift": {"target_mix": 0.0},
-    "bias": {"compensate": "bias", "score": "flap"},
+    "bare": {"compensate": "none", "score": "flap"},
     "curve of heads": {"groups": ["ffn", "kv_heads"], "budget": "curve"},
     "polish": {"polish": POLISH, "depth": 0},
     "a layer of the last one": {"depth": None},

@@ -36,7 +36,7 @@ def test_prices_are_what_a_cut_model_really_loses(factory, names):
     num_keep = {(g.layer, g.name): 64 if g.name == "ffn" else g.num_units // 2 for g in groups}
     for group in groups:
         kept = torch.arange(num_keep[group.layer, group.name])
-        cut(decoder_layers(model, arch)[group.layer], group, kept, group.num_units)
+        cut(decoder_layers(model, arch)[group.layer], group, kept)
     record_widths(model, arch)
     assert before - num_params(model) == params_gone(groups, num_keep) > 0
     assert prices.total == before

@@ -279,7 +279,7 @@ def test_a_layer_on_disk_is_what_it_was_when_saved(tmp_path: Path, way: str) -> 
     saved.save(1, layer, groups)
     assert saved.indices == [1] and [path.name for path in tmp_path.iterdir()] == ["dense-1.safetensors"]
     for group in groups:
-        cut(layer, group, torch.arange(1, group.num_units), group.num_units)
+        cut(layer, group, torch.arange(1, group.num_units))
     pruned = model(tiny_ids()).logits
     assert not torch.allclose(pruned, dense)
     found = [counts(layer)]

@@ -11,8 +11,9 @@ from reference import FLOAT32_STEP
 from torch import Tensor, nn
 
 from secateur.model.bind import bind, decoder_layers
+from secateur.model.modules import forwards_replaced
 from secateur.stream import walk as product
-from secateur.stream.walk import Batch, Walk, at_hand, forwards_replaced, make_batches
+from secateur.stream.walk import Batch, Walk, at_hand, make_batches
 
 TOLERANCE = 3 * 112 * FLOAT32_STEP  # three layers, each a sum over 112 inputs
 # Serial, parallel, layers that give tuples, layers of two kinds with their own masks.

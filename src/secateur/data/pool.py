@@ -447,12 +447,13 @@ class TextPool:
         read = [name for name, domain in wanted.items() if not domain.answers]
         for name in read:
             self._read(name, calibration.domains[name])
-        domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
-        while short := next((domain for domain in domains.values() if not domain.is_whole), None):
+        while True:
+            domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
+            if (short := next((domain for domain in domains.values() if not domain.is_whole), None)) is None:
+                break
             if must_judge or not short.sizes.judged:
                 raise short.too_short(short.sizes.calibration, "calibration blocks", "calibration.num_tokens")
             sizes[short.name] = replace(short.sizes, judged=0)
-            domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
         for domain in domains.values():
             if not domain.parts[LEARNING].reaches(domain.sizes.learning * self.length):
                 raise domain.too_short(domain.sizes.learning, "training blocks", key)

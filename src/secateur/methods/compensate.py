@@ -113,18 +113,6 @@ def least_squares(
     raise NumericsError(f"least squares has no solution even with damping {highest:g}; use more calibration tokens.")
 
 
-def mean_shift(
-    reader_HF: Float[Tensor, "H F"], mean_F: Float[Tensor, " F"], keep: Int64[Tensor, " S"]
-) -> Float[Tensor, " H"]:
-    """Return the bias that replaces the removed channels' mean output: b = W_C mean(x_C).
-
-    Source: An et al., FLAP, arXiv 2312.11983, eq. 8.
-    """
-    gone_mean_F = mean_F.clone()
-    gone_mean_F[keep] = 0
-    return reader_HF @ gone_mean_F
-
-
 def held_out_sums(
     lost_TH: Float[Tensor, "T H"], correction_TH: Float[Tensor, "T H"], output_energy: float
 ) -> HeldOutSums:
@@ -160,10 +148,9 @@ def guard(errors: dict[str, HeldOutError]) -> Guard:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The compensation of a reader: weights of its remaining columns, a bias, and the verdict."""
+    """The compensation of a reader: weights of its remaining columns, and the verdict."""
 
     weight_HS: Tensor | None = None
-    bias_H: Tensor | None = None
     guard: Guard | None = None
     damping: float | None = None
     condition: float | None = None
@@ -176,12 +163,7 @@ def repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if method.compensate == "least_squares":
         return _least_squares(weight_HF, dtype, measured, columns, method)
-    unchanged_HS = torch.zeros_like(weight_HF[:, columns])
-    if method.compensate == "none":
-        return Repair(guard=_judge(weight_HF, columns, measured, unchanged_HS, None, 0.0))
-    shift_H = decided(lambda: mean_shift(weight_HF, measured.pooled.mean_F, columns)).to(dtype).float()
-    judged = _judge(weight_HF, columns, measured, unchanged_HS, shift_H, 0.0)
-    return Repair(bias_H=judged.step * shift_H, guard=judged)
+    return Repair(guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0))
 
 
 def _least_squares(
@@ -195,11 +177,11 @@ def _least_squares(
         fit = decided(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
         # The guard judges the weights as stored, rounding included.
         old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
-        judged = _judge(weight_HF, columns, measured, new_HS - old_HS, None, mix)
+        judged = _judge(weight_HF, columns, measured, new_HS - old_HS, mix)
         error = sum(judged.error_after.values())
         if error < best_error:
             stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
-            best, best_error = Repair(stored_HS, None, judged, fit.damping, fit.condition), error
+            best, best_error = Repair(stored_HS, judged, fit.damping, fit.condition), error
     return best
 
 
@@ -214,10 +196,8 @@ def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> Itera
         reader.weight = own
 
 
-def _judge(
-    weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS: Tensor, shift_H: Tensor | None, mix: float
-) -> Guard:
-    """Return the guard's verdict on a change of the columns that stay, and a bias."""
+def _judge(weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS: Tensor, mix: float) -> Guard:
+    """Return the guard's verdict on a change of the columns that stay."""
     is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
     is_gone[columns] = False
     gone = is_gone.nonzero().flatten()
@@ -229,8 +209,6 @@ def _judge(
             lost_TH = x_TF[:, gone] @ gone_HC.T
             energy = float(torch.linalg.vector_norm(x_TF @ weight_HF.T).square())
         given_TH = x_TF[:, columns] @ change_SH
-        if shift_H is not None:
-            given_TH += shift_H
         if mix:
             lost_TH.add_(measured.held_out_drift_TH[name], alpha=mix)
         sums[name] = held_out_sums(lost_TH, given_TH, energy)

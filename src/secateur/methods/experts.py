@@ -15,6 +15,7 @@ T tokens, k experts per token, D hidden size, E experts, F channels of an expert
 
 import dataclasses
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,8 +41,7 @@ from secateur.model.group import (
     Group,
     Stacks,
     channel_inputs,
-    cut_expert_channels,
-    cut_experts,
+    cut,
     num_channels,
     reader_of,
 )
@@ -65,9 +65,17 @@ Call = tuple[Tensor, Tensor, Tensor]
 """The arguments of the experts' module: hidden states T x D, chosen experts and weights T x k."""
 
 
-def counted_call(batch: Batch, call: tuple[Tensor, ...]) -> Any:
-    """Return the call with the tokens that count alone; experts see each token by itself."""
-    return tuple(batch.counted(part) for part in call)
+def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any, Tensor]]:
+    """Yield each batch, the layer's output, and the experts' call and output of the tokens that count.
+
+    Experts see each token by itself. The walk moves to the layer's middle.
+    """
+    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    module = walk.layers[group.layer].get_submodule(group.experts.module)
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
+        for batch, behind_BTD in walk.run(group.layer, to_middle=True):
+            call, output = seen.pop()
+            yield batch, behind_BTD, tuple(batch.counted(part) for part in call), batch.counted(output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +95,9 @@ def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], hel
     masked = [module.forward(*each.call) for each in held_out]
     module.get_parameter(stacks.down).copy_(refitted)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for each, cut in zip(held_out, masked, strict=True):
-        given = module.forward(*each.call) - cut
-        parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut, given))
+    for each, cut_TD in zip(held_out, masked, strict=True):
+        given_TD = module.forward(*each.call) - cut_TD
+        parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut_TD, given_TD))
     sums: dict[str, Tensor] = {}
     for domain, pieces in parts.items():
         own_TD, lost_TD, given_TD = (torch.cat(each).float() for each in zip(*pieces, strict=True))
@@ -159,7 +167,7 @@ def refit_experts(
     ridge_j as in `least_squares`, times 10 F / n_j if n_j < 10 F tokens. No residual: no change.
     """
     stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
-    tokens, held_out = _as_routed_now(walk, group, module, wanted)
+    tokens, held_out = _as_routed_now(walk, group, wanted)
     weights = _domain_weights(tokens, wanted, walk, weighting, shares)
     parts = {domain: each.joined() for domain, each in sorted(tokens.items())}
     tokens.clear()
@@ -171,23 +179,17 @@ def refit_experts(
     return put_readers(module, stacks, readers_DF, held_out)
 
 
-def _as_routed_now(
-    walk: Walk, group: Group, module: nn.Module, wanted: list[Wanted]
-) -> tuple[dict[str, _Tokens], list[HeldOut]]:
+def _as_routed_now(walk: Walk, group: Group, wanted: list[Wanted]) -> tuple[dict[str, _Tokens], list[HeldOut]]:
     """Return by domain the router's choices among the experts left, and held-out batches."""
-    seen: list[Any] = []
     tokens: dict[str, _Tokens] = {}
     held_out = []
-    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
-        for (batch, _), want in zip(walk.run(group.layer, to_middle=True), wanted, strict=True):
-            call, given = seen.pop()
-            call, given_TD = counted_call(batch, call), batch.counted(given)
-            if want.own_TD is not None:
-                held_out.append(HeldOut(batch.domain, call, want.own_TD, want.target_TD))
-                continue
-            domain = tokens.setdefault(batch.domain, _Tokens())
-            domain.calls.append(call)
-            domain.left.append(want.target_TD.float() - given_TD.float())
+    for (batch, _, call, given_TD), want in zip(expert_calls(walk, group), wanted, strict=True):
+        if want.own_TD is not None:
+            held_out.append(HeldOut(batch.domain, call, want.own_TD, want.target_TD))
+            continue
+        domain = tokens.setdefault(batch.domain, _Tokens())
+        domain.calls.append(call)
+        domain.left.append(want.target_TD.float() - given_TD.float())
     return tokens, held_out
 
 
@@ -259,32 +261,27 @@ def observe_routing(
     naming layer and domain, if a norm is not finite.
     """
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
-    seen: list[Any] = []
     found: dict[str, Routing] = {}
     wanted: list[Wanted] = []
-    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
-        for position, (batch, behind_BTD) in enumerate(walk.run(group.layer, to_middle=True)):
-            call, output = seen.pop()
-            call, output_TD = counted_call(batch, call), batch.counted(output)
-            if keep:
-                target_TD = output_TD
-                if target_mix:
-                    drift_TD = batch.counted(walk.dense_BTD[position] - behind_BTD)
-                    target_TD = output_TD + target_mix * drift_TD
-                wanted.append(Wanted(target_TD, output_TD if batch.held_out else None))
-            if batch.held_out:
-                continue
-            if group.experts.weighted_inputs:
-                new = _routing_of_weighted(call[0], output_TD, num_experts)
-            else:
-                hidden_TD, chosen_Tk, weights_Tk = call
-                new = _routing(module, hidden_TD, chosen_Tk, weights_Tk, num_experts)
-            if not bool(new.norms_E.isfinite().all()):
-                raise NumericsError(
-                    f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
-                    f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
-                )
-            found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
+    for position, (batch, behind_BTD, call, output_TD) in enumerate(expert_calls(walk, group)):
+        if keep:
+            target_TD = output_TD
+            if target_mix:
+                drift_TD = batch.counted(walk.dense_BTD[position] - behind_BTD)
+                target_TD = output_TD + target_mix * drift_TD
+            wanted.append(Wanted(target_TD, output_TD if batch.held_out else None))
+        if batch.held_out:
+            continue
+        if group.experts.weighted_inputs:
+            new = _routing_of_weighted(call[0], output_TD, num_experts)
+        else:
+            new = _routing(module, *call, num_experts)
+        if not bool(new.norms_E.isfinite().all()):
+            raise NumericsError(
+                f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
+                f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
+            )
+        found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
 
     # The sums over all ranks.
     total = totals({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
@@ -328,7 +325,7 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
             if task.keep is not None:  # only the order in which the others go is left to choose
                 scores_E = scores_E.masked_fill(torch.isin(keep, task.keep.to(keep.device)), torch.inf)
             stays = keep_experts(scores_E, num_left, experts)
-            cut_experts(layer, now, stays)
+            cut(layer, now, stays)
             keep = keep[stays]
         if refits:
             refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares)
@@ -410,7 +407,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
         refits = [reader for _, reader in narrowed if reader is not None]
         calls = [(domain, call) for domain, own in seen.held_out.items() for call in own]
         held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
-        cut_expert_channels(layer, group, keep_EK)
+        cut(layer, group, keep_EK)
         line |= dataclasses.asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
     return keep_EK, line
 
@@ -434,23 +431,20 @@ def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str
     # In float32: the Gram matrices take most of the memory.
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
-    calls: list[Call] = []
     domains = InOrder(shares)
 
     def pool_ended(begins: str) -> None:
         for domain in domains.begin(begins):
             _pool_domain(seen, current, domain, group, weighting, shares[domain])
 
-    with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)):
-        for batch, _ in walk.run(group.layer, to_middle=True):
-            call = counted_call(batch, calls.pop())
-            if batch.held_out:
-                seen.held_out.setdefault(batch.domain, []).append(call)
-                continue
-            domain = batch.domain
-            pool_ended(domain)
-            seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
-            seen.energy[domain] = seen.energy.get(domain, 0.0) + _add_tokens(module, stacks, call, current, seen)
+    for batch, _, call, _ in expert_calls(walk, group):
+        domain = batch.domain
+        if batch.held_out:
+            seen.held_out.setdefault(domain, []).append(call)
+            continue
+        pool_ended(domain)
+        seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
+        seen.energy[domain] = seen.energy.get(domain, 0.0) + _add_tokens(module, stacks, call, current, seen)
     pool_ended("")
     sum_over_ranks(seen.num_tokens_E)
     return seen

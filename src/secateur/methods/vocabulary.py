@@ -23,10 +23,10 @@ from secateur.errors import RecipeError
 from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
-from secateur.model.bind import Arch, head_of
+from secateur.model.bind import Arch
 from secateur.model.kept_tokens import Trim
 from secateur.model.vocabulary import Vocabulary, scripts_of, with_parts
-from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
+from secateur.stream.losses import block_losses
 from secateur.stream.walk import Batch
 
 # Sizes that suit tensor cores.
@@ -298,20 +298,6 @@ def sizes_within(removal: Removal, num_rows: int, most_gone: int) -> Int64[Tenso
     return torch.cat([counts.new_zeros(1 if first else 0), counts])
 
 
-@torch.inference_mode()
-def nats_over(model: nn.Module, arch: Arch, block: Block, kept_K: Int64[Tensor, " K"]) -> float:
-    """Return the nats of a block's tokens that count, after the first, if the model had the tokens `kept_K` alone.
-
-    The block has ids of the model. The softmax is over the kept tokens.
-    """
-    states_PD, head = final_states(model, arch, block.ids_T[None]), head_of(model, arch)
-    index = kept_K.to(states_PD.device)
-    targets_P = torch.searchsorted(index, block.ids_T[1:].to(states_PD.device))
-    pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
-    nats = [nn.functional.cross_entropy(head(x_SD)[:, index].float(), y_S, reduction="none") for x_SD, y_S in pieces]
-    return float(block.counted(torch.cat(nats)).sum())
-
-
 def nats_with(
     model: nn.Module,
     arch: Arch,
@@ -325,15 +311,19 @@ def nats_with(
     The first `TOKEN_BLOCKS` blocks of each domain are measured. `text`: in the dense tokenizer.
     """
     asked = {name: blocks_of(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
-    if trim is None:
-        kept_K, told = torch.arange(head_of(model, arch).out_features), asked
-    else:
+    kept_K, told = None, asked
+    if trim is not None:
         kept_K, told = torch.tensor(trim.kept.dense_ids), retokenised(asked, trim.dense_tokenizer, trim.tokenizer)
+
+    def nats_of(block: Block) -> float:
+        ids_T = block.ids_T if kept_K is None else kept_K[block.ids_T]
+        return float(block.counted(block_losses(model, arch, ids_T[None], kept_K)).sum())
+
     total, of_shares = 0.0, 0.0
     for name, blocks in steps(progress, "nats of trims", told.items()):
-        nats = sum(nats_over(model, arch, block._replace(ids_T=kept_K[block.ids_T]), kept_K) for block in blocks)
         num_tokens = sum(int(block.mask_T[1:].sum()) for block in asked[name])
         if num_tokens:
+            nats = sum(map(nats_of, blocks))
             total, of_shares = total + shares[name] * nats / num_tokens, of_shares + shares[name]
     return total / of_shares
 

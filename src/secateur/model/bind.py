@@ -43,12 +43,11 @@ def bind(model: Any) -> Arch:
     GPT-2's linears become `TransposedLinear`, which saves the same. Raises ArchError if the model
     cannot be run layer by layer.
     """
-    structure = structure_of(model)
-    linears_for_conv(model.get_submodule(structure.arch.layers))
-    layers, config = list(model.get_submodule(structure.arch.layers).children()), text_config(model)
-    offers = [structure.offers[index] for index in structure.twin_layer]
+    arch, offers = structure_of(model)
+    linears_for_conv(model.get_submodule(arch.layers))
+    layers, config = decoder_layers(model, arch), text_config(model)
     return replace(
-        structure.arch,
+        arch,
         mlp_adds_directly=all(each.adds_directly for layer in offers for each in layer),
         groups=tuple(
             each.group(layer, index, of_layer(config, index))

@@ -37,7 +37,7 @@ from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_l
 from secateur.model.modules import linears_for_conv
 from secateur.model.quantised import deferred_tensors, note_on, take_quantisation
 from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
-from secateur.model.tensors import mapped_tensors, stored_tensors
+from secateur.model.tensors import stored_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +221,7 @@ def _load_safetensors(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     skeleton = planned_model(checkpoint)
     check_weights(checkpoint, skeleton)
-    directory, quantised = checkpoint.directory, checkpoint.quantised
-    weights = mapped_tensors(directory) if mapped and not quantised else deferred_tensors(directory, quantised)
+    weights = deferred_tensors(checkpoint.directory, checkpoint.quantised, mapped=mapped)
     # One after the other: else all are read before the first is in its place.
     with replaced(os.environ, "HF_DEACTIVATE_ASYNC_LOAD", "1"):
         loaded: Any = type(skeleton).from_pretrained(

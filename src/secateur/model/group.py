@@ -33,14 +33,6 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class BiasSwitch:
-    """The config key that makes the reader's bias storable, and the linears that it affects."""
-
-    config_key: str
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Stacks:
     """How experts' matrices are stored: `writer` makes gate and up, `down` reads them.
 
@@ -62,7 +54,7 @@ class Linears:
 
     writers: tuple[Axis, ...]
     reader: Axis
-    attributes: ClassVar[tuple[str, ...]] = ()  # what a cut sets besides tensors
+    buffers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def module(self) -> str:
@@ -79,33 +71,27 @@ class Linears:
         return linear(layer, self.reader.module).in_features // self.width
 
     def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        """Return what compensation changes, its weight first."""
-        return dict(linear(layer, self.reader.module).named_parameters())
+        """Return what compensation changes: the reader's weight."""
+        return {"weight": linear(layer, self.reader.module).weight}
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Modules and numbers of one layer's experts.
 
-    `num_groups`: experts form this many groups of equal size, which the router chooses first.
-    `buffers`: the `router_rows` that are no parameters. `unit_axis`: the units' axis of the stack
+    `router_rows`: tensors of the layer with a row for each expert. `num_groups`: experts form this many
+    groups of equal size, which the router chooses first. `buffers`: the `router_rows` that are no parameters.
+    `unit_axis`: the units' axis of the stack
     of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens, weighted.
     """
 
     module: str
-    router: str
-    router_rows: tuple[str, ...]
-    counts: tuple[str, ...]
-    num_groups: int
-    buffers: tuple[str, ...]
     stacks: Stacks
+    router_rows: tuple[str, ...] = ()
+    num_groups: int = 1
+    buffers: tuple[str, ...] = ()
     unit_axis: int = 0
     weighted_inputs: bool = False
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """What a cut sets besides parameters, dotted from the layer."""
-        return (*self.counts, *self.buffers)
 
     @property
     def width(self) -> int:
@@ -129,8 +115,7 @@ class Group:
     `parts`: the modules that hold the units; `kind` decides the type.
     `config_key`: the config key of the number of units. `head_dim`: 0 but for heads.
     `per_key`: units to one of that key, if the switches of `settings` stand so. `counts`: attributes of
-    modules, dotted from the layer, that hold the number of units.
-    `local_config`: the module that needs its own config after a cut.
+    modules, dotted from the layer, that hold the number of units, or a config that says it.
     `divides`: (factor, whole) if the config class requires that count * factor divides `whole`.
     `at_least`, `multiple_of`: limits on counts for the model to run.
     """
@@ -143,13 +128,11 @@ class Group:
     params_per_unit: int
     parts: Linears | Experts
     counts: tuple[str, ...] = ()
-    bias_switch: BiasSwitch | None = None
     divides: tuple[int, int] | None = None
     config_key: str = ""
     per_key: float = 1.0
     settings: tuple[tuple[str, bool], ...] = ()
     head_dim: int = 0
-    local_config: str | None = None
     at_least: int = 0
     multiple_of: int = 1
 
@@ -173,9 +156,8 @@ class Group:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """What a cut sets besides tensors: attributes, dotted from the layer."""
-        config = () if self.local_config is None else (f"{self.local_config}.config",)
-        return (*self.counts, *config, *self.parts.attributes)
+        """What a cut sets besides parameters, dotted from the layer."""
+        return (*self.counts, *self.parts.buffers)
 
     @property
     def key(self) -> GroupKey:
@@ -212,13 +194,6 @@ def attribute_of(layer: nn.Module, name: str) -> Any:
     return getattr(layer.get_submodule(module), attribute)
 
 
-def set_counts(layer: nn.Module, names: tuple[str, ...], count: int) -> None:
-    """Set attributes of the layer's modules, dotted from the layer."""
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(module), attribute, count)
-
-
 def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
     """Return the rows of the units `keep`, segment by segment.
 
@@ -248,18 +223,24 @@ def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) 
 
 @torch.no_grad()
 def cut(
-    layer: nn.Module,
-    group: Group,
-    keep: Int64[Tensor, " K"],
-    num_units: int,
-    reader_weight: Float[Tensor, "H R"] | None = None,
-    reader_bias: Float[Tensor, " H"] | None = None,
+    layer: nn.Module, group: Group, keep: Int64[Tensor, "*E K"], reader_weight: Float[Tensor, "H R"] | None = None
 ) -> None:
-    """Keep only the units `keep` (sorted, of the `num_units` that the layer has now).
+    """Keep only the units `keep`, sorted indices of those that the layer has now.
 
-    `reader_weight` replaces the reader's remaining columns (compensation); without it they are
-    unchanged, bit for bit. `reader_bias` is added to the reader's bias, which must be storable.
+    Of channels inside experts every expert may keep its own, a row each. `reader_weight`, of channels
+    and heads, replaces the reader's remaining columns (compensation); without it they are unchanged, bit
+    for bit.
     """
+    if group.kind == "experts":
+        _cut_experts(layer, group, keep)
+    elif group.kind == "expert_channels":
+        _cut_expert_channels(layer, group, keep)
+    else:
+        _cut_linears(layer, group, keep, reader_weight)
+
+
+def _cut_linears(layer: nn.Module, group: Group, keep: Tensor, reader_weight: Tensor | None) -> None:
+    num_units = group.parts.num_units_left(layer)
     for axis in group.writers:
         _cut_rows(linear(layer, axis.module), rows_of(keep, axis.segments, num_units))
     reader = linear(layer, group.reader.module)
@@ -267,28 +248,20 @@ def cut(
     kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
     reader.weight = _parameter(kept, reader.weight)
     reader.in_features = len(columns)
-    set_counts(layer, group.counts, len(keep))
-    if group.local_config is not None:
-        _set_local_config(layer.get_submodule(group.local_config), group, reader)
-    if reader_bias is not None:
-        assert reader.bias is not None
-        reader.bias.add_(reader_bias.to(reader.bias))
+    _set_counts(layer, group, len(keep))
 
 
-def add_zero_biases(layer: nn.Module, group: Group) -> None:
-    """Give every linear of the group's bias switch, if it has one, that has no bias a bias of zeros."""
-    for name in group.bias_switch.modules if group.bias_switch else ():
-        module = linear(layer, name)
-        if module.bias is None:
-            zeros = module.weight.new_zeros(module.out_features)
-            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-
-
-def _set_local_config(module: Any, group: Group, reader: nn.Linear) -> None:
-    """Give the module its own config, with its current head counts."""
-    module.config = copy.copy(module.config)
-    setattr(module.config, group.config_key, reader.in_features // group.width)
-    module.config.num_attention_heads = reader.in_features // group.head_dim
+def _set_counts(layer: nn.Module, group: Group, count: int) -> None:
+    """Set the attributes of the layer's modules that hold the number of units; a config becomes the module's own."""
+    for name in group.counts:
+        place, _, attribute = name.rpartition(".")
+        module: Any = layer.get_submodule(place)
+        if attribute == "config":
+            module.config = copy.copy(module.config)
+            setattr(module.config, group.config_key, count)
+            module.config.num_attention_heads = linear(layer, group.reader.module).in_features // group.head_dim
+        else:
+            setattr(module, attribute, count)
 
 
 def _cut_rows(module: nn.Linear, rows: Int64[Tensor, " R"]) -> None:
@@ -327,8 +300,7 @@ def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Te
     return module.act_fn(gate) * up
 
 
-@torch.no_grad()
-def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
+def _cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
     """Keep these experts: their entries of every stack, their router rows, and the counts.
 
     Rows behind those of the experts, of shared ones, stay.
@@ -341,15 +313,14 @@ def cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> No
         rows = torch.cat([keep.to(tensor.device), torch.arange(before, tensor.shape[axis], device=tensor.device)])
         kept = tensor.index_select(axis, rows).contiguous()
         is_parameter = isinstance(tensor, nn.Parameter)
-        kept = nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept
-        setattr(layer.get_submodule(parent), attribute, kept)
-    set_counts(layer, experts.counts, len(keep))
+        setattr(layer.get_submodule(parent), attribute, _parameter(kept, tensor) if is_parameter else kept)
+    _set_counts(layer, group, len(keep))
 
 
-@torch.no_grad()
-def cut_expert_channels(layer: nn.Module, group: Group, keep_EK: Int64[Tensor, "E K"]) -> None:
+def _cut_expert_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, "*E K"]) -> None:
     """Keep these channels of each expert: rows of the writers, columns of the readers."""
     stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
+    keep_EK = keep.expand(len(module.get_parameter(stacks.down)), -1)
     rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
     halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1) if stacks.gated else keep_EK
     rows_ER = rows.flatten(1) if stacks.alternating else halves
@@ -364,4 +335,4 @@ def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
     shape = [1] * old.ndim
     shape[0], shape[axis] = index_EK.shape
     kept = torch.take_along_dim(old.data, index_EK.to(old.device).view(shape), dim=axis)
-    setattr(module, name, nn.Parameter(kept.contiguous(), requires_grad=old.requires_grad))
+    setattr(module, name, _parameter(kept, old))

@@ -20,9 +20,6 @@ from secateur.model.group import (
     Linears,
     Stacks,
     attribute_of,
-    cut,
-    cut_expert_channels,
-    cut_experts,
     linear,
     rows_of,
 )
@@ -82,22 +79,22 @@ def _of_linears(
     reader: Axis,
     head_dim: int = 0,
 ) -> Group:
-    num_units = linear(layer, reader.module).in_features // sum(reader.segments)
-    params = sum(reader.segments) * linear(layer, reader.module).out_features
+    whole = linear(layer, reader.module).weight
+    num_units, num_params = whole.shape[1] // sum(reader.segments), whole.numel()
     for axis in writers:
         module = linear(layer, axis.module)
         if module.out_features != num_units * sum(axis.segments):
             raise ArchError(
                 f"layer {index}, group {name}: {axis.module} has {module.out_features} rows for {num_units} units."
             )
-        params += sum(axis.segments) * (module.in_features + (module.bias is not None))
+        num_params += sum(each.numel() for each in module.parameters())
     return Group(
         layer=index,
         name=name,
         kind="heads" if head_dim else "channels",
         unit=unit,
         num_units=num_units,
-        params_per_unit=params,
+        params_per_unit=num_params // num_units,
         parts=Linears(writers, reader),
         head_dim=head_dim,
     )
@@ -121,32 +118,25 @@ def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any
 def expert_channels_in(place: str, stacks: Stacks) -> Build:
     def build(layer: nn.Module, index: int, config: Any) -> Group:
         module = layer.get_submodule(place)
-        down, axis = module.get_parameter(stacks.down), 1 if stacks.transposed else 2
-        per_channel = (1 + stacks.gated) * (1 + (stacks.writer_bias is not None) / down.shape[3 - axis])
+        axis = 1 if stacks.transposed else 2
+        num_units = module.get_parameter(stacks.down).shape[axis]
+        names = filter(None, (stacks.writer, stacks.writer_bias, stacks.down))
         return Group(
             layer=index,
             name=EXPERT_CHANNELS,
             kind="expert_channels",
             unit="channel of each expert",
-            num_units=down.shape[axis],
-            params_per_unit=round(len(down) * down.shape[3 - axis] * (1 + per_channel)),
+            num_units=num_units,
+            params_per_unit=sum(module.get_parameter(each).numel() for each in names) // num_units,
             at_least=1,
             multiple_of=CHANNEL_STEP,
-            parts=Experts(place, "", (), (), 1, (), stacks, unit_axis=axis),
+            parts=Experts(place, stacks, unit_axis=axis),
         )
 
     return build
 
 
-def experts_in(
-    place: str,
-    stacks: Stacks,
-    router: str = "",
-    rows: tuple[str, ...] = (),
-    counts: tuple[str, ...] = (),
-    *,
-    weighted: bool = False,
-) -> Build:
+def experts_in(place: str, stacks: Stacks, rows: tuple[str, ...] = (), *, weighted: bool = False) -> Build:
     def build(layer: nn.Module, index: int, config: Any) -> Group:
         module = layer.get_submodule(place)
         num_units = len(module.get_parameter(stacks.down))
@@ -168,12 +158,10 @@ def experts_in(
             multiple_of=num_groups,
             parts=Experts(
                 module=place,
-                router=router,
+                stacks=stacks,
                 router_rows=rows,
-                counts=counts,
                 num_groups=num_groups,
                 buffers=tuple(name for name, each in tensors.items() if not isinstance(each, nn.Parameter)),
-                stacks=stacks,
                 weighted_inputs=weighted,
             ),
         )
@@ -204,29 +192,31 @@ def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iter
             asking = asking[:1]
             own = own[1:]
         if [n for n, size in rows.items() if size == (queries + 2 * keys) * width] == list(rows):
-            yield KV_HEADS, _heads(place, KV_HEADS, dict.fromkeys(rows, "qkv"), reader)
+            yield KV_HEADS, _heads(place, KV_HEADS, list(rows), reader)
         elif len(asking) == 1 and len(own) == 2:
-            yield KV_HEADS, _heads(place, KV_HEADS, {asking[0]: "q"} | dict.fromkeys(own, "k"), reader)
-            yield QUERY_HEADS, _heads(place, QUERY_HEADS, {asking[0]: "each"}, reader)
+            yield KV_HEADS, _heads(place, KV_HEADS, asking + own, reader)
+            yield QUERY_HEADS, _heads(place, QUERY_HEADS, asking, reader)
 
 
-def _heads(place: str, name: str, writers: dict[str, str], reader: str) -> Build:
-    """Return what makes the group. `writers`: what each linear makes; `each`: one head of every KV head."""
-
+def _heads(place: str, name: str, writers: list[str], reader: str) -> Build:
     def build(layer: nn.Module, index: int, config: Any) -> Group:
         queries, keys, width = heads_of(config) or (0, 1, 0)
-        asking = (width * (queries // keys),)
-        segments = {"q": asking, "k": (width,), "qkv": (*asking, width, width), "each": (width,) * keys}
-        axes = tuple(Axis(joined(place, made), segments[role]) for made, role in writers.items())
-        read = segments["each"] if name == QUERY_HEADS else asking
+
+        def segments(num_rows: int) -> tuple[int, ...]:
+            if name == QUERY_HEADS:  # one head of every KV head
+                return (width,) * keys
+            fused = (queries // keys * width, width, width)
+            return fused if num_rows == keys * sum(fused) else (num_rows // keys,)
+
+        axes = tuple(
+            Axis(joined(place, made), segments(linear(layer, joined(place, made)).out_features)) for made in writers
+        )
         unit = "KV head" if name == KV_HEADS else "query head per KV head"
-        return _of_linears(layer, index, name, unit, axes, Axis(joined(place, reader), read), width)
+        return _of_linears(
+            layer, index, name, unit, axes, Axis(joined(place, reader), segments(queries * width)), width
+        )
 
     return build
-
-
-def head_key(name: str) -> str:
-    return "num_key_value_heads" if name == KV_HEADS else "num_attention_heads"
 
 
 def heads_of(config: Any) -> tuple[int, int, int] | None:
@@ -239,7 +229,7 @@ def heads_of(config: Any) -> tuple[int, int, int] | None:
 
 def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
     """Silence the units that do not stay: their reader columns are zero, or nothing is routed to them."""
-    gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64)
+    gone = _others(group, keep)
     with torch.no_grad():
         if group.kind == "expert_channels":
             stacks = group.experts.stacks
@@ -250,15 +240,8 @@ def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
             weight[:, rows_of(gone, group.reader.segments, group.num_units)] = 0
 
 
-def remove(layer: nn.Module, group: Group, keep: Tensor) -> None:
-    """Keep only these units, whatever their kind."""
-    if group.kind == "experts":
-        cut_experts(layer, group, keep)
-    elif group.kind == "expert_channels":
-        stacks = len(next(layer.get_submodule(group.experts.module).parameters()))
-        cut_expert_channels(layer, group, keep.expand(stacks, -1))
-    else:
-        cut(layer, group, keep, group.num_units)
+def _others(group: Group, keep: Tensor) -> Tensor:
+    return torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64)
 
 
 class Unrouted(TorchFunctionMode):
@@ -278,7 +261,7 @@ class Unrouted(TorchFunctionMode):
 @torch.no_grad()
 def close_to(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Let the router's vectors turn down all experts but these; return its matrices and the others."""
-    gone = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
+    gone = _others(group, keep)
     rows = [attribute_of(layer, name) for name in group.experts.router_rows]
     for vector in (each for each in rows if each.numel() == max(each.shape) and each.is_floating_point()):
         vector.index_fill_(-1, gone, -1e9)

@@ -1,5 +1,7 @@
-"""Special modules: transposed linears (GPT-2), and heads that scale or cap their logits."""
+"""Special modules: transposed linears (GPT-2), heads that scale or cap logits, and forwards replaced for a time."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,3 +82,38 @@ class ScaledHead(nn.Module):
         if self.logits.cap is not None:
             values = torch.tanh(values / self.logits.cap) * self.logits.cap
         return values
+
+
+@contextmanager
+def forwards_replaced(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` be every module's forward inside the context."""
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def layers_bypassed(
+    layers: list[nn.Module], layer_output: Callable[[Tensor], Any]
+) -> Iterator[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]]:
+    """Let no layer compute anything inside the context; yield what each was given: hidden states and the rest.
+
+    `layer_output`: hidden states as a layer gives them.
+    """
+    entered: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        entered.append((hidden, args, kwargs))
+        return layer_output(hidden)
+
+    with forwards_replaced(layers, bypass):
+        yield entered
+
+
+def silent_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """Return what an attention adds that gives zeros."""
+    return torch.zeros_like(hidden_states), None

@@ -24,8 +24,8 @@ QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     """Return the layer's widths under the config's names, read from the linears of its groups.
 
-    Channels: the reader's inputs. Query heads: the reader's inputs / head_dim. KV heads: rows /
-    head_dim of the writer with one segment of one head; from a fused qkv writer, half of the rest.
+    Channels: the reader's inputs. Query heads: the reader's inputs / head_dim. KV heads: half of the
+    writers' rows / head_dim that are not for queries.
     """
     widths: dict[str, Any] = {}
     for group in groups:
@@ -36,11 +36,8 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
             }
         elif group.config_key == KV_HEADS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim
-            axis = group.writers[-1]
-            made = linear(layer, axis.module).out_features // group.head_dim
-            num_keys = made if len(axis.segments) == 1 else (made - num_heads) // 2  # fused: queries come first
-            widths |= {QUERY_HEADS: num_heads, KV_HEADS: num_keys}
-            widths["head_dim"] = group.head_dim
+            made = sum(linear(layer, axis.module).out_features for axis in group.writers) // group.head_dim
+            widths |= {QUERY_HEADS: num_heads, KV_HEADS: (made - num_heads) // 2, "head_dim": group.head_dim}
     return widths
 
 

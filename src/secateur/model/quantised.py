@@ -100,8 +100,10 @@ def note_on(settings: Settings) -> str:
     )
 
 
-def deferred_tensors(directory: Path, settings: Settings | None) -> dict[str, Deferred]:
+def deferred_tensors(directory: Path, settings: Settings | None, *, mapped: bool = False) -> dict[str, Deferred]:
     """Return the model's tensors by name; each is read, and dequantised to bfloat16, when it is sliced.
+
+    `mapped`: those that are not quantised stay in their files.
 
     Raises CheckpointError for weights without scales; slicing, for parts that do not fit each other.
     """
@@ -117,7 +119,9 @@ def deferred_tensors(directory: Path, settings: Settings | None) -> dict[str, De
         if settings and alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
             raise CheckpointError(f"{directory}: {name} is quantised and has no scale; copy the checkpoint again.")
         tensors[name] = Deferred(
-            partial(read_tensor, alone) if alone else partial(_computed, compute, name, parts, settings or {})
+            partial(read_tensor, alone, mapped=mapped)
+            if alone
+            else partial(_computed, compute, name, parts, settings or {})
         )
     return tensors
 

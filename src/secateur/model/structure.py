@@ -1,9 +1,10 @@
 """What can be cut, found in the modules themselves: structure proposes, proof disposes.
 
-In: a model, which may be on meta. Out: its `Structure`. Shapes propose groups, one guess after another.
-Each guess is cut in a random twin of the model (see `twin`), and stays only if the module gives what it
-gives with the removed units silenced. The config key of a width is the one that changes exactly the
-group's tensors when the twin is built anew. What fails is not offered, and `omits` says why.
+In: a model, which may be on meta. Out: its architecture, and what each layer offers. Shapes propose
+groups, one guess after another. Each guess is cut in a random twin of the model (see `twin`), and stays
+only if the module gives what it gives with the removed units silenced. The config key of a width is the
+one that changes exactly the group's tensors when the twin is built anew. What fails is not offered, and
+`omits` says why.
 """
 
 import copy
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from secateur.errors import ArchError, advice
-from secateur.model.group import BiasSwitch, Group, Stacks, channel_inputs, reader_of
+from secateur.model.group import Group, Stacks, channel_inputs, cut, reader_of
 from secateur.model.guesses import (
     EXPERT_CHANNELS,
     EXPERTS,
@@ -35,22 +36,34 @@ from secateur.model.guesses import (
     expert_channels_in,
     experts_in,
     head_guesses,
-    head_key,
     heads_of,
     joined,
     mask,
-    remove,
     some_of,
     some_units,
     stack_guesses,
 )
 from secateur.model.modeling_per_layer import PerLayerModel
-from secateur.model.modules import Logits, ScaledHead, head_at, linears_for_conv, text_model
+from secateur.model.modules import (
+    Logits,
+    ScaledHead,
+    forwards_replaced,
+    head_at,
+    layers_bypassed,
+    linears_for_conv,
+    silent_attention,
+    text_model,
+)
 from secateur.model.stock import BAD_VALUE, quiet_transformers
 from secateur.model.twin import of_layer, run, token_ids, twin
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
+# The config's key, and what modules call the number of units.
+HEAD_KEYS = {
+    KV_HEADS: ("num_key_value_heads", "num_key_value_heads"),
+    QUERY_HEADS: ("num_attention_heads", "num_key_value_groups"),
+}
 # A key that counts more units at once, as the number of shared experts does, leaves no choice of widths.
 MOST_PER_KEY = 4
 # What torch and transformers raise where a guess makes shapes that do not fit.
@@ -85,8 +98,6 @@ class Offer:
     per_key: float = 1.0
     settings: tuple[tuple[str, bool], ...] = ()
     counts: tuple[str, ...] = ()
-    bias_switch: BiasSwitch | None = None
-    local_config: str | None = None
     divides: bool = False
     adds_directly: bool = True
 
@@ -101,8 +112,6 @@ class Offer:
             settings=self.settings,
             multiple_of=max(group.multiple_of, int(self.per_key)),
             counts=self.counts,
-            bias_switch=self.bias_switch,
-            local_config=self.local_config,
             divides=whole,
         )
 
@@ -157,18 +166,6 @@ class Arch:
         return chosen
 
 
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """An architecture without its groups, and which ones each of the twin's layers offers.
-
-    `twin_layer`: for each layer of the model, the twin's layer of the same kind.
-    """
-
-    arch: Arch
-    twin_layer: tuple[int, ...]
-    offers: list[list[Offer]]
-
-
 def text_config(model: nn.Module) -> Any:
     """Return the config of the language model, which may be part of a larger model."""
     config: Any = model.config
@@ -195,11 +192,13 @@ def places(model: Any) -> tuple[str, str, str]:
     return commonpath(paths[layers]).replace("/", "."), layers, head
 
 
-_KNOWN: dict[tuple[type, str], Structure] = {}
+_KNOWN: dict[tuple[type, str], tuple[Arch, list[list[Offer]]]] = {}
 
 
-def structure_of(model: PreTrainedModel) -> Structure:
-    """Return the model's structure; the same config is looked at once in a process.
+def structure_of(model: PreTrainedModel) -> tuple[Arch, list[list[Offer]]]:
+    """Return the model's architecture without its groups, and what each layer offers.
+
+    The same config is looked at once in a process.
 
     Raises ArchError if the model cannot be run layer by layer.
     """
@@ -228,7 +227,7 @@ class _Finder:
         self.layers = list(self.twin.get_submodule(layers).children())
         self.why: dict[str, str] = {}
 
-    def find(self) -> Structure:
+    def find(self) -> tuple[Arch, list[list[Offer]]]:
         """Return what is proved."""
         self._run()
         self._find_logits()
@@ -236,7 +235,7 @@ class _Finder:
         offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
         names = {self._group(each, index).name for index, layer in enumerate(offers) for each in layer}
         omits = {name: why for name, why in self.why.items() if name not in names}
-        return Structure(replace(self.arch, omits=omits), self.twin_layer, offers)
+        return replace(self.arch, omits=omits), [offers[index] for index in self.twin_layer]
 
     # What runs, and how.
 
@@ -288,22 +287,12 @@ class _Finder:
 
     def _bypassed(self) -> list[Any]:
         """Return what each layer is given, besides hidden states, if no layer computes anything."""
-        entered: list[Any] = []
-
-        def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            entered.append(tree_map(_cloned, (args, kwargs)))
-            return self.arch.layer_output(hidden)
-
-        for layer in self.layers:
-            layer.forward = bypass
         try:
-            run(self.twin)
+            with layers_bypassed(self.layers, self.arch.layer_output) as entered:
+                run(self.twin)
         except TypeError:
             raise self._refused("layers are called by keywords alone") from None
-        finally:
-            for layer in self.layers:
-                del layer.forward
-        return entered
+        return [each[1:] for each in entered]
 
     def _refused(self, why: str) -> ArchError:
         return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
@@ -389,7 +378,7 @@ class _Finder:
             group = build(whole, index, self.config)
             keep = some_of(group)
             mask(masked, group, keep)
-            remove(whole, group, keep)
+            cut(whole, group, keep)
             silent, without = (call.again(each.get_submodule(place))[:1] for each in (masked, whole))
             return not _near(silent, _tensors(call.output)[:1]) and _near(without, silent)
         except WRONG_GUESS:
@@ -465,17 +454,11 @@ class _Finder:
         for place, module in layer.named_modules():
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             for name, build in head_guesses(place, linears, config):
-                by_name = {QUERY_HEADS: "num_key_value_groups", KV_HEADS: "num_key_value_heads"}
-                counts = (f"{place}.{by_name[name]}",) if hasattr(module, by_name[name]) else ()
-                tries = [
-                    Offer(build),
-                    Offer(build, counts=counts),
-                    Offer(build, config_key=head_key(name), counts=counts, local_config=place),
-                ]
-                tries = tries[1:2] if name == QUERY_HEADS else tries
-                if build(layer, index, config).num_units == 1:  # none can go, which needs no proof
-                    yield tries[0]
-                elif offer := next((each for each in tries if self._holds(index, place, each.group)), None):
+                key, count = HEAD_KEYS[name]
+                counts = tuple(f"{place}.{each}" for each in (count, "config") if hasattr(module, each))
+                offer = Offer(build, config_key=key, counts=counts)
+                # None of one head can go, which needs no proof.
+                if build(layer, index, config).num_units == 1 or self._holds(index, place, offer.group):
                     yield offer
                 else:
                     self.why[name] = "the attention does not give the same without a head and with a silent one"
@@ -509,7 +492,7 @@ class _Finder:
         first = self._group(next(iter(offers.values())), next(iter(offers)))
         self.why[name] = "no key of the config says how many there are"
         if first.num_units == 1 and first.kind == "heads":
-            return {index: replace(offer, config_key=head_key(name)) for index, offer in offers.items()}
+            return dict(offers)
         if len(some_of(first)) == first.num_units:
             self.why[name] = f"the router needs all {first.num_units}"
             return {}
@@ -568,10 +551,9 @@ class _Finder:
             return None
         key, value = next(iter(changes.items()))
         if group.kind == "heads":
-            key = head_key(group.name)
             odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
             refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
-            return replace(offer, config_key=key, divides=refused)
+            return replace(offer, divides=refused)
         before = getattr(self.config, key)
         settings = tuple(changes.items())[1:]
         per_key = (group.num_units - left) / (before - value) if type(before) is int and not settings else 1.0
@@ -580,13 +562,11 @@ class _Finder:
         if group.kind == "experts":
             changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
             rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]
-            router = next((name.rpartition(".")[0] for name in rows if name.endswith("weight")), "")
             counts = _attributes(ours, theirs, group.num_units, left)
             weighted, place = group.experts.weighted_inputs, group.experts.module
-            build = experts_in(place, group.experts.stacks, router, tuple(rows), counts, weighted=weighted)
-            return replace(offer, build=build, config_key=key, per_key=per_key)
-        bias_switch = self._bias_switch(index, group) if group.kind == "channels" else None
-        return replace(offer, config_key=key, per_key=per_key, settings=settings, bias_switch=bias_switch)
+            build = experts_in(place, group.experts.stacks, tuple(rows), weighted=weighted)
+            return replace(offer, build=build, counts=counts, config_key=key, per_key=per_key)
+        return replace(offer, config_key=key, per_key=per_key, settings=settings)
 
     def _reloads(self, offers: dict[int, Offer], built: Any, name: str) -> bool:
         """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
@@ -599,7 +579,7 @@ class _Finder:
             keep = some_units(group, group.parts.num_units_left(theirs))
             cut_layer, masked_layer = (each.get_submodule(self.names[1])[index] for each in (whole, masked))
             try:
-                remove(cut_layer, group, keep)
+                cut(cut_layer, group, keep)
             except WRONG_GUESS:
                 return False
             if group.kind == "experts":
@@ -625,25 +605,6 @@ class _Finder:
         except WRONG_GUESS:
             return False
 
-    @cached_property
-    def switched(self) -> dict[str, Any]:
-        """What the config builds with one of its switches of biases turned."""
-        switches = [key for key, value in vars(self.config).items() if "bias" in key and type(value) is bool]
-        turned = ((key, self._built({key: not getattr(self.config, key)})) for key in switches)
-        return {key: built for key, built in turned if built is not None}
-
-    def _bias_switch(self, index: int, group: Group) -> BiasSwitch | None:
-        """Return the config key that gives the reader a bias, if it gives one to nothing else but writers."""
-        layer, modules = self.layers[index], {axis.module for axis in (*group.writers, group.reader)}
-        for key, built in self.switched.items():
-            theirs = built.get_submodule(self.names[1])[index]
-            changed = {name.rpartition(".")[0] for name in _shapes(layer).keys() ^ _shapes(theirs).keys()}
-            if group.reader.module in changed and changed <= modules:
-                return BiasSwitch(
-                    key, tuple(axis.module for axis in (*group.writers, group.reader) if axis.module in changed)
-                )
-        return None
-
 
 def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, str]]:
     """Yield (attention, middle): with the attention silent, middle's input instead of the layer's gives the same."""
@@ -656,16 +617,13 @@ def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, st
         for attention in children:
             if middle == attention or not isinstance(calls[attention].output, tuple):
                 continue
-            silent: Any = layer.get_submodule(attention)
-            silent.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)  # as the walk does
             try:
-                moved = Call((hidden, *whole.args[1:]), whole.kwargs, None).again(layer)
-                if not _equal(hidden, whole.args[0]) and _near(moved[:1], _tensors(whole.output)[:1]):
-                    yield attention, middle
+                with forwards_replaced([layer.get_submodule(attention)], silent_attention):
+                    moved = Call((hidden, *whole.args[1:]), whole.kwargs, None).again(layer)
             except WRONG_GUESS:
                 continue
-            finally:
-                del silent.forward
+            if not _equal(hidden, whole.args[0]) and _near(moved[:1], _tensors(whole.output)[:1]):
+                yield attention, middle
 
 
 def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> tuple[str, ...]:

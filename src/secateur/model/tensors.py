@@ -8,29 +8,16 @@ handled: pickle files (refused). What quantised tensors mean is in `quantised`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import str_to_torch_dtype
 
 from secateur.errors import CheckpointError
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +38,17 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return {name: each for file in _weight_files(directory) for name, each in _read_header(file).items()}
 
 
-def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Return the tensor in its own memory. Raises CheckpointError if the file has changed."""
+def read_tensor(stored: StoredTensor, *, mapped: bool = False) -> torch.Tensor:
+    """Return the tensor in its own memory, or `mapped`: a view of its file; writing to it copies its pages.
+
+    Raises CheckpointError if the file has changed.
+    """
     try:
         with safe_open(stored.file, framework="pt") as opened:
-            return opened.get_tensor(stored.name).clone()
+            tensor = opened.get_tensor(stored.name)
+            return tensor if mapped else tensor.clone()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{stored.file}: cannot be read again ({error}); is something writing to it?") from None
-
-
-def mapped_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor by name as a view of its mapped file; writing to one copies its pages."""
-    stored = stored_tensors(directory)
-    files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {each.file for each in stored.values()}}
-    return {name: files[each.file].get_tensor(name) for name, each in stored.items()}
 
 
 class _Index(BaseModel):

@@ -5,7 +5,6 @@ model's own side, rows and configs, is `model.kept_tokens`.
 """
 
 import json
-import math
 import tempfile
 import unicodedata
 from collections import defaultdict
@@ -34,14 +33,13 @@ Parsed = dict[str, Any]
 class Vocabulary:
     """A model's tokens; rows of the embedding that are in none of the dicts are padding rows.
 
-    `kind`: what the tokenizer is, in words. `num_rows`: rows of the embedding. `texts`: each
+    `num_rows`: rows of the embedding. `texts`: each
     token's text; half characters are shown as U+FFFD. `parts`: what a token is merged from, or
     becomes without it (Unigram); bytes and single characters have none. `needs_parts`: whether a
     token that stays needs its parts, as merges do. `fixed`: ids that never go; of padding rows only
     those that a config names. `bytes`: which byte each token of a byte fallback is.
     """
 
-    kind: str
     num_rows: int
     texts: dict[int, str]
     parts: dict[int, tuple[int, ...]]
@@ -63,7 +61,7 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     ids = _ids(parsed, num_rows)
     pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
     is_bpe, is_byte_level = rules["type"] == "BPE", "ByteLevel" in decoder_steps(tokenizer)
-    parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules)) | _spelt_in_bytes(rules, pieces)
+    parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules, pieces)) | _spelt_in_bytes(rules, pieces)
     texts = _texts(parsed, ids, is_byte_level=is_byte_level)
     fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
@@ -74,7 +72,6 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
     return Vocabulary(
-        kind=_kind(rules, is_byte_level=is_byte_level),
         num_rows=num_rows,
         texts=texts,
         parts=parts,
@@ -149,13 +146,6 @@ def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
     return {text: index for text, index in ids.items() if index < num_rows}
 
 
-def _kind(model: Parsed, *, is_byte_level: bool) -> str:
-    kind = model["type"]
-    if is_byte_level:
-        return f"byte-level {kind}"
-    return f"{kind} with byte fallback" if model.get("byte_fallback") else kind
-
-
 def _texts(parsed: Parsed, ids: dict[str, int], *, is_byte_level: bool) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
     if not is_byte_level:
@@ -193,9 +183,7 @@ def _merged_from(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, 
 
 def _shorter_merges(texts: list[str], merges: dict[str, list[tuple[int, str, str]]], pieces: dict[str, int]) -> Any:
     """Return BPE with the merges that make what is within the texts, but not the texts themselves."""
-    length = len(texts[0])
-    within = {text[start:end] for text in texts for start in range(length) for end in range(start + 1, length + 1)}
-    within &= pieces.keys() - set(texts)
+    within = set().union(*map(_within, texts)) & pieces.keys() - set(texts)
     ranked = sorted(merge for text in within for merge in merges.get(text, ()))
     known = [(left, right) for _, left, right in ranked if left in within and right in within]
     return models.BPE({text: number for number, text in enumerate(sorted(within))}, known)
@@ -213,36 +201,30 @@ def _spelt_in_bytes(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[in
     return {index: those for index, those in spelt.items() if those}
 
 
-def _best_without(model: Parsed) -> dict[int, tuple[int, ...]]:
-    """Return how a Unigram tokenizer would split each piece if it were not there: the best sum of scores."""
+def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
+    """Return how a Unigram tokenizer would split each piece if it were not there; characters without a piece in bytes.
+
+    Where the byte fallback does not cover a character, it is left out.
+    """
     scores = dict(model["vocab"])
-    ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
-    longest, unknown = max(map(len, scores)), min(scores.values()) - 10  # the library's penalty
-    parts = {}
-    for piece, index in ids.items():
-        if len(piece) == 1:
-            continue
-        best = [(0.0, 0), *[(-math.inf, 0)] * len(piece)]
-        for end in range(1, len(piece) + 1):
-            for start in range(max(0, end - longest), end):
-                part = piece[start:end]
-                score = scores.get(part, unknown if end - start == 1 else -math.inf)
-                if part != piece and best[start][0] + score > best[end][0]:
-                    best[end] = (best[start][0] + score, start)
-        parts[index] = _path(piece, best, model, ids)
-    return parts
-
-
-def _path(piece: str, best: list[tuple[float, int]], model: Parsed, ids: dict[str, int]) -> tuple[int, ...]:
-    """Return the ids along the best path; characters that are no piece are in bytes, or left out."""
-    found: tuple[int, ...] = ()
-    end = len(piece)
-    while end:
-        start = best[end][1]
-        part = piece[start:end]
-        found = ((ids[part],) if part in ids else _in_bytes(part, model, ids) or ()) + found
-        end = start
+    least = min(scores.items(), key=lambda each: each[1])  # by which the library prices unknown characters
+    found: dict[int, tuple[int, ...]] = {}
+    for piece in (piece for piece in pieces if len(piece) > 1):
+        known = _within(piece) & pieces.keys() - {piece}
+        library = models.Unigram([least, *((part, scores[part]) for part in sorted(known))], 0)
+        parts: list[int] = []
+        for token in library.tokenize(piece):
+            if token.value in known:
+                parts.append(pieces[token.value])
+            else:
+                parts += [byte for symbol in token.value for byte in _in_bytes(symbol, model, pieces) or ()]
+        found[pieces[piece]] = tuple(parts)
     return found
+
+
+def _within(text: str) -> set[str]:
+    """Return all parts of the text."""
+    return {text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)}
 
 
 def _without_cover(model: Parsed, pieces: dict[str, int]) -> set[int]:

@@ -6,7 +6,6 @@ In: the walk before the group's layer. Out: the cut layer, the kept indices, the
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +19,7 @@ from secateur.methods.scores import needs_gram
 from secateur.methods.select import Task, log_line, select
 from secateur.model.bind import bind, decoder_layers, text_config
 from secateur.model.checkpoint import meta_model
-from secateur.model.group import (
-    Group,
-    GroupKey,
-    Kind,
-    cut,
-    cut_expert_channels,
-    cut_experts,
-    linear,
-    rows_of,
-    unit_columns,
-)
+from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of, unit_columns
 from secateur.model.per_layer import record_widths
 from secateur.model.stock import CausalLM
 from secateur.recipe import Recipe
@@ -54,16 +43,11 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     keep = decided(lambda: select(task, measured.pooled))
     columns = rows_of(keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, method)
-    cut(layer, group, keep, num_units, repaired.weight_HS, repaired.bias_H)
+    cut(layer, group, keep, repaired.weight_HS)
     line = log_line(group, len(keep), num_units, measured.energy)
     if repaired.guard is not None:
         line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
     return keep, line | ({"domain_weights": weights} if weights else {})
-
-
-def cut_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
-    """Keep only these units of the group."""
-    cut(layer, group, keep, group.parts.num_units_left(layer))
 
 
 def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, float]:
@@ -86,32 +70,20 @@ def model_left(
     for group in arch.groups:
         count = num_keep.get(group.key, group.num_units)
         if count < group.num_units:
-            keep = torch.arange(count, device="meta")
-            if group.kind == "expert_channels":
-                stacks = next(modules[group.layer].get_submodule(group.experts.module).parameters())
-                keep = keep.expand(len(stacks), -1)
-            STEPS[group.kind].cut(modules[group.layer], group, keep)
+            cut(modules[group.layer], group, torch.arange(count, device="meta"))
     record_widths(model, arch)
     if num_tokens is not None:
         text_config(model).vocab_size = num_tokens
     return meta_model(model.config)  # as it will be built from its file
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """`prune`: measure, select, repair, cut; returns indices, log line. `cut`: to these indices."""
-
-    prune: Callable[[Task], tuple[Tensor, dict[str, Any]]]
-    cut: Callable[[nn.Module, Group, Tensor], None]
-
-
-STEPS: dict[Kind, Step] = {
-    "channels": Step(prune_channels, cut_channels),
-    "heads": Step(prune_channels, cut_channels),
-    "experts": Step(prune_experts, cut_experts),
-    "expert_channels": Step(prune_expert_channels, cut_expert_channels),
+# Measures, selects, repairs and cuts, by `Group.kind`; returns the kept indices and the log line.
+STEPS: dict[Kind, Callable[[Task], tuple[Tensor, dict[str, Any]]]] = {
+    "channels": prune_channels,
+    "heads": prune_channels,
+    "experts": prune_experts,
+    "expert_channels": prune_expert_channels,
 }
-"""By `Group.kind`. A new kind of unit is a module with these two functions and an entry here."""
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -139,14 +111,14 @@ def prune_group(
     """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before."""
     with walk.layer(group.layer):
         task = Task(walk, group, num_keep, method_of(recipe), shares, seed, keep)
-        return STEPS[group.kind].prune(task)
+        return STEPS[group.kind](task)
 
 
 @torch.no_grad()
 def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Tensor:
     """Repeat a step bit for bit from what `outcome_of` returned; return the kept indices."""
     keep = stored["keep"].to(next(layer.parameters()).device)
-    STEPS[group.kind].cut(layer, group, keep)
+    cut(layer, group, keep)
     for name, parameter in group.parts.refitted(layer).items():
         parameter.copy_(stored[name])
     return keep

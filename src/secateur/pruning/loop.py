@@ -18,7 +18,7 @@ from secateur.methods.budget import Plan, least_keep, plan_of
 from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
-from secateur.model.group import Group, GroupKey, add_zero_biases, original_units
+from secateur.model.group import Group, GroupKey, original_units
 from secateur.model.kept_units import Keeps
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
@@ -42,13 +42,9 @@ class _Member:
 
     @classmethod
     def of(cls, run: Run) -> "_Member":
-        """Return the whole model, with what its recipe adds to its readers."""
+        """Return the whole model."""
         assert run.arch.num_layers == len(run.resolved.layers), "whole layers go first"
-        groups, layers = run.resolved.groups, decoder_layers(run.model, run.arch)
-        if run.resolved.recipe.repair.compensate == "bias":
-            for group in groups:
-                add_zero_biases(layers[group.layer], group)
-        keeps = {group.key: torch.arange(group.num_units) for group in groups}
+        keeps = {group.key: torch.arange(group.num_units) for group in run.resolved.groups}
         return cls(run, LossWatch(run), keeps)
 
     @property
@@ -84,7 +80,7 @@ def prune_together(runs: Sequence[Run]) -> list[Keeps]:
                 _one_round(members, number, dense_layers, finished)
             for member in members:
                 member.watch.after_round(number)
-                _update_config(member.run)
+                record_widths(member.run.model, member.run.arch)
     return [member.keeps for member in members]
 
 
@@ -166,14 +162,6 @@ def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: La
     if not is_last:
         dense_layers.save(index, walk.layers[index], groups)
     walk.advance_dense(index)
-
-
-def _update_config(run: Run) -> None:
-    """Derive the config from the tensors, never from the intent."""
-    if run.resolved.recipe.repair.compensate == "bias":
-        for key in {group.bias_switch.config_key for group in run.resolved.groups if group.bias_switch}:
-            setattr(run.model.config, key, True)
-    record_widths(run.model, run.arch)
 
 
 def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> Plan:

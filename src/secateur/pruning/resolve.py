@@ -156,11 +156,6 @@ def checked(opened: Opened) -> Opened:
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
-    if recipe.repair.compensate == "bias" and any(group.bias_switch is None for group in groups):
-        raise RecipeError(
-            f"repair.compensate: family {arch.family} cannot store a bias in its readers (it would be dropped on "
-            f"reload); use least_squares or none."
-        )
     check_experts(recipe, groups)
     if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
         raise RecipeError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.model.bind import Arch, head_of
-from secateur.stream.walk import forwards_replaced
+from secateur.model.modules import forwards_replaced
 
 HEAD_POSITIONS = 256  # of which both models' logits are there at a time
 CACHED_POSITIONS = 8  # at a time in float32 on a processor; more do not fit the cache of a core

@@ -14,9 +14,10 @@ from secateur.errors import NumericsError
 from secateur.facts import Divergence, Loss, standard_error
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, decoder_layers, head_of
+from secateur.model.modules import forwards_replaced
 from secateur.ranks import size, spread
 from secateur.stream.device import release_freed
-from secateur.stream.walk import Batch, Walk, forwards_replaced
+from secateur.stream.walk import Batch, Walk
 
 T = TypeVar("T")
 
@@ -151,16 +152,27 @@ def _by_layers(
 
 
 @torch.inference_mode()
-def block_losses(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, " P"]:
-    """Return -log p(token t+1 | tokens 0..t) in nats for every position of a block; P = T - 1."""
-    return _position_losses(model, arch, final_states(model, arch, ids_1T), ids_1T[0])
+def block_losses(
+    model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"], among_K: Int64[Tensor, " K"] | None = None
+) -> Float[Tensor, " P"]:
+    """Return -log p(token t+1 | tokens 0..t) in nats for every position of a block; P = T - 1.
+
+    `among_K`: ascending ids, if the model had these tokens alone: the softmax is over them.
+    """
+    return _position_losses(model, arch, final_states(model, arch, ids_1T), ids_1T[0], among_K)
 
 
 @torch.inference_mode()
-def _position_losses(model: nn.Module, arch: Arch, states_PD: Tensor, ids_T: Tensor) -> Float[Tensor, " P"]:
-    head, targets_P = head_of(model, arch), ids_T[1:].to(states_PD.device)
+def _position_losses(
+    model: nn.Module, arch: Arch, states_PD: Tensor, ids_T: Tensor, among_K: Tensor | None = None
+) -> Float[Tensor, " P"]:
+    head, targets_P, among = head_of(model, arch), ids_T[1:].to(states_PD.device), slice(None)
+    if among_K is not None:
+        among = among_K.to(states_PD.device)
+        targets_P = torch.searchsorted(among, targets_P)
     pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
-    return torch.cat([nn.functional.cross_entropy(head(x_SD).float(), y_S, reduction="none") for x_SD, y_S in pieces])
+    logits = ((head(x_SD)[:, among].float(), y_S) for x_SD, y_S in pieces)
+    return torch.cat([nn.functional.cross_entropy(x_SV, y_S, reduction="none") for x_SV, y_S in logits])
 
 
 @torch.inference_mode()

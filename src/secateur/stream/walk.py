@@ -7,7 +7,7 @@ it has its final shape. `at_hand` onloads a layer if layers are offloaded.
 Letters: B blocks of a batch, T tokens of a block, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.bind import Arch, decoder_layers
+from secateur.model.modules import forwards_replaced, layers_bypassed, silent_attention
 from secateur.stream.device import release_freed
 from secateur.stream.offload import fetch, settle
 
@@ -23,9 +24,6 @@ from secateur.stream.offload import fetch, settle
 CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
 # Layer removals that one walk measures together; more would often be wasted.
 LAYERS_AT_ONCE = 4
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class Walk:
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
         self.batches, self.arch = batches, arch
         self.layers = decoder_layers(model, arch)
-        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+        self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.hidden_BTD = [self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches]
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
@@ -144,7 +142,7 @@ class Walk:
         # Masks and rotary embeddings differ per layer in some families.
         args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
         attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
-        with forwards_replaced(attention, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)):
+        with forwards_replaced(attention, silent_attention):
             output = self.layers[index](hidden_BTD, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -154,18 +152,10 @@ class Walk:
 
         The backbone's own forward prepares them, with its layers bypassed.
         """
-        entered: list[Tensor] = []
-        noted: list[Arguments] = []
-
-        def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            entered.append(hidden)
-            noted.append((args, kwargs))
-            return self.arch.layer_output(hidden)
-
-        with forwards_replaced(self.layers, bypass):
+        with layers_bypassed(self.layers, self.arch.layer_output) as entered:
             backbone(ids_BT, use_cache=False)
-        self._arguments.setdefault((ids_BT.shape[0], ids_BT.shape[1]), noted)
-        return entered[0]
+        self._arguments.setdefault((ids_BT.shape[0], ids_BT.shape[1]), [each[1:] for each in entered])
+        return entered[0][0]
 
 
 @contextmanager
@@ -178,15 +168,3 @@ def at_hand(layer: nn.Module) -> Iterator[nn.Module]:
     yield layer
     settle(layer)
     release_freed()
-
-
-@contextmanager
-def forwards_replaced(layers: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` be every module's forward inside the context."""
-    for layer in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
