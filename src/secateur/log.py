@@ -104,8 +104,8 @@ class RunLog:
 def versions() -> dict[str, str]:
     """Return the versions that a repeat needs, including packages that extend secateur."""
     packages = ("secateur", "torch", "transformers", "safetensors", "tokenizers")
-    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found, **plugin_packages()}
+    installed: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **installed, **plugin_packages()}
 
 
 def human_bytes(num_bytes: int | float) -> str:

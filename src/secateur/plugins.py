@@ -68,8 +68,8 @@ def score_names() -> tuple[str, ...]:
 def plugin_packages() -> dict[str, str]:
     """Return the packages that register anything, with versions. Imports nothing."""
     groups = (SCORE_GROUP, EXPORTER_GROUP)
-    found = (point.dist for group in groups for point in _entry_points(group))
-    return dict(sorted((each.name, each.version) for each in found if each is not None))
+    packages = (point.dist for group in groups for point in _entry_points(group))
+    return dict(sorted((each.name, each.version) for each in packages if each is not None))
 
 
 def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
@@ -77,28 +77,30 @@ def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
 
     Raises PluginError if a name is `taken` (built in), or registered twice.
     """
-    found: dict[str, EntryPoint] = {}
+    points: dict[str, EntryPoint] = {}
     for point in _entry_points(group):
         if point.name in taken:
             raise PluginError(f"{where(point)}: the name is secateur's own; rename it in {_package(point)}.")
-        if point.name in found:
-            raise PluginError(f"{where(point)}: {_package(found[point.name])} has one of that name too; uninstall one.")
-        found[point.name] = point
-    return found
+        if point.name in points:
+            raise PluginError(
+                f"{where(point)}: {_package(points[point.name])} has one of that name too; uninstall one."
+            )
+        points[point.name] = point
+    return points
 
 
 def load(point: EntryPoint, is_right: Callable[[Any], bool], expected: str) -> Any:
     """Return an entry point's object. Raises PluginError if it fails or is not as `expected`."""
     try:
-        found = point.load()
+        loaded = point.load()
     except Exception as error:  # whatever another package's import raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(
             f"{where(point)}: cannot be loaded ({reason}); correct, update or uninstall {_package(point)}."
         ) from error
-    if not is_right(found):
-        raise PluginError(f"{where(point)}: must be {expected}, got {type(found).__name__}; see docs/extend.md.")
-    return found
+    if not is_right(loaded):
+        raise PluginError(f"{where(point)}: must be {expected}, got {type(loaded).__name__}; see docs/extend.md.")
+    return loaded
 
 
 def look_up(

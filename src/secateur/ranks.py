@@ -146,9 +146,9 @@ def lost_text(reason: str = "") -> str:
         reason = reason or "the launcher is gone too"
     size = _groups[0].size if _groups else dist.get_world_size()
     which = f"{', '.join(map(str, lost))} of {size}" if lost else f"one of {size} no longer answers"
-    said = f" ({reason})" if reason and not lost else ""
+    why = f" ({reason})" if reason and not lost else ""
     return (
-        f"rank {which} was lost{said}, so all ranks end and nothing half-written is left; look for why in its own "
+        f"rank {which} was lost{why}, so all ranks end and nothing half-written is left; look for why in its own "
         "output (out of memory, a signal, its machine), then run the same command again (prune with --resume goes on)."
     )
 
@@ -303,22 +303,22 @@ def in_turns(function: Callable[[Item], T], items: list[Item]) -> list[T]:
     if size() == 1:
         return [function(item) for item in items]
     _lists[0] += 1
-    name, found = str(_lists[0]), dict[int, T]()
+    name, results = str(_lists[0]), dict[int, T]()
     own = own_part([*range(len(items))])
     with alone():
         if not _groups:
-            found = {number: function(items[number]) for number in own}
+            results = {number: function(items[number]) for number in own}
         while _groups and (turn := _groups[0].store.add(f"turn-{name}", 1) - 1) < len(items):
-            found[turn] = function(items[turn])
+            results[turn] = function(items[turn])
     meet(name)
-    all_of_them = {number: result for part in gathered(found) for number, result in part.items()}
+    all_of_them = {number: result for part in gathered(results) for number, result in part.items()}
     return [all_of_them[number] for number in range(len(items))]
 
 
-def check_same(facts: Mapping[str, str]) -> None:
+def check_same(values: Mapping[str, str]) -> None:
     """Raise RankError naming the first fact that differs between ranks, and such a rank."""
-    for number, part in enumerate(gathered(dict(facts))):
-        for name, value in facts.items():
+    for number, part in enumerate(gathered(dict(values))):
+        for name, value in values.items():
             if part[name] != value:
                 raise RankError(
                     f"rank {number}: its {name} is not that of rank {rank()}; give every rank the same files and the "

@@ -449,8 +449,8 @@ def over_preset(data: Keys, where: str) -> Keys:
 def preset_texts() -> dict[str, str]:
     """Return the presets' YAML by name."""
     files = sorted((resources.files("secateur") / "presets").iterdir(), key=lambda file: file.name)
-    found = [file for file in files if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in found}
+    presets = [file for file in files if file.name.endswith(".yaml")]
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in presets}
 
 
 def merged(base: Keys, changes: Keys) -> Keys:

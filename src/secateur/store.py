@@ -150,12 +150,12 @@ class Store:
         another one.
         """
         stem = _stem(name, depends_on, is_input)
-        found = from_first(lambda: self._record(stem))
-        if found is not None:
-            for line in found["lines"]:
+        finished = from_first(lambda: self._record(stem))
+        if finished is not None:
+            for line in finished["lines"]:
                 self.log.write(line)
             self.num_found += not is_input
-            value = found["value"]
+            value = finished["value"]
         else:
             first = len(self.log.lines)
             value = json.loads(json.dumps(compute(), default=_plain))  # a first run gets the same types
@@ -233,8 +233,8 @@ class Store:
                 return
             self.tell(f"{self.label}: begins anew; {damaged} of an interrupted run is damaged on disk.")
         elif finished:
-            gone = "what an interrupted run had finished is removed (resume would go on from it)"
-            self.tell(f"{self.label}: begins anew; {gone}.")
+            what = "what an interrupted run had finished is removed (resume would go on from it)"
+            self.tell(f"{self.label}: begins anew; {what}.")
         elif resume:
             self.tell(f"{self.label}: nothing of an earlier run is there to go on from, so it begins anew.")
         path.unlink(missing_ok=True)  # first: without it nothing counts

@@ -47,6 +47,6 @@ def give_way() -> None:
 
 def _say(*sentences: str) -> None:
     """Print once, for all ranks, why the run ends."""
-    said = last_word("\nsecateur: ".join(sentences))
-    if said is not None:
-        print(f"secateur: {said}", file=sys.stderr)
+    text = last_word("\nsecateur: ".join(sentences))
+    if text is not None:
+        print(f"secateur: {text}", file=sys.stderr)

@@ -194,11 +194,11 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> bool:
-    if asked:
+def _version(wanted: bool) -> bool:
+    if wanted:
         print(f"secateur {importlib.metadata.version('secateur')}")
         raise typer.Exit
-    return asked
+    return wanted
 
 
 @app.callback()
@@ -346,16 +346,16 @@ def shares(text: str | None) -> list[float]:
 
 def parse_domains(texts: list[str]) -> dict[str, Keys]:
     """Return `--domain` as a recipe's `calibration.domains`."""
-    found: dict[str, Keys] = {}
+    domains: dict[str, Keys] = {}
     for text in texts:
         name, separator, file = text.partition("=")
         if separator and not (name and file):
             raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
         new = mixtures().get(text) or {name: _of_file(file) if separator else {"installed": name}}
-        if twice := [each for each in new if each in found]:
+        if twice := [each for each in new if each in domains]:
             raise RecipeError(f"--domain {twice[0]}: given twice; list several files of one domain in a recipe.")
-        found |= new
-    return found
+        domains |= new
+    return domains
 
 
 # What `--answers` says in place of a share.
@@ -391,7 +391,7 @@ def _of_file(text: str) -> Keys:
 
 def parse_sets(texts: list[str] | None) -> Keys:
     """Return `--set KEY=VALUE` as a mapping of a recipe's keys; the last one of a key counts."""
-    found: Keys = {}
+    keys: Keys = {}
     for text in texts or ():
         key, separator, written = text.partition("=")
         if not separator or not all(key.split(".")):
@@ -402,8 +402,8 @@ def parse_sets(texts: list[str] | None) -> Keys:
             raise RecipeError(f"--set {text}: the value is no YAML ({error}); quote it.") from None
         for name in reversed(key.split(".")):
             value = {name: value}
-        found = merged(found, value)
-    return found
+        keys = merged(keys, value)
+    return keys
 
 
 def with_sets(data: Keys, sets: list[str] | None) -> Keys:

@@ -137,11 +137,11 @@ def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
     shape = meta_model(checkpoint.config)
     check_weights(checkpoint, shape)
     longest = checkpoint.config.get_text_config().max_position_embeddings
-    asked = workload.prompt_tokens + workload.new_tokens
-    if asked > longest:
+    wanted = workload.prompt_tokens + workload.new_tokens
+    if wanted > longest:
         raise RecipeError(
-            f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {asked}, more than the "
-            f"{longest} that {checkpoint.reference} can attend to; ask for fewer."
+            f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {wanted}, more than "
+            f"the {longest} that {checkpoint.reference} can attend to; ask for fewer."
         )
 
 

@@ -90,9 +90,9 @@ def compare(
         cell = work[number]
         if cell.seed not in judged:
             judged[cell.seed] = _judged_on(shared, next(each for each in work if each.seed == cell.seed))
-        found = _finished(shared, cell, judged[cell.seed])
+        finished = _finished(shared, cell, judged[cell.seed])
         progress("cells", number + 1, len(work))
-        return found
+        return finished
 
     comparison = Comparison(tuple(in_turns(finish, list(range(len(work))))), versions())
     if is_first():
@@ -184,8 +184,8 @@ def _judge(shared: _Shared, subject: Subject, opened: Opened, judged: Judged) ->
     )
     for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
         listen = partial(shared.progress, name)
-        found = run_task(task, model, tokenizer_of(opened), _task_options(shared.study), listen)
-        tasks[name] = {key: value for key, value in found["results"][name].items() if isinstance(value, int | float)}
+        result = run_task(task, model, tokenizer_of(opened), _task_options(shared.study), listen)
+        tasks[name] = {key: value for key, value in result["results"][name].items() if isinstance(value, int | float)}
     return {
         "nats_per_token": {name: loss.nats_per_token for name, loss in losses.items()},
         "others": {name: loss.nats_per_token for name, loss in others.items()},

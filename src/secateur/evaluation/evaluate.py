@@ -94,7 +94,7 @@ def evaluate(
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim)
 
-    def asked(subject: parts.Subject, own_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def task_results(subject: parts.Subject, own_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         if loaded is None:
             return {}
         return parts.task_parts(store, subject, own_tokenizer, loaded, options, progress)
@@ -104,7 +104,7 @@ def evaluate(
     dense_tasks: dict[str, Any] = {}
     if dense is not None:
         dense_scores = judge.dense(dense.to_judge())
-        dense_tasks = asked(dense, judge.dense_tokenizer)
+        dense_tasks = task_results(dense, judge.dense_tokenizer)
         before = parts.measured_by(dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks)
         if trim is not None:
             dense.keep(trim.kept)
@@ -113,7 +113,7 @@ def evaluate(
 
     # Measure the pruned one, and what lies between them.
     scores = judge.pruned(pruned.to_judge())
-    pruned_tasks = asked(pruned, tokenizer)
+    pruned_tasks = task_results(pruned, tokenizer)
     after = parts.measured_by(scores, judge.text, tokenizer, pruned_tasks)
     if before is not None and kl_of is not None:
         kl = kl_of()

@@ -51,14 +51,14 @@ def measured_by(
     """Return what was measured of one model."""
     losses = {**scores.domains, OTHER: scores.other}
     sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
-    found = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
-    other = found.pop(OTHER)
+    qualities = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
+    other = qualities.pop(OTHER)
     if not harness:
-        return Measured(found, other)
+        return Measured(qualities, other)
     # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
     results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
-    return Measured(found, other, results)
+    return Measured(qualities, other, results)
 
 
 def differences(dense: Measured, pruned: Measured, tasks: Scores | None) -> Differences:

@@ -289,8 +289,8 @@ def _questions(task: Any) -> Any:
 
 def num_questions(task: Any, options: TaskOptions) -> int:
     """Return how many questions are asked."""
-    found = len(_questions(task))
-    return min(options.limit or found, found)
+    count = len(_questions(task))
+    return min(options.limit or count, count)
 
 
 def is_chat(task: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -338,7 +338,7 @@ def run_task(
             replaced(vars(tqdm), "tqdm", NO_BAR),
             replaced(vars(huggingface), "tqdm", partial(Bar, progress)),
         ):
-            found = run(
+            outcome = run(
                 model=wrapper,
                 tasks=[task],
                 num_fewshot=options.num_fewshot,
@@ -349,11 +349,11 @@ def run_task(
                 apply_chat_template=is_chat(task, tokenizer),
                 confirm_run_unsafe_code=options.run_code,
             )
-    result = {key: found[key] for key in BY_TASK}
+    result = {key: outcome[key] for key in BY_TASK}
     for config in result["configs"].values():
         config.get("metadata", {}).pop("config_source", None)  # a path of this machine
     scores: dict[str, list[Any]] = {}
-    for sample in found["samples"][task.task_name]:
+    for sample in outcome["samples"][task.task_name]:
         for metric in sample["metrics"]:
             scores.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
     return {**result, "item_scores": scores}

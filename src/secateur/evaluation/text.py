@@ -131,12 +131,12 @@ def _run_learnt(
     if text_facts(directory) is None or not has_recipe(directory):
         return None
     recipe = as_recipe(path)
-    asked = [domain.source for domain in domains.values()]
-    files = any(key == "files" for key, _ in asked)
+    sources = [domain.source for domain in domains.values()]
+    files = any(key == "files" for key, _ in sources)
     same = {
         name: domain
         for name, domain in recipe.calibration.domains.items()
-        if not domain.answers and (domain.source in asked or (files and domain.source[0] == "files"))
+        if not domain.answers and (domain.source in sources or (files and domain.source[0] == "files"))
     }
     if not same or recipe.calibration.num_tokens is None:
         return None
@@ -162,14 +162,14 @@ def losses_of_dense_tokens(
 
 
 def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
-    facts = text_facts(directory)
-    if facts is None:
+    known = text_facts(directory)
+    if known is None:
         path = directory / RESULT_FILE
         return (f"{path} is missing, so it is not known whether this text is what the run held out.",)
-    if facts.judged_hash == judged.content_hash:
+    if known.judged_hash == judged.content_hash:
         return ()
     return (
         "the recipe's text is not what it was when the run was made (installed packages or files changed: sha256 "
-        f"{judged.content_hash[:16]}, then {facts.judged_hash[:16]}), so the model may have been calibrated on some "
+        f"{judged.content_hash[:16]}, then {known.judged_hash[:16]}), so the model may have been calibrated on some "
         "of it.",
     )

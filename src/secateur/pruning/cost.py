@@ -178,8 +178,8 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     needs = []
     for group in resolved.groups:
         kept = plan.num_keep[group.key] * group.width if uniform else group.num_inputs
-        gone = group.num_inputs - kept
-        needs.append(8 * (kept * kept + gone * kept + (gone + kept) * num_outputs))
+        removed = group.num_inputs - kept
+        needs.append(8 * (kept * kept + removed * kept + (removed + kept) * num_outputs))
     return max(needs, default=0)
 
 
@@ -194,8 +194,8 @@ def polish_bytes(opened: Opened, resolved: Resolved) -> int:
     if settings is None:
         return 0
     hidden_size, num_params = text_config(model).hidden_size, params_after(resolved)
-    gone = opened.size.num_params - num_params - (0 if settings.train == "full" else resolved.prices.tokens)
-    trained, on_cpu = max(0, num_trained(model, settings) - gone), opened.device.type != "cuda"
+    removed = opened.size.num_params - num_params - (0 if settings.train == "full" else resolved.prices.tokens)
+    trained, on_cpu = max(0, num_trained(model, settings) - removed), opened.device.type != "cuda"
     numbers = trained if autocasts(model.dtype, on_cpu=on_cpu) else num_params  # the rest has no copy
     numbers += (settings.num_tokens + text_config(model).vocab_size) * hidden_size
     training = training_bytes(model, num_params, trained, settings, resolved.sequence_length, on_cpu=on_cpu)
@@ -218,14 +218,14 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
     needed = least = polish_bytes(opened, resolved)
     if budget is None or needed <= budget:
         return resolved
-    asked = f"polish: needs {needed / 1e9:.2f} GB, more than the {budget / 1e9:.2f} GB there are"
+    too_much = f"polish: needs {needed / 1e9:.2f} GB, more than the {budget / 1e9:.2f} GB there are"
     for what, changes in LESS_MEMORY.items():
         less = replace(resolved, recipe=recipe.filled(polish=changes))
         least = polish_bytes(opened, less)
         if least <= budget and ("train" not in changes or importlib.util.find_spec("peft") is not None):
-            return replace(less, warnings=(*resolved.warnings, f"{asked}, so {what}, for {least / 1e9:.2f} GB."))
+            return replace(less, warnings=(*resolved.warnings, f"{too_much}, so {what}, for {least / 1e9:.2f} GB."))
     why = "peft is missing (pip install 'secateur[recover]')" if least <= budget else f"{least / 1e9:.2f} GB at least"
-    warning = f"{asked}, and {why}, so there is none; secateur recover can train the result on another machine."
+    warning = f"{too_much}, and {why}, so there is none; secateur recover can train the result on another machine."
     return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
 
 

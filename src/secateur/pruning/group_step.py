@@ -64,8 +64,8 @@ def model_left(
     """Return, on meta, the model of `config` with only these layers, units and so many tokens, or all."""
     model = meta_model(copy.deepcopy(config))
     arch = bind(model)
-    if gone := set(range(arch.num_layers)) - set(layers):
-        arch = remove_layers(model, arch, gone)
+    if removed := set(range(arch.num_layers)) - set(layers):
+        arch = remove_layers(model, arch, removed)
     modules = decoder_layers(model, arch)
     for group in arch.groups:
         count = num_keep.get(group.key, group.num_units)

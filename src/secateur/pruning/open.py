@@ -166,8 +166,8 @@ def computes_in_float32(opened: Opened) -> bool:
         raise RecipeError(f"machine.compute_dtype: float32 does not go with {why}; leave one of them out.")
     if checkpoint is None or recipe.machine.memory_budget is not None or dtype not in LOW:
         return False
-    asked = recipe.machine.compute_dtype
-    return asked == "float32" or (asked is None and multiplies_in_software(opened.device, dtype))
+    compute_dtype = recipe.machine.compute_dtype
+    return compute_dtype == "float32" or (compute_dtype is None and multiplies_in_software(opened.device, dtype))
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:

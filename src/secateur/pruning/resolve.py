@@ -121,8 +121,8 @@ class Resolved:
     def reaches(self) -> bool:
         """Whether the widths can give the share; equal ones are the nearest to it."""
         room = self.step / 2 if self.is_uniform else 0
-        asked, most = self.recipe.remove.share * self.prices.total, self.largest * self.prices.total + room
-        return not self.groups or bool(self.kept) or asked <= most
+        to_remove, most = self.recipe.remove.share * self.prices.total, self.largest * self.prices.total + room
+        return not self.groups or bool(self.kept) or to_remove <= most
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
@@ -204,8 +204,8 @@ def share_of_size(opened: Opened) -> Opened:
         return sized
 
     # Beyond the last step there is none; half a step beyond it is met.
-    found = nearest(sized)
-    run = resolve(found)
+    possible = nearest(sized)
+    run = resolve(possible)
     left = run.prices_left.total - params_gone(run.groups, run.plans[-1].num_keep)
     if left > stays:
         num_bytes = left * size.num_bytes // size.num_params
@@ -213,7 +213,7 @@ def share_of_size(opened: Opened) -> Opened:
             f"remove.to: {remove.to} is less than a cut can leave; the recipe's groups leave {left:,} parameters "
             f"({num_bytes / 1e6:.4g} MB) at least; give that or more, lower align or min_keep, or name more groups."
         )
-    return found
+    return possible
 
 
 def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
@@ -239,8 +239,8 @@ def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: i
     `gone`: what layers and tokens take of the share.
     """
     units = params_of(groups)
-    asked = recipe.remove.share * prices.total - gone
-    return recipe.remove.align or default_align(groups, 1 - asked / units if units else 0.0)
+    of_widths = recipe.remove.share * prices.total - gone
+    return recipe.remove.align or default_align(groups, 1 - of_widths / units if units else 0.0)
 
 
 def resolve(opened: Opened) -> Resolved:
@@ -321,20 +321,20 @@ def share_for_widths(run: Resolved) -> float:
     num_gone = prices.taken(run.layers)
     if not run.groups:
         return 0.0
-    asked = recipe.remove.share * prices.total
+    to_remove = recipe.remove.share * prices.total
     if not num_gone:
         return recipe.remove.share
-    if abs(asked - num_gone) <= step / 2:
+    if abs(to_remove - num_gone) <= step / 2:
         return 0.0
-    if num_gone > asked and not depth:
+    if num_gone > to_remove and not depth:
         raise RecipeError(
             f"remove.vocabulary: the tokens that go are {num_gone / prices.total:.4f} of all {prices.total_text}, more "
             f"than remove: {recipe.remove.share:g}; keep more tokens, or remove at least that."
         )
-    if num_gone > asked:
+    if num_gone > to_remove:
         per_layer = (num_gone - prices.tokens) // depth
         most, least = (
-            int((asked - prices.tokens + step / 2) // per_layer),
+            int((to_remove - prices.tokens + step / 2) // per_layer),
             math.ceil(1e4 * num_gone / prices.total) / 1e4,
         )
         raise RecipeError(
@@ -342,7 +342,7 @@ def share_for_widths(run: Resolved) -> float:
             f"all {prices.total_text}, more than remove: {recipe.remove.share:g}; use depth {most} at most, "
             f"or remove at least {least:.4f}."
         )
-    return (asked - num_gone) / (prices.total - num_gone)
+    return (to_remove - num_gone) / (prices.total - num_gone)
 
 
 def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
@@ -395,8 +395,8 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
             f"remove.depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
             f"must stay, so ask for 0 to {len(free) - 1}."
         )
-    gone = named or set(free[len(free) - depth :])
-    return tuple(index for index in range(arch.num_layers) if index not in gone)
+    removed = named or set(free[len(free) - depth :])
+    return tuple(index for index in range(arch.num_layers) if index not in removed)
 
 
 def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
@@ -415,11 +415,11 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:
         return 0
-    asked = recipe.remove.share * prices.total - prices.tokens
+    of_widths = recipe.remove.share * prices.total - prices.tokens
     units = params_of(groups)
-    wanted = round(LAYERS_PER_UNIT * (asked / units - UNITS_ALONE) * arch.num_layers)
+    wanted = round(LAYERS_PER_UNIT * (of_widths / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
-    return max(0, min(wanted, int(asked // prices.per_layer[0]), free - 1))
+    return max(0, min(wanted, int(of_widths // prices.per_layer[0]), free - 1))
 
 
 def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:

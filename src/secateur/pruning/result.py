@@ -102,9 +102,9 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
 
 def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, ...]:
     """Return a warning if rounding spoiled a fit, or only more damping than asked made one."""
-    asked = {recipe.repair.damping * factor for factor in recipe.repair.damping_factors}
+    dampings = {recipe.repair.damping * factor for factor in recipe.repair.damping_factors}
     fits = [line for line in lines if line.get("condition") is not None]
-    spoiled = [line for line in fits if line["condition"] > LARGEST_CONDITION or line["damping"] not in asked]
+    spoiled = [line for line in fits if line["condition"] > LARGEST_CONDITION or line["damping"] not in dampings]
     if not spoiled:
         return ()
     worst = max(spoiled, key=lambda line: (line["damping"], line["condition"]))

@@ -148,28 +148,28 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     remove, arch = opened.recipe.remove, opened.arch
     prices = prices_of(opened.arch, opened.model)
     layers = layers_to_expect(opened.recipe, arch, opened.model.config)
-    asked = max(0.0, remove.share * prices.total - prices.taken(layers))
+    to_remove = max(0.0, remove.share * prices.total - prices.taken(layers))
     per_token = token_prices(opened.model, 1)
-    if not remove.group_names or not asked:
-        most_1 = methods.sizes_within(removal, num_rows, int(asked // per_token))[-1:]
+    if not remove.group_names or not to_remove:
+        most_1 = methods.sizes_within(removal, num_rows, int(to_remove // per_token))[-1:]
         return int(most_1), pieces.token * float(removal.growth(most_1))
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
-    counts_N = methods.sizes_within(removal, num_rows, int(asked // per_token) + methods.ALIGN_TOKENS)
+    counts_N = methods.sizes_within(removal, num_rows, int(to_remove // per_token) + methods.ALIGN_TOKENS)
     groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
-    least = least_step(groups, align_for(opened.recipe, groups, prices, int(asked)), alike=uniform)
-    if per_token * int(counts_N[-1]) - asked > least / 2:
+    least = least_step(groups, align_for(opened.recipe, groups, prices, int(to_remove)), alike=uniform)
+    if per_token * int(counts_N[-1]) - to_remove > least / 2:
         counts_N = counts_N[:-1]
     ffns = tuple(group for group in groups if group.name == "ffn")
     channels = params_of(ffns)
     dense.services.tell(
         f"{opened.name}: first measures how many of its {num_rows:,} tokens go; what goes is said after that."
     )
-    law = _channel_law(dense, hand, min(MOST_CHANNELS, asked / channels))
+    law = _channel_law(dense, hand, min(MOST_CHANNELS, to_remove / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
     steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
     step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
-    rest_N = ((asked - per_token * counts_N) / step_N).ceil() * step_N / channels
+    rest_N = ((to_remove - per_token * counts_N) / step_N).ceil() * step_N / channels
     cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
     if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
         cost_N[-1] = 0

@@ -77,12 +77,12 @@ def vocabulary_facts(
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
     lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
     before = Counter(script for text in texts.values() for script in scripts_of(text))
-    before.subtract(gone := Counter(script for text in lost for script in scripts_of(text)))
+    before.subtract(removed := Counter(script for text in lost for script in scripts_of(text)))
     return VocabularyFacts(
         num_before=kept.num_dense,
         num_after=len(kept.dense_ids),
         by_domain={name: (_predicted(dense[name]), _predicted(text)) for name, text in held_out.items()},
-        scripts={script: (left + gone[script], left) for script, left in sorted(before.items())},
+        scripts={script: (left + removed[script], left) for script, left in sorted(before.items())},
         nats={name: (dense.nats_per_token, cut.nats_per_token) for name, (dense, cut) in trimmed.items()},
         foretold=trim.foretold,
     )

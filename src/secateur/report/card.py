@@ -37,18 +37,18 @@ def card_data(summary: Summary, recipe: Recipe | None) -> ModelCardData:
     """Return the hub's metadata. What is not known is left out; `unknown` says why."""
     lineage, domains = summary.lineage, {} if recipe is None else dict(recipe.calibration.domains)
     base_model = next((each.hub_id for each in reversed(lineage) if each.hub_id), None)
-    said: dict[str, Any] = {"tags": list(TAGS)}
+    metadata: dict[str, Any] = {"tags": list(TAGS)}
     if lineage and lineage[-1].license:
         dense = lineage[-1]
-        said |= {"license": dense.license, "license_name": dense.license_name, "license_link": dense.license_link}
+        metadata |= {"license": dense.license, "license_name": dense.license_name, "license_link": dense.license_link}
     if base_model:
-        said |= {"base_model": base_model, "base_model_relation": "finetune"}  # the hub knows no `pruned`
+        metadata |= {"base_model": base_model, "base_model_relation": "finetune"}  # the hub knows no `pruned`
     if lineage and lineage[-1].languages and summary.vocabulary is None:
-        said["language"] = list(lineage[-1].languages)
+        metadata["language"] = list(lineage[-1].languages)
     if datasets := [without_places(each.dataset) for each in domains.values() if each.dataset]:
-        said["datasets"] = sorted(set(datasets))
+        metadata["datasets"] = sorted(set(datasets))
     tag = "image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation"
-    return ModelCardData(library_name="transformers", pipeline_tag=tag, **said)
+    return ModelCardData(library_name="transformers", pipeline_tag=tag, **metadata)
 
 
 def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
@@ -106,8 +106,8 @@ def _calibrated_on(summary: Summary, recipe: Recipe | None) -> Iterator[str]:
     worst = ", ".join(lost[:NUM_WORST])
     other = "Text of other kinds, and other languages, were not measured, and can have lost much more."
     none = "No measured domain lost." if ratios else "Losses were not measured."
-    said = f"It lost most on {worst}." if worst else none
-    yield from ("", escaped(f"{said} {other}"))
+    suffers = f"It lost most on {worst}." if worst else none
+    yield from ("", escaped(f"{suffers} {other}"))
 
 
 def source_text(domain: Domain) -> str:

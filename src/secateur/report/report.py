@@ -138,8 +138,8 @@ def removed_section(files: ResultFiles) -> Section | None:
             )
         caption = "Units by layer, before → kept; bars: the share that stays"
         tables.append(Table(caption, ("", *groups), rows, bars=bars))
-    if (facts := files.summary.vocabulary) is not None:
-        text += [who_suffers(facts), *(f"{label}: {note}." for label, note in vocabulary_notes(facts))]
+    if (vocabulary := files.summary.vocabulary) is not None:
+        text += [who_suffers(vocabulary), *(f"{label}: {note}." for label, note in vocabulary_notes(vocabulary))]
     return Section("removed", "What went where", text, tables) if text else None
 
 
@@ -166,18 +166,18 @@ def _counts(steps: Sequence[GroupStep]) -> dict[str, dict[int, tuple[int, int]]]
 
 def text_section(files: ResultFiles) -> Section:
     """Which text, how much, and whether calibration saw held-out text."""
-    facts, domains = files.summary.calibration, files.recipe.calibration.domains
+    text, domains = files.summary.calibration, files.recipe.calibration.domains
     about = (
-        f"{sum(facts.num_tokens.values()):,} tokens to measure on, {sum(facts.num_held_out_tokens.values()):,} that "
-        f"guard the run and {sum(facts.num_judged_tokens.values()):,} that judge it, in blocks of "
-        f"{facts.sequence_length}. A text too short for both judges by what guards. Overlap: the share of the judging "
+        f"{sum(text.num_tokens.values()):,} tokens to measure on, {sum(text.num_held_out_tokens.values()):,} that "
+        f"guard the run and {sum(text.num_judged_tokens.values()):,} that judge it, in blocks of "
+        f"{text.sequence_length}. A text too short for both judges by what guards. Overlap: the share of the judging "
         f"text's {NGRAM_TOKENS}-grams of tokens that the calibration text has too; boilerplate counts.",
-        f"SHA-256 of all token blocks: {facts.content_hash}",
+        f"SHA-256 of all token blocks: {text.content_hash}",
     )
     rows = []
-    for name, num in facts.num_tokens.items():
-        counts = (num, facts.num_held_out_tokens[name], facts.num_judged_tokens[name])
-        overlap = overlap_cell(facts.held_out_overlap[name])
+    for name, num in text.num_tokens.items():
+        counts = (num, text.num_held_out_tokens[name], text.num_judged_tokens[name])
+        overlap = overlap_cell(text.held_out_overlap[name])
         rows.append((name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name])))
     header = ("domain", "tokens", "guard", "judge", "overlap", "source")
     return Section("text", "Text", about, (Table("Text by domain", header, rows),))

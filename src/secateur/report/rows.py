@@ -57,7 +57,7 @@ _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b|^[-+#](?=[-+# ]|$)|^\d+(?=[.)]
 def escaped(text: str) -> str:
     """Return the text for Markdown, on one line: names of models and domains are shown as they are."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return _MARKUP.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), line)
+    return _MARKUP.sub(lambda mark: "".join(f"&#{ord(c)};" for c in mark[0]), line)
 
 
 def code(text: str) -> str:
@@ -141,15 +141,15 @@ def faster(phase: str, ratio: Spread) -> str:
 
 def caveats(summary: Summary) -> list[str]:
     """Return what a reader must know about the numbers: the run's notes, overlap of texts."""
-    found = list(summary.warnings)
+    notes = list(summary.warnings)
     overlap = {domain: share or 0.0 for domain, share in summary.calibration.held_out_overlap.items()}
     much = ", ".join(f"{domain} {share:.0%}" for domain, share in overlap.items() if share > MUCH_OVERLAP)
     if much:
-        found.append(
+        notes.append(
             f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({much}), so the quality "
             "there is flattered."
         )
-    return found
+    return notes
 
 
 OTHER_TEXT = "text of other sources"
@@ -176,9 +176,9 @@ def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
     changes = loss_changes(summary)
     if changes:
         yield ("text like what it was trained on:", "", "", "")
-    for domain, found in changes.items():
+    for domain, difference in changes.items():
         losses = [each[domain] for each in summary.losses_by_name().values()]
-        yield domain, *map(_nats, losses), found.text()
+        yield domain, *map(_nats, losses), difference.text()
     if changes:
         means = [geometric_mean_perplexity(losses) for losses in summary.losses_by_name().values()]
         mean = mean_change(changes.values()).text()
@@ -201,8 +201,8 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
     dense, pruned = summary.dense_size, summary.pruned_size
     yield row("parameters", dense.num_params, pruned.num_params)
     yield row("bytes", dense.num_bytes, pruned.num_bytes, human_bytes)
-    if (facts := summary.vocabulary) is not None:
-        yield row("vocabulary", facts.num_before, facts.num_after, "{:,} tokens".format)
+    if (vocabulary := summary.vocabulary) is not None:
+        yield row("vocabulary", vocabulary.num_before, vocabulary.num_after, "{:,} tokens".format)
     if len(set(summary.num_layers)) > 1:
         yield row("layers", *summary.num_layers)
     for group, (before, least, most) in summary.widths.items():
@@ -216,13 +216,13 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "seconds", f"{seconds}; total {sum(summary.seconds.values()):.1f}"
     yield "peak memory", f"{human_bytes(summary.peak_bytes)} resident, interpreter included"
     yield from lineage_rows(summary)
-    facts = summary.calibration
-    tokens = ", ".join(f"{name} {count:,}" for name, count in facts.num_tokens.items())
-    yield "calibration", f"{tokens} tokens in blocks of {facts.sequence_length}; sha256 {facts.content_hash[:16]}"
-    shares = ", ".join(f"{name} {overlap_cell(share)}" for name, share in facts.held_out_overlap.items())
+    text = summary.calibration
+    tokens = ", ".join(f"{name} {count:,}" for name, count in text.num_tokens.items())
+    yield "calibration", f"{tokens} tokens in blocks of {text.sequence_length}; sha256 {text.content_hash[:16]}"
+    shares = ", ".join(f"{name} {overlap_cell(share)}" for name, share in text.held_out_overlap.items())
     yield "overlap", f"{NGRAM_TOKENS}-grams of the held-out text that the calibration text has too: {shares}"
     if summary.dense_losses:
-        judged = ", ".join(f"{name} {count:,}" for name, count in facts.num_judged_tokens.items())
+        judged = ", ".join(f"{name} {count:,}" for name, count in text.num_judged_tokens.items())
         yield (
             "quality on",
             f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same documents",
@@ -376,32 +376,32 @@ def of_dense(summary: Summary) -> str:
     return "" if summary.vocabulary is None else " of the dense tokenizer"
 
 
-def who_suffers(facts: VocabularyFacts) -> str:
+def who_suffers(trim: VocabularyFacts) -> str:
     """Say what the trim costs the run's own domains, and which scripts lose most of their tokens."""
-    before, after = (sum(column) for column in zip(*facts.by_domain.values(), strict=True))
-    lost = [cut - dense for dense, cut in facts.nats.values()]
+    before, after = (sum(column) for column in zip(*trim.by_domain.values(), strict=True))
+    lost = [cut - dense for dense, cut in trim.nats.values()]
     own = f"takes {growth(before, after):.1%} more tokens"
     if lost:
         own += f" and loses {sum(lost) / len(lost):.2f} nats per token by it"
-    scripts = ", ".join(f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(facts))
+    scripts = ", ".join(f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(trim))
     worse = f" What is written in these scripts is predicted worse: {scripts} stay." if scripts else ""
     return (
-        f"The vocabulary was trimmed from {facts.num_before:,} to {facts.num_after:,} tokens. Held-out text of the "
-        f"run's own domains {own}.{worse}"
+        f"The vocabulary was trimmed from {trim.num_before:,} to {trim.num_after:,} tokens. Held-out text of "
+        f"the run's own domains {own}.{worse}"
     )
 
 
-def _worst(facts: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
+def _worst(trim: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
     """Return the scripts that lose the largest share of their tokens, and these before and behind it."""
-    lost = sorted((-growth(*counts), script) for script, counts in facts.scripts.items() if counts[0] >= LEAST_TOKENS)
-    return [(script, facts.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
+    lost = sorted((-growth(*counts), script) for script, counts in trim.scripts.items() if counts[0] >= LEAST_TOKENS)
+    return [(script, trim.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
 
 
-def vocabulary_notes(facts: VocabularyFacts) -> Iterator[tuple[str, str]]:
+def vocabulary_notes(trim: VocabularyFacts) -> Iterator[tuple[str, str]]:
     """Yield what a trim does to text: more tokens and nats by domain."""
-    growths = ", ".join(f"{name} {growth(*pair):+.1%}" for name, pair in facts.by_domain.items())
+    growths = ", ".join(f"{name} {growth(*pair):+.1%}" for name, pair in trim.by_domain.items())
     yield "text growth", f"{growths} more tokens for the same held-out text"
-    if facts.nats:
-        more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in facts.nats.items())
-        told = "" if facts.foretold is None else f"; {facts.foretold:.3f} were foretold"
+    if trim.nats:
+        more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in trim.nats.items())
+        told = "" if trim.foretold is None else f"; {trim.foretold:.3f} were foretold"
         yield "trim alone", f"{more} nats per token of the dense tokenizer{told}"
