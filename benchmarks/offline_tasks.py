@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from secateur.evaluation.tasks import TaskOptions, load_tasks, quiet_harness, run_task, task_manager
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.report.measured import task_metrics
+from secateur.report.records import task_metrics
 
 TASKS = "arc_easy,winogrande,copa,hellaswag,piqa"
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}

@@ -13,7 +13,7 @@ import secateur
 from secateur.evaluation.study import Comparison, FoundCell
 from secateur.facts import TrainingRecord, Verdict
 from secateur.recipe import Choose, Remove, Strict, parse_recipe
-from secateur.report.measured import RecoveryRecord
+from secateur.report.records import RecoveryRecord
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from secateur.data.pool import Amounts, CalibrationText, Split, TextPool
 from secateur.evaluation.parts import measured_by
 from secateur.log import Progress, silent
 from secateur.model.bind import bind
-from secateur.report.measured import Quality
+from secateur.report.records import Quality
 from secateur.store import Store
 from secateur.stream.judge import Judge, ToJudge
 

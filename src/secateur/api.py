@@ -13,11 +13,9 @@ from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
 from secateur.recipe import AnyRecipe, Keys, Remove, as_recipe
 from secateur.recovery import recover as recovery
-from secateur.report.measured import BenchResult, Evaluation, RecoveryRecord
-from secateur.report.records import Inspection, Measurement, Summary
+from secateur.report.records import BenchResult, Evaluation, Inspection, Measurement, RecoveryRecord, Summary
 from secateur.report.report import write_pages, write_recovered_pages
-from secateur.report.rows import Tables, inspection_table, summary_table
-from secateur.report.rows_measured import bench_table, evaluation_table, recovery_table
+from secateur.report.rows import Tables, bench_table, evaluation_table, inspection_table, recovery_table, summary_table
 from secateur.report.size_curve import measurement_table
 
 __all__ = ["Result", "prune", "prune_sizes", "recover", "table"]

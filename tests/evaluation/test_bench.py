@@ -24,7 +24,7 @@ from secateur.facts import Workload
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import lineage
-from secateur.report.measured import BenchResult, Spread
+from secateur.report.records import BenchResult, Spread
 from tests.trims import trimmed_pair
 
 SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)

@@ -31,7 +31,7 @@ from secateur.evaluation.text import (
 from secateur.facts import standard_error
 from secateur.log import silent
 from secateur.recipe import Domain
-from secateur.report.measured import Evaluation
+from secateur.report.records import Evaluation
 
 
 @pytest.fixture(scope="module")

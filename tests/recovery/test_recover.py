@@ -29,7 +29,7 @@ from secateur.recovery.judge import objective
 from secateur.recovery.open import open_job, prepare
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import check_training, weight_size
-from secateur.report.measured import RecoveryRecord
+from secateur.report.records import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
 from secateur.store import Store
 

@@ -14,7 +14,7 @@ from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
 from secateur.recovery.open import _fingerprint, open_job
 from secateur.recovery.pair import open_pair, recovery_text
-from secateur.report.measured import RecoveryRecord
+from secateur.report.records import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
 TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}

@@ -15,8 +15,7 @@ from run_cli import run_cli
 from secateur.api import prune
 from secateur.errors import CheckpointError
 from secateur.facts import Loss, OwnAnswers
-from secateur.report.measured import Spread
-from secateur.report.records import Summary
+from secateur.report.records import Spread, Summary
 from secateur.report.rows import beside_verdict, verdict
 
 HOSTILE = "<script>alert(1)</script>"

@@ -23,9 +23,10 @@ from secateur.facts import (
     Workload,
 )
 from secateur.recipe import Recipe
-from secateur.report import records, rows, rows_measured
+from secateur.report import records, rows
 from secateur.report.card import model_card, recovered_card
-from secateur.report.measured import (
+from secateur.report.page import Page, Table
+from secateur.report.records import (
     BenchResult,
     Change,
     Differences,
@@ -41,7 +42,6 @@ from secateur.report.measured import (
     TaskResults,
     TaskScore,
 )
-from secateur.report.page import Page, Table
 from secateur.report.report import report_page
 from secateur.report.size_curve import measurement_page, measurement_table
 
@@ -432,13 +432,13 @@ TEXTS: dict[str, Callable[[Path], str]] = {
     ),
     "inspection": lambda _: in_terminal(rows.inspection_table(INSPECTION)),
     "inspection-bare": lambda _: in_terminal(rows.inspection_table(INSPECTION_BARE)),
-    "evaluation": lambda _: in_terminal(rows_measured.evaluation_table(EVALUATION)),
-    "evaluation-alone": lambda _: in_terminal(rows_measured.evaluation_table(EVALUATION_ALONE)),
-    "bench": lambda _: in_terminal(rows_measured.bench_table(BENCH)),
-    "bench-alone": lambda _: in_terminal(rows_measured.bench_table(BENCH_ALONE)),
-    "bench-gpu": lambda _: in_terminal(rows_measured.bench_table(BENCH_GPU)),
-    "recovery": lambda _: in_terminal(rows_measured.recovery_table(RECOVERY)),
-    "recovery-undone": lambda _: in_terminal(rows_measured.recovery_table(UNDONE)),
+    "evaluation": lambda _: in_terminal(rows.evaluation_table(EVALUATION)),
+    "evaluation-alone": lambda _: in_terminal(rows.evaluation_table(EVALUATION_ALONE)),
+    "bench": lambda _: in_terminal(rows.bench_table(BENCH)),
+    "bench-alone": lambda _: in_terminal(rows.bench_table(BENCH_ALONE)),
+    "bench-gpu": lambda _: in_terminal(rows.bench_table(BENCH_GPU)),
+    "recovery": lambda _: in_terminal(rows.recovery_table(RECOVERY)),
+    "recovery-undone": lambda _: in_terminal(rows.recovery_table(UNDONE)),
     "measurement": lambda _: in_terminal(measurement_table(MEASUREMENT)),
     "measurement-page": lambda _: plain(measurement_page(MEASUREMENT)),
     "study": lambda _: in_terminal(comparison_table(Comparison(CELLS, VERSIONS))),

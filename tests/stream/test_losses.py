@@ -27,7 +27,7 @@ from secateur.errors import NumericsError
 from secateur.facts import standard_error
 from secateur.model.bind import bind
 from secateur.model.token_bytes import num_bytes as text_bytes
-from secateur.report.measured import Change, Quality, change, mean_change
+from secateur.report.records import Change, Quality, change, mean_change
 from secateur.stream import losses as product
 from secateur.stream.judge import digest_of
 from secateur.stream.losses import (

@@ -24,7 +24,7 @@ from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.model.stock import replaced
 from secateur.ranks import device_called
-from secateur.report.measured import BenchResult, ModelFigures, Speed, SpeedUp, Spread
+from secateur.report.records import BenchResult, ModelFigures, Speed, SpeedUp, Spread
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 

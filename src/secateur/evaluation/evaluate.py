@@ -19,7 +19,7 @@ from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
-from secateur.report.measured import Evaluation
+from secateur.report.records import Evaluation
 from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed

@@ -25,7 +25,7 @@ from secateur.model.modules import text_model
 from secateur.model.token_bytes import num_bytes
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
-from secateur.report.measured import (
+from secateur.report.records import (
     Differences,
     Measured,
     Quality,

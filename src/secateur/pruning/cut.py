@@ -24,7 +24,7 @@ from secateur.pruning.run import Run, watched_losses
 from secateur.pruning.trimmed import without_tokens
 from secateur.ranks import size
 from secateur.recovery.polish import learn, polish
-from secateur.report.measured import PolishRecord
+from secateur.report.records import PolishRecord
 from secateur.stream.device import peak_bytes, release_freed
 from secateur.stream.walk import Batch
 

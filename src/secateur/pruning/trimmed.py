@@ -14,8 +14,7 @@ from secateur.model.kept_tokens import Trim, keep_tokens
 from secateur.model.stock import Tokenizer
 from secateur.model.vocabulary import scripts_of
 from secateur.pruning.run import Run, is_watched, text_losses
-from secateur.report.measured import change, mean_change
-from secateur.report.records import VocabularyFacts
+from secateur.report.records import VocabularyFacts, change, mean_change
 from secateur.stream.losses import predicted_tokens
 
 # A trim that costs a domain more nats per dense token, or in the mean more than so many times what

@@ -27,7 +27,7 @@ from secateur.recovery.cost import polish_settings
 from secateur.recovery.judge import Judge
 from secateur.recovery.text import RecoveryText, blocks_of, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded
-from secateur.report.measured import PolishRecord
+from secateur.report.records import PolishRecord
 from secateur.store import Services
 from secateur.stream.losses import head_inputs, states_for_head
 from secateur.stream.walk import Batch, Walk

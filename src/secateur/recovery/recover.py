@@ -17,7 +17,7 @@ from secateur.ranks import alone, is_first, meet
 from secateur.recipe import RECIPE_FILE, Keys, as_recipe, dump_recipe
 from secateur.recovery.open import Job, changes_of, open_job, prepare
 from secateur.recovery.train import Work, train_guarded
-from secateur.report.measured import RECOVERY_FILE, RecoveryRecord
+from secateur.report.records import RECOVERY_FILE, RecoveryRecord
 from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable, restore, staging_if_any
 from secateur.store import Store
 from secateur.stream.device import keeping_freed, peak_bytes

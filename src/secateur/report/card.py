@@ -11,8 +11,7 @@ from huggingface_hub import ModelCardData
 
 from secateur.files import without_places
 from secateur.recipe import Domain, Recipe
-from secateur.report.measured import RecoveryRecord
-from secateur.report.records import Summary
+from secateur.report.records import RecoveryRecord, Summary
 from secateur.report.rows import (
     beside_verdict,
     caveats,
@@ -22,10 +21,10 @@ from secateur.report.rows import (
     markdown,
     note_rows,
     quality_and_size,
+    recovery_card,
     verdict,
     who_suffers,
 )
-from secateur.report.rows_measured import recovery_card
 
 TAGS = ("secateur", "pruned", "structured-pruning")
 NUM_WORST = 3  # domains named as those that suffered most

@@ -9,26 +9,41 @@ from secateur.facts import Trained
 from secateur.files import write_text
 from secateur.log import human_bytes
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
-from secateur.report import rows_measured
 from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
-from secateur.report.measured import ALIKE, BenchResult, RecoveryRecord, Spread, mean_change
 from secateur.report.page import KeyFigure, Page, Section, Table, render
-from secateur.report.records import GroupStep, RemovedLayer, ResultFiles, Summary, read_result, read_summary
+from secateur.report.records import (
+    ALIKE,
+    BenchResult,
+    GroupStep,
+    RecoveryRecord,
+    RemovedLayer,
+    ResultFiles,
+    Spread,
+    Summary,
+    mean_change,
+    read_result,
+    read_summary,
+)
 from secateur.report.rows import (
     OTHER_TEXT,
     SIDES,
     answer_rows,
     answer_tables,
+    bench_tables,
     beside_verdict,
     caveats,
     figure_rows,
+    judged_table,
     loss_changes,
     loss_rows,
     note_rows,
     of_dense,
     other_rows,
     overlap_cell,
+    task_table,
+    text_tables,
     verdict,
+    verdict_table,
     vocabulary_notes,
     who_suffers,
 )
@@ -67,17 +82,17 @@ def quality_section(files: ResultFiles) -> Section | None:
             f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page are of the model "
             "before recovery, unless measured later."
         )
-        tables.append(rows_measured.judged_table(files.recovery))
+        tables.append(judged_table(files.recovery))
         tables.append(_trained("The recovery, on the text that guards it", files.recovery, "recovered"))
     if files.evaluation is not None:
         text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
-        tables += [*rows_measured.text_tables(files.evaluation), rows_measured.task_table(files.evaluation)]
+        tables += [*text_tables(files.evaluation), task_table(files.evaluation)]
     shown = [table for table in tables if table.rows]
     return Section("quality", "Quality by domain", text, shown) if shown else None
 
 
 def _trained(caption: str, record: Trained, name: str) -> Table:
-    return rows_measured.verdict_table(record, f"{caption}: nats per token, KL to the dense model", name)
+    return verdict_table(record, f"{caption}: nats per token, KL to the dense model", name)
 
 
 def samples_section(files: ResultFiles) -> Section | None:
@@ -103,7 +118,7 @@ def speed_section(files: ResultFiles) -> Section:
     bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
     if bench is None or not bench.speed_ups:
         return Section("speed", "Size", tables=(sizes,))
-    tables, text = (*rows_measured.bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
+    tables, text = (*bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
     return Section("speed", "Speed and memory", text, tables)
 
 
