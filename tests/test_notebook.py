@@ -11,7 +11,7 @@ from recipes import grouped
 
 import secateur
 from secateur.evaluation.study import Comparison, FoundCell
-from secateur.facts import TrainingRecord, Verdict
+from secateur.facts import Loss, TrainingRecord, Verdict
 from secateur.recipe import Choose, Remove, Strict, parse_recipe
 from secateur.report.records import RecoveryRecord
 
@@ -34,7 +34,9 @@ def shown(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Any]:
     figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
     parts = {"dense": verdicts[0], "before": verdicts[1], "training": training, "notes": (HOSTILE,)}
     grid = [("dense", 0.0, 2.0), ("ours", 0.2, 2.25), (HOSTILE, 0.2, 2.5)]
-    cells = [FoundCell(name, gone, 0, gone, 1.0, {"a": nats, "b": nats}, {}) for name, gone, nats in grid]
+    cells = [
+        FoundCell(name, gone, 0, gone, 1.0, dict.fromkeys("ab", Loss(nats, None, 1)), {}) for name, gone, nats in grid
+    ]
     return {
         "prune": pruned,
         "summary": pruned.summary,

@@ -106,7 +106,7 @@ def test_the_record_says_what_was_done(seen):
     sizes = [size for size, _ in seen["judged"]]
     for cell, size in zip((ours, alone), sizes[1:3], strict=True):
         assert cell.remove_reached == pytest.approx(1 - size / sizes[0], rel=1e-12)
-        assert cell.seconds > 0 and cell.seed == 1 and set(cell.nats_per_token) == {"prose", "code"}
+        assert cell.seconds > 0 and cell.seed == 1 and set(cell.losses) == {"prose", "code"}
     assert seen["progress"] == [("cells", done, 4) for done in range(5)]
 
 

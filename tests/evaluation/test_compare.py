@@ -25,6 +25,7 @@ from secateur.evaluation.study import (
     shipped_studies,
     verdict,
 )
+from secateur.facts import Loss
 from tests.models import tiny_llama
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -71,10 +72,11 @@ def test_a_study_may_let_its_model_answer(grid: dict[str, Any], tmp_path: Path) 
     grid["recipe"]["calibration"]["domains"]["self"] = {"files": str(asked), "answers": True}
     changes = {"ratios": [0.1], "seeds": [0], "methods": {"ours": {}, "self alone": {"domains": ["self"]}}}
     dense, ours, alone = compare(write(grid | changes, tmp_path), tmp_path / "out").cells
-    assert list(dense.nats_per_token) == list(ours.nats_per_token) == list(alone.nats_per_token) == [*TEXTS, "self"]
-    assert ours.num_tokens.keys() == dense.nats_per_token.keys() and list(alone.num_tokens) == ["self"]
+    assert list(dense.losses) == list(ours.losses) == list(alone.losses) == [*TEXTS, "self"]
+    assert ours.num_tokens.keys() == dense.losses.keys() and list(alone.num_tokens) == ["self"]
     # What the model writes is what it finds likely.
-    assert dense.nats_per_token["self"] < min(dense.nats_per_token[name] for name in TEXTS)
+    nats = {name: loss.nats_per_token for name, loss in dense.losses.items()}
+    assert nats["self"] < min(nats[name] for name in TEXTS)
 
 
 def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_damaged_cell_is_run_again(grid: dict[str, Any], tmp_path: Path) -> No
     cell = next((out / "cells").glob("wanda-*.json"))
     cell.write_text(re.sub(r"\d\.\d", "9.9", cell.read_text(), count=1))
     again = compare(study, out, tell=heard.append).cells
-    assert [one.nats_per_token for one in again] == [one.nats_per_token for one in found]
+    assert [one.losses for one in again] == [one.losses for one in found]
     assert heard == [
         f"{cell.parent}: {cell.stem}, finished by an earlier run, is damaged on disk, so it is done again."
     ]
@@ -148,7 +150,7 @@ def test_killed_at_any_time_it_goes_on(grid: dict[str, Any], tmp_path: Path) -> 
     whole = compare(reference, tmp_path / "whole").cells
     results = json.loads((out / "results.json").read_text())["cells"]
     for one, other in zip(results, whole, strict=True):
-        assert one["nats_per_token"] == other.nats_per_token
+        assert {name: Loss(**loss) for name, loss in one["losses"].items()} == other.losses
 
 
 def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:
@@ -187,8 +189,8 @@ def test_unknown_study_and_missing_small_form(grid: dict[str, Any], tmp_path: Pa
 
 def found(method: str, *perplexities: float) -> list[FoundCell]:
     """Cells of a method at 30%, one a draw."""
-    nats = [{"prose": math.log(each)} for each in perplexities]
-    return [FoundCell(method, 0.3, seed, 0.3, 1.0, each, {}) for seed, each in enumerate(nats)]
+    losses = [{"prose": Loss(math.log(each), None, 1)} for each in perplexities]
+    return [FoundCell(method, 0.3, seed, 0.3, 1.0, each, {}) for seed, each in enumerate(losses)]
 
 
 def test_a_verdict_says_no_more_than_its_draws_carry() -> None:

@@ -77,7 +77,7 @@ def test_against_the_dense_model(copy, checkpoints):
     assert found.differences.other_text.nats_per_token != 0 and found.pruned.other_text.num_bytes > 20
     text = (copy / "evaluation.json").read_text()
     assert Evaluation.from_json(text, "evaluation.json").to_json() == found.to_json() == text
-    keys = ["model", "against", "settings", "notes", "dense", "pruned", "kl", "differences", "versions"]
+    keys = ["model", "against", "notes", "dense", "pruned", "kl", "differences", "versions"]
     keys += ["own_answers"]
     assert list(json.loads(text)) == keys and list(json.loads(text)["pruned"]) == ["domains", "other_text", "tasks"]
 

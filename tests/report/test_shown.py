@@ -195,7 +195,6 @@ def measured(losses: dict[str, Loss], other: Loss, accuracy: float) -> Measured:
 EVALUATION = Evaluation(
     model="out",
     against="small-model",
-    settings={},
     notes=("the text of code is short.",),
     dense=measured(BEFORE, OTHER[0], 0.75),
     pruned=measured(AFTER, OTHER[1], 0.5),
@@ -320,22 +319,29 @@ MEASUREMENT = records.Measurement(
 
 
 def cell(method: str, ratio: float, seed: int, scale: float) -> FoundCell:
-    sums = {name: [scale * value for value in loss.document_nats] for name, loss in BEFORE.items()}
+    losses = {
+        name: Loss(
+            scale * loss.nats_per_token,
+            None,
+            loss.num_tokens,
+            [scale * nats for nats in loss.document_nats],
+            loss.document_tokens,
+        )
+        for name, loss in BEFORE.items()
+    }
     return FoundCell(
         method=method,
         ratio=ratio,
         seed=seed,
         remove_reached=ratio * 0.99,
         seconds=10.0 * scale,
-        nats_per_token={name: scale * loss.nats_per_token for name, loss in BEFORE.items()},
+        losses=losses,
         tasks={
             "copa": {"acc,none": 0.75 / scale, "acc_stderr,none": 0.05},
             "piqa": {"acc_norm,none": 0.5 / scale, "acc_norm_stderr,none": 0.03},
         },
         num_tokens={"prose": 640, "code": 1280},
-        others={"poems": 4 * scale},
-        document_nats=sums,
-        document_tokens={name: list(loss.document_tokens) for name, loss in BEFORE.items()},
+        others={"poems": Loss(4 * scale, None, 1)},
     )
 
 

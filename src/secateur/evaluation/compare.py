@@ -138,9 +138,10 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
     """Return a cell, from the store if it is there."""
 
     def compute() -> dict[str, Any]:
+        place = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
         if cell.is_dense:
             figures = {"remove_reached": 0.0, "seconds": 0.0}
-            return figures | _judge(shared, replace(shared.dense), shared.opened, judged)
+            return place | figures | _judge(shared, replace(shared.dense), shared.opened, judged)
         start, num_blocks = time.perf_counter(), shared.study.evaluation.num_blocks
         ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=num_blocks)
         run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
@@ -152,11 +153,10 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
             "seconds": seconds,
             "num_tokens": {domain.name: domain.calibration.num_tokens for domain in run.text.domains},
         }
-        return figures | _judge(shared, subject, ready.opened, judged)
+        return place | figures | _judge(shared, subject, ready.opened, judged)
 
-    depends_on = _depends_on(shared, cell, judged)
-    result = shared.store.value(f"{cell.method}-{cell.ratio:g}-{cell.seed}", compute, depends_on=depends_on)
-    return FoundCell(cell.method, cell.ratio, cell.seed, **result)
+    name, depends_on = f"{cell.method}-{cell.ratio:g}-{cell.seed}", _depends_on(shared, cell, judged)
+    return shared.store.value(name, compute, kind=FoundCell, depends_on=depends_on)
 
 
 def _depends_on(shared: _Shared, cell: Cell, judged: Judged) -> dict[str, Any]:
@@ -186,10 +186,4 @@ def _judge(shared: _Shared, subject: Subject, opened: Opened, judged: Judged) ->
         listen = partial(shared.progress, name)
         result = run_task(task, model, tokenizer_of(opened), _task_options(shared.study), listen)
         tasks[name] = {key: value for key, value in result["results"][name].items() if isinstance(value, int | float)}
-    return {
-        "nats_per_token": {name: loss.nats_per_token for name, loss in losses.items()},
-        "others": {name: loss.nats_per_token for name, loss in others.items()},
-        "tasks": tasks,
-        "document_nats": {name: loss.document_nats for name, loss in losses.items()},
-        "document_tokens": {name: loss.document_tokens for name, loss in losses.items()},
-    }
+    return {"losses": losses, "others": others, "tasks": tasks}

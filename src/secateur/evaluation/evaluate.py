@@ -3,7 +3,6 @@
 In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a result directory.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +118,9 @@ def evaluate(
         kl = kl_of()
         changes = parts.differences(before, after, parts.task_changes(dense_tasks, pruned_tasks) if loaded else None)
 
-    settings = {
-        "domains": list(text),
-        "num_blocks": num_blocks,
-        "sequence_length": sequence_length,
-        "tasks": list(tasks),
-        "task_options": asdict(options),
-        # A directory is this machine's: its name alone.
-        "tasks_data": None if tasks_data is None else tasks_data.name,
-        "device": device,
-    }
     evaluation = Evaluation(
         model=name_of(pruned.checkpoint),
         against=None if dense is None else name_of(dense.checkpoint),
-        settings=settings,
         notes=(*notes_on_dense, *notes),
         dense=before,
         pruned=after,

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from secateur.errors import RecipeError, advice, one_of
-from secateur.facts import Loss, Record
+from secateur.facts import Loss, Record, geometric_mean_perplexity
 from secateur.files import write_text
 from secateur.recipe import Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
 from secateur.report.page import Table
@@ -161,8 +161,7 @@ def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) ->
 class FoundCell:
     """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
 
-    All nats are per token of the dense tokenizer. `others`: on text of kinds that no run saw.
-    `document_nats`, `document_tokens`: sums over each document, by domain.
+    `losses`: by domain, in nats per token of the dense tokenizer. `others`: on text of kinds that no run saw.
     """
 
     method: str
@@ -170,32 +169,24 @@ class FoundCell:
     seed: int
     remove_reached: float
     seconds: float
-    nats_per_token: dict[str, float]
+    losses: dict[str, Loss]
     tasks: dict[str, dict[str, float]]
     num_tokens: dict[str, int] = field(default_factory=dict)
-    others: dict[str, float] = field(default_factory=dict)
-    document_nats: dict[str, list[float]] = field(default_factory=dict)
-    document_tokens: dict[str, list[int]] = field(default_factory=dict)
+    others: dict[str, Loss] = field(default_factory=dict)
 
     def over(self, dense: "FoundCell") -> dict[str, Change]:
         """Return nats per token over those of the dense model on the same draw, by domain."""
-        changes: dict[str, Change] = {}
-        for name in self.nats_per_token:
-            sums = [(each.document_nats.get(name, ()), each.document_tokens.get(name, ())) for each in (dense, self)]
-            nats = dense.nats_per_token[name], self.nats_per_token[name]
-            before, after = (Loss(mean, None, 0, *of) for mean, of in zip(nats, sums, strict=True))
-            changes[name] = change(before, after)
-        return changes
+        return {name: change(dense.losses[name], loss) for name, loss in self.losses.items()}
 
     @property
     def perplexity(self) -> float:
         """Geometric mean over domains."""
-        return math.exp(statistics.mean(self.nats_per_token.values()))
+        return geometric_mean_perplexity(self.losses)
 
     @property
     def other_perplexity(self) -> float:
         """Geometric mean over the other kinds of text."""
-        return math.exp(statistics.mean(self.others.values()))
+        return geometric_mean_perplexity(self.others)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -252,7 +243,7 @@ def comparison_table(comparison: Comparison) -> Tables:
 def _markdown(study: Study, cells: list[FoundCell]) -> str:
     lines = [f"# {escaped(study.question)}", "", escaped(verdict(cells)), ""]
     lines += [*(f"- {escaped(line)}" for line in _about(study, cells)), ""]
-    tables = [quality_table(BY_DOMAIN, cells, cells[0].nats_per_token), over_dense_table(cells)]
+    tables = [quality_table(BY_DOMAIN, cells, cells[0].losses), over_dense_table(cells)]
     tables += [others_table(cells)] if cells[0].others else []
     tables += [task_table(cells)] if cells[0].tasks else []
     for table in tables:
@@ -286,7 +277,7 @@ def quality_table(caption: str, cells: list[FoundCell], domains: Iterable[str]) 
         "perplexity (geometric mean)": lambda cell: cell.perplexity,
     }
     for name in domains:
-        columns[name] = lambda cell, name=name: math.exp(cell.nats_per_token[name])
+        columns[name] = lambda cell, name=name: cell.losses[name].perplexity
     return _table(caption, cells, columns | {"seconds": lambda cell: cell.seconds})
 
 
@@ -294,7 +285,7 @@ def others_table(cells: list[FoundCell]) -> Table:
     """Return perplexity on the other kinds of text."""
     columns: dict[str, Value] = {"perplexity (geometric mean)": lambda cell: cell.other_perplexity}
     for name in cells[0].others:
-        columns[name] = lambda cell, name=name: math.exp(cell.others[name])
+        columns[name] = lambda cell, name=name: cell.others[name].perplexity
     return _table("Perplexity on kinds of text that no run saw", cells, columns)
 
 
@@ -305,7 +296,7 @@ OVER_DENSE = (
 
 def over_dense_table(cells: list[FoundCell]) -> Table:
     """Return the difference to the dense model on the same draw: mean of domains, and each."""
-    domains, rows = list(cells[0].nats_per_token), []
+    domains, rows = list(cells[0].losses), []
     for row in (row for row in rows_of(cells) if row.method != DENSE):
         mean, changes = _over_dense(row, cells)
         by_domain = (each.text() for each in (mean, *(changes[name] for name in domains)))
@@ -365,7 +356,7 @@ def _about(study: Study, cells: list[FoundCell]) -> list[str]:
         f"model {study.model}; ratios are shares of total parameters, tied weights counted once",
         f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text anew",
         f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of {length}",
-        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(cells[0].nats_per_token)} domains, "
+        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(cells[0].losses)} domains, "
         "from documents that no run calibrates on",
         f"tasks: {tasks}" + (f", the first {limit} questions of each" if limit else ""),
     ]

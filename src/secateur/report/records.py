@@ -177,7 +177,6 @@ class Evaluation(Record):
 
     model: str
     against: str | None
-    settings: dict[str, Any]
     notes: tuple[str, ...]
     dense: Measured | None = None
     pruned: Measured
