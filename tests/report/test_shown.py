@@ -188,8 +188,8 @@ BENCH_GPU = dataclasses.replace(BENCH, device="cuda")
 def measured(losses: dict[str, Loss], other: Loss, accuracy: float) -> Measured:
     scores = {"acc,none": accuracy, "acc_stderr,none": 0.05, "f1,strict": 0.3, "f1_stderr,strict": "N/A"}
     tasks = TaskResults({"copa": {"alias": "copa", **scores}}, {"copa": "a file"}, "0.4.9")
-    qualities = {name: Quality.of(loss, 4 * loss.num_tokens) for name, loss in losses.items()}
-    return Measured(qualities, Quality.of(other, 400), tasks)
+    qualities = {name: Quality.on(4 * loss.num_tokens, loss) for name, loss in losses.items()}
+    return Measured(qualities, Quality.on(400, other), tasks)
 
 
 EVALUATION = Evaluation(

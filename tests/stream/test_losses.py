@@ -209,7 +209,7 @@ def test_bits_per_byte_over_several_blocks() -> None:
     ids_NT = torch.tensor([tokenizer(text)["input_ids"][:24] for text in texts])
     ids_NT[2, 5] = tokenizer.eos_token_id  # predicted, but no byte of text
     losses = domain_losses(model, bind(model), {"mine": ids_NT}, stage="evaluate")
-    found = Quality.of(losses["mine"], text_bytes(tokenizer, list(ids_NT)))
+    found = Quality.on(text_bytes(tokenizer, list(ids_NT)), losses["mine"])
     nats = [each.tolist() for each in reference_nats(model, ids_NT)]
     num_bytes = 3 * 23 - 1
     assert (found.num_tokens, found.num_bytes) == (3 * 23, num_bytes)

@@ -51,7 +51,7 @@ def measured_by(
     """Return what was measured of one model."""
     losses = {**scores.domains, OTHER: scores.other}
     sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
-    qualities = {name: Quality.of(loss, sizes[name]) for name, loss in losses.items()}
+    qualities = {name: Quality.on(sizes[name], loss) for name, loss in losses.items()}
     other = qualities.pop(OTHER)
     if not harness:
         return Measured(qualities, other)

@@ -38,35 +38,28 @@ RECOVERY_FILE = "recovery.json"
 ALIKE = "not measurably different"
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How well a model predicts tokens 2..T of every block. The standard error is over documents.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality(Loss):
+    """How well a model predicts text.
 
-    `num_bytes`: bytes of text that the predicted tokens stand for; end-of-text tokens are none.
+    `num_bytes`: of text that the predicted tokens stand for; end-of-text tokens are none.
     `bits_per_byte`: nats_per_token / ln 2 x num_tokens / num_bytes, comparable across tokenizers.
     """
 
-    nats_per_token: float
-    standard_error: float | None
-    perplexity: float
-    bits_per_byte: float
-    num_tokens: int
     num_bytes: int
-    document_nats: tuple[float, ...]
-    document_tokens: tuple[int, ...]
+    bits_per_byte: float
 
     @classmethod
-    def of(cls, loss: Loss, num_bytes: int) -> "Quality":
+    def on(cls, num_bytes: int, loss: Loss) -> "Quality":
         """Return the quality of a loss on so many bytes."""
         return cls(
-            nats_per_token=loss.nats_per_token,
-            standard_error=loss.standard_error,
-            perplexity=loss.perplexity,
-            bits_per_byte=loss.nats_per_token / math.log(2) * loss.num_tokens / num_bytes,
-            num_tokens=loss.num_tokens,
+            loss.nats_per_token,
+            loss.standard_error,
+            loss.num_tokens,
+            loss.document_nats,
+            loss.document_tokens,
             num_bytes=num_bytes,
-            document_nats=tuple(loss.document_nats),
-            document_tokens=tuple(loss.document_tokens),
+            bits_per_byte=loss.nats_per_token / math.log(2) * loss.num_tokens / num_bytes,
         )
 
 
@@ -145,7 +138,7 @@ def plus_minus(error: float | None) -> str:
     return f" ± {error:.3f}" if error and round(error, 3) else ""
 
 
-def change(dense: Loss | Quality, pruned: Loss | Quality) -> Change:
+def change(dense: Loss, pruned: Loss) -> Change:
     """Return pruned minus dense, document by document: what documents have in common cancels."""
     differences = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
     error = standard_error(differences, dense.document_tokens)
