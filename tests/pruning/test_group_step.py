@@ -129,7 +129,8 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     run.services.log.seconds["prune"] = 1.236
     cut_down = tiny_llama(intermediate_size=64)
     after = dataclasses.replace(run, model=cut_down)
-    none: dict[str, Any] = {"dense_losses": {}, "pruned_losses": {}, "peak_bytes": 1, "command": ""}
+    none: dict[str, Any] = {"dense": None, "pruned": None, "polish": None, "device_peak": None}
+    none |= {"peak": 1, "command": ""}
     none["calibration"] = Drawn(run.text, JudgedText(run.text.held_out), {}).facts()
     found = summary_of(first, after, keeps, None, **none)
     assert found.guard_refusals == 2

@@ -129,8 +129,8 @@ def _judged_on(shared: _Shared, dense: Cell) -> Judged:
     if any(blocks.is_meta for blocks in drawn.judged.blocks.values()):  # the dense model's answers
         answers = text.answers(replace(opened, model=shared.dense.load()), shared.services)
         drawn = drawn.written(opened, answers)
-    asked = (evaluation.num_blocks, drawn.learning.sequence_length, tokenizer_of(opened), shared.progress)
-    others = named_blocks(evaluation.others, *asked)[0] if evaluation.others else {}
+    length, tokenizer = drawn.learning.sequence_length, tokenizer_of(opened)
+    others, _ = named_blocks(evaluation.others, evaluation.num_blocks, length, tokenizer, shared.progress)
     return Judged(drawn.judged.blocks, others, drawn.learning.content_hash + drawn.judged.content_hash)
 
 

@@ -121,16 +121,13 @@ def _pruned(
             run,
             keeps,
             proof,
-            command=command,
             calibration=ready.drawn.facts(),
-            lineage=opened.lineage,
             polish=polished,
-            dense_losses=dense.domains if dense else {},
-            pruned_losses=pruned.domains if pruned else {},
-            other_text=dense and pruned and (dense.other, pruned.other),
-            own_answers=pruned and pruned.answers,
-            peak_bytes=peak,
-            device_peak_bytes=device_peak,
+            dense=dense,
+            pruned=pruned,
+            command=command,
+            peak=peak,
+            device_peak=device_peak,
         )
         if directory is not None:
             log.write({"event": "seconds", **summary.seconds})

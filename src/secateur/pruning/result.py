@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.facts import Size
+from secateur.facts import Judgement, Size
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import versions
 from secateur.model.group import Group
@@ -17,7 +17,7 @@ from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.run import Run
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
-from secateur.report.records import Summary
+from secateur.report.records import CalibrationFacts, PolishRecord, Summary
 
 
 def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> tuple[str, ...]:
@@ -70,8 +70,21 @@ def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> V
         return prove_reload(run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress)
 
 
-def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | None, **measured: Any) -> Summary:
-    """Return the run's summary. `measured`: command, text, losses and memory peaks, by field name."""
+def summary_of(
+    opened: Opened,
+    run: Run,
+    keeps: Keeps,
+    proof: Verification | None,
+    *,
+    calibration: CalibrationFacts,
+    polish: PolishRecord | None,
+    dense: Judgement | None,
+    pruned: Judgement | None,
+    command: str,
+    peak: int,
+    device_peak: int | None,
+) -> Summary:
+    """Return the run's summary. `dense`, `pruned`: as both were judged; None if they were not."""
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = log.notes + ill_conditioned(log.lines, recipe)
@@ -96,7 +109,16 @@ def summary_of(opened: Opened, run: Run, keeps: Keeps, proof: Verification | Non
         device=str(opened.device),
         like=opened.like and opened.like.result,
         vocabulary=opened.trim and vocabulary_facts(opened.trim, run.held_out, run.trimmed),
-        **measured,
+        command=command,
+        calibration=calibration,
+        lineage=opened.lineage,
+        polish=polish,
+        dense_losses=dense.domains if dense else {},
+        pruned_losses=pruned.domains if pruned else {},
+        other_text=dense and pruned and (dense.other, pruned.other),
+        own_answers=pruned and pruned.answers,
+        peak_bytes=peak,
+        device_peak_bytes=device_peak,
     )
 
 

@@ -56,11 +56,9 @@ def with_most(opened: Opened, given: Recipe, verb: str) -> Opened:
 def largest_of(opened: Opened, sizes: Sizes) -> Opened:
     """Return the model with the size of which most goes. Raises RecipeError for a size that cannot be."""
     _check_copies(opened.recipe)
-    return max((sized(opened, remove) for remove in sizes.values()), key=_removed_share)
-
-
-def _removed_share(opened: Opened) -> float:
-    return resolve(opened).plans[-1].removed_share
+    return max(
+        (sized(opened, remove) for remove in sizes.values()), key=lambda one: resolve(one).plans[-1].removed_share
+    )
 
 
 def _check_copies(recipe: Recipe) -> None:

@@ -177,17 +177,19 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     # Until a trim is measured every further token costs as one of pieces. Text that gets longer than any measured is
     # not taken.
     shares = {name: domain.share for name, domain in opened.recipe.calibration.domains.items()}
-    arguments = (methods.nats_with, hand.opened.model, hand.opened.arch, hand.held_out, shares)
-    before = from_first(partial(*arguments, None, dense.services.progress))
-    measured = dict[float, float]()
+    model, progress = hand.opened.model, dense.services.progress
+
+    def nats_with(trim: Trim | None) -> float:
+        return from_first(lambda: methods.nats_with(model, hand.opened.arch, hand.held_out, shares, trim, progress))
+
+    before, measured = nats_with(None), dict[float, float]()
     for _ in range(NUM_TRIMS):
         sum_N = cost_N + methods.nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
         best = int(sum_N.argmin())
         num_gone, more = int(counts_N[best]), float(removal.growth(counts_N)[best])
         if not more or more in measured:
             break
-        trim = dense.trim(removal, num_gone)
-        measured[more] = from_first(partial(*arguments, trim, dense.services.progress)) - before
+        measured[more] = nats_with(dense.trim(removal, num_gone)) - before
         dense.services.log.write({"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]})
     if not measured:
         return num_gone, 0.0
@@ -250,8 +252,8 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
 
 def _nats(dense: _Dense, hand: _Hand) -> PieceNats:
     text = list(hand.written.values())
-    arguments = (hand.opened.model, hand.opened.arch, dense.vocabulary, text, dense.services.progress)
-    return from_first(partial(methods.piece_nats, *arguments))
+    model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
+    return from_first(lambda: methods.piece_nats(model, arch, dense.vocabulary, text, progress))
 
 
 def _channel_law(dense: _Dense, hand: _Hand, most: float) -> methods.Law:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from secateur.facts import Judgement, TrainingRecord, Verdicts
 from secateur.files import without_places
@@ -176,8 +176,10 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     source, recipe = job.candidates.pruned.directory, job.recipe
     if (path := source / RECIPE_FILE).is_file():
         recipe = as_recipe(path).model_copy(update={"recover": recipe.recover})
-    options: dict[str, Any] = {"max_shard_size": recipe.output.max_shard_size, "carry_from": source}
-    for sentence in save_checkpoint(work.pruned, job.candidates.tokenizer, directory, **options):
+    size = recipe.output.max_shard_size
+    for sentence in save_checkpoint(
+        work.pruned, job.candidates.tokenizer, directory, max_shard_size=size, carry_from=source
+    ):
         work.log.note(sentence)
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
