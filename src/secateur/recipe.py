@@ -4,6 +4,7 @@ What depends on the model is None here; `pruning.resolve` fills it in, and that 
 """
 
 import math
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -462,6 +463,21 @@ def merged(base: Keys, changes: Keys) -> Keys:
             old, value = (each if isinstance(each, dict) or each is None else {"share": each} for each in (old, value))
         result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
+
+
+def merged_over(base: Keys, changes: Keys) -> Keys:
+    """Return a run's keys with `changes`: new domains replace the old ones, and so does a size in numbers the share."""
+    for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
+        given = changes.get(group)
+        if isinstance(given, dict) and new in given:
+            base.get(group, {}).pop(old, None)
+    return merged(base, changes)
+
+
+def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
+    """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
+    keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
+    return parse_recipe(merged_over(base, keys), "recipe")
 
 
 def load_recipe(path: Path) -> Keys:

@@ -3,7 +3,6 @@
 In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays.
 """
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from secateur.model.kept_units import KEEP_FILE, bad_keeps, read_keeps
 from secateur.model.stock import CausalLM
 from secateur.pruning.open import Like, Opened
 from secateur.pruning.resolve import groups_of
-from secateur.recipe import RECIPE_FILE, Keys, Recipe, load_recipe, merged, parse_recipe
+from secateur.recipe import RECIPE_FILE, Keys, Recipe, load_recipe, parse_recipe, recipe_over
 from secateur.report.records import Summary, read_summary
 
 
@@ -45,16 +44,6 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
                     "as that run has chosen which units go."
                 )
     return recipe_over(base, changes, but={"remove", "choose"})
-
-
-def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
-    """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
-    keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
-    # New domains replace the old ones, and so does a size in numbers the share.
-    for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
-        if new in keys.get(group, {}):
-            base.get(group, {}).pop(old, None)
-    return parse_recipe(merged(base, keys), "recipe")
 
 
 def opened_like(opened: Opened, directory: Path) -> Opened:

@@ -12,14 +12,14 @@ from secateur.errors import RecipeError
 from secateur.log import Progress, Tell
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.cut import Cut, cut_and_polish
-from secateur.pruning.like import opened_like, recipe_like, recipe_over
+from secateur.pruning.like import opened_like, recipe_like
 from secateur.pruning.open import open_model, tokenizer_of
 from secateur.pruning.prepare import Prepared, begun, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import checked
 from secateur.pruning.result import Result, save_and_prove, summary_of
 from secateur.pruning.sizes import Measured, Sizes, cut_within, largest_of, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
-from secateur.recipe import RECIPE_FILE, Recipe, load_recipe
+from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, recipe_over
 from secateur.report.records import Summary
 from secateur.stream.device import peak_bytes, peak_bytes_on
 

@@ -16,7 +16,17 @@ from secateur.files import check_free_space, disk_errors
 from secateur.log import Progress, RunLog, Tell, mute, silent
 from secateur.model.checkpoint import weight_digests
 from secateur.ranks import launched_size
-from secateur.recipe import RECIPE_FILE, Keys, Recipe, RecoverySettings, load_recipe, merged, over_preset, parse_recipe
+from secateur.recipe import (
+    RECIPE_FILE,
+    Keys,
+    Recipe,
+    RecoverySettings,
+    load_recipe,
+    merged,
+    merged_over,
+    over_preset,
+    parse_recipe,
+)
 from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, open_pair, recovery_text
@@ -56,9 +66,7 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Keys | None, *, o
             "NAME[=FILE] or --recipe FILE."
         )
     base = load_recipe(path) if path.is_file() else {}
-    if "domains" in (changes.get("calibration") or {}):  # they replace the old ones
-        base.get("calibration", {}).pop("domains", None)
-    recipe = parse_recipe(merged(base, changes), "recover")
+    recipe = parse_recipe(merged_over(base, changes), "recover")
     length = block_length(recipe.calibration.sequence_length, candidates.pruned_shape.config.get_text_config())
     calibration = recipe.calibration.model_copy(update={"sequence_length": length})
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
