@@ -1,7 +1,7 @@
 """One prune: open, plan, text, load, cut, polish, save, verify, result, report.
 
 All that can be checked without weights is checked before a weight is read.
-`api.prune` adds recovery.
+`api` hands in what writes card and page.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -463,11 +463,6 @@ class Summary(Record):
         """Whether a group kept more units in one layer than in another."""
         return any(least != most for _, least, most in self.widths.values())
 
-    def losses_by_name(self) -> dict[str, Losses]:
-        """Return the evaluated models' losses, dense first."""
-        named = {"dense": self.dense_losses, "pruned": self.pruned_losses}
-        return {name: losses for name, losses in named.items() if losses}
-
 
 @dataclass(frozen=True, slots=True)
 class SizeCost:

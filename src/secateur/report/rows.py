@@ -196,16 +196,15 @@ def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
     The difference is over the same documents and has its error; a model's own error would be mostly
     that documents differ, in which both models agree.
     """
-    changes = loss_changes(summary)
-    if changes:
-        yield ("text like what it was trained on:", "", "", "")
+    changes, both = loss_changes(summary), (summary.dense_losses, summary.pruned_losses)
+    if not changes:
+        return
+    yield "text like what it was trained on:", "", "", ""
     for domain, difference in changes.items():
-        losses = [each[domain] for each in summary.losses_by_name().values()]
-        yield domain, *map(_nats, losses), difference.text()
-    if changes:
-        means = [geometric_mean_perplexity(losses) for losses in summary.losses_by_name().values()]
-        mean = mean_change(changes.values()).text()
-        yield "mean (geometric mean)", *(f"{math.log(each):.3f} ({each:.2f})" for each in means), mean
+        yield domain, *(_nats(losses[domain]) for losses in both), difference.text()
+    means = map(geometric_mean_perplexity, both)
+    mean = mean_change(changes.values()).text()
+    yield "mean (geometric mean)", *(f"{math.log(perplexity):.3f} ({perplexity:.2f})" for perplexity in means), mean
 
 
 def loss_changes(summary: Summary) -> dict[str, Change]:
