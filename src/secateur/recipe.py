@@ -174,6 +174,16 @@ class Calibration(Strict):
     default ones and the model has a chat template, else as the domains say.
     """
 
+    @property
+    def answered(self) -> dict[str, Domain]:
+        """The domains of what the dense model answers."""
+        return {name: domain for name, domain in self.domains.items() if domain.answers}
+
+    @property
+    def of_text(self) -> dict[str, Domain]:
+        """The domains that are text as it is."""
+        return {name: domain for name, domain in self.domains.items() if not domain.answers}
+
     @field_validator("domains", mode="before")
     @classmethod
     def _a_mixture_has_a_name(cls, value: Any) -> Any:

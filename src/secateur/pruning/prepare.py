@@ -164,7 +164,7 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, nu
 
 def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:
     """Return the run without what the model would answer: each token would move all weights."""
-    if not any(domain.answers for domain in resolved.recipe.calibration.domains.values()):
+    if not resolved.recipe.calibration.answered:
         return resolved
     recipe = without_answers(opened.asking(resolved.recipe)).recipe
     note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."

@@ -155,8 +155,7 @@ def cut_within(ready: Prepared, measured: Measured | None, max_loss: float) -> I
     curve is scaled to what the last cut has lost. Raises RecipeError if none of them loses so little.
     """
     run, resolved, services = ready.run, ready.run.resolved, ready.run.services
-    answers = [name for name, domain in resolved.recipe.calibration.domains.items() if domain.answers]
-    text = {name: run.held_out[name] for name in answers or run.held_out}
+    text = {name: run.held_out[name] for name in resolved.recipe.calibration.answered or run.held_out}
     units, step = resolved.of_units, resolved.step / resolved.prices.total
 
     def foretold(steps: int) -> float:

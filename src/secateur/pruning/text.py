@@ -142,8 +142,7 @@ def with_share_of_answers(opened: Opened) -> Opened:
     for a share of 0 beside prompts that are to be answered.
     """
     calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers
-    answers = {name: domain for name, domain in calibration.domains.items() if domain.answers}
-    text = {name: domain for name, domain in calibration.domains.items() if not domain.answers}
+    answers, text = calibration.answered, calibration.of_text
     is_default = "domains" not in calibration.model_fields_set
     if share is None and not is_default and not answers:
         return opened
@@ -184,8 +183,7 @@ def without_answers(opened: Opened) -> Opened:
     Raises RecipeError if it was to answer prompts of the user, or nothing is left.
     """
     calibration = opened.recipe.calibration
-    answers = {name: domain for name, domain in calibration.domains.items() if domain.answers}
-    text = {name: domain for name, domain in calibration.domains.items() if not domain.answers}
+    answers, text = calibration.answered, calibration.of_text
     if not text or any(domain.source[0] != "answers" for domain in answers.values()):
         raise RecipeError(
             f"calibration.domains.{next(iter(answers))}: the model's weights are not all in memory, and for each token "

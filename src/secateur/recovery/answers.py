@@ -39,10 +39,8 @@ def answers_of(
     CalibrationError for prompts that are unreadable.
     """
     prompts: dict[str, list[str]] = {}
-    for name, domain in recipe.calibration.domains.items():
-        if domain.answers:
-            read = partial(_prompts, name, domain, tokenizer, recipe.seed, num_tokens // length)
-            prompts[name] = from_first(read)
+    for name, domain in recipe.calibration.answered.items():
+        prompts[name] = from_first(partial(_prompts, name, domain, tokenizer, recipe.seed, num_tokens // length))
     speaker = Speaker(model, arch, tokenizer, str(recipe.seed), length)
     return Answers(speaker, prompts, in_steps(store), progress, written)
 
