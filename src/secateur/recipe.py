@@ -19,6 +19,7 @@ from secateur.plugins import default_domains, mixture, score_names
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # Keys of a recipe or of a part of it, as YAML and options give them: not checked yet.
 Keys = dict[str, Any]
@@ -63,7 +64,7 @@ class Training(Strict):
     """of these."""
     gradient_checkpointing: bool = False
     """computes activations again in place of storing them."""
-    evaluations: Annotated[int, Field(ge=0)] = 4
+    evaluations: Natural = 4
     """number of held-out ones on the way, beside those before and after; the weights of the least
     loss stay.
     """
@@ -72,11 +73,11 @@ class Training(Strict):
 class PolishSettings(Training):
     """Training as the last step of a prune. `polish: false` is short for `{num_tokens: 0}`."""
 
-    num_tokens: Annotated[int, Field(ge=0)] | None = None
+    num_tokens: Natural | None = None
     """of all domains together. None for as many as the calibration has, and for none unless
     `repair.compensate` is `least_squares` and more than tokens may go.
     """
-    evaluations: Annotated[int, Field(ge=0)] = 0
+    evaluations: Natural = 0
     """number of held-out ones on the way, beside those before and after; the weights of the least
     loss stay.
     """
@@ -204,7 +205,7 @@ class Remove(Strict):
     (with their query heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`),
     or `experts` if the model has some.
     """
-    depth: Annotated[int, Field(ge=0)] | None = None
+    depth: Natural | None = None
     """number of whole layers to remove first, those that change predictions least; part of `share`.
     None: as many as spare the widths the worst.
     """
@@ -327,7 +328,7 @@ class Output(Strict):
 class Recipe(Strict):
     """One run: what to remove, how to choose, how to repair, the text, the machine, the output."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Natural = 0
     """of the calibration draw."""
     remove: Remove = Remove()
     choose: Choose = Choose()

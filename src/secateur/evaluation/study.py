@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record, geometric_mean_perplexity
 from secateur.files import write_text
-from secateur.recipe import Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
+from secateur.recipe import Count, Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
 from secateur.report.page import Table
 from secateur.report.records import Change, change, mean_change
 from secateur.report.rows import Tables, escaped, markdown, terminal
@@ -44,12 +44,12 @@ class Evaluation(Strict):
     change last digits. `run_code`: tasks may run code that the models write.
     """
 
-    num_blocks: Annotated[int, Field(ge=1)] = 8
+    num_blocks: Count = 8
     others: dict[str, Domain] = Field(default={})
     tasks: tuple[str, ...] = ()
     tasks_data: Path | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 1
+    limit: Count | None = None
+    batch_size: Count = 1
     run_code: bool = False
 
 
