@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-import yaml
 from models import tiny_ids, tiny_llama
 from recipes import grouped
 from texts import split_text
@@ -18,7 +17,6 @@ import secateur
 from secateur.cli import app
 from secateur.model.bind import bind
 from secateur.model.checkpoint import check_in_memory, restore_buffers
-from secateur.recipe import parse_recipe
 from secateur.stream.losses import domain_losses
 
 TOKENIZER = tiny_tokenizer()
@@ -45,14 +43,6 @@ def test_names_are_sorted_there_and_those_of_the_docs():
     assert all(hasattr(secateur, name) for name in secateur.__all__)
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: secateur\.(\w+)$", page, flags=re.MULTILINE)) == secateur.__all__
-
-
-@pytest.mark.parametrize("verb", VERBS[1:])
-def test_a_verb_says_what_it_takes_returns_and_raises(verb):
-    function = secateur.__getattr__(verb)
-    said = inspect.getdoc(function) or ""
-    assert "\nReturns " in said and "\nRaises " in said
-    assert [name for name in inspect.signature(function).parameters if f"`{name}`" not in said] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -139,51 +129,6 @@ def test_rotary_frequencies_rounded_and_cast_back_are_found_by_value():
     assert torch.equal(model.model.rotary_emb.inv_freq, tiny_llama().model.rotary_emb.inv_freq)
     assert restore_buffers(model) == ()
     assert "model.rotary_emb.inv_freq" not in model.state_dict()
-
-
-@pytest.mark.parametrize("kind", ["Recipe", "dict", "Path", "str"])
-def test_recipe_in_any_form(kind, small, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(grouped({**small, "remove": 0.3})))
-    forms = {"Recipe": parse_recipe(grouped(dict(**small, remove=0.3))), "dict": {**small, "remove": 0.3}, "Path": path}
-    result = secateur.prune(tiny_llama(), grouped(forms.get(kind, str(path))), tokenizer=TOKENIZER)
-    assert result.recipe.remove.share == 0.3
-    assert result.summary.pruned_size.num_params == 100_176 - 3 * 144 * (112 - 40)
-
-
-def test_without_out_nothing_is_written(checkpoints, small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = sorted(checkpoints["qwen2"].parent.rglob("*"))
-    secateur.prune(checkpoints["qwen2"], grouped(small))
-    assert list(tmp_path.iterdir()) == [] and sorted(checkpoints["qwen2"].parent.rglob("*")) == before
-
-
-def test_progress_reports_every_stage_to_its_end(recipe):
-    last: dict[str, tuple[int, int]] = {}
-    first: dict[str, int] = {}
-
-    def listen(stage: str, done: int, total: int) -> None:
-        first.setdefault(stage, done)
-        assert last.get(stage, (0, total)) <= (done, total)
-        last[stage] = (done, total)
-
-    secateur.prune(tiny_llama(), grouped({**recipe, "rounds": 2}), tokenizer=TOKENIZER, progress=listen)
-    assert list(last) == [
-        "calibration",
-        "load",
-        "evaluate dense",
-        "ask the dense model",
-        "dense on its answers",
-        "evaluate held-out text, dense",
-        "prune, round 1 of 2",
-        "evaluate held-out text, round 1",
-        "prune, round 2 of 2",
-        "evaluate held-out text, round 2",
-        "evaluate pruned",
-        "pruned on the dense model's answers",
-        "ask the pruned model",
-    ]
-    assert all(done == total > 0 for done, total in last.values()) and set(first.values()) == {0}
 
 
 def refused(match, *arguments, **options):

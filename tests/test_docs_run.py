@@ -322,39 +322,6 @@ def test_a_notebook_runs(name: str, inside: Path) -> None:
     exec(text.replace("plt.show()", 'plt.savefig("lost.png"); plt.close()'), {})
 
 
-def anchors(page: str) -> set[str]:
-    """Return the anchors of a page's headings, as mkdocs and as GitHub make them."""
-    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
-    found = set()
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[(.+?)\]\(.+?\)", r"\1", heading)).strip().lower()
-        if "--" not in plain.replace(" ", "-"):  # where they differ
-            found.add(plain.replace(" ", "-"))
-    return found
-
-
-@pytest.mark.parametrize("page", sorted(PAGES))
-def test_links_lead_somewhere(page: str) -> None:
-    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-        path, _, anchor = target.partition("#")
-        if not re.match(r"https?:", target):
-            file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
-            assert file.exists(), target
-            assert not anchor or anchor in anchors(file.relative_to(ROOT).as_posix()), target
-
-
-def test_the_site_has_every_page_once() -> None:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    listed = re.findall(r"[\w/.-]+\.(?:md|ipynb)", json.dumps(config["nav"]))
-    pages = {page.removeprefix("docs/") for page in PAGES} - {"README.md"} | {"index.md"}
-    assert sorted(listed) == sorted(pages | {f"notebooks/{name}" for name in NOTEBOOKS})
-
-
-def test_the_readme_is_short() -> None:
-    assert len(PAGES["README.md"].splitlines()) <= 250
-
-
 def test_the_pictures_show_todays_tables() -> None:
     spec = spec_from_file_location("pictures", ROOT / "tools" / "pictures.py")
     assert spec is not None and spec.loader is not None

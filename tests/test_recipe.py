@@ -8,18 +8,10 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.plugins import PROSE, TECHNICAL
 from secateur.recipe import Domain, Recipe, as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
 DATA = Path(__file__).parents[1] / "docs" / "data.md"
 TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
-
-
-def test_the_docs_name_the_default_domains():
-    text = " ".join(DATA.read_text(encoding="utf-8").split())
-    mix = ", ".join((*PROSE, "dialogue", *TECHNICAL))
-    assert f"{mix} where" in text
-    assert f"and {', '.join(TECHNICAL)} otherwise" in text
 
 
 def test_the_page_of_the_recipe_is_what_the_schema_says():

@@ -180,23 +180,12 @@ def test_damaged_model(name, model, prune):
     [
         ("--remove 0", "remove: the share of total parameters to remove must be a number above 0 and below 1, got 0.0"),
         ("--remove 1", "above 0 and below 1, got 1.0"),
-        ("--remove -0.2", "above 0 and below 1, got -0.2"),
         ("--remove nan", "above 0 and below 1, got NaN"),
-        (
-            "--remove 0.9",
-            "remove: 0.9 of all 100,176 parameters is out of reach; the recipe's groups allow at most 0.6",
-        ),
         ("--to 0.4X", "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got"),
-        ("--to 1M", "remove.to: 1M leaves 1,000,000 parameters, and the model has 100,176"),
-        ("--to 1K", "remove.to: 1K is less than a cut can leave; the recipe's groups leave "),
-        ("--to 1KB", "remove.to: 1KB is less than a cut can leave; the recipe's groups leave "),
-        ("--to 1MB", "remove.to: 1MB leaves 250,000 parameters, and the model has 100,176"),
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
-        ("--remove 0.001", "nothing would go; ask for at least 0.0173"),
         ("--set seed=-1", "seed: "),
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
-        ("--domain code --domain code", "--domain code: given twice"),
         ("--domain code --domain general", "--domain code: given twice"),
         ("--recipe nowhere.yaml", "recipe nowhere.yaml: cannot be read"),
     ],
@@ -216,17 +205,7 @@ def test_bad_option(options, expected, prune):
         ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
         ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset; got none"),
         ({"score": "wnada"}, "flap, obs, paper, reap; did you mean 'wanda'?"),
-        (
-            {"groups": ["fnn"]},
-            "a model of type llama has no group 'fnn'; it has ffn, kv_heads, query_heads; did you mean 'ffn'?",
-        ),
-        ({"remove": float("nan")}, "above 0 and below 1, got NaN"),
         ({"align": 0}, "remove.align: "),
-        (
-            {"max_shard_size": "big"},
-            "output.max_shard_size: must be a number and KB, MB, GB or TB, such as 5GB, got 'big'",
-        ),
-        ({"calibration": {"sequence_length": 512}}, "calibration.sequence_length: 512 is longer than the model's 256"),
     ],
 )
 def test_bad_recipe(changes, expected, prune):
@@ -403,10 +382,9 @@ def test_usage_errors(arguments, expected):
     assert expected in outcome.stderr and "Traceback" not in outcome.stderr
 
 
-@pytest.mark.parametrize("remove", ["0", "nan"])
-def test_inspect_refuses_what_prune_would(remove, model, recipe_file, prune):
-    inspected = run_cli("inspect", model, "--recipe", recipe_file, "--remove", remove)
-    assert inspected.status == 2 and inspected.stderr == prune("--remove", grouped(remove)).stderr
+def test_inspect_refuses_what_prune_would(model, recipe_file, prune):
+    inspected = run_cli("inspect", model, "--recipe", recipe_file, "--remove", "nan")
+    assert inspected.status == 2 and inspected.stderr == prune("--remove", "nan").stderr
 
 
 PRUNE_WITH_FILE_SIZE_LIMITS = """

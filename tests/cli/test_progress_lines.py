@@ -1,24 +1,6 @@
 """Without a terminal: lines on standard error, results alone on standard output, silence when asked for."""
 
-import re
-from pathlib import Path
-
-from run_cli import run_cli
-
 from secateur.cli.common import _lines
-
-STAGES = (
-    "calibration",
-    "load",
-    "evaluate dense",
-    "ask the dense model",
-    "dense on its answers",
-    "prune, round 1 of 1",
-    "evaluate pruned",
-    "pruned on the dense model's answers",
-    "ask the pruned model",
-    "verify",
-)
 
 
 def test_lines_of_stages(capsys):
@@ -82,33 +64,3 @@ def test_a_stage_that_goes_back_has_begun_anew(capsys):
         "1:25:00 piqa: 1 of 3, about 0:03:20 left",
         "1:26:40 piqa: 2 of 3, about 0:01:40 left",
     ]
-
-
-def test_a_piped_prune_says_what_it_does(checkpoints, recipe_file, tmp_path):
-    run = run_cli("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--polish", 0)
-    assert run.status == 0, run.stderr
-    first, *lines = run.stderr.splitlines()
-    assert re.fullmatch(
-        r".*llama: removes 20\.0% of all 100,176 parameters \(ffn 112 -> 64\) in 1 round, measured on 1,280 tokens of "
-        r"code, prose; .+ of memory beyond the interpreter\.",
-        first,
-    )
-    # A slow machine says more than once where a stage is.
-    assert list(dict.fromkeys(line.split(" ", 1)[1].split(":")[0] for line in lines)) == list(STAGES)
-    assert all(re.match(r"\d+:\d\d:\d\d ", line) for line in lines)
-    assert "━" not in run.stderr and not any(stage in run.stdout for stage in STAGES[2:-1])
-
-
-def test_quiet_and_json_are_silent(checkpoints, recipe_file, tmp_path):
-    out: Path = tmp_path / "out"
-    commands = [
-        ("prune", checkpoints["llama"], out, "--recipe", recipe_file, "--polish", 256),
-        ("inspect", checkpoints["llama"], "--recipe", recipe_file),
-        ("verify", out),
-    ]
-    for command in commands:
-        for option in ("--quiet", "--json"):
-            again = ("--overwrite",) if option == "--json" and command[0] == "prune" else ()
-            run = run_cli(*command, option, *again)
-            assert (run.status, run.stderr) == (0, ""), (command, option)
-    assert " sha256" in run_cli("verify", out).stderr

@@ -2,20 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 from run_cli import run_cli
-from tiny_tokenizer import tiny_tokenizer
 
 from secateur.cli.common import parse_domains, parse_sets
 from secateur.cli.prune import about, meaning
-from secateur.model.stock import quiet_transformers
 from secateur.plugins import mixtures
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
-from tests.families import tiny_family
 
 
 def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
@@ -120,23 +115,8 @@ def test_the_comments_of_the_recipe_are_the_docstrings():
     assert run_cli("recipe", "bset").stderr.endswith("did you mean 'best'?\n")
 
 
-def test_the_group_of_a_mixture_is_experts(recipe_file, tmp_path):
-    with quiet_transformers():
-        tiny_family("mixtral").save_pretrained(tmp_path / "model")
-        tiny_tokenizer().save_pretrained(tmp_path / "model")
-    run = run_cli(
-        *("prune", tmp_path / "model", tmp_path / "out", "--recipe", recipe_file, "--remove", "0.3", "--quiet"),
-        *("--set", "output.evaluate=false"),
-    )
-    assert run.status == 0, run.stderr
-    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["remove"]["groups"] == ["experts"]
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["widths"].keys() == {"experts"}
-
-
-@pytest.mark.parametrize(
-    ("remove", "reached", "why"), [(0.9, 0.6114, "at most 0.6"), (0.001, 0.0345, "nothing would go")]
-)
-def test_inspect_describes_the_model_whatever_is_asked(remove, reached, why, checkpoints, recipe_file):
+def test_inspect_describes_the_model_whatever_is_asked(checkpoints, recipe_file):
+    remove, reached, why = 0.9, 0.6114, "at most 0.6"
     shown = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", remove, "--json")
     assert shown.status == 0, shown.stderr
     told = json.loads(shown.stdout)
@@ -172,10 +152,3 @@ def test_version_order_and_completion(monkeypatch):
     monkeypatch.setenv("COMP_WORDS", "secateur rec")
     monkeypatch.setenv("COMP_CWORD", "1")
     assert run_cli().stdout.split() == ["recipe", "recover"]
-
-
-def test_a_shell_gets_its_completion():
-    script = "import sys; sys.argv[0] = 'secateur'; from secateur.cli import main; main()"
-    command = ["bash", "-c", f'{sys.executable} -c "{script}" --show-completion; true']
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "_SECATEUR_COMPLETE=complete_bash" in shown.stdout, shown.stderr

@@ -142,34 +142,6 @@ def test_a_shared_document_is_said() -> None:
     assert note.startswith("domain 'mine': what judges the run and what guards it or what it learns by have parts of 1")
 
 
-def check_separators(part: list[int], eos: int | None) -> None:
-    """Between two documents stands one end token, and nowhere else."""
-    assert (EOS in part) <= (eos == EOS) and part[0] != EOS
-    for before, after in pairwise(part):
-        assert not before == after == EOS
-        if eos == EOS and EOS not in (before, after):
-            assert origin(before) == origin(after)
-    for place in (at for at, each in enumerate(part[:-1]) if each == EOS):
-        assert origin(part[place - 1]) != origin(part[place + 1])
-
-
-def check_turns(documents: list[list[int]], held_out: list[int]) -> None:
-    """Documents take turns: nobody's second before everybody's first."""
-    words = [each for each in held_out if each != EOS]
-    second = [at for at, each in enumerate(words) if each % 1000 >= documents[origin(each)][0]]
-    first = [at for at, each in enumerate(words) if each % 1000 == 0]
-    if second:
-        assert len(first) == len(documents) and max(first) < min(second)
-
-
-def test_second_turns_come_in_the_order_of_the_first() -> None:
-    held_out, calibration = parts_of([[2, 3], [1, 2], [1, 6], [9]], (1, 1), WITHOUT_EOS)
-    first, second, third = ([token(number, place) for place in range(8)] for number in range(3))
-    assert held_out == first[:2] + second[:1] + third[:1] + [token(3, place) for place in range(4)]
-    # What is left of the first three, and of the last one's turn that did not fit.
-    assert calibration == first[2:5] + second[1:3] + third[1:4]
-
-
 def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
     # Document 0 has three tokens left, which come when the others have run out.
     held_out, calibration = parts_of([[11], [4], [1]], (1, 1), WITHOUT_EOS)
@@ -241,17 +213,6 @@ def test_pieces_of_a_document_are_the_document_from_some_line_on(sizes: list[int
         assert len("".join(pieces[place:])) > most
         rest = "".join(pieces[place:])[:most]
         assert piece == (rest[: rest.rindex("\n") + 1] if "\n" in rest else rest)
-
-
-def test_long_documents_start_at_lines_that_the_seed_decides() -> None:
-    text = "".join(f"{number:03d}\n" for number in range(100))
-
-    def start(seed: int) -> str:
-        return "".join(map(chr, next(tokens_of(text, 2, seed))))[:4]
-
-    found = [start(seed) for seed in range(40)]
-    assert found == [start(seed) for seed in range(40)] and len(set(found)) > 20
-    assert all(each.endswith("\n") and each[:3].isdigit() for each in found)
 
 
 def test_documents_are_read_and_tokenised_once_and_equal_ones_are_one(tmp_path: Path) -> None:
@@ -362,43 +323,6 @@ def test_a_document_that_judges_in_one_domain_teaches_in_no_other(tmp_path: Path
         assert not (words(domain.blocks) | words(domain.held_out)) & set.union(*judged)
     counts = split.learning.counts(len(TOKENIZER))
     assert all(int(each.tokens_V.sum()) > 20_000 for each in counts.values()) and not split.judged.notes
-
-
-@pytest.mark.parametrize("size", [4, 24])  # too short to begin at a random line, and long enough
-def test_domains_and_seeds_have_orders_of_their_own(tmp_path: Path, size: int) -> None:
-    domain = put(tmp_path / "a.jsonl", size=size)
-
-    def first(seed: int, name: str) -> list[str]:
-        return rows(build(30 * LENGTH, seed, **{name: domain}).domains[0].calibration.ids_NT)
-
-    assert first(0, "a") == first(0, "a")
-    assert first(0, "a") != first(1, "a") and first(0, "a") != first(0, "b")
-    # What stands beside a domain does not matter to it.
-    both = build(60 * LENGTH, 0, b=domain, a=domain)
-    assert rows(both.domains[1].calibration.ids_NT) == first(0, "a")
-
-
-def test_the_line_that_a_long_text_begins_at_depends_on_seed_and_domain(tmp_path: Path) -> None:
-    path = tmp_path / "long.json"
-    path.write_text('["' + "\\n".join(f"{number:05d}" for number in range(3000)) + '"]')
-    domain = Domain(files=(str(path),))
-    found = [
-        rows(build(9 * LENGTH, seed, **{name: domain}).domains[0].held_out.ids_NT)[0]
-        for seed, name in ((0, "a"), (1, "a"), (0, "b"))
-    ]
-    assert len(set(found)) == 3
-
-
-def test_numbers_of_tokens_count_every_domain(domain: Domain) -> None:
-    found = build(36 * LENGTH, a=domain, b=domain.model_copy(update={"share": 3.0}))
-    assert found.num_tokens == 36 * LENGTH and found.num_held_out_tokens == (1 + 3) * LENGTH
-
-
-def test_progress_counts_the_blocks_of_all_domains(domain: Domain) -> None:
-    seen: list[tuple[str, int, int]] = []
-    calibration = Calibration(domains={"a": domain, "b": domain}, sequence_length=LENGTH)
-    learning_text(calibration, 20 * LENGTH, TOKENIZER, 0, lambda *step: seen.append(step))
-    assert seen == [("calibration", done, 2 * (10 + 2)) for done in (0, 12, 24)]
 
 
 def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(

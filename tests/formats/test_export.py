@@ -13,14 +13,12 @@ import torch
 from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from run_cli import run_cli
-from tokenizers import processors
 from transformers import AutoModelForCausalLM, GgufConfig, HunYuanDenseV1Config, LlamaConfig, OPTConfig, OPTForCausalLM
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 
 from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_tensors import interleave_rotary
-from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
 from secateur.formats.serving import rotary
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
@@ -130,16 +128,6 @@ def test_the_joined_gate_of_experts_is_written_in_its_halves(tmp_path):
         assert np.array_equal(arrays[f"blk.1.ffn_{name}_exps.weight"], half.numpy())
 
 
-@pytest.mark.parametrize(("name", "function"), [("deepseek_v2", "SOFTMAX"), ("glm4_moe", "SIGMOID")])
-def test_how_a_router_weighs_is_stated(name, function, tmp_path):
-    model = tiny_family(name, vocab_size=400, n_group=1, topk_group=1)
-    export(save(tmp_path / "source", model), tmp_path / "model.gguf", check=False)
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    architecture = reader.get_field("general.architecture").contents()
-    found = reader.get_field(f"{architecture}.expert_gating_func").contents()
-    assert found == gguf.ExpertGatingFuncType[function].value
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_bfloat16_opened_by_secateur_is_the_saved_model(name, tmp_path):
     source = save(tmp_path / "source", MODELS[name]().to(torch.bfloat16))
@@ -198,15 +186,6 @@ def test_llama3_rotary_scaling_becomes_factors(tmp_path):
     smooth = [(64 / (2 * np.pi * 10 ** (i / 2)) - 1) / (4 - 1) for i in (1, 2)]
     between = [1 / ((1 - share) / 8 + share) for share in smooth]
     assert arrays["rope_freqs.weight"][:4] == pytest.approx([1, *between, 8], rel=1e-5)
-
-
-@pytest.mark.parametrize(("kind", "extra"), [("linear", {}), ("yarn", {"original_max_position_embeddings": 64})])
-def test_other_rotary_scaling_is_stated(kind, extra, tmp_path):
-    rope = {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0, **extra}
-    export(save(tmp_path / "source", tiny_qwen2(**SIZES, rope_parameters=rope)), tmp_path / "model.gguf", check=False)
-    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    stated = [fields[f"qwen2.rope.{key}"].contents() for key in ("scaling.type", "scaling.factor", "freq_base")]
-    assert stated == [kind, 4.0, 5000.0]
 
 
 def test_every_number_of_yarn_is_stated(tmp_path):
@@ -320,38 +299,6 @@ def test_llama_cpp_gives_a_trimmed_model_s_ids_and_logits(name, rule, tmp_path):
             assert (got - expected).norm() / expected.norm() < 2e-3  # llama.cpp keeps keys and values in half precision
 
 
-def test_kinds_of_pieces(tmp_path):
-    export(save(tmp_path / "source", MODELS["gemma-tied"]()), tmp_path / "model.gguf", check=False)
-    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    tokens, kinds, scores = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "scores"))
-    kind = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, kinds, strict=True)}
-    assert [kind[token] for token in ("<s>", "<0x0A>", "\n\n", "\u2581\u2581", "e", "[PAD399]")] == [
-        "CONTROL",
-        "BYTE",
-        "USER_DEFINED",
-        "NORMAL",
-        "NORMAL",
-        "UNUSED",
-    ]
-    score = dict(zip(tokens, scores, strict=True))
-    assert 0 == score["\u2581\u2581"] > score["\u2581ferry"] > score["e"]
-    stated = [fields[f"tokenizer.ggml.{key}"].contents() for key in ("model", "add_space_prefix", "add_bos_token")]
-    assert stated == ["llama", False, True]
-
-
-def test_a_token_for_images_that_text_models_have_no_row_for(tmp_path):
-    tokenizer = sentencepiece_tokenizer("gemma")
-    num_rows = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
-    export(
-        save(tmp_path / "source", MODELS["gemma3-tied"](vocab_size=num_rows), tokenizer),
-        tmp_path / "a.gguf",
-        check=False,
-    )
-    tokens = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.ggml.tokens"].contents()
-    assert len(tokens) == num_rows and "<image_soft_token>" not in tokens
-
-
 @pytest.mark.parametrize(("window", "expected"), [(8, 8), (None, 256)])
 def test_a_window_that_llama_cpp_lacks_bounds_the_context(window, expected, tmp_path):
     source = save(tmp_path / "source", MODELS["mistral"](sliding_window=window))
@@ -359,45 +306,11 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(window, expected, tmp_
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["llama.context_length"].contents() == expected
 
 
-@pytest.mark.parametrize("rule", PRE_TOKENIZERS.values())
-def test_splitting_rules_are_known_by_what_they_do(rule, llama, tmp_path):
-    shutil.copytree(llama, tmp_path / "source")
-    bpe_tokenizer(rule).save_pretrained(tmp_path / "source")
-    export(tmp_path / "source", tmp_path / "model.gguf", check=False)
-    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == rule
-
-
 def test_the_rule_is_the_one_that_transformers_uses(tmp_path):
     # transformers splits every qwen2 checkpoint's text by Qwen's rule, whatever the file says.
     source = save(tmp_path / "source", MODELS["qwen2"](), bpe_tokenizer("gpt-2"))
     export(source, tmp_path / "model.gguf", check=False)
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == "qwen2"
-
-
-@pytest.mark.parametrize("starts", [False, True])
-def test_whether_text_starts_with_a_token_of_its_own_is_stated(starts, llama, tmp_path):
-    shutil.copytree(llama, tmp_path / "source")
-    tokenizer = bpe_tokenizer("llama-bpe")
-    if starts:
-        start = [("<|start|>", tokenizer.bos_token_id)]
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|start|> $A", None, start)
-    tokenizer.save_pretrained(tmp_path / "source")
-    export(tmp_path / "source", tmp_path / "model.gguf", check=False)
-    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents() is starts
-
-
-def test_rows_beyond_the_tokenizer_are_named_unused(llama, tmp_path):
-    export(llama, tmp_path / "model.gguf", check=False)
-    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    tokens, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
-    assert len(tokens) == len(kinds) == 320 and tokens[-1] == "[PAD319]"
-    named = {token: gguf.TokenType(kind).name for token, kind in zip(tokens, kinds, strict=True)}
-    assert [named[token] for token in ("<|end|>", "<think>", "e", "[PAD319]")] == [
-        "CONTROL",
-        "USER_DEFINED",
-        "NORMAL",
-        "UNUSED",
-    ]
 
 
 def test_same_model_same_bytes(llama, tmp_path):

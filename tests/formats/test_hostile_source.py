@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def results(place, marker, recipe) -> dict[str, secateur.Result]:
         assert marker.exists(), "the trap works: who trusts it runs it"
         marker.unlink()
         asked = grouped({**recipe, "protected_layers": [0], "remove": 0.1, "evaluate": False})
-        with fresh():
+        with fresh() if source == "hub" else nullcontext():  # whose cache a process reads as it starts
             found[source] = secateur.prune(place / source, asked, out=place / f"{source}-out")
         assert not marker.exists()
     return found
@@ -181,11 +182,12 @@ def test_a_word_called_auto_map_stays_in_the_vocabulary(tmp_path):
     assert load_tokenizer(open_checkpoint(tmp_path / "out")).get_vocab()["auto_map"] == size
 
 
-def test_the_proof_trusts_its_own_file_alone(results, marker, fresh_processes, tmp_path):
+def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
     out, logits = copy_of(results["hub"], tmp_path)
     # A tokenizer that names code: the model's own file is run, and this is not.
     edit(out / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil/code--evil.EvilTokenizer"]})
-    assert verify_reload(out, tiny_ids(), logits).max_abs_difference == 0
+    with fresh():
+        assert verify_reload(out, tiny_ids(), logits).max_abs_difference == 0
     assert not marker.exists()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     named = config["auto_map"]

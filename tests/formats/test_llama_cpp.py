@@ -12,10 +12,11 @@ import torch
 from recipes import grouped
 
 from secateur.formats.gguf import export
+from secateur.formats.gguf_tensors import gguf_tensors, planned_tensors
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
-from secateur.formats.serving import gguf_specs
+from secateur.formats.serving import gguf_family, gguf_specs
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.checkpoint import load_model, open_checkpoint
+from secateur.model.checkpoint import load_model, meta_model, open_checkpoint
 from secateur.model.per_layer import record_widths
 from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from tests.families import tiny_family
@@ -101,10 +102,16 @@ def known_keys(row: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("prune", "name"), PRUNED)
-def test_every_weight_is_in_the_file_once(prune: Callable[[str, Path], Path], name: str, tmp_path: Path) -> None:
+def test_every_weight_is_in_the_file_once_as_the_config_alone_tells(
+    prune: Callable[[str, Path], Path], name: str, tmp_path: Path
+) -> None:
     source = prune(name, grouped(tmp_path))
     export(source, tmp_path / "model.gguf", check=False)
-    model = load_model(open_checkpoint(source))
+    checkpoint = open_checkpoint(source)
+    model, family = load_model(checkpoint), gguf_family(checkpoint)
+    written = gguf_tensors(checkpoint, family, "f16"), planned_tensors(meta_model(checkpoint.config), family, "f16")
+    found, planned = (sorted((each.gguf_name, each.shape, each.type_name) for each in tensors) for tensors in written)
+    assert planned == found
     arrays = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     num_values = sum(int((array != 0).sum()) for array in arrays.values())
     assert num_values == sum(int((weight != 0).sum()) for weight in model.parameters())

@@ -15,12 +15,11 @@ from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, Mixtral
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.gguf import export, gguf_bytes, metadata_bytes
-from secateur.formats.gguf_tensors import TYPES, gguf_tensors, planned_tensors
-from secateur.formats.gguf_types import QUANTISED, Shape, chosen_type, fitting_type
+from secateur.formats.gguf_tensors import TYPES, planned_tensors
+from secateur.formats.gguf_types import QUANTISED, fitting_type
 from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.formats.serving import gguf_family
 from secateur.model.checkpoint import load_tokenizer, meta_model, open_checkpoint
-from tests.formats.test_llama_cpp import PRUNED
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 512}
 MIXTURE = {
@@ -59,20 +58,6 @@ def planned_bytes(source: Path, type_name: str) -> int:
     return gguf_bytes(meta_model(checkpoint.config), type_name, metadata, checkpoint.reference)
 
 
-@pytest.mark.parametrize(("prune", "name"), PRUNED)
-def test_a_config_alone_tells_the_tensors_of_the_file(prune: Any, name: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(prune(name, tmp_path / "source"))
-    family = gguf_family(checkpoint)
-    written, planned = (
-        [(each.gguf_name, each.shape, each.type_name) for each in found]
-        for found in (
-            gguf_tensors(checkpoint, family, "f16"),
-            planned_tensors(meta_model(checkpoint.config), family, "f16"),
-        )
-    )
-    assert sorted(planned) == sorted(written)
-
-
 @pytest.mark.parametrize("type_name", TYPES)
 def test_sizes_are_told_to_the_byte(type_name: str, tmp_path: Path) -> None:
     source = saved("tied", tmp_path / "source")
@@ -80,67 +65,9 @@ def test_sizes_are_told_to_the_byte(type_name: str, tmp_path: Path) -> None:
     assert planned_bytes(source, type_name) == done.num_bytes
 
 
-def test_the_rule_of_mixtures_of_types() -> None:
-    """As llama-quant.cpp says, for a Llama of 32 layers with eight query heads per KV head."""
-    model = Shape("llama", 32, 1, 8, is_tied=False)
-    down = {layer: chosen_type(f"blk.{layer}.ffn_down.weight", model, "q4_k_m") for layer in range(32)}
-    assert [layer for layer, kind in down.items() if kind == "q6_k"] == [
-        0,
-        1,
-        2,
-        3,
-        6,
-        9,
-        12,
-        15,
-        18,
-        21,
-        24,
-        27,
-        *range(28, 32),
-    ]
-    assert {*down.values()} == {"q4_k", "q6_k"}
-    assert (
-        chosen_type("output.weight", model, "q2_k") == "q6_k"
-        and chosen_type("token_embd.weight", model, "q2_k") == "q2_k"
-    )
-    assert (
-        chosen_type("blk.1.attn_v.weight", model, "q2_k") == "q4_k"
-        and chosen_type("blk.1.attn_q.weight", model, "q2_k") == "q2_k"
-    )
-    large = Shape("llama", 80, 1, 8, is_tied=False)
-    assert chosen_type("blk.11.attn_v.weight", large, "q4_k_m") == "q5_k"
+def test_rows_that_no_block_fits_are_stored_in_a_wider_type() -> None:
     blocks = {"q4_k": 256, "q5_0": 32, "q8_0": 32}
     assert [fitting_type("q4_k", row, blocks.__getitem__) for row in (512, 576, 520)] == ["q4_k", "q5_0", "f16"]
-
-
-MHA = Shape("llama", 32, 1, 1, is_tied=False)
-GQA = Shape("llama", 32, 1, 8, is_tied=False)
-FALCON = Shape("falcon", 32, 1, 1, is_tied=False)
-FOUR, EIGHT = (Shape("llama", 32, num_experts, 4, is_tied=False) for num_experts in (4, 8))
-
-
-@pytest.mark.parametrize(
-    ("model", "tensor", "file_type", "expected"),
-    [
-        (GQA, "attn_v", "q2_k", "q4_k"),
-        (MHA, "attn_v", "q2_k", "q3_k"),
-        (GQA, "attn_v", "q3_k_m", "q5_k"),
-        (GQA, "attn_v", "q6_k", "q6_k"),
-        (EIGHT, "attn_v", "q4_k_m", "q8_0"),
-        (EIGHT, "attn_output", "q4_k_m", "q5_k"),
-        (FOUR, "attn_output", "q4_k_m", "q4_k"),
-        (FOUR, "attn_output", "q3_k_m", "q4_k"),
-        (FALCON, "attn_output", "q3_k_m", "q3_k"),
-        (GQA, "ffn_down", "q2_k", "q3_k"),
-        (GQA, "ffn_down", "q3_k_m", "q5_k"),
-        (FALCON, "ffn_down", "q3_k_m", "q5_k"),
-        (GQA, "ffn_down", "q4_k_m", "q6_k"),
-    ],
-)
-def test_types_of_single_tensors(model: Shape, tensor: str, file_type: str, expected: str) -> None:
-    """Of the second layer, as llama-quant.cpp says."""
-    assert chosen_type(f"blk.1.{tensor}.weight", model, file_type) == expected
 
 
 def test_types_that_llama_cpp_does_not_know_or_cannot_write_here(tmp_path: Path, monkeypatch: Any) -> None:

@@ -2,9 +2,7 @@
 
 import copy
 import math
-import statistics
 from dataclasses import replace
-from random import Random
 
 import pytest
 import torch
@@ -136,31 +134,6 @@ def test_the_standard_error_of_documents_of_equal_length_is_that_of_their_mean(
 ) -> None:
     found, expected = standard_error([value * length for value in values], [length] * len(values)), mean_error(values)
     assert found == (expected if expected is None else pytest.approx(expected, rel=1e-12, abs=1e-12))
-
-
-def corpus(generator: Random, num_documents: int) -> tuple[list[float], list[int]]:
-    """Return sums and tokens of documents of many lengths, of which the longer are harder, and a token is noise."""
-    tokens = [generator.choice((5, 20, 80, 300)) for _ in range(num_documents)]
-    levels = [generator.gauss(2 + count / 300, 0.5) for count in tokens]
-    sums = [level * count + generator.gauss(0, count**0.5) for level, count in zip(levels, tokens, strict=True)]
-    return sums, tokens
-
-
-def test_the_standard_error_of_a_ratio_is_the_spread_over_corpora_and_that_of_a_bootstrap() -> None:
-    generator = Random(0)
-    drawn = [corpus(generator, 80) for _ in range(1500)]
-    spread = statistics.stdev(sum(sums) / sum(tokens) for sums, tokens in drawn)
-    told = [standard_error(*each) for each in drawn]
-    assert statistics.mean(each for each in told if each) == pytest.approx(spread, rel=0.06)
-    sums, tokens = drawn[0]
-    ratios = []
-    for _ in range(3000):
-        chosen = generator.choices(range(80), k=80)
-        ratios.append(sum(sums[index] for index in chosen) / sum(tokens[index] for index in chosen))
-    assert told[0] == pytest.approx(statistics.stdev(ratios), rel=0.06)
-    # As if every token were a draw of its own, what is told would be several times too small.
-    alone = [rate for total, count in zip(sums, tokens, strict=True) for rate in [total / count] * count]
-    assert statistics.stdev(alone) / len(alone) ** 0.5 < spread / 4
 
 
 def test_a_document_without_a_token_of_the_other_tokenizer_has_none() -> None:

@@ -20,7 +20,7 @@ from secateur.model.group import linear
 from secateur.pruning.group_step import method_of
 from secateur.recipe import Recipe
 from secateur.recovery.judge import Judge
-from secateur.recovery.loss import distillation_loss, masked_loss
+from secateur.recovery.loss import masked_loss
 from secateur.stream.losses import domain_losses
 from secateur.stream.measure import measure
 from secateur.stream.walk import Batch, Walk, make_batches
@@ -157,15 +157,6 @@ def test_statistics_are_those_of_the_rows_that_count() -> None:
     torch.testing.assert_close(found.held_out_TF["a"].double(), held_out, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loss_is_the_mean_over_the_tokens_that_count() -> None:
-    model, ids_NT, mask_NT = tiny_llama(), tiny_ids(batch=4, length=LENGTH), masks()
-    with torch.no_grad():
-        log_p = model(ids_NT).logits[:, :-1].double().log_softmax(-1)
-    nats = -log_p.gather(2, ids_NT[:, 1:, None])[..., 0][mask_NT[:, 1:]]
-    found = domain_losses(model, bind(model), {"a": Blocks(ids_NT, torch.zeros_like(ids_NT), mask_NT)})["a"]
-    assert found.num_tokens == len(nats) and found.nats_per_token == pytest.approx(float(nats.mean()), rel=1e-6)
-
-
 @pytest.mark.parametrize("kl_share", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("answers", [(True, False, False, True), (True,) * 4])
 def test_training_minimises_the_mean_over_blocks_of_what_counts_in_each(
@@ -198,13 +189,3 @@ def test_training_minimises_the_mean_over_blocks_of_what_counts_in_each(
     torch.testing.assert_close(ours.grad.double(), own.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-6)
     assert not ours.grad.view(4, LENGTH - 1, 12)[~mask_NT[:, 1:]].any()
-
-
-def test_a_mask_of_ones_trains_as_none() -> None:
-    states, dense = torch.randn(4 * (LENGTH - 1), 12), torch.randn(4 * (LENGTH - 1), 12)
-    head, ids_NT = nn.Linear(12, 30, bias=False), torch.randint(30, (4, LENGTH))
-    plain = distillation_loss(states, head, ids_NT[:, 1:].flatten(), (dense, head), kl_share=0.5)
-    masked = masked_loss(
-        states, head, ids_NT, (dense, head), masks(ones=True), torch.zeros(4, dtype=torch.bool), kl_share=0.5
-    )
-    torch.testing.assert_close(plain, masked, rtol=1e-6, atol=0)

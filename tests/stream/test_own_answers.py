@@ -1,7 +1,6 @@
 """A model on the dense model's own answers: nothing lost by itself, losses as a plain forward gives them."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from secateur.data.answers import Conversation, Speaker
 from secateur.data.sources import shipped
-from secateur.facts import ANSWER_TOKENS
 from secateur.model.bind import bind
 from secateur.stream import judge as judging
 from secateur.stream.judge import AnswerSheet, ask, judge
@@ -92,8 +90,3 @@ def test_the_prompts_of_the_package_are_questions_of_several_kinds_by_turns():
     assert len(prompts) == len(set(prompts)) == 48
     assert all(isinstance(prompt, str) and 10 < len(prompt) < 300 for prompt in prompts)
     assert prompts[0].startswith("How do I get a red wine stain") and "sky" in prompts[1]
-
-
-def test_the_page_on_judging_says_how_long_answers_are() -> None:
-    page = Path(__file__).parents[2] / "docs" / "judging.md"
-    assert f"greedily, up to {ANSWER_TOKENS} tokens each" in page.read_text(encoding="utf-8")
