@@ -143,6 +143,7 @@ REASONS = (
     ("Bbox is required", "it needs places of words"),
     ("tie_weights_keys", "its layers share weights"),
     ("is not called with hidden states", "its experts are called in another way"),
+    ("stand alone", "no channels that stand alone in its layers"),
 )
 
 

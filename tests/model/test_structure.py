@@ -21,13 +21,17 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from secateur.errors import ArchError
+from secateur.errors import ArchError, RecipeError
 from secateur.model.bind import bind, decoder_layers, head_of
 from secateur.model.group import Stacks, cut, linear
 from secateur.model.guesses import Unrouted, close_to, experts_in, mask, some_units
 from secateur.model.modules import Logits
 from secateur.model.per_layer import record_widths
 from secateur.model.structure import places
+from secateur.pruning.resolve import layers_to_expect
+from secateur.recipe import parse_recipe
+from secateur.stream.losses import states_for_head
+from secateur.stream.walk import Walk, make_batches
 from tests.model.test_exactness import logits_of
 from tests.models import randomised, tiny_ids
 
@@ -376,6 +380,34 @@ def test_no_expert_goes_whose_tokens_a_table_names_as_in_deepseek_v4() -> None:
         ArchError, match=r"^a model of type deepseek_v4 has no units that can go: experts: a stored table says"
     ):
         arch.select(("ffn",))
+
+
+def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    ranks = {"v_head_dim": 8, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    index = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 4, "indexer_types": ["full", "shared"] * 2}
+    depth = {"num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2}
+    config = AutoConfig.for_model("glm_moe_dsa", **sizes, **experts, **heads, **ranks, **index, **depth)
+    model = randomised(AutoModelForCausalLM.from_config(config).eval(), 0)
+    arch = bind(model)
+    assert (arch.carried, arch.middle) == ((("prev_topk_indices", 1),), None)
+    assert {"ffn", "experts"} <= {group.name for group in arch.groups}
+
+    # The walk is the forward pass.
+    ids = tiny_ids(vocab_size=64)
+    walk = Walk(model, arch, make_batches("d", ids, held_out=False))
+    for layer in range(arch.num_layers):
+        for _ in walk.run(layer, to_middle=True):
+            pass
+        walk.advance(layer)
+    with torch.no_grad():
+        pairs = zip(walk.batches, walk.hidden_BTD, strict=True)
+        logits = head_of(model, arch)(torch.cat([states_for_head(model, arch, *pair) for pair in pairs]))
+    torch.testing.assert_close(logits, logits_of(model, ids)[:, :-1].flatten(0, 1), atol=1e-5, rtol=1e-5)
+    with pytest.raises(RecipeError, match=r"^remove.depth: layers of glm_moe_dsa read what the one before them"):
+        layers_to_expect(parse_recipe({"remove": {"share": 0.2, "depth": 1}}), arch, config)
 
 
 def test_no_expert_goes_where_the_config_does_not_say_how_many_are_chosen() -> None:

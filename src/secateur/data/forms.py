@@ -157,9 +157,9 @@ def _messages(value: Any, where: str, note: Note, role: str = "user") -> Message
 def _message(turn: Message, where: str, note: Note) -> Message:
     """Return a turn with a role that templates know, its content as text, and its calls as objects."""
     rest = {key: value for key, value in turn.items() if value is not None}  # tables fill fields up with null
-    given = [rest.pop(key, None) for key in ("role", "from", "content", "value")]
-    role = given[0] if given[0] is not None else given[1]
-    content = given[2] if given[2] is not None else given[3]
+    role, other_role, content, other_content = (rest.pop(key, None) for key in ("role", "from", "content", "value"))
+    role = other_role if role is None else role
+    content = other_content if content is None else content
     if role is None:
         raise CalibrationError(f"{where}: {NO_MESSAGES}")
     calls = rest.pop("tool_calls", None) or [call for call in [rest.pop("function_call", None)] if call]

@@ -56,28 +56,35 @@ def gguf_parts(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec)
         if name.endswith(_LATENT):
             yield from _latent_parts(name, sources, model.config)
         else:
-            yield Part(name, _shape(name, sources, half, family), sources, half)
+            shapes = [torch.empty(source.shape, device="meta") for source in sources]
+            yield Part(name, tuple(_assembled(name, shapes, half, family).shape), sources, half)
 
 
 def read_part(part: Part, family: GgufSpec) -> Tensor:
     """Return the part's values in float32, in transformers' order of rows and channels."""
     values = [read_tensor(source).float() for source in part.sources]
-    if _is_stack(part.name, part.sources):
-        whole = torch.stack(values)
-    else:
-        whole = torch.cat(values) if len(values) > 1 else values[0]  # an embedding is not copied
     if family.latent_attention and "_b_proj." in part.name and len(part.shape) == 3:
+        (whole,) = values
         by_head = whole.reshape(part.shape[0], -1, whole.shape[1])
         is_key = ".k_b_proj." in part.name
         return by_head[:, : part.shape[2]].transpose(1, 2) if is_key else by_head[:, -part.shape[1] :]
-    if _is_transposed(part.name, family):
+    return _assembled(part.name, values, part.half, family)
+
+
+def _assembled(name: str, values: list[Tensor], half: int | None, family: GgufSpec) -> Tensor:
+    """Return what a file has under a name: experts stacked, q, k and v joined, gate or input alone."""
+    if ".mlp.experts." in name and values[0].ndim == 2 and name.endswith(".weight"):
+        whole = torch.stack(values)
+    else:
+        whole = torch.cat(values) if len(values) > 1 else values[0]  # an embedding is not copied
+    if name.endswith(".weight") and name.split(".")[-2] in family.transposed:
         whole = whole.transpose(-1, -2)
-    if part.half is None:
+    if half is None:
         return whole
-    rows = -1 if part.name.endswith(".bias") else -2
+    rows = -1 if name.endswith(".bias") else -2
     if family.alternating_gate:
-        return whole.unflatten(rows, (-1, 2)).select(rows, part.half)
-    return whole.chunk(2, dim=rows)[part.half]
+        return whole.unflatten(rows, (-1, 2)).select(rows, half)
+    return whole.chunk(2, dim=rows)[half]
 
 
 def _sources(
@@ -116,27 +123,6 @@ def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrain
     layer = name.removesuffix(_LATENT)
     yield Part(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
     yield Part(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
-
-
-def _shape(name: str, sources: tuple[StoredTensor, ...], half: int | None, family: GgufSpec) -> tuple[int, ...]:
-    first = sources[0].shape
-    if _is_stack(name, sources):
-        return (len(sources), *first)
-    if len(sources) > 1:
-        return (sum(source.shape[0] for source in sources), *first[1:])
-    shape = (*first[:-2], first[-1], first[-2]) if _is_transposed(name, family) else first
-    if half is None:
-        return shape
-    return (*shape[:-1], shape[-1] // 2) if name.endswith(".bias") else (*shape[:-2], shape[-2] // 2, shape[-1])
-
-
-def _is_stack(name: str, sources: tuple[StoredTensor, ...]) -> bool:
-    """Say whether the checkpoint has one tensor per expert."""
-    return ".mlp.experts." in name and len(sources[0].shape) == 2 and name.endswith(".weight")
-
-
-def _is_transposed(name: str, family: GgufSpec) -> bool:
-    return name.endswith(".weight") and name.split(".")[-2] in family.transposed
 
 
 TYPES = ("f32", "f16", "bf16", "q8_0")  # that need no llama.cpp

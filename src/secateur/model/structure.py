@@ -123,7 +123,8 @@ class Arch:
     `family`: the model type. `attention`, `middle`: within a layer, and None if layers differ.
     `mlp_adds_directly`: what MLPs give is added to the stream as it is. `params_per_layer`: all
     parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if it
-    gives hidden states alone.
+    gives hidden states alone. `carried`: keyword arguments of a layer that are outputs of the layer
+    before it, and which ones.
     """
 
     family: str
@@ -139,6 +140,7 @@ class Arch:
     logits: Logits | None = None
     omits: dict[str, str] = field(default_factory=dict[str, str])
     num_outputs: int = 0
+    carried: tuple[tuple[str, int], ...] = ()
 
     def layer_output(self, hidden: Tensor) -> Any:
         """Return hidden states in the form in which the backbone expects a layer's output."""
@@ -235,6 +237,8 @@ class _Finder:
         offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
         names = {self._group(each, index).name for index, layer in enumerate(offers) for each in layer}
         omits = {name: why for name, why in self.why.items() if name not in names}
+        if not names:
+            omits.setdefault(FFN, "no channels between two linears stand alone")
         return replace(self.arch, omits=omits), [offers[index] for index in self.twin_layer]
 
     # What runs, and how.
@@ -276,11 +280,18 @@ class _Finder:
         entered = self._bypassed()
         if any(_tensors(output)[0].shape[:2] != token_ids(self.twin).shape for output in outputs):
             raise self._refused("layers see another length than the text")
+        carried: dict[str, int] = {}
         for index, calls in enumerate(self.calls):
-            if index and not _equal(_tensors(calls[""].args[:1]), _tensors(outputs[index - 1])[:1]):
+            call, earlier, (args, bypassed) = calls[""], outputs[index - 1] if index else (), entered[index]
+            if index and not _equal(_tensors(call.args[:1]), _tensors(earlier)[:1]):
                 raise self._refused("layers pass on more than one hidden state")
-            if not _equal((calls[""].args[1:], calls[""].kwargs), entered[index]):
+            for key in [key for key in call.kwargs if index and not _equal(call.kwargs[key], bypassed[key])]:
+                places = (place for place, each in enumerate(earlier) if place and _equal(each, call.kwargs[key]))
+                carried.setdefault(key, next(places, 0))
+            theirs = bypassed | {key: earlier[place] for key, place in carried.items() if index and place}
+            if not _equal((call.args[1:], call.kwargs), (args, theirs)):
                 raise self._refused("layers are given what earlier layers computed")
+        self.arch = replace(self.arch, carried=tuple(carried.items()))
         for layer, calls in reversed(list(zip(self.layers, self.calls, strict=True))):
             if not _near(calls[""].again(layer)[:1], _tensors(calls[""].output)[:1]):
                 raise self._refused("layers do not give the same twice")
@@ -332,6 +343,8 @@ class _Finder:
 
     def _find_middle(self) -> None:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
+        if self.arch.carried:  # a silent attention has nothing to pass on
+            return
         pairs = [list(_middles(*each)) for each in zip(self.layers, self.calls, strict=True)]
         attention, middle = next((pair for pair in pairs[0] if all(pair in each for each in pairs)), (None, None))
         self.arch = replace(self.arch, attention=attention, middle=middle)

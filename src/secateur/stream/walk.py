@@ -143,8 +143,11 @@ class Walk:
         args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
         attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
         with forwards_replaced(attention, silent_attention):
-            output = self.layers[index](hidden_BTD, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            output = self.layers[index](hidden_BTD, *args, **kwargs | getattr(hidden_BTD, "carried", {}))
+        hidden: Any = output[0] if isinstance(output, tuple) else output
+        if self.arch.carried:  # it goes where the stream goes
+            hidden.carried = {key: output[place] for key, place in self.arch.carried}
+        return hidden
 
     @torch.inference_mode()
     def _embed(self, backbone: nn.Module, ids_BT: Tensor) -> Tensor:
