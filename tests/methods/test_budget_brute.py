@@ -38,7 +38,7 @@ SHARE = st.floats(0.001, 0.999)
 
 
 def group_of(layer: int, name: str, num_units: int, params: int = 1, **limits) -> Group:
-    return Group(layer, name, "channels" if name == "ffn" else "heads", "unit", num_units, params, AXIS, **limits)
+    return Group(name, "channels" if name == "ffn" else "heads", "unit", AXIS, layer, num_units, params, **limits)
 
 
 def prices_of(total: int) -> Prices:

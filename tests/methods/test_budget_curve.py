@@ -15,7 +15,7 @@ NUM_PARAMS = 10_000_000
 def group_of(layer: int, name: str, num_units: int, params_per_unit: int, width: int = 1) -> Group:
     axis = Axis("reader", (width,))
     kind = "channels" if width == 1 else "heads"
-    return Group(layer, name, kind, "unit", num_units, params_per_unit, Linears((axis,), axis))
+    return Group(name, kind, "unit", Linears((axis,), axis), layer, num_units, params_per_unit)
 
 
 def prices_of() -> Prices:

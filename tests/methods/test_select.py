@@ -144,7 +144,7 @@ def heads_of(model) -> Group:
     writers = tuple(
         Axis(f"self_attn.{name}", (12 * rows,)) for name, rows in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1))
     )
-    return Group(0, "kv_heads", "heads", "head", 2, 1, Linears(writers, Axis("self_attn.o_proj", (24,))))
+    return Group("kv_heads", "heads", "head", Linears(writers, Axis("self_attn.o_proj", (24,))), 0, 2, 1)
 
 
 @torch.no_grad()
@@ -205,7 +205,7 @@ def test_a_batch_of_wide_units_has_no_more_columns() -> None:
     task, statistics = task_of(0)
     units = units_of(48, 6)
     segments = Linears((), Axis("self_attn.o_proj", (1,) * 6))
-    heads = Group(0, "kv_heads", "heads", "head", 8, 1, segments)
+    heads = Group("kv_heads", "heads", "head", segments, 0, 8, 1)
     generator = torch.Generator().manual_seed(2)
     x_TF = torch.randn(60, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
     statistics = Statistics.empty(48, torch.device("cpu"), gram=True)

@@ -110,7 +110,7 @@ def test_units_keep_their_first_names_through_rounds():
 
 def group_that(**limits: Any) -> Group:
     axis = Axis("down", (1,))
-    return Group(0, "ffn", "channels", "channel", 12, 1, Linears((axis,), axis), **limits)
+    return Group("ffn", "channels", "channel", Linears((axis,), axis), 0, 12, 1, **limits)
 
 
 def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from secateur.errors import ArchError, RecipeError
 from secateur.model.bind import bind, decoder_layers, head_of
 from secateur.model.group import Stacks, cut, linear
-from secateur.model.guesses import Unrouted, close_to, experts_in, mask, some_units
+from secateur.model.guesses import Unrouted, close_to, experts_in, mask, sized, some_units
 from secateur.model.modules import Logits
 from secateur.model.per_layer import record_widths
 from secateur.model.structure import places
@@ -412,6 +412,6 @@ def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> Non
 
 def test_no_expert_goes_where_the_config_does_not_say_how_many_are_chosen() -> None:
     model = randomised(AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4)).eval(), 0)
-    layer, build = model.model.layers[0], experts_in("experts", Stacks("gate_up_proj", None, "down_proj", False, False))
-    assert build(layer, 0, model.config).allows(4)
-    assert not any(build(layer, 0, LlamaConfig()).allows(count) for count in range(1, 6))
+    layer, guess = model.model.layers[0], experts_in("experts", Stacks("gate_up_proj", None, "down_proj", False, False))
+    assert sized(guess, layer, 0, model.config).allows(4)
+    assert not any(sized(guess, layer, 0, LlamaConfig()).allows(count) for count in range(1, 6))

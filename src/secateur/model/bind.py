@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS
+from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS, sized
 from secateur.model.modules import ScaledHead, head_at, linears_for_conv, text_model
 from secateur.model.structure import Arch, structure_of, text_config
 from secateur.model.twin import of_layer
@@ -50,7 +50,7 @@ def bind(model: Any) -> Arch:
         arch,
         mlp_adds_directly=all(each.adds_directly for layer in offers for each in layer),
         groups=tuple(
-            each.group(layer, index, of_layer(config, index))
+            sized(each, layer, index, of_layer(config, index))
             for index, layer in enumerate(layers)
             for each in offers[index]
         ),

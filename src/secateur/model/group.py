@@ -70,6 +70,11 @@ class Linears:
         """Return how many units the layer has now."""
         return linear(layer, self.reader.module).in_features // self.width
 
+    def parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Return what the units consist of, once each."""
+        writers = (linear(layer, axis.module) for axis in self.writers)
+        return [linear(layer, self.reader.module).weight, *(each for writer in writers for each in writer.parameters())]
+
     def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Return what compensation changes: the reader's weight."""
         return {"weight": linear(layer, self.reader.module).weight}
@@ -102,6 +107,15 @@ class Experts:
         """Return how many units the layer has now."""
         return layer.get_submodule(self.module).get_parameter(self.stacks.down).shape[self.unit_axis]
 
+    def parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Return what the units consist of, once each."""
+        module = layer.get_submodule(self.module)
+        if self.unit_axis:
+            names = filter(None, (self.stacks.writer, self.stacks.writer_bias, self.stacks.down))
+            return [module.get_parameter(name) for name in names]
+        rows = (attribute_of(layer, name) for name in self.router_rows)
+        return [*module.parameters(), *(each for each in rows if isinstance(each, nn.Parameter))]
+
     def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Return what compensation changes: the stack of readers."""
         name = f"{self.module}.{self.stacks.down}"
@@ -117,16 +131,17 @@ class Group:
     `per_key`: units to one of that key, if the switches of `settings` stand so. `counts`: attributes of
     modules, dotted from the layer, that hold the number of units, or a config that says it.
     `divides`: (factor, whole) if the config class requires that count * factor divides `whole`.
-    `at_least`, `multiple_of`: limits on counts for the model to run.
+    `at_least`, `multiple_of`: limits on counts for the model to run. `adds_directly`: what the module
+    gives is added to the stream as it is.
     """
 
-    layer: int
     name: str
     kind: Kind
     unit: str
-    num_units: int
-    params_per_unit: int
     parts: Linears | Experts
+    layer: int = 0
+    num_units: int = 0
+    params_per_unit: int = 0
     counts: tuple[str, ...] = ()
     divides: tuple[int, int] | None = None
     config_key: str = ""
@@ -135,6 +150,7 @@ class Group:
     head_dim: int = 0
     at_least: int = 0
     multiple_of: int = 1
+    adds_directly: bool = True
 
     @property
     def writers(self) -> tuple[Axis, ...]:

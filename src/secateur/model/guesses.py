@@ -1,10 +1,11 @@
 """Guesses, from shapes alone, of what a layer can lose; and what it is to remove units, or to silence them.
 
-In: a layer's linears or stacks of experts. Out: functions that make the `Group` of any layer of that
-kind. Nothing here is proved: `structure` does that.
+In: a layer's linears or stacks of experts. Out: a `Group` that has no numbers yet; `sized` gives it those
+of any layer of that kind. Nothing here is proved: `structure` does that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -39,11 +40,8 @@ KEYS_OF_CHOSEN = (
     "top_k_experts",
 )
 
-Build = Callable[[nn.Module, int, Any], Group]
-"""Makes a group of a layer, its index and config; raises ArchError if the layer has no such modules."""
 
-
-def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Iterator[Build]:
+def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Iterator[Group]:
     """Yield pairs of writers, H -> F or H -> 2 F, and a reader, F -> H."""
     for reader, down in linears.items():
         width, hidden = down.in_features, down.out_features
@@ -62,42 +60,68 @@ def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Ite
             yield _channels(place, {writer: (2,)}, reader, name)
 
 
-def _channels(place: str, writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Build:
-    def build(layer: nn.Module, index: int, config: Any) -> Group:
-        axes = tuple(Axis(joined(place, writer), segments) for writer, segments in writers.items())
-        return _of_linears(layer, index, name, "channel", axes, Axis(joined(place, reader), (1,)))
-
-    return build
+def _channels(place: str, writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Group:
+    axes = tuple(Axis(joined(place, writer), segments) for writer, segments in writers.items())
+    return Group(name, "channels", "channel", Linears(axes, Axis(joined(place, reader), (1,))))
 
 
-def _of_linears(
-    layer: nn.Module,
-    index: int,
-    name: str,
-    unit: str,
-    writers: tuple[Axis, ...],
-    reader: Axis,
-    head_dim: int = 0,
-) -> Group:
-    whole = linear(layer, reader.module).weight
-    num_units, num_params = whole.shape[1] // sum(reader.segments), whole.numel()
-    for axis in writers:
-        module = linear(layer, axis.module)
-        if module.out_features != num_units * sum(axis.segments):
+def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
+    """Return the group with the numbers of this layer.
+
+    Raises ArchError if its modules do not fit each other, and what torch raises if there are none of these names.
+    """
+    parts, head_dim, at_least, multiple_of = group.parts, 0, 0, 1
+    if group.kind == "heads":
+        parts, head_dim = _by_heads(group, layer, config)
+    elif group.kind == "experts":
+        parts, at_least, multiple_of = _by_router(group.experts, layer, config)
+    elif group.kind == "expert_channels":
+        at_least, multiple_of = 1, CHANNEL_STEP
+    num_units = parts.num_units_left(layer)
+    for axis in parts.writers if isinstance(parts, Linears) else ():
+        if (num_rows := linear(layer, axis.module).out_features) != num_units * sum(axis.segments):
             raise ArchError(
-                f"layer {index}, group {name}: {axis.module} has {module.out_features} rows for {num_units} units."
+                f"layer {index}, group {group.name}: {axis.module} has {num_rows} rows for {num_units} units."
             )
-        num_params += sum(each.numel() for each in module.parameters())
-    return Group(
+    return replace(
+        group,
         layer=index,
-        name=name,
-        kind="heads" if head_dim else "channels",
-        unit=unit,
-        num_units=num_units,
-        params_per_unit=num_params // num_units,
-        parts=Linears(writers, reader),
+        parts=parts,
         head_dim=head_dim,
+        num_units=num_units,
+        params_per_unit=sum(each.numel() for each in parts.parameters(layer)) // num_units,
+        at_least=at_least,
+        multiple_of=max(multiple_of, int(group.per_key)),
+        divides=(config.num_attention_heads // num_units, config.hidden_size) if group.divides else None,
     )
+
+
+def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int]:
+    """Return the linears with the segments of a unit, a KV head or one query head of each; and the width of a head."""
+    queries, keys, width = heads_of(config) or (0, 1, 0)
+
+    def segments(num_rows: int) -> tuple[int, ...]:
+        if group.name == QUERY_HEADS:
+            return (width,) * keys
+        fused = (queries // keys * width, width, width)
+        return fused if num_rows == keys * sum(fused) else (num_rows // keys,)
+
+    writers = (Axis(each.module, segments(linear(layer, each.module).out_features)) for each in group.writers)
+    reader = Axis(group.reader.module, segments(linear(layer, group.reader.module).in_features))
+    return Linears(tuple(writers), reader), width
+
+
+def _by_router(experts: Experts, layer: nn.Module, config: Any) -> tuple[Experts, int, int]:
+    """Return the experts with their groups and buffers, the fewest that the router can do with, and the step."""
+    num_groups = getattr(config, "n_group", None) or 1
+    numbers = (getattr(config, key, None) for key in KEYS_OF_CHOSEN)
+    # No expert goes where the config does not say how many a token is sent to.
+    top_k = next((each for each in numbers if isinstance(each, int)), experts.num_units_left(layer))
+    chosen = getattr(config, "topk_group", None) or 1
+    rows = {name: attribute_of(layer, name) for name in experts.router_rows}
+    buffers = tuple(name for name, each in rows.items() if not isinstance(each, nn.Parameter))
+    at_least = top_k if num_groups == 1 else num_groups * max(2, -(-top_k // chosen))
+    return replace(experts, num_groups=num_groups, buffers=buffers), at_least, num_groups
 
 
 def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any) -> Iterator[Stacks]:
@@ -115,61 +139,18 @@ def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any
                 yield Stacks(writer, next(iter(biases), None), down, alternating, transposed, gated=made == 2 * width)
 
 
-def expert_channels_in(place: str, stacks: Stacks) -> Build:
-    def build(layer: nn.Module, index: int, config: Any) -> Group:
-        module = layer.get_submodule(place)
-        axis = 1 if stacks.transposed else 2
-        num_units = module.get_parameter(stacks.down).shape[axis]
-        names = filter(None, (stacks.writer, stacks.writer_bias, stacks.down))
-        return Group(
-            layer=index,
-            name=EXPERT_CHANNELS,
-            kind="expert_channels",
-            unit="channel of each expert",
-            num_units=num_units,
-            params_per_unit=sum(module.get_parameter(each).numel() for each in names) // num_units,
-            at_least=1,
-            multiple_of=CHANNEL_STEP,
-            parts=Experts(place, stacks, unit_axis=axis),
-        )
-
-    return build
+def expert_channels_in(place: str, stacks: Stacks) -> Group:
+    """Return the channels of every expert of the module at `place`."""
+    parts = Experts(place, stacks, unit_axis=1 if stacks.transposed else 2)
+    return Group(EXPERT_CHANNELS, "expert_channels", "channel of each expert", parts)
 
 
-def experts_in(place: str, stacks: Stacks, rows: tuple[str, ...] = (), *, weighted: bool = False) -> Build:
-    def build(layer: nn.Module, index: int, config: Any) -> Group:
-        module = layer.get_submodule(place)
-        num_units = len(module.get_parameter(stacks.down))
-        tensors = {name: attribute_of(layer, name) for name in rows}
-        num_groups = getattr(config, "n_group", None) or 1
-        numbers = (getattr(config, key, None) for key in KEYS_OF_CHOSEN)
-        # No expert goes where the config does not say how many a token is sent to.
-        top_k = next((each for each in numbers if isinstance(each, int)), num_units)
-        chosen = getattr(config, "topk_group", None) or 1
-        held = [*module.parameters(), *(each for each in tensors.values() if isinstance(each, nn.Parameter))]
-        return Group(
-            layer=index,
-            name=EXPERTS,
-            kind="experts",
-            unit="expert",
-            num_units=num_units,
-            params_per_unit=sum(each.numel() for each in held) // num_units,
-            at_least=top_k if num_groups == 1 else num_groups * max(2, -(-top_k // chosen)),
-            multiple_of=num_groups,
-            parts=Experts(
-                module=place,
-                stacks=stacks,
-                router_rows=rows,
-                num_groups=num_groups,
-                buffers=tuple(name for name, each in tensors.items() if not isinstance(each, nn.Parameter)),
-                weighted_inputs=weighted,
-            ),
-        )
-
-    return build
+def experts_in(place: str, stacks: Stacks, *, weighted: bool = False) -> Group:
+    """Return the experts of the module at `place`. `weighted`: each gets all tokens, weighted."""
+    return Group(EXPERTS, "experts", "expert", Experts(place, stacks, weighted_inputs=weighted))
 
 
-def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iterator[tuple[str, Build]]:
+def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
     """Yield KV heads, and query heads if they can be told from the others."""
     sizes = heads_of(config)
     if sizes is None:
@@ -192,31 +173,16 @@ def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iter
             asking = asking[:1]
             own = own[1:]
         if [n for n, size in rows.items() if size == (queries + 2 * keys) * width] == list(rows):
-            yield KV_HEADS, _heads(place, KV_HEADS, list(rows), reader)
+            yield _heads(place, KV_HEADS, list(rows), reader)
         elif len(asking) == 1 and len(own) == 2:
-            yield KV_HEADS, _heads(place, KV_HEADS, asking + own, reader)
-            yield QUERY_HEADS, _heads(place, QUERY_HEADS, asking, reader)
+            yield _heads(place, KV_HEADS, asking + own, reader)
+            yield _heads(place, QUERY_HEADS, asking, reader)
 
 
-def _heads(place: str, name: str, writers: list[str], reader: str) -> Build:
-    def build(layer: nn.Module, index: int, config: Any) -> Group:
-        queries, keys, width = heads_of(config) or (0, 1, 0)
-
-        def segments(num_rows: int) -> tuple[int, ...]:
-            if name == QUERY_HEADS:  # one head of every KV head
-                return (width,) * keys
-            fused = (queries // keys * width, width, width)
-            return fused if num_rows == keys * sum(fused) else (num_rows // keys,)
-
-        axes = tuple(
-            Axis(joined(place, made), segments(linear(layer, joined(place, made)).out_features)) for made in writers
-        )
-        unit = "KV head" if name == KV_HEADS else "query head per KV head"
-        return _of_linears(
-            layer, index, name, unit, axes, Axis(joined(place, reader), segments(queries * width)), width
-        )
-
-    return build
+def _heads(place: str, name: str, writers: list[str], reader: str) -> Group:
+    unit = "KV head" if name == KV_HEADS else "query head per KV head"
+    axes = tuple(Axis(joined(place, writer), ()) for writer in writers)
+    return Group(name, "heads", unit, Linears(axes, Axis(joined(place, reader), ())))
 
 
 def heads_of(config: Any) -> tuple[int, int, int] | None:

@@ -29,7 +29,6 @@ from secateur.model.guesses import (
     KV_HEADS,
     QUERY_HEADS,
     SHARED,
-    Build,
     Unrouted,
     channel_guesses,
     close_to,
@@ -39,6 +38,7 @@ from secateur.model.guesses import (
     heads_of,
     joined,
     mask,
+    sized,
     some_of,
     some_units,
     stack_guesses,
@@ -84,36 +84,6 @@ class Call:
         args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
         with torch.no_grad():
             return _tensors(module.forward(*args, **kwargs))
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A proved group of one kind of layer. `build` makes it for any layer of that kind.
-
-    `config_key` says the number of units, `per_key` units to one of the key, beside `settings`; see `Group`.
-    """
-
-    build: Build
-    config_key: str = ""
-    per_key: float = 1.0
-    settings: tuple[tuple[str, bool], ...] = ()
-    counts: tuple[str, ...] = ()
-    divides: bool = False
-    adds_directly: bool = True
-
-    def group(self, layer: nn.Module, index: int, config: Any) -> Group:
-        """Return the layer's group."""
-        group = self.build(layer, index, config)
-        whole = (config.num_attention_heads // group.num_units, config.hidden_size) if self.divides else None
-        return replace(
-            group,
-            config_key=self.config_key,
-            per_key=self.per_key,
-            settings=self.settings,
-            multiple_of=max(group.multiple_of, int(self.per_key)),
-            counts=self.counts,
-            divides=whole,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +164,10 @@ def places(model: Any) -> tuple[str, str, str]:
     return commonpath(paths[layers]).replace("/", "."), layers, head
 
 
-_KNOWN: dict[tuple[type, str], tuple[Arch, list[list[Offer]]]] = {}
+_KNOWN: dict[tuple[type, str], tuple[Arch, list[list[Group]]]] = {}
 
 
-def structure_of(model: PreTrainedModel) -> tuple[Arch, list[list[Offer]]]:
+def structure_of(model: PreTrainedModel) -> tuple[Arch, list[list[Group]]]:
     """Return the model's architecture without its groups, and what each layer offers.
 
     The same config is looked at once in a process.
@@ -229,13 +199,13 @@ class _Finder:
         self.layers = list(self.twin.get_submodule(layers).children())
         self.why: dict[str, str] = {}
 
-    def find(self) -> tuple[Arch, list[list[Offer]]]:
+    def find(self) -> tuple[Arch, list[list[Group]]]:
         """Return what is proved."""
         self._run()
         self._find_logits()
         self._find_middle()
         offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
-        names = {self._group(each, index).name for index, layer in enumerate(offers) for each in layer}
+        names = {each.name for layer in offers for each in layer}
         omits = {name: why for name, why in self.why.items() if name not in names}
         if not names:
             omits.setdefault(FFN, "no channels between two linears stand alone")
@@ -351,11 +321,11 @@ class _Finder:
 
     # What can be cut.
 
-    def _offers(self, index: int) -> list[Offer]:
+    def _offers(self, index: int) -> list[Group]:
         """Return what the layer's modules can lose without changing more than the units' own part."""
         layer, calls = self.layers[index], self.calls[index]
         offers = list(self._expert_offers(index))
-        inside = {offer.group(layer, index, self.config).experts.module for offer in offers}
+        inside = {offer.experts.module for offer in offers}
         for place, module in layer.named_modules():
             if place not in calls or any(place == name or place.startswith(f"{name}.") for name in inside):
                 continue
@@ -363,23 +333,23 @@ class _Finder:
                 continue  # FFNs are given hidden states alone
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             name = SHARED if offers or "shared" in place else FFN
-            proved = [build for build in channel_guesses(place, linears, name) if self._holds(index, place, build)]
+            proved = [guess for guess in channel_guesses(place, linears, name) if self._holds(index, place, guess)]
             if len(proved) > 1:
                 self.why[name] = f"layer {index}: {place or 'the layer'} has several pairs of linears that could be it"
             elif proved:
-                offers.append(Offer(proved[0], adds_directly=self._adds(index, proved[0](layer, index, self.config))))
+                offers.append(replace(proved[0], adds_directly=self._adds(index, proved[0])))
         if not offers:  # writer and reader may lie in modules of their own, as in BERT
             linears = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
             wide = {name: each for name, each in linears.items() if each.in_features != each.out_features}
-            proved = [build for build in channel_guesses("", wide, FFN) if self._holds(index, "", build)]
-            offers = [Offer(build, adds_directly=False) for build in proved[:1]]
-        names = [self._group(offer, index).name for offer in offers]
+            proved = [guess for guess in channel_guesses("", wide, FFN) if self._holds(index, "", guess)]
+            offers = [replace(guess, adds_directly=False) for guess in proved[:1]]
+        names = [offer.name for offer in offers]
         for name in {name for name in names if names.count(name) > 1}:
             self.why[name] = f"layer {index} has {names.count(name)} of them, side by side"
             offers = [offer for offer, its in zip(offers, names, strict=True) if its != name]
         return offers + list(self._head_offers(index))
 
-    def _holds(self, index: int, place: str, build: Build) -> bool:
+    def _holds(self, index: int, place: str, guess: Group) -> bool:
         """Say whether the module at `place`, cut at random, gives what it gives with those units silent."""
         if (call := self.calls[index].get(place)) is None:  # attention to what an encoder gives does not run
             return False
@@ -388,7 +358,7 @@ class _Finder:
             return False  # weights that another layer has too
         try:
             whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
-            group = build(whole, index, self.config)
+            group = sized(guess, whole, index, self.config)
             keep = some_of(group)
             mask(masked, group, keep)
             cut(whole, group, keep)
@@ -422,7 +392,7 @@ class _Finder:
         stored = (each for layer in self.layers for each in layer.state_dict().values())
         return any(each.ndim > 1 and not each.is_floating_point() for each in stored)
 
-    def _expert_offers(self, index: int) -> Iterator[Offer]:
+    def _expert_offers(self, index: int) -> Iterator[Group]:
         if self._has_table:
             self.why[EXPERTS] = "a stored table says which experts read a token"
             return
@@ -439,12 +409,12 @@ class _Finder:
                 self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
                 continue
             for found in stack_guesses(stacks, own, module):
-                build = expert_channels_in(place, found)
-                if (weighted or self._reads(index, place, found)) and self._holds(index, place, build):
-                    adds = weighted or self._adds(index, build(layer, index, self.config))
+                channels = expert_channels_in(place, found)
+                if (weighted or self._reads(index, place, found)) and self._holds(index, place, channels):
+                    adds = weighted or self._adds(index, channels)
                     if not weighted:
-                        yield Offer(build, adds_directly=adds)
-                    yield Offer(experts_in(place, found, weighted=weighted), adds_directly=adds)
+                        yield replace(channels, adds_directly=adds)
+                    yield replace(experts_in(place, found, weighted=weighted), adds_directly=adds)
                     break
             else:
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
@@ -462,29 +432,29 @@ class _Finder:
         except WRONG_GUESS:
             return False
 
-    def _head_offers(self, index: int) -> Iterator[Offer]:
+    def _head_offers(self, index: int) -> Iterator[Group]:
         layer, config = self.layers[index], of_layer(self.config, index)
         for place, module in layer.named_modules():
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-            for name, build in head_guesses(place, linears, config):
-                key, count = HEAD_KEYS[name]
+            for guess in head_guesses(place, linears, config):
+                key, count = HEAD_KEYS[guess.name]
                 counts = tuple(f"{place}.{each}" for each in (count, "config") if hasattr(module, each))
-                offer = Offer(build, config_key=key, counts=counts)
+                offer = replace(guess, config_key=key, counts=counts)
                 # None of one head can go, which needs no proof.
-                if build(layer, index, config).num_units == 1 or self._holds(index, place, offer.group):
+                if sized(offer, layer, index, config).num_units == 1 or self._holds(index, place, offer):
                     yield offer
                 else:
-                    self.why[name] = "the attention does not give the same without a head and with a silent one"
+                    self.why[guess.name] = "the attention does not give the same without a head and with a silent one"
         for name in (KV_HEADS, QUERY_HEADS):
             self.why.setdefault(name, "no linears make queries, keys and values by heads of one width")
 
     # What a config can say, and transformers reads back.
 
-    def _stored(self, offers: list[list[Offer]]) -> list[list[Offer]]:
+    def _stored(self, offers: list[list[Group]]) -> list[list[Group]]:
         """Return the offers that a config can say, with its keys, and that reload as what was cut."""
         of_twin = [self.twin_layer[index] for index in range(len(self.layers))]
-        groups = [{self._group(offer, index).name: offer for offer in offers[index]} for index in of_twin]
-        kept: list[dict[str, Offer]] = [{} for _ in groups]
+        groups = [{offer.name: offer for offer in offers[index]} for index in of_twin]
+        kept: list[dict[str, Group]] = [{} for _ in groups]
         for name in sorted({name for layer in groups for name in layer}):
             left = {index: layer[name] for index, layer in enumerate(groups) if name in layer}
             while left and (added := self._say(name, left)):
@@ -497,12 +467,12 @@ class _Finder:
                 self.why.setdefault(QUERY_HEADS, self.why.get(KV_HEADS, ""))
         return [[layer[name] for name in ORDER if name in layer] for layer in kept]
 
-    def _group(self, offer: Offer, index: int) -> Group:
-        return offer.group(self.layers[index], index, of_layer(self.config, index))
+    def _sized(self, offer: Group, index: int) -> Group:
+        return sized(offer, self.layers[index], index, of_layer(self.config, index))
 
-    def _say(self, name: str, offers: dict[int, Offer]) -> dict[int, Offer]:
+    def _say(self, name: str, offers: dict[int, Group]) -> dict[int, Group]:
         """Return the offers whose numbers one key of the config says, by layer; empty if none does."""
-        first = self._group(next(iter(offers.values())), next(iter(offers)))
+        first = self._sized(next(iter(offers.values())), next(iter(offers)))
         self.why[name] = "no key of the config says how many there are"
         if first.num_units == 1 and first.kind == "heads":
             return dict(offers)
@@ -552,10 +522,10 @@ class _Finder:
         linears_for_conv(built)
         return built if len(built.get_submodule(self.names[1])) == len(self.layers) else None
 
-    def _said(self, offer: Offer, index: int, built: Any, changes: dict[str, Any]) -> Offer | None:
+    def _said(self, offer: Group, index: int, built: Any, changes: dict[str, Any]) -> Group | None:
         """Return the offer with what building from the changed config says of it; None if it says nothing."""
         ours, theirs = self.layers[index], built.get_submodule(self.names[1])[index]
-        group = self._group(offer, index)
+        group = self._sized(offer, index)
         try:
             left = group.parts.num_units_left(theirs)
         except WRONG_GUESS:
@@ -566,7 +536,7 @@ class _Finder:
         if group.kind == "heads":
             odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
             refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
-            return replace(offer, divides=refused)
+            return replace(offer, divides=(1, 1) if refused else None)  # `sized` gives it the layer's numbers
         before = getattr(self.config, key)
         settings = tuple(changes.items())[1:]
         per_key = (group.num_units - left) / (before - value) if type(before) is int and not settings else 1.0
@@ -576,19 +546,18 @@ class _Finder:
             changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
             rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]
             counts = _attributes(ours, theirs, group.num_units, left)
-            weighted, place = group.experts.weighted_inputs, group.experts.module
-            build = experts_in(place, group.experts.stacks, tuple(rows), weighted=weighted)
-            return replace(offer, build=build, counts=counts, config_key=key, per_key=per_key)
+            parts = replace(group.experts, router_rows=tuple(rows))
+            return replace(offer, parts=parts, counts=counts, config_key=key, per_key=per_key)
         return replace(offer, config_key=key, per_key=per_key, settings=settings)
 
-    def _reloads(self, offers: dict[int, Offer], built: Any, name: str) -> bool:
+    def _reloads(self, offers: dict[int, Group], built: Any, name: str) -> bool:
         """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
         inside = {parameter for layer in self.layers for parameter in layer.parameters()}
         shared = {id(each): each for each in self.twin.parameters() if each not in inside}  # a tower may be large
         whole, masked = (copy.deepcopy(self.twin, dict(shared)) for _ in range(2))
         unrouted: list[tuple[Tensor, Tensor]] = []
         for index, offer in offers.items():
-            theirs, group = built.get_submodule(self.names[1])[index], self._group(offer, index)
+            theirs, group = built.get_submodule(self.names[1])[index], self._sized(offer, index)
             keep = some_units(group, group.parts.num_units_left(theirs))
             cut_layer, masked_layer = (each.get_submodule(self.names[1])[index] for each in (whole, masked))
             try:
