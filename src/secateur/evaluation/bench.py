@@ -4,8 +4,7 @@ In: model references and a workload. Out: a `BenchResult`, saved as `bench.json`
 the configs can tell is checked before any weights are read.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +65,19 @@ def bench(
         notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload)
-    result = _bench(checkpoints, workload, place, progress)
-    result = replace(result, notes=(*notes, *result.notes))
+    result = _bench(checkpoints, workload, place, (*notes, *_notes(checkpoints, workload)), progress)
     if is_result(Path(model)):
         write_text(Path(model, BENCH_FILE), result.to_json())
     return result
 
 
-def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.device, progress: Progress) -> BenchResult:
+def _bench(
+    checkpoints: list[Checkpoint],
+    workload: Workload,
+    device: torch.device,
+    notes: tuple[str, ...],
+    progress: Progress,
+) -> BenchResult:
     models = list[PreTrainedModel]()
     for checkpoint in steps(progress, "load", checkpoints):
         models.append(load_model(checkpoint))
@@ -91,37 +95,38 @@ def _bench(checkpoints: list[Checkpoint], workload: Workload, device: torch.devi
         )
         for checkpoint, model, of_model in zip(checkpoints, models, runs, strict=True)
     ]
-    notes, models_by_name, speed_ups = _notes(checkpoints), {"model": figures[0]}, dict[str, SpeedUp]()
+    by_name, speed_ups = {"model": figures[0]}, dict[str, SpeedUp]()
     if len(figures) == 2:
         pruned, dense = figures
-        models_by_name = {"dense": dense, "pruned": pruned}
+        by_name = {"dense": dense, "pruned": pruned}
         flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
         for phase, rates, ideal in (("prefill", prefill_rates, flops), ("decode", decode_rates, num_bytes)):
             ours, theirs = (rates(run, workload) for run in runs)
             speed_ups[phase] = SpeedUp(paired_ratio(ours, theirs), ideal)
-        if workload.repeats == 1:
-            notes += ("one repeat has no range, so the speed-ups may be chance; repeat the runs to know.",)
     return BenchResult(
         device=str(device),
         num_threads=torch.get_num_threads(),
         workload=workload,
-        models=models_by_name,
+        models=by_name,
         speed_ups=speed_ups,
         versions=versions(),
         notes=notes,
     )
 
 
-def _notes(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
-    kept = [kept_tokens_of(checkpoint.directory) for checkpoint in checkpoints]
-    if len(kept) < 2 or kept[0] == kept[1]:
-        return ()
-    sizes = " and ".join(f"{each.config.get_text_config().vocab_size:,}" for each in reversed(checkpoints))
-    return (
-        f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
-        "is more where the vocabulary was trimmed.",
-    )
+def _notes(checkpoints: list[Checkpoint], workload: Workload) -> Iterator[str]:
+    """Yield what the figures of two models do not say."""
+    if len(checkpoints) < 2:
+        return
+    if len({kept_tokens_of(checkpoint.directory) for checkpoint in checkpoints}) > 1:
+        sizes = " and ".join(f"{each.config.get_text_config().vocab_size:,}" for each in reversed(checkpoints))
+        yield (
+            f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
+            "is more where the vocabulary was trimmed."
+        )
+    if workload.repeats == 1:
+        yield "one repeat has no range, so the speed-ups may be chance; repeat the runs to know."
 
 
 def _check_options(device: torch.device, workload: Workload) -> None:
