@@ -6,6 +6,7 @@ the configs can tell is checked before any weights are read.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def _bench(
         num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
         for phase, rates, ideal in (("prefill", prefill_rates, flops), ("decode", decode_rates, num_bytes)):
             ours, theirs = (rates(run, workload) for run in runs)
-            speed_ups[phase] = SpeedUp(paired_ratio(ours, theirs), ideal)
+            speed_ups[phase] = SpeedUp(paired_ratio(ours, theirs), ideal, (median(theirs), median(ours)))
     return BenchResult(
         device=str(device),
         num_threads=torch.get_num_threads(),

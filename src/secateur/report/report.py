@@ -1,7 +1,7 @@
 """What people read of a result: `report.html`, one page that needs no network, and the card. In: its directory."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from secateur.data.blocks import NGRAM_TOKENS
@@ -18,7 +18,7 @@ from secateur.report.records import (
     RecoveryRecord,
     RemovedLayer,
     ResultFiles,
-    Spread,
+    SpeedUp,
     Summary,
     mean_change,
     read_result,
@@ -50,8 +50,6 @@ from secateur.report.rows import (
 from secateur.result_directory import PAGE_FILE, RESULT_FILE, write_summary
 
 CARD_FILE = "README.md"
-
-SpeedFigures = tuple[str, float, float, Spread]
 
 
 def quality_section(files: ResultFiles) -> Section | None:
@@ -100,17 +98,6 @@ def samples_section(files: ResultFiles) -> Section | None:
     tables = answer_tables(files.summary.own_answers)
     text = "Both models answer the same prompts, always by the likeliest token."
     return Section("samples", "Answers of both", (text,), tables=tables) if tables else None
-
-
-def speed_figures(files: ResultFiles) -> list[SpeedFigures]:
-    """Return (phase, dense and pruned tokens/s, speed-up), if measured by `secateur bench`."""
-    if files.bench is None or not files.bench.speed_ups:
-        return []
-    speeds, ups = [figures.speed for figures in files.bench.models.values()], files.bench.speed_ups
-    return [
-        ("prefill", *(speed.prefill.median for speed in speeds), ups["prefill"].measured),
-        ("decode", *(speed.decode.median for speed in speeds), ups["decode"].measured),
-    ]
 
 
 def speed_section(files: ResultFiles) -> Section:
@@ -266,14 +253,14 @@ def report_page(files: ResultFiles) -> Page:
     """Return the report of one run."""
     summary = files.summary
     shown = [section for make in SECTIONS if (section := make(files)) is not None]
-    rates = speed_figures(files)
+    ups = files.bench.speed_ups if files.bench else {}
     tasks = files.evaluation is not None and files.evaluation.pruned.tasks is not None
-    beside = beside_verdict(summary, {phase: ratio for phase, _, _, ratio in rates}, asked_tasks=tasks)
+    beside = beside_verdict(summary, {phase: up.measured for phase, up in ups.items()}, asked_tasks=tasks)
     title = f"{summary.model}, pruned by secateur"
-    return Page(title, f"{verdict(summary)}.", caveats(summary), key_figures(summary, rates), shown, beside)
+    return Page(title, f"{verdict(summary)}.", caveats(summary), key_figures(summary, ups), shown, beside)
 
 
-def key_figures(summary: Summary, rates: list[SpeedFigures]) -> list[KeyFigure]:
+def key_figures(summary: Summary, ups: Mapping[str, SpeedUp]) -> list[KeyFigure]:
     """Return size, quality and speed, before and after."""
     dense, pruned = summary.dense_size, summary.pruned_size
     figures = [
@@ -286,7 +273,8 @@ def key_figures(summary: Summary, rates: list[SpeedFigures]) -> list[KeyFigure]:
     if (other := summary.other_text) is not None:
         before, after = (loss.perplexity for loss in other)
         figures.append(KeyFigure(f"perplexity, {OTHER_TEXT}", f"from {before:.2f}", f"{after:.2f}"))
-    for phase, before, after, ratio in rates:
+    for phase, up in ups.items():
+        (before, after), ratio = up.rates, up.measured
         spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f} times, {before:,.1f} → {after:,.1f} tokens/s"
         figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else ALIKE))
     return figures
