@@ -70,7 +70,7 @@ def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any,
 
     Experts see each token by itself. The walk moves to the layer's middle.
     """
-    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    seen: list[Any] = []
     module = walk.layers[group.layer].get_submodule(group.experts.module)
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for batch, behind_BTD in walk.run(group.layer, to_middle=True):
@@ -275,7 +275,7 @@ def observe_routing(
         if group.experts.weighted_inputs:
             new = _routing_of_weighted(call[0], output_TD, num_experts)
         else:
-            new = _routing(module, *call, num_experts)
+            new = _routing(module, call[0], call[1], call[2], num_experts)
         if not bool(new.norms_E.isfinite().all()):
             raise NumericsError(
                 f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "

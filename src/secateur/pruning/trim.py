@@ -182,7 +182,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     def nats_with(trim: Trim | None) -> float:
         return from_first(lambda: methods.nats_with(model, hand.opened.arch, hand.held_out, shares, trim, progress))
 
-    before, measured = nats_with(None), dict[float, float]()
+    before, measured, num_gone = nats_with(None), dict[float, float](), 0
     for _ in range(NUM_TRIMS):
         sum_N = cost_N + methods.nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
         best = int(sum_N.argmin())
