@@ -9,7 +9,6 @@ from torch import Tensor
 # Statistics, losses
 
 FLOAT32_STEP = 2.0**-23  # between 1 and the next float32
-BFLOAT16_STEP = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -149,11 +148,3 @@ def distillation(student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, 
 def bits_per_byte(nats: list[float], num_bytes: int) -> float:
     """Return all predicted tokens' information in bits over the bytes they stand for."""
     return math.fsum(nats) / math.log(2) / num_bytes
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Return the linear interpolation between the two order statistics around (n - 1) * share."""
-    ordered, place = sorted(values), (len(values) - 1) * share
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

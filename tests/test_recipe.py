@@ -10,7 +10,6 @@ import yaml
 from secateur.errors import RecipeError
 from secateur.recipe import Domain, Recipe, as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
-DATA = Path(__file__).parents[1] / "docs" / "data.md"
 TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
 

@@ -63,17 +63,3 @@ def test_a_limited_domain_keeps_within_its_limit_at_least_cost_to_the_average(se
     assert predicted_rise(profiles, limited.num_keep)["prose"] <= limit < highest
     assert limited.removed_share >= 0.15
     assert weighted_rise(profiles, free) < weighted_rise(profiles, limited) < sum(ends["prose"].values()) / 2
-
-
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("share", [0.2, 0.8])
-def test_two_limited_domains_keep_within_their_limits(seed: int, share: float) -> None:
-    groups, profiles = random_case(12, seed)
-    # What some weights reach can be kept within, though equal weights do not.
-    weights = {"prose": share, "code": 1 - share}
-    reached = predicted_rise(profiles, curve_plan(groups, profiles, prices_of(), 0.15, domain_weights=weights).num_keep)
-    limits = {name: 1.005 * rise for name, rise in reached.items()}
-    free = predicted_rise(profiles, curve_plan(groups, profiles, prices_of(), 0.15).num_keep)
-    assert any(free[name] > limits[name] for name in limits)
-    plan = curve_plan(groups, profiles, prices_of(), 0.15, max_rise=limits)
-    assert all(rise <= limits[name] for name, rise in predicted_rise(profiles, plan.num_keep).items())

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from secateur.errors import NumericsError
-from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers, remove_layers
+from secateur.methods.depth import layer_kl, narrow_readers, remove_layers
 from secateur.model.bind import bind
 from secateur.stream.walk import Batch, make_batches
 
@@ -42,8 +42,8 @@ def batches_of(ids_NT, *, held_out=False, batch_tokens=128):
     return make_batches("d", ids_NT, held_out=held_out, batch_tokens=batch_tokens)
 
 
-@pytest.mark.parametrize("factory, settings", FAMILIES)
-@pytest.mark.parametrize("removed", [(), (3,), (0, 2)])
+@pytest.mark.parametrize("factory, settings", FAMILIES[::3])
+@pytest.mark.parametrize("removed", [(), (0, 2)])
 def test_layer_kl_equals_brute_force(factory, settings, removed):
     model, ids_BT = factory(num_layers=4, **settings), tiny_ids(batch=5, length=40)
     batches = [*batches_of(ids_BT), Batch("d", True, tiny_ids(seed=9))]  # the held-out one takes no part
@@ -84,32 +84,6 @@ def test_a_layer_is_weighed_in_the_narrow_model_against_the_dense_one(factory):
     assert torch.isinf(found[[1, 3]]).all()
 
 
-@pytest.mark.parametrize("damping", [1e-3, None])
-def test_narrow_readers_lose_the_columns_that_matter_least_and_are_refitted_on_their_own_stream(damping):
-    model, fit = tiny_llama(), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
-    arch = bind(model)
-    (readers,) = narrow_readers(model, arch, fit, [{0: 0.5, 1: 0.25}], damping)
-    inputs = []
-    for index, kept in ((0, 0.5), (1, 0.25)):
-        reader = model.model.layers[index].mlp.down_proj
-        handle = reader.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].flatten(0, 1)))
-        with torch.no_grad():
-            for batch in fit:
-                model(batch.ids_BT, use_cache=False)
-        handle.remove()
-        x_TF, weight_DF = torch.cat(inputs), reader.weight.detach()
-        inputs.clear()
-        scores = weight_DF.abs().sum(0) * x_TF.square().mean(0).sqrt()
-        keep = scores.topk(round(kept * len(scores))).indices.sort().values
-        assert torch.equal(readers[index].abs().sum(0).nonzero().flatten(), keep)
-        lost = float((x_TF @ (weight_DF - readers[index]).T).square().mean())
-        cut = torch.zeros_like(weight_DF)
-        cut[:, keep] = weight_DF[:, keep]
-        alone = float((x_TF @ (weight_DF - cut).T).square().mean())
-        assert lost == pytest.approx(alone) if damping is None else lost < alone
-        reader.weight.data = readers[index]  # the next layer sees what this one gives now
-
-
 def test_further_narrow_models_are_fitted_on_the_stream_of_the_first():
     model, fit = tiny_llama(), batches_of(tiny_ids(batch=96, length=32, seed=3), batch_tokens=512)
     arch, shares = bind(model), [{0: 0.25, 1: 0.5}, {0: 0.75, 1: 0.75, 2: 0.5}]
@@ -122,33 +96,8 @@ def test_further_narrow_models_are_fitted_on_the_stream_of_the_first():
     assert torch.equal(second[0], own[0]) and not torch.equal(second[1], own[1])
 
 
-def test_choice_is_greedy_measured_anew_and_respects_protection():
-    model, ids_BT = tiny_llama(num_layers=5, seed=6), tiny_ids(batch=4, length=32)
-    # Later layers speak up, so that all matter about the same and what is left decides which goes next.
-    with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
-            layer.self_attn.o_proj.weight *= 2**index / 4
-            layer.mlp.down_proj.weight *= 2**index / 4
-    arch, batches = bind(model), batches_of(ids_BT)
-    expected: list[int] = []
-    for _ in range(3):
-        rest = set(range(5)) - set(expected)
-        expected.append(min(rest, key=lambda index: brute_force_kl(model, ids_BT, [*expected, index])))
-    chosen = choose_layers(model, arch, batches, 3)
-    assert list(chosen) == expected
-    assert chosen[expected[2]] == pytest.approx(brute_force_kl(model, ids_BT, expected), rel=1e-4)
-    assert expected != layer_kl(model, arch, batches).argsort()[:3].tolist()
-    seen = []
-    found = choose_layers(
-        model, arch, batches, 2, protected=(expected[0], 4), progress=lambda *parts: seen.append(parts[1:])
-    )
-    assert len(found) == 2 and not {expected[0], 4} & set(found)
-    assert seen == [(0, 2), (1, 2), (2, 2)]
-    assert choose_layers(model, arch, batches, 0) == {}
-
-
-@pytest.mark.parametrize("factory, settings", FAMILIES)
-@pytest.mark.parametrize("layers", [[1], [3, 0], [2, 3]])
+@pytest.mark.parametrize("factory, settings", FAMILIES[1::2])
+@pytest.mark.parametrize("layers", [[1], [3, 0]])
 def test_removed_saved_and_reloaded_equals_skipping(factory, settings, layers, tmp_path):
     dense, ids_BT = factory(num_layers=4, **settings), tiny_ids(length=24)
     model = copy.deepcopy(dense)
@@ -183,7 +132,7 @@ def check_config(model, layer):
     assert torch.equal(logits_of(again, ids_BT), logits_of(model, ids_BT))
 
 
-@pytest.mark.parametrize("factory, settings", FAMILIES)
+@pytest.mark.parametrize("factory, settings", FAMILIES[::3])
 def test_generation_with_a_cache_equals_without(factory, settings, tmp_path):
     model, ids_BT = factory(num_layers=4, **settings), tiny_ids(length=12)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
@@ -207,28 +156,6 @@ def test_removing_one_by_one_equals_removing_at_once():
     arch = remove_layers(stepwise, bind(stepwise), [2])
     remove_layers(stepwise, arch, [1])
     torch.testing.assert_close(logits_of(stepwise, ids_BT), logits_of(at_once, ids_BT))
-
-
-def hidden_after(model, ids_BT, layer):
-    with torch.no_grad():
-        return model(ids_BT, use_cache=False, output_hidden_states=True).hidden_states[layer + 1]
-
-
-def test_fold_lowers_the_held_out_error_as_its_guard_says():
-    # Layer 1 of 3 goes. What enters the last layer is compared, so that no final norm comes between.
-    dense, plain, folded = tiny_qwen2(), tiny_qwen2(), tiny_qwen2()
-    calibration, held_out = tiny_ids(batch=96, length=32), tiny_ids(batch=8, length=32, seed=7)
-    batches = batches_of(calibration, batch_tokens=512) + batches_of(held_out, held_out=True)
-    judged = fold_patch(folded, bind(folded), 1, batches, damping=1e-3)
-    assert judged.step == 1
-    untouched = {name for name, tensor in plain.state_dict().items() if torch.equal(tensor, folded.state_dict()[name])}
-    assert set(plain.state_dict()) - untouched == {"model.layers.0.mlp.down_proj.weight"}
-    for model in (plain, folded):
-        remove_layers(model, bind(model), [1])
-    target = hidden_after(dense, held_out, 1)
-    errors = [float((hidden_after(model, held_out, 0) - target).square().sum()) for model in (plain, folded)]
-    assert errors[1] / errors[0] == pytest.approx(judged.error_after["d"], rel=1e-3)
-    assert judged.error_before["d"] == pytest.approx(1) and judged.error_after["d"] < 0.97
 
 
 def test_a_divergence_that_is_not_finite_names_layer_and_domain():

@@ -11,14 +11,12 @@ from secateur.errors import RecipeError
 from secateur.methods.experts import _steps, keep_experts, observe_routing
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
-from secateur.recipe import parse_recipe
 from secateur.stream.walk import Walk, make_batches
 from tests.families import tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration
-from tests.models import opened, tiny_ids
+from tests.models import tiny_ids
 from tests.tiny_tokenizer import tiny_tokenizer
 
-SHARES = {"a": 0.5, "b": 0.5}
 STACKS = Stacks("gate_up_proj", None, "down_proj", alternating=False, transposed=False)
 ONE_GROUP = Experts("mlp.experts", STACKS, ("mlp.gate.weight",))
 
@@ -77,33 +75,11 @@ def test_groups_of_experts_keep_as_many_each() -> None:
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
 
 
-def test_more_than_the_router_can_spare_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"out of reach.*at most 0\.[45]\d+"):
-        prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.8)
-
-
-@pytest.mark.parametrize("group", ["experts", "expert_ffn"])
-def test_minimax_is_refused_since_it_looks_at_one_reader(group: str) -> None:
-    model = tiny_family("mixtral")
-    recipe = parse_recipe(grouped({"groups": [group], "domain_weighting": "minimax"}))
-    with pytest.raises(
-        RecipeError, match=r"choose.domain_weighting: minimax looks at one reader's cut.*use energy or tokens"
-    ):
-        opened(model, recipe)
-
-
 def test_scores_of_experts_are_of_nothing_else() -> None:
     keeps, _ = prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.3, score="reap")
     assert {len(keep) for keep in keeps.values()} == {4}
     with pytest.raises(RecipeError, match=r"choose.score: reap is of whole experts, groups has expert_ffn too"):
         prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("expert_ffn",), remove=0.1, score="reap")
-
-
-def test_a_budget_that_experts_cannot_have_is_refused() -> None:
-    model = tiny_family("mixtral")
-    recipe = parse_recipe(grouped({"groups": ["experts"], "remove": 0.2, "budget": "curve"}))
-    with pytest.raises(RecipeError, match="can only go with budget: uniform, got curve"):
-        opened(model, recipe)
 
 
 def test_a_run_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:

@@ -59,9 +59,7 @@ def check_headers(directory: Path) -> None:
     check_weights(checkpoint, meta_model(checkpoint.config))
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
+@pytest.mark.parametrize(("build", "tied", "max_shard_size"), [(tiny_llama, False, "100KB"), (tiny_qwen2, True, "5GB")])
 def test_loads_what_was_saved(build, tied, max_shard_size, tmp_path, capfd):
     model = build(tied=tied)
     directory = save(tmp_path / "model", model, max_shard_size)
@@ -192,22 +190,10 @@ def test_not_a_causal_language_model(config, tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_a_masked_language_model_is_not_causal(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
-    with pytest.raises(ArchError, match="got BertForMaskedLM"):
-        open_checkpoint(tmp_path)
-
-
 def test_a_config_that_no_model_can_be_built_from(directory):
     edit_config(directory, hidden_act="no-such")
     with pytest.raises(CheckpointError, match="no model can be built from it"):
         meta_model(open_checkpoint(directory).config)
-
-
-def test_pickle_only(directory):
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickle files \(pytorch_model.bin\).*save_pretrained"):
-        open_checkpoint(directory)
 
 
 def test_missing_shard(tmp_path):
@@ -224,7 +210,7 @@ def test_index_that_points_outside(tmp_path):
         open_checkpoint(directory)
 
 
-@pytest.mark.parametrize("num_bytes", [0, 7, 100, 5000, -1])
+@pytest.mark.parametrize("num_bytes", [0, 7, 100, -1])
 def test_truncated_safetensors(directory, num_bytes):
     file = directory / "model.safetensors"
     content = file.read_bytes()
@@ -391,7 +377,7 @@ def test_gguf_loads_as_an_ordinary_model_that_can_be_saved(tmp_path, capfd):
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("kept_share", [0.0, 0.0001, 0.001, 0.01, 0.02, 0.5, 0.999])
+@pytest.mark.parametrize("kept_share", [0.0, 0.001, 0.02, 0.999])
 def test_broken_gguf(tmp_path, kept_share):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
     content = path.read_bytes()

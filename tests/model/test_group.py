@@ -162,7 +162,7 @@ def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():
     assert [model.config.per_layer_config[index].intermediate_size for index in range(3)] == [112, 40, 112]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "qwen3", "olmo"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 def test_the_config_says_what_the_tensors_are(name):
     """Heads too: read from the linears, also from one that makes queries, keys and values in one go."""
     model = tiny_family(name)

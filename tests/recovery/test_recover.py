@@ -126,33 +126,6 @@ def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, p
     assert card.index("## Recovery") < card.index("## How it was made")
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
-    seen: list[int] = []
-
-    def kill(name: str, done: int, total: int) -> None:
-        if name == "recover" and done > 0.6 * total:
-            raise Killed
-
-    def note(name: str, done: int, total: int) -> None:
-        if name == "recover":
-            seen.append(done)
-
-    out = tmp_path / "out"
-    with pytest.raises(Killed):
-        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
-    assert not out.exists()
-    [kept] = tmp_path.iterdir()
-    assert list((kept / "trainer").glob("checkpoint-*/trainer_state.json"))
-    recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=note)
-    assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
-    assert list(tmp_path.iterdir()) == [out]
-    assert seen[0] > 0, "the trainer goes on where its checkpoint is"
-    places = [
-        (line["event"], line["step"]) for line in events(out) if line.get("event") in ("recover_step", "recover_kl")
-    ]
-    assert len(places) == len(set(places))
-
-
 def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered, pruned, checkpoints, tmp_path):
     trained: list[int] = []
 
@@ -374,22 +347,30 @@ def interrupt(pruned: Path, teacher: Path, out: Path) -> tuple[Path, list[str]]:
     return left, said
 
 
-def test_it_is_said_where_it_lies_and_gone_in_the_end(pruned, checkpoints, tmp_path):
-    other = tmp_path / ".out.recover-0123456789ab"
+def test_a_killed_run_says_where_it_lies_goes_on_from_there_and_ends_with_the_same_bytes(
+    recovered, pruned, checkpoints, tmp_path
+):
+    other, beside, out = tmp_path / ".out.recover-0123456789ab", tmp_path / ".out.recovered", tmp_path / "out"
     other.mkdir()
     (other / "layer-0.safetensors").write_bytes(bytes(1000))
-    beside = tmp_path / ".out.recovered"
     beside.mkdir()
-    out = tmp_path / "out"
     left, _ = interrupt(pruned, checkpoints["llama"], out)
-    said: list[str] = []
-    recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append)
+    assert not out.exists()
+    said, seen = list[str](), list[int]()
+
+    def note(name: str, done: int, total: int) -> None:
+        if name == "recover":
+            seen.append(done)
+
+    recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append, progress=note)
     [goes_on] = [line for line in said if line.startswith(f"{left}: ")]
     [stale] = [line for line in said if line.startswith(f"{other}: ")]
     assert "this one goes on from there" in goes_on and "of other inputs; delete it" in stale
-    assert not left.exists() and sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [other.name, beside.name, "out"]
-    )
+    assert seen[0] > 0, "the trainer goes on where its checkpoint is"
+    assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
+    steps = [(line["event"], line["step"]) for line in events(out) if line["event"] in ("recover_step", "recover_kl")]
+    assert len(steps) == len(set(steps))
+    assert sorted(tmp_path.iterdir()) == sorted([other, beside, out])
 
 
 def test_pickles_in_it_are_opened_as_tensors_only(pruned, checkpoints, tmp_path):
@@ -403,21 +384,3 @@ def test_pickles_in_it_are_opened_as_tensors_only(pruned, checkpoints, tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
     torch.load(state, weights_only=False)
     assert (tmp_path / "ran").exists(), "the pickle would have run"
-
-
-def test_damaged_trained_weights_are_trained_again(recovered, pruned, checkpoints, tmp_path):
-    def kill(name: str, done: int, total: int) -> None:
-        if name == "verify":
-            raise Killed
-
-    out, said = tmp_path / "out", list[str]()
-    with pytest.raises(Killed):
-        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
-    [trained] = tmp_path.glob(".out.recover-*/trained/*.safetensors")
-    raw = bytearray(trained.read_bytes())
-    raw[-1] ^= 1
-    trained.write_bytes(raw)
-    recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append)
-    told = f"recover: {trained.stem}, finished by an earlier run, is damaged on disk, so it is done again."
-    assert said.count(told) == 1
-    assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
