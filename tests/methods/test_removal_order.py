@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from secateur.model.bind import bind
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.stream.losses import block_losses
-from secateur.stream.walk import make_batches
+from secateur.stream.walk import Batch, make_batches
 
 
 def vocabulary_of(*, needs_parts: bool, seed: int, num_tokens: int = 40, num_padding: int = 3) -> Vocabulary:
@@ -371,19 +372,26 @@ def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
         for layer, weight in zip(model.model.layers, own, strict=True):
             layer.mlp.down_proj.weight = weight
     seen: list[tuple[str, int, int]] = []
-    found = narrow_kl(model, arch, batches, [{}, readers, {}], lambda *step: seen.append(step))
+    found = narrow_kl(model, arch, batches, [{}, readers, {}], {"d": 0.5}, lambda *step: seen.append(step))
     assert found == [0, pytest.approx(sums / count, rel=1e-5), 0]
     assert seen == [("judge narrow layers", done, 3) for done in range(4)]
+    # Domains count by their shares, whatever number of blocks each has.
+    alone = [narrow_kl(model, arch, batches[part], [readers], {"d": 1.0})[0] for part in (slice(1), slice(1, 3))]
+    two = [replace(batch, domain=name) for batch, name in zip(batches, "abb", strict=True)]
+    both = narrow_kl(model, arch, two, [readers], {"a": 0.6, "b": 0.2, "absent": 0.2})
+    assert alone[0] != alone[1] and both == [pytest.approx(0.75 * alone[0] + 0.25 * alone[1], rel=1e-6)]
 
 
 def test_the_law_goes_through_both_measured_points(narrow):
     model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"]
-    law = channel_law(model, arch, batches, 1, 0.6, 1e-3)
-    fitted, judged = [batch for batch in batches if batch.first_block >= 2], batches[:1]
+    law = channel_law(model, arch, batches, {"d": 1.0}, 0.6, 1e-3)
+    # Batches have two blocks: the first block judges, the next ones are fitted to.
     num_fit = math.ceil(4 * 112 / 32)
+    blocks_N = [block for batch in batches for block in batch.ids_BT.split(1)]
+    judged, *fitted = [Batch("d", False, ids_BT) for ids_BT in blocks_N[: 1 + num_fit]]
     shares = [dict.fromkeys(range(3), 1 - share) for share in (0.6, 0.3)]
-    both = narrow_readers(model, arch, fitted[: math.ceil(num_fit / 2)], shares, 1e-3)
-    for share, kl in zip((0.6, 0.3), narrow_kl(model, arch, judged, both), strict=True):
+    both = narrow_readers(model, arch, fitted, shares, 1e-3)
+    for share, kl in zip((0.6, 0.3), narrow_kl(model, arch, [judged], both, {"d": 1.0}), strict=True):
         assert float(law(torch.tensor(share))) == pytest.approx(kl / module.NARROW_OVERSTATES, rel=1e-4)
     assert float(law(torch.tensor(0.0))) == 0 and float(law(torch.tensor(-0.1))) == 0
     exponent = math.log2(float(law(torch.tensor(0.6))) / float(law(torch.tensor(0.3))))

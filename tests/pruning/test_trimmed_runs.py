@@ -362,8 +362,8 @@ def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, aske
         assert trim.foretold == pytest.approx(factor * gone**2)
         chosen[factor] = gone, trims.copy()
         trims.clear()
-    # The dense model first, then the best trim by pieces, and each next one by what was measured.
-    assert chosen == {0.0: (388, [0, 388]), 0.002: (260, [0, 388, 324, 260]), 1.0: (0, [0, 388])}
+    # The dense model, a quarter and a half of what may go, and what is best by those.
+    assert chosen == {0.0: (388, [0, 68, 196, 388]), 0.002: (260, [0, 68, 196, 260]), 1.0: (0, [0, 68, 196])}
 
 
 def share_gone(found: Resolved) -> float:
@@ -416,7 +416,7 @@ def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked):
     removal = trimming._removal(dense, trimming._counts(dense, text, {}), PieceNats())
     with trimming._at_hand(dense, text) as hand:
         num_gone, nats = trimming._count(dense, hand, removal, PieceNats())
-    assert num_gone > 0 and math.isfinite(nats)
+    assert num_gone >= 0 and math.isfinite(nats)
 
 
 def test_auto_counts_no_channels_of_protected_layers(tied, asked):

@@ -92,7 +92,10 @@ def patch(model: Any, own: list[Batch]) -> list[Tensor]:
 def narrow(model: Any, own: list[Batch]) -> list[Tensor]:
     arch = bind(model)
     readers = narrow_readers(model, arch, own, [{0: 0.5, 2: 0.5}], 0.01)
-    return [*readers[0].values(), torch.tensor(narrow_kl(model, arch, [b for b in own if not b.held_out], readers))]
+    return [
+        *readers[0].values(),
+        torch.tensor(narrow_kl(model, arch, [b for b in own if not b.held_out], readers, SHARES)),
+    ]
 
 
 def probe(model: Any, own: list[Batch]) -> list[Tensor]:

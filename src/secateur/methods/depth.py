@@ -4,7 +4,6 @@ B blocks of a batch, T tokens of a block, P positions that predict a token (T - 
 L layers. Held-out batches take no part in the choice.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -147,13 +146,15 @@ def narrow_kl(
     arch: Arch,
     batches: list[Batch],
     readers: Sequence[Mapping[int, Tensor]],
+    shares: Mapping[str, float],
     progress: Progress = silent,
 ) -> list[float]:
-    """Return KL(dense || model with FFN readers), in nats per token of the batches, for each set of readers.
+    """Return KL(dense || model with FFN readers), in nats per token, for each set of readers.
 
-    Raises NumericsError if it is not finite.
+    It is the mean of the domains by their shares. Raises NumericsError if it is not finite.
     """
-    totals_R, num_tokens, head = torch.zeros(len(readers), dtype=torch.float64), 0, head_of(model, arch)
+    head, nothing = head_of(model, arch), torch.zeros(len(readers) + 1, dtype=torch.float64)
+    by_domain = dict[str, Tensor]()
     for batch in steps(progress, "judge narrow layers", batches):
         dense, *narrow = walks = [Walk(model, arch, [batch]) for _ in range(1 + len(readers))]
         for index in range(arch.num_layers):
@@ -162,14 +163,15 @@ def narrow_kl(
                 with _replaced(model, arch, index, each.get(index)):
                     walk.advance(index)
         states, *others = [states_for_head(model, arch, batch, walk.hidden_BTD[0]) for walk in walks]
-        for place, other in enumerate(others):
-            totals_R[place] += token_divergences(states, head, other, head).double().sum().cpu()
-        num_tokens += len(states)
-    sums = totals({"kl": totals_R, "tokens": num_tokens})
-    found = (sums["kl"] / sums["tokens"]).tolist()
-    if not all(map(math.isfinite, found)):
+        kls = [token_divergences(states, head, other, head).double().sum().cpu() for other in others]
+        sums_R1 = torch.stack([*kls, torch.tensor(float(len(states)), dtype=torch.float64)])
+        by_domain[batch.domain] = by_domain.get(batch.domain, nothing) + sums_R1
+    counted = {name: sums_R1 for name, sums_R1 in totals(by_domain).items() if sums_R1[-1] > 0}
+    total = sum(shares[name] for name in counted)
+    kl_R = sum((shares[name] / total * sums_R1[:-1] / sums_R1[-1] for name, sums_R1 in counted.items()), nothing[:-1])
+    if not bool(kl_R.isfinite().all()):
         raise NumericsError("KL with narrow FFNs: it is not finite; use the model in bfloat16 or float32.")
-    return found
+    return kl_R.tolist()
 
 
 def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) -> Float[Tensor, "D F"]:

@@ -34,7 +34,7 @@ ALIGN_TOKENS = 64
 # The share of a token's use that is its neighbours': what the domains' text happens not to contain.
 PRIOR_SHARE, NEIGHBOURS = 0.5, 1024
 # Blocks per domain on which the nats of a trim, and those of narrow FFNs, are measured.
-TOKEN_BLOCKS, NARROW_BLOCKS = 4, 2
+TOKEN_BLOCKS, NARROW_BLOCKS = 4, 1
 # In the text on which the nats of pieces are measured every so many tokens are spelt in theirs, and
 # every so many characters in bytes. Fewer characters than these tell nothing of their nats.
 TOKENS_APART, CHARACTERS_APART, FEWEST_CHARACTERS = 16, 2, 8
@@ -336,24 +336,25 @@ def channel_law(
     model: nn.Module,
     arch: Arch,
     batches: list[Batch],
-    num_domains: int,
+    shares: Mapping[str, float],
     most: float,
     damping: float,
     progress: Progress = silent,
 ) -> Law:
     """Return what a share of the FFN channels costs: a share^b through `most` and half of it.
 
-    Both are KL(dense || narrow) over `NARROW_OVERSTATES`, with readers fitted to
+    Both are KL(dense || narrow), see `narrow_kl`, over `NARROW_OVERSTATES`, with readers fitted to
     `NARROW_TOKENS_PER_INPUT` tokens an input, on other blocks than the `NARROW_BLOCKS` judged. One
     walk fits both, on the stream with `most` gone: the other's own stream changes 0.05% of its KL.
+    `shares`: of the domains of the batches.
     """
     ffns, length = arch.select(("ffn",)), batches[0].ids_BT.shape[1]
     widest, layers = max(group.num_inputs for group in ffns), [group.layer for group in ffns]
-    num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (num_domains * length))
+    num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (len(shares) * length))
     fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
-    shares = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
-    both = narrow_readers(model, arch, fitted, shares, damping, progress)
-    found = narrow_kl(model, arch, judged, both, progress)
+    widths = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
+    both = narrow_readers(model, arch, fitted, widths, damping, progress)
+    found = narrow_kl(model, arch, judged, both, shares, progress)
     cost, of_half = (max(1e-9, each / NARROW_OVERSTATES) for each in found)
     exponent = math.log2(cost / of_half)
     return lambda share: cost * (share.clamp(min=0) / most) ** exponent

@@ -31,8 +31,8 @@ from secateur.stream.walk import Batch, make_batches
 
 # FFNs that lose more of their channels than this are extrapolated, not measured.
 MOST_CHANNELS = 0.85
-# Trims that `auto` measures at most: each at what seems best by those before.
-NUM_TRIMS = 3
+# Trims that `auto` measures at most.
+NUM_TRIMS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,8 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     dense.services.tell(
         f"{opened.name}: first measures how many of its {num_rows:,} tokens go; what goes is said after that."
     )
-    law = _channel_law(dense, hand, min(MOST_CHANNELS, to_remove / channels))
+    shares = {name: opened.recipe.calibration.domains[name].share for name in hand.written}
+    law = _channel_law(dense, hand, shares, min(MOST_CHANNELS, to_remove / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
     steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
@@ -174,27 +175,25 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
         cost_N[-1] = 0
 
-    # Until a trim is measured every further token costs as one of pieces. Text that gets longer than any measured is
-    # not taken.
-    shares = {name: domain.share for name, domain in opened.recipe.calibration.domains.items()}
+    # The nats of trims: of a quarter and a half of what may go, then of what seems best by those. Text that gets longer
+    # than any measured is not taken.
     model, progress = hand.opened.model, dense.services.progress
 
     def nats_with(trim: Trim | None) -> float:
         return from_first(lambda: methods.nats_with(model, hand.opened.arch, hand.held_out, shares, trim, progress))
 
-    before, measured, num_gone = nats_with(None), dict[float, float](), 0
-    for _ in range(NUM_TRIMS):
+    before, growth_N, measured, num_gone = nats_with(None), removal.growth(counts_N), dict[float, float](), 0
+    for number in range(NUM_TRIMS):
         sum_N = cost_N + methods.nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
-        best = int(sum_N.argmin())
-        num_gone, more = int(counts_N[best]), float(removal.growth(counts_N)[best])
-        if not more or more in measured:
-            break
-        measured[more] = nats_with(dense.trim(removal, num_gone)) - before
-        dense.services.log.write({"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]})
+        place = len(counts_N) * (number + 1) // 4 if number < 2 else int(sum_N.argmin())
+        num_gone, more = int(counts_N[place]), float(growth_N[place])
+        if more and more not in measured:
+            measured[more] = nats_with(dense.trim(removal, num_gone)) - before
+            dense.services.log.write({"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]})
     if not measured:
         return num_gone, 0.0
     nats_N = methods.nats_of_trims(removal, counts_N, measured)
-    within_N = removal.growth(counts_N) <= max(measured)
+    within_N = growth_N <= max(measured)
     best = int(torch.where(within_N, cost_N + nats_N, torch.inf).argmin())
     num_gone, nats = int(counts_N[best]), float(nats_N[best])
     dense.services.log.note(
@@ -256,11 +255,11 @@ def _nats(dense: _Dense, hand: _Hand) -> PieceNats:
     return from_first(lambda: methods.piece_nats(model, arch, dense.vocabulary, text, progress))
 
 
-def _channel_law(dense: _Dense, hand: _Hand, most: float) -> methods.Law:
+def _channel_law(dense: _Dense, hand: _Hand, shares: dict[str, float], most: float) -> methods.Law:
     """Return the nats of a share of FFN channels less, measured up to `most` of them."""
     model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
     batches: list[Batch] = []
     for name, blocks in hand.written.items():
         there = blocks.to(model.device)
         batches += own_part(make_batches(name, there.ids_NT, held_out=False, counted_NT=there.counted_NT))
-    return methods.channel_law(model, arch, batches, len(hand.written), most, hand.damping, progress)
+    return methods.channel_law(model, arch, batches, shares, most, hand.damping, progress)
