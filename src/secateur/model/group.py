@@ -73,11 +73,12 @@ class Linears:
     def parameters(self, layer: nn.Module) -> list[nn.Parameter]:
         """Return what the units consist of, once each."""
         writers = (linear(layer, axis.module) for axis in self.writers)
-        return [linear(layer, self.reader.module).weight, *(each for writer in writers for each in writer.parameters())]
+        reader = linear(layer, self.reader.module).get_parameter("weight")
+        return [reader, *(each for writer in writers for each in writer.parameters())]
 
     def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Return what compensation changes: the reader's weight."""
-        return {"weight": linear(layer, self.reader.module).weight}
+        return {"weight": linear(layer, self.reader.module).get_parameter("weight")}
 
 
 @dataclass(frozen=True, slots=True)

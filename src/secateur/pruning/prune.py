@@ -93,8 +93,7 @@ def prune_run(
             if max_loss is not None:
                 pairs = cut_within(ready, measured, max_loss)
             results = list(_pruned(ready, zip(members, pairs, strict=True), command, finish))
-    places = [None if out is None else Path(out) / name for name in members]
-    return [replace(result, out=place) for result, place in zip(results, places, strict=True)]
+    return [replace(result, out=out and Path(out) / name) for name, result in zip(members, results, strict=True)]
 
 
 def _pruned(
@@ -104,9 +103,10 @@ def _pruned(
 
     `cuts`: the name of each size, what it was cut from, and the cut.
     """
-    services, is_judged = ready.run.services, ready.run.resolved.recipe.output.evaluate
-    judge = judge_of(ready) if is_judged else None
-    dense = None if judge is None else judged_dense(ready, judge)
+    services, judge, dense = ready.run.services, None, None
+    if ready.run.resolved.recipe.output.evaluate:
+        judge = judge_of(ready)
+        dense = judged_dense(ready, judge)
     for name, (member, (run, keeps, polished)) in cuts:
         opened, directory, log = member.opened, run.services.scratch, run.services.log
 
