@@ -1,9 +1,8 @@
 """README and the pages of docs do what they say.
 
 Commands run on a tiny model that bears the pages' names. What needs a GPU, several processes or minutes is parsed by
-the real command line. Recipes are parsed, Python runs, links and anchors lead somewhere. By default the commands of
-README alone run; `pytest -m slow` runs those of all pages. Pages with a test of their own: extend.md (test_extend.py),
-families.md (model/test_docs_families.py).
+the real command line. Recipes are parsed, and Python runs. By default the commands of
+README alone run; `pytest -m slow` runs those of all pages. extend.md has a test of its own (test_extend.py).
 """
 
 import ast
