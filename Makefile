@@ -13,7 +13,7 @@ demo: .venv/demo.installed  ## prune SmolLM2-135M by a fifth and time both, with
 # xdist has it, files of one long test would be last, and one process would wait for another.
 IN_PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test: .venv/dev.installed  ## the default tests: no network, no GPU, ten minutes on two cores
+test: .venv/dev.installed  ## the default tests: no network, no GPU, seven minutes on two idle cores
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 check: .venv/dev.installed  ## format, lint, types and tests
