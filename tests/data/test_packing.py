@@ -158,6 +158,10 @@ def test_too_little_text_says_what_there_is_and_what_it_needs() -> None:
     # Held out: 8; then 4 of the second, an end token, the one left of the first.
     assert said.startswith("domain 'mine': 14 tokens of text after packing, but 1 held-out and 2 calibration blocks")
     assert "need 24;" in said
+    pool = TextPool(CALIBRATION, TOKENIZER, 0)
+    pool._texts["mine"], pool._tokens["mine", id(TOKENIZER)] = (turns := Turns(turns_of([[9], [4]]))).texts, turns
+    with pytest.raises(CalibrationError, match=r"'mine': 14 tokens .* but 3 blocks of 8 tokens need 24; ask for fewer"):
+        pool.draw(CALIBRATION.domains, 3)
 
 
 # Pieces of a document

@@ -19,6 +19,7 @@ from secateur.evaluation.compare import compare
 from secateur.evaluation.study import (
     Comparison,
     FoundCell,
+    Study,
     cells,
     load_study,
     save_comparison,
@@ -87,6 +88,7 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     files = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     texts = {name: (out / name).read_text() for name in ("table.md", "results.json", "study.yaml")}
     assert len(files) == len(found)
+    assert list(yaml.safe_load(texts["study.yaml"])) == list(Study.model_fields)
     assert compare(study, out).cells == found
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == files
     assert {name: (out / name).read_text() for name in texts} == texts

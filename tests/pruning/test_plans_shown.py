@@ -195,12 +195,12 @@ def planned(found: Opened) -> str:
     return "\n".join([f"    {key}: {value}" for key, value in told.items()] + [f"    {each}" for each in run.warnings])
 
 
-def shown_plan(name: str, short: dict[str, Any], gone: int = 0) -> str:
+def shown_plan(name: str, short: dict[str, Any], gone: int = 0, device: torch.device = CPU) -> str:
     """Return the plan after so many tokens are gone, or the sentence that refuses it."""
     recipe = {"align": None if name == "large" else 8, "calibration": FEW, **short}
     recipe["calibration"] = {"domains": DOMAINS, **recipe["calibration"]}
     try:
-        found = replace(opened(model_of(name), parse_recipe(grouped(recipe))), tokenizer=TOKENIZER, device=CPU)
+        found = replace(opened(model_of(name), parse_recipe(grouped(recipe))), tokenizer=TOKENIZER, device=device)
         if gone:
             num_rows = found.model.config.vocab_size
             kept = KeptTokens(tuple(range(num_rows - gone)), num_rows)
@@ -226,3 +226,9 @@ def test_what_it_decides_once_tokens_are_gone() -> None:
     cases = [{}, {"remove": 0.02}, {"remove": 0.5}, {"remove": 0.3, "depth": 1}, {"groups": [], "vocabulary": 192}]
     lines = [f"{short}\n{shown_plan('llama', {'vocabulary': 192, **short}, 128)}" for short in cases]
     assert_shown("plans/fewer-tokens", "\n".join(lines))
+
+
+def test_what_it_decides_on_a_gpu() -> None:
+    cases = [{}, {"device_budget": "100MB"}, {"device_budget": "500MB", "polish": "default"}]
+    gpu = torch.device("cuda")
+    assert_shown("plans/on-gpu", "\n".join(f"{short}\n{shown_plan('large', short, device=gpu)}" for short in cases))

@@ -419,6 +419,16 @@ def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked):
     assert num_gone >= 0 and math.isfinite(nats)
 
 
+def test_tokens_go_by_shares_of_domains_whatever_weighs_units_unless_the_worst_counts(tied, asked):
+    model, tokenizer, orders = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied), {}
+    for weighting in ("energy", "tokens", "minimax"):
+        recipe = parse_recipe(grouped({**asked, "domain_weighting": weighting}))
+        ready = replace(opened(model, recipe), tokenizer=tokenizer)
+        dense, text = trimming._read(ready, Services()), run_text(ready, silent)
+        orders[weighting] = trimming._removal(dense, trimming._counts(dense, text, {}), PieceNats()).ids
+    assert orders["energy"] == orders["tokens"] != orders["minimax"]
+
+
 def test_auto_counts_no_channels_of_protected_layers(tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     # 384 tokens would stay if the channels of the protected layer could go too.

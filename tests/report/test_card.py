@@ -1,5 +1,6 @@
 """The model card read as Markdown: names of models and domains are text, whatever they hold."""
 
+import dataclasses
 import html
 import re
 
@@ -47,6 +48,16 @@ def summary(model: str, domain: str, note: str, command: str) -> Summary:
         *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0),
         *("AutoModelForCausalLM", None, (note,), {"torch": "2"}),
     )
+
+
+def test_the_three_domains_that_lost_most_are_named():
+    lost = {"a": 3.2, "b": 3.4, "c": 2.9, "d": 3.3, "e": 3.1}
+    pruned = {name: Loss(nats, 0.1, 100) for name, nats in lost.items()}
+    dense = {name: Loss(3.0, 0.1, 100) for name in lost}
+    card = model_card(dataclasses.replace(summary("m", "a", "", ""), dense_losses=dense, pruned_losses=pruned))
+    times = {"b": 1.49, "d": 1.35, "a": 1.22}
+    named = [f"{name} ({ratio} times the dense model's perplexity)" for name, ratio in times.items()]
+    assert f"It lost most on {', '.join(named)}. " in card
 
 
 def recovery(name: str) -> RecoveryRecord:

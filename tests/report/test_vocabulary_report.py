@@ -60,6 +60,11 @@ def test_tokens_are_counted_in_both_tokenizers(trim, facts):
     assert facts.nats == {"prose": (3.0, 3.25)} and facts.foretold == 0.2
 
 
+def test_a_token_beyond_the_models_rows_is_none(trim):
+    found = vocabulary_facts(dataclasses.replace(trim, kept=KeptTokens(tuple(range(899)), 899)), {}, {})
+    assert found.num_before == found.num_after == 899 and found.scripts["latin"][0] == found.scripts["latin"][1] > 0
+
+
 def test_scripts_count_tokens_that_have_their_letters(trim, facts):
     def count(ids: Any, letters: str) -> int:
         return sum(bool(re.search(letters, trim.dense_tokenizer.decode([index]))) for index in ids if index < 900)

@@ -11,15 +11,15 @@ from torch.nn.functional import cross_entropy
 from secateur.data.answers import Conversation, Speaker
 from secateur.data.sources import shipped
 from secateur.model.bind import bind
+from secateur.store import Store
 from secateur.stream import judge as judging
-from secateur.stream.judge import AnswerSheet, ask, judge
+from secateur.stream.judge import AnswerSheet, Judge, ToJudge, ask, judge
 
 PROMPTS = ("Why is the sky blue?", "Two and two?", "A poem, please.")
 
 
 def speaker(seed: int, *, dtype: torch.dtype = torch.float32) -> Speaker:
-    torch.manual_seed(seed)
-    model = tiny_llama().to(dtype).eval()
+    model = tiny_llama(seed=seed).to(dtype)
     return Speaker(model=model, arch=bind(model), tokenizer=tiny_tokenizer(), seed="0", length=64)
 
 
@@ -73,6 +73,16 @@ def test_prompts_do_not_count(short):
     found = judge(other, AnswerSheet(PROMPTS, tuple(shorter), torch.zeros(3, dtype=torch.float64)), other.tokenizer)
     assert found.num_tokens == 3
     assert 0 < found.nats < 3 * math.log(300)
+
+
+def test_a_judge_asks_both_models_a_share_of_the_prompts(short):
+    dense, other = speaker(0), speaker(1)
+    judged = Judge({}, dense.tokenizer, dense.model.config, Store(), share=0.01)
+    before = judged.dense(ToJudge.of(dense.model, "dense", 64))
+    after = judged.pruned(ToJudge.of(other.model, "pruned", 64))
+    assert len(before.other.document_nats) == len(after.other.document_nats) == 2 and before.answers is None
+    [shown] = after.answers.shown
+    assert after.answers.num_prompts == 1 and shown.dense != shown.pruned
 
 
 def test_ends_and_repetitions_are_counted():
