@@ -54,9 +54,7 @@ def run(dense: Path, folder: Path, options: argparse.Namespace) -> None:
     (folder / "recipe.json").write_text(json.dumps(asked), encoding="utf-8")
     command = [sys.executable, "-m", "secateur", "prune", str(dense), str(folder / "out")]
     start = time.perf_counter()
-    subprocess.run(
-        [*command, "--recipe", str(folder / "recipe.json"), "--quiet"], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([*command, "--recipe", str(folder / "recipe.json")], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     found = json.loads((folder / "out" / "result.json").read_text(encoding="utf-8"))
     num_bytes = found["dense_size"]["num_bytes"]

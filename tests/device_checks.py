@@ -165,8 +165,8 @@ def test_an_interrupted_run_in_float32_ends_with_the_same_bytes(low, recipe, tmp
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(low, grouped(asked), out=tmp_path / "out", progress=stop)
     with pytest.raises(CheckpointError, match="computes in float32 was True and is False"):
-        secateur.prune(low, grouped({**asked, "compute_dtype": "stored"}), out=tmp_path / "out", resume=True)
-    secateur.prune(low, grouped(asked), out=tmp_path / "out", resume=True)
+        secateur.prune(low, grouped({**asked, "compute_dtype": "stored"}), out=tmp_path / "out")
+    secateur.prune(low, grouped(asked), out=tmp_path / "out")
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -40,27 +40,27 @@ def main() -> None:
     leave_out()
     out = place / "out"
 
-    def prune(*, fail_at: int, resume: bool) -> str:
+    def prune(*, fail_at: int) -> str:
         """Return what went wrong, by the class of the exception."""
         FAULTS.fault_arm(f"{place}/{counted}".encode(), fail_at, number)
         try:
-            secateur.prune(model, grouped(recipe), out=out, resume=resume)
+            secateur.prune(model, grouped(recipe), out=out)
             return ""
         except secateur.SecateurError as error:
             return str(error)
         finally:
             FAULTS.fault_disarm()
 
-    prune(fail_at=-1, resume=False)
+    prune(fail_at=-1)
     num_calls, expected = FAULTS.fault_count(), digest(out)
     shutil.rmtree(out)
     for fail_at in range(first, num_calls + 1, step):
-        said = prune(fail_at=fail_at, resume=False)
+        said = prune(fail_at=fail_at)
         left = sorted(path.name for path in place.iterdir())
         is_there = out.exists()
         whole = is_there and digest(out) == expected and all((out / name).is_file() for name in LOADED_BY)
         flipped = not is_there and flip_a_bit(place_beside(out), random.Random(fail_at))
-        again = "" if is_there else prune(fail_at=-1, resume=True)
+        again = "" if is_there else prune(fail_at=-1)
         found = {"call": fail_at, "said": said, "left": left, "there": is_there, "whole": whole, "again": again}
         found["flipped"] = flipped
         found["same"], found["after"] = digest(out) == expected, sorted(path.name for path in place.iterdir())

@@ -23,7 +23,7 @@ def run(asked: dict[str, object]) -> None:
     """Prune in this process and leave it."""
     status = 1
     try:
-        secateur.prune(asked["model"], grouped(asked["recipe"]), out=asked["out"], resume=True)
+        secateur.prune(asked["model"], grouped(asked["recipe"]), out=asked["out"])
         status = 0
     except BaseException:
         traceback.print_exc()

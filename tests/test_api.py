@@ -47,7 +47,7 @@ def test_names_are_sorted_there_and_those_of_the_docs():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_words_of_the_command_line_are_those_of_the_function(verb):
-    of_the_terminal = {"quiet", "json", "dry_run"}
+    of_the_terminal = {"json", "dry_run"}
     renamed = {"domain": "domains", "type": "type_name", "from": "from_"}
     takes = of_the_terminal | set(inspect.signature(secateur.__getattr__(verb)).parameters)
     takes |= set(KEYS_OF_THE_RECIPE.get(verb, "").split())

@@ -65,11 +65,11 @@ SIZES = {
     "--to 250MB": "--to 360KB",
 }
 BEHIND = {
-    "prune": [*SETS, "--quiet"],
-    "measure": [*SETS, "--quiet"],
+    "prune": [*SETS],
+    "measure": [*SETS],
     "inspect": SETS,
-    "trim": ["--domain=prose=law.txt", "--quiet"],
-    "recover": ["--set=recover.held_out_blocks=1", "--set=recover.batch_tokens=64", "--quiet"],
+    "trim": ["--domain=prose=law.txt"],
+    "recover": ["--set=recover.held_out_blocks=1", "--set=recover.batch_tokens=64"],
     "bench": ["--prompt-tokens=16", "--new-tokens=2", "--repeats=1"],
     "push": ["--dry-run"],  # there is no hub
 }

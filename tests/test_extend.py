@@ -104,14 +104,14 @@ def test_the_package_of_the_page_prunes_and_exports(
         yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration})), encoding="utf-8"
     )
     out, file = tmp_path / "out", tmp_path / "out.npz"
-    pruned = secateur_from(site, warm, "prune", helium, out, "--recipe", recipe, "--json")
+    pruned = secateur_from(site, warm, "prune", helium, out, "--recipe", recipe)
     assert pruned.returncode == 0, pruned.stderr
-    result = json.loads(pruned.stdout)
+    result = json.loads((out / "result.json").read_text())
     assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
     used = yaml.safe_load((out / "recipe.yaml").read_text())
     assert used["choose"]["score"] == "loudest"
 
-    written = secateur_from(site, warm, "export", out, file, "--format", "npz", "--quiet")
+    written = secateur_from(site, warm, "export", out, file, "--format", "npz")
     assert written.returncode == 0, written.stderr
     assert f"Written to {file}: f32," in " ".join(written.stdout.split())
     width = json.loads((out / "config.json").read_text())["intermediate_size"]

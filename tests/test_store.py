@@ -77,7 +77,7 @@ def resumed(store: Path, model: Path, recipe: dict[str, Any], place: Path, damag
     """Resume from a copy of the store that was damaged; return what was said, the summary's notes, and the result."""
     out, heard = place / "out", list[str]()
     damage(Path(shutil.copytree(store, place_beside(out))))
-    result = secateur.prune(model, grouped({**recipe, **RECIPE}), out=out, resume=True, tell=heard.append)
+    result = secateur.prune(model, grouped({**recipe, **RECIPE}), out=out, tell=heard.append)
     assert [path.name for path in place.iterdir()] == ["out"]
     heard = [line.removeprefix(f"{out}: ") for line in heard if ": removes " not in line]  # what the run will do
     return heard, result.summary.warnings, out

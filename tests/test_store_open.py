@@ -25,11 +25,9 @@ class Job:
         self.log = RunLog()
 
     @contextmanager
-    def begun(
-        self, inputs: dict[str, Any] = INPUTS, *, resume: bool = False, overwrite: bool = False
-    ) -> Iterator[Store]:
+    def begun(self, inputs: dict[str, Any] = INPUTS, *, overwrite: bool = False) -> Iterator[Store]:
         """Open the store."""
-        options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "protected": self.out.parent / "model"}
+        options: dict[str, Any] = {"overwrite": overwrite, "protected": self.out.parent / "model"}
         with Store.open(self.out, inputs, self.log, tell=self.said.append, **options) as store:
             yield store
 
@@ -62,7 +60,7 @@ def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
     job = interrupted(tmp_path / "out")
     assert job.anew == ["text", "one", "two"] and job.said == [HOW]
     again = Job(tmp_path / "out")
-    with again.begun(resume=True) as store:
+    with again.begun() as store:
         store.check_input("text", "hash")
         assert again.value(store, "one", 5) == 1 and again.value(store, "three") == 1
         assert again.anew == ["three"] and (store.num_found, store.num_saved) == (1, 1)
@@ -73,23 +71,12 @@ def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_resume_it_begins_anew_and_says_what_is_gone(tmp_path):
-    interrupted(tmp_path / "out")
-    again = Job(tmp_path / "out")
-    with again.begun() as store:
-        assert again.value(store, "one", 5) == 5
-    assert again.said == [
-        f"{again.out}: begins anew; what an interrupted run had finished is removed (resume would go on from it)."
-    ]
-
-
 def test_there_may_be_nothing_to_go_on_from(tmp_path):
     job = Job(tmp_path / "out")
-    with job.begun(resume=True) as store:
+    with job.begun() as store:
         job.value(store, "one")
         store.note_found()
-    assert job.said == [f"{job.out}: nothing of an earlier run is there to go on from, so it begins anew."]
-    assert job.log.lines == [], "nothing is of an earlier run"
+    assert job.said == [] and job.log.lines == [], "nothing is of an earlier run"
 
 
 @pytest.mark.parametrize(
@@ -104,20 +91,21 @@ def test_there_may_be_nothing_to_go_on_from(tmp_path):
 def test_a_job_with_other_inputs_does_not_go_on(changed, said, tmp_path):
     interrupted(tmp_path / "out")
     again = Job(tmp_path / "out")
-    with (
-        pytest.raises(CheckpointError, match=f"cannot be resumed, since {said}; give what"),
-        again.begun({**INPUTS, **changed}, resume=True),
-    ):
+    with pytest.raises(CheckpointError) as caught, again.begun({**INPUTS, **changed}):
         pytest.fail("it went on")
-    with again.begun(resume=True) as store:  # and what is finished stays
+    assert str(caught.value) == (
+        f"OUT {again.out}: an interrupted run had other inputs: {said}; give those to go on with it, or delete "
+        f"{tmp_path / '.out.resume'} to begin anew."
+    )
+    with again.begun() as store:  # and what is finished stays
         assert again.value(store, "one", 5) == 1
 
 
 def test_text_that_becomes_known_later_is_an_input_too(tmp_path):
     interrupted(tmp_path / "out")
     again = Job(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="since the text has changed; give the text that it was begun with"):
-        with again.begun(resume=True) as store:
+    with pytest.raises(CheckpointError, match="had other inputs: the text has changed; give those"):
+        with again.begun() as store:
             store.check_input("text", "other")
     assert place_beside(again.out).is_dir()
 
@@ -137,7 +125,7 @@ def test_what_may_go_well_next_time_is_kept(error, tmp_path):
 def test_a_mistake_before_any_step_of_this_run_leaves_an_earlier_runs_steps(tmp_path):
     interrupted(tmp_path / "out")
     again = Job(tmp_path / "out")
-    with pytest.raises(RecipeError), again.begun(resume=True):
+    with pytest.raises(RecipeError), again.begun():
         raise RecipeError("x: y.")
     assert place_beside(again.out).is_dir()
 
@@ -151,8 +139,6 @@ def test_only_one_has_it_at_a_time(tmp_path):
     job, other = Job(tmp_path / "out"), Job(tmp_path / "out")
     with job.begun() as store:
         job.value(store, "one")
-        with pytest.raises(CheckpointError, match="another process is writing it"), other.begun(resume=True):
-            pytest.fail("both have it")
         with pytest.raises(CheckpointError, match="another process is writing it"), other.begun():
             pytest.fail("both have it")
         assert job.value(store, "one", 5) == 1, "the other one has removed nothing"
@@ -167,14 +153,14 @@ def test_a_store_older_than_its_result_is_of_a_job_that_ended(tmp_path):
     out.mkdir()
     newest = max(file.stat().st_mtime for file in store.iterdir())
     os.utime(out, (newest + 10, newest + 10))
-    with pytest.raises(CheckpointError), Job(out).begun(resume=True):
+    with pytest.raises(CheckpointError), Job(out).begun():
         pytest.fail("OUT is there")
     assert not store.exists()
     out.rmdir()
     interrupted(out)
     out.mkdir()
     os.utime(out, (newest - 10, newest - 10))
-    with pytest.raises(CheckpointError), Job(out).begun(resume=True):
+    with pytest.raises(CheckpointError), Job(out).begun():
         pytest.fail("OUT is there")
     assert store.exists()
 
@@ -184,7 +170,7 @@ def test_half_written_files_of_a_killed_job_go(tmp_path):
     half = place_beside(tmp_path / "out") / ".one.json.tmp"
     half.write_text("{")
     job = Job(tmp_path / "out")
-    with job.begun(resume=True):
+    with job.begun():
         assert not half.exists()
 
 
@@ -269,14 +255,14 @@ def test_without_its_inputs_nothing_of_it_counts(name, tmp_path):
     interrupted(tmp_path / "out")
     flip(place_beside(tmp_path / "out") / f"{name}.json")
     job = Job(tmp_path / "out")
-    with job.begun(resume=True) as store:
+    with job.begun() as store:
         assert job.value(store, "text", "other", is_input=True) == "other" and job.value(store, "one", 5) == 5
     assert job.said == [f"{job.out}: begins anew; {name}.json of an interrupted run is damaged on disk."]
 
 
 def test_a_job_that_may_not_go_on_is_not_told_how_to(tmp_path):
     interrupted(tmp_path / "out")
-    with pytest.raises(CheckpointError) as caught, Job(tmp_path / "out").begun({"other": 1}, resume=True):
+    with pytest.raises(CheckpointError) as caught, Job(tmp_path / "out").begun({"other": 1}):
         pytest.fail("it went on")
     assert getattr(caught.value, "__notes__", []) == []
 
@@ -289,7 +275,7 @@ def test_a_store_half_removed_is_void(tmp_path, monkeypatch):
         job.value(store, "one")
     monkeypatch.undo()
     again = Job(tmp_path / "out")
-    with again.begun(resume=True) as store:
+    with again.begun() as store:
         assert again.value(store, "one", 5) == 5
 
 
@@ -323,14 +309,15 @@ def test_inputs_alone_are_nothing_to_go_on_from(tmp_path):
     for name in ("one", "two"):
         (place_beside(tmp_path / "out") / f"{name}.json").unlink()
     job = Job(tmp_path / "out")
-    with job.begun({"other": 1}, resume=True) as store:
+    with job.begun({"other": 1}) as store:
         assert job.value(store, "one", 5) == 5
-    assert job.said == [f"{job.out}: nothing of an earlier run is there to go on from, so it begins anew."]
+    assert job.said == []
 
 
 def test_beginning_anew_voids_the_old_steps_before_it_removes_them(tmp_path, monkeypatch):
     """Killed in between, none of the steps that are left may count."""
     interrupted(tmp_path / "out")
+    flip(place_beside(tmp_path / "out") / "input-text.json")
     gone, unlink, names = list[str](), Path.unlink, Path.iterdir
 
     def spy(path: Path, missing_ok: bool = False) -> None:

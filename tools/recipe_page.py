@@ -26,7 +26,6 @@ OPTIONS = {
     "remove.share": "--remove",
     "remove.to": "--to",
     "remove.vocabulary": "--vocabulary",
-    "choose.budget": "--budget",
     "calibration.domains": "--domain",
     "calibration.answers": "--answers",
     "machine.device": "--device",

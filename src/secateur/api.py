@@ -32,7 +32,6 @@ def prune(
     max_loss: float | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
-    resume: bool = False,
     force: bool = False,
     command: str = "",
     progress: Progress = silent,
@@ -52,8 +51,8 @@ def prune(
     its recipe holds, with the keys that `recipe` gives on top, and its curves plan widths by layer.
     `max_loss`: in place of a size, the nats per token of held-out text that the result may lose, after all;
     as much goes as that allows, by at most three cuts.
-    `resume`: continue an interrupted run of the same inputs, whose steps are in a hidden directory beside
-    `out`. `tell`: gets a line about that, and one about what the run will do and how long it takes.
+    An interrupted run of the same inputs, whose steps are in a hidden directory beside `out`, is continued.
+    `tell`: gets a line about that, and one about what the run will do and how long it takes.
     `force`: write a trim of the vocabulary, too,
     that costs more than 0.5 nats per token or twice what was foretold. `command`: how to repeat the
     run, for the model card, which shows it as it is.
@@ -77,7 +76,6 @@ def prune(
         max_loss=max_loss,
         tokenizer=tokenizer,
         overwrite=overwrite,
-        resume=resume,
         force=force,
         command=command,
         progress=progress,
@@ -96,7 +94,6 @@ def prune_sizes(
     from_: Path | str | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
-    resume: bool = False,
     command: str = "",
     progress: Progress = silent,
     tell: Tell = mute,
@@ -121,7 +118,6 @@ def prune_sizes(
         out=out,
         tokenizer=tokenizer,
         overwrite=overwrite,
-        resume=resume,
         command=command,
         progress=progress if is_first() else silent,
         tell=tell,

@@ -149,7 +149,7 @@ def lost_text(reason: str = "") -> str:
     why = f" ({reason})" if reason and not lost else ""
     return (
         f"rank {which} was lost{why}, so all ranks end and nothing half-written is left; look for why in its own "
-        "output (out of memory, a signal, its machine), then run the same command again (prune with --resume goes on)."
+        "output (out of memory, a signal, its machine), then run the same command again, which goes on."
     )
 
 

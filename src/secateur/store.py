@@ -46,7 +46,7 @@ from secateur.ranks import from_first, is_first
 from secateur.result_directory import check_replaceable, restore
 
 INPUTS, INPUT = "inputs", "input-"
-HOW = "the same command with --resume (in Python: resume=True) goes on from what is finished"
+HOW = "the same command goes on from what is finished"
 _FORMAT = 1  # of records; part of the key of steps with `depends_on`, so older ones are ignored
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SEAL = b'{"sha256": "%s",'
@@ -95,7 +95,6 @@ class Store:
         inputs: Mapping[str, Any],
         log: RunLog,
         *,
-        resume: bool,
         overwrite: bool,
         protected: Path,
         tell: Tell = mute,
@@ -107,8 +106,8 @@ class Store:
         that the same inputs would cause again. Otherwise it stays, and a note on the exception says
         how to resume. `tell`: gets a line on what happens to an earlier run's store.
 
-        Raises CheckpointError like `check_replaceable`, if another process has the store, or if
-        with `resume` the inputs have changed.
+        Raises CheckpointError like `check_replaceable`, if another process has the store, or if it is of
+        other inputs.
         """
         directory, made = place_beside(out), missing_parents(out)
         if not overwrite and _is_outlived(directory, out):
@@ -120,7 +119,7 @@ class Store:
         lock, store, ours = _lock(directory, out), cls(directory, log=log, label=str(out), tell=tell), False
         try:
             with disk_errors(out):
-                store._begin(directory, json.loads(json.dumps(inputs)), resume=resume)
+                store._begin(directory, json.loads(json.dumps(inputs)))
             ours = True
             yield store
             _remove(directory, [])
@@ -165,10 +164,7 @@ class Store:
     def check_input(self, name: str, text: str) -> None:
         """Add an input that becomes known only now. Raises CheckpointError if it has changed."""
         if self.value(name, lambda: text, is_input=True) != text:
-            raise CheckpointError(
-                f"OUT {self.label}: cannot be resumed, since the {name} has changed; give the {name.split()[-1]} that "
-                f"it was begun with, or leave resume out to begin anew."
-            )
+            raise _is_of_others(self.label, f"the {name} has changed")
 
     def has(self, name: str, depends_on: Mapping[str, Any] | None = None) -> bool:
         """Whether the step is finished; the caller may then rely on finding it."""
@@ -218,11 +214,11 @@ class Store:
             text = f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
             self.log.note(text)
 
-    def _begin(self, directory: Path, inputs: dict[str, Any], *, resume: bool) -> None:
-        """Prepare the directory for these inputs; `resume` leaves an earlier run's steps there."""
+    def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
+        """Prepare the directory for these inputs, with an earlier run's steps of the same ones."""
         path = directory / f"{INPUTS}.json"
         finished = _finished(directory) if path.is_file() else []
-        if finished and resume:
+        if finished:
             damaged = self._check_inputs(directory, inputs)
             if not damaged:
                 for file in directory.glob(".*"):
@@ -232,11 +228,6 @@ class Store:
                     self.tell(f"{self.label}: goes on from the {len(intact)} steps that an earlier run has finished.")
                 return
             self.tell(f"{self.label}: begins anew; {damaged} of an interrupted run is damaged on disk.")
-        elif finished:
-            what = "what an interrupted run had finished is removed (resume would go on from it)"
-            self.tell(f"{self.label}: begins anew; {what}.")
-        elif resume:
-            self.tell(f"{self.label}: nothing of an earlier run is there to go on from, so it begins anew.")
         path.unlink(missing_ok=True)  # first: without it nothing counts
         for path in directory.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()  # a polish has a folder
@@ -248,10 +239,7 @@ class Store:
         before = (_intact(directory / f"{INPUTS}.json") or {}).get("inputs")
         changed = [] if before is None else _changes(before, inputs)
         if changed:
-            raise CheckpointError(
-                f"OUT {self.label}: cannot be resumed, since {', '.join(changed[:3])}; give what it was begun with, or "
-                f"leave resume out to begin anew."
-            )
+            raise _is_of_others(self.label, ", ".join(changed[:3]))
         if before is None:
             return f"{INPUTS}.json"
         known = sorted(directory.glob(f"{INPUT}*.json"))
@@ -327,6 +315,14 @@ class Services:
             log.append_to(folders[1])
         store = Store(folders[0], log=log, label=self.store.label, tell=self.store.tell)
         return replace(self, log=log, store=store, scratch=folders[1])
+
+
+def _is_of_others(label: str, changes: str) -> CheckpointError:
+    """Return the error for what an interrupted run of other inputs has left."""
+    return CheckpointError(
+        f"OUT {label}: an interrupted run had other inputs: {changes}; give those to go on with it, or delete "
+        f"{place_beside(Path(label))} to begin anew."
+    )
 
 
 def place_beside(out: Path) -> Path:

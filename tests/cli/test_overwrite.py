@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_cli import Outcome, run_cli
 
-QUICK = ("--quiet", "--set", "output.evaluate=false")
+QUICK = ("--set", "output.evaluate=false")
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def test_a_link_is_never_deleted_nor_followed(prune, out, tmp_path):
 
 
 def test_a_whole_result_is_replaced_with_all_that_later_commands_wrote(prune, out, checkpoints):
-    times = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet")
+    times = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
     assert run_cli("bench", out, *times).status == 0
-    assert run_cli("evaluate", out, "--against", checkpoints["llama"], "--quiet").status == 0
+    assert run_cli("evaluate", out, "--against", checkpoints["llama"]).status == 0
     assert run_cli("report", out).status == 0
     assert {"bench.json", "evaluation.json", "report.html", "evaluation"} < {path.name for path in out.iterdir()}
     outcome = prune("--set", "seed=3")
@@ -152,12 +152,12 @@ def test_killed_between_the_two_renames_the_old_result_comes_back_and_is_told(
     arguments = [sys.executable, "-c", KILLED, *map(str, command), "--overwrite"]
     assert warm.run(arguments, env=dict(os.environ)).returncode == 9
     assert not out.exists()
-    outcome = run_cli(*(part for part in command if part != "--quiet"))
+    outcome = run_cli(*command)
     said, sentence = outcome.stderr.splitlines()
     assert said == f"OUT {out}: a run was killed while it replaced this directory, so the old result is back there."
     assert outcome.status == 2 and "already exists" in sentence
     assert contents(out) == before
-    assert prune("--resume").status == 0
+    assert prune().status == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -165,10 +165,10 @@ def test_other_commands_replace_no_file_of_the_user(out, checkpoints, tmp_path):
     write(tmp_path, "thesis.docx", "mine/evaluation.json", "mine/report.html")
     before = contents(tmp_path)
     file, place = tmp_path / "thesis.docx", tmp_path / "mine"
-    export = ("export", out, "--no-check", "--quiet")
+    export = ("export", out, "--no-check")
     refused(run_cli(*export, file, "--overwrite"), f"{file}: is no GGUF file, so --overwrite does not replace it")
-    refused(run_cli("evaluate", out, "--out", place, "--quiet"), "has an evaluation.json that evaluate did not write")
-    options = ("--model", checkpoints["llama"], "--small", "--quiet")
+    refused(run_cli("evaluate", out, "--out", place), "has an evaluation.json that evaluate did not write")
+    options = ("--model", checkpoints["llama"], "--small")
     refused(run_cli("compare", "methods", place, *options), f"compare {place}: holds other files")
     refused(run_cli("bench", out, "--against", tmp_path / "nowhere"), "nowhere")
     assert contents(tmp_path) == before
@@ -177,10 +177,10 @@ def test_other_commands_replace_no_file_of_the_user(out, checkpoints, tmp_path):
 def test_recover_and_trim_keep_the_same_rule(out, checkpoints, tmp_path):
     write(tmp_path / "mine", "config.json", "notes.txt")
     before = contents(tmp_path)
-    teacher = ("--teacher", checkpoints["llama"], "--tokens", 640, "--quiet", "--overwrite")
+    teacher = ("--teacher", checkpoints["llama"], "--tokens", 640, "--overwrite")
     refused(run_cli("recover", out, *teacher, "--out", tmp_path / "mine"), "would delete", "notes.txt")
-    trim = ("trim", checkpoints["llama"], tmp_path / "mine", "--vocabulary", 128, "--quiet", "--overwrite")
+    trim = ("trim", checkpoints["llama"], tmp_path / "mine", "--vocabulary", 128, "--overwrite")
     refused(run_cli(*trim), "would delete", "notes.txt")
-    refused(run_cli("demo", tmp_path / "mine", "--overwrite", "--quiet"), "would delete", "notes.txt")
+    refused(run_cli("demo", tmp_path / "mine", "--overwrite"), "would delete", "notes.txt")
     assert contents(tmp_path) == before
     assert json.loads((out / "result.json").read_text())["files"]

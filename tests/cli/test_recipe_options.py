@@ -14,7 +14,7 @@ from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
 
 
 def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
-    options = ["--budget", "curve", "--remove", "0.1"]
+    options = ["--polish", "0", "--remove", "0.1"]
     sets = [
         "remove.groups=[ffn, kv_heads]",
         "remove.share=0.15",
@@ -22,9 +22,9 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
         "calibration.domains.prose.share=3",
         "seed=5",
     ]
-    sets += ["remove.align=4", "choose.rounds=2"]
+    sets += ["remove.align=4", "choose.rounds=2", "choose.budget=curve"]
     run = run_cli(
-        *("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, "--quiet"),
+        *("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file),
         *options,
         *(word for each in sets for word in ("--set", each)),
     )
@@ -32,7 +32,7 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
     saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert (saved.remove.groups, saved.remove.align, saved.remove.share) == (("ffn", "kv_heads"), 4, 0.15)
     assert (saved.choose.budget, saved.choose.rounds, saved.seed) == ("curve", 2, 5)
-    assert saved.repair.damping_factors == (1, 10)
+    assert saved.repair.damping_factors == (1, 10) and saved.polish.num_tokens == 0
     domain = saved.calibration.domains["prose"]
     assert (domain.share, domain.files) == (3, (str(texts["prose"]),))
 
@@ -68,7 +68,7 @@ def test_values_of_set_are_yaml():
         ("--set .share=1", "--set .share=1: give KEY=VALUE"),
         ("--set seed=[", "--set seed=[: the value is no YAML"),
         ("--set remove.keep_scripts=[latin]", "--set: remove: keep_text and keep_scripts say which tokens stay"),
-        ("--budget none --set seed=1", "command line: unknown choose.budget "),
+        ("--vocabulary 0 --set seed=1", "command line: remove.vocabulary: "),
     ],
 )
 def test_a_mistake_names_the_flag(options, said):

@@ -83,9 +83,10 @@ def test_it_says_what_went_and_what_that_costs(place, done):
 
 def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
     (tmp_path / "mine.txt").write_text(SAMPLES["German"], encoding="utf-8")
-    options = ("--keep-text", tmp_path / "mine.txt", "--keep-script", "cyrillic,devanagari", "--json")
+    options = ("--keep-text", tmp_path / "mine.txt", "--keep-script", "cyrillic,devanagari")
     outcome = trim(place, tmp_path / "out", "--vocabulary", SIZE + 64, *options)
-    vocabulary = json.loads(outcome.stdout)["vocabulary"]
+    assert outcome.status == 0, outcome.stderr
+    vocabulary = json.loads((tmp_path / "out" / "result.json").read_text())["vocabulary"]
     before, after = (AutoTokenizer.from_pretrained(each) for each in (place / "model", tmp_path / "out"))
     assert before.tokenize(SAMPLES["German"]) == after.tokenize(SAMPLES["German"])
     for script in ("cyrillic", "devanagari"):
@@ -139,12 +140,12 @@ def test_prune_takes_a_number_or_auto(place, tmp_path, value):
 
 def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
     arguments: list[Any] = ["prune", place / "model", tmp_path / "out", "--remove", "0.3", "--vocabulary", SIZE]
-    arguments += ["--domain", f"prose={place / 'prose.txt'}", "--set", "remove.keep_scripts=[cyrillic]", "--json"]
+    arguments += ["--domain", f"prose={place / 'prose.txt'}", "--set", "remove.keep_scripts=[cyrillic]"]
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{remove: {align: 8}, calibration: {num_tokens: 1280, sequence_length: 32}}")
     outcome = run_cli(*arguments, "--recipe", recipe)
     assert outcome.status == 0, outcome.stderr
-    result = json.loads(outcome.stdout)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["vocabulary"]["num_after"] == SIZE and result["widths"]["ffn"][1] < 112
     assert result["remove_reached"] == pytest.approx(0.3, abs=0.02)
     told = json.loads(

@@ -89,7 +89,7 @@ def test_a_run_times_every_token_even_where_the_model_would_stop(batch):
 
 def test_the_command_writes_what_it_shows(pair):
     pruned, dense = pair
-    arguments = ("--batch", 2, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--quiet")
+    arguments = ("--batch", 2, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2)
     outcome = run_cli("bench", pruned, "--against", dense, *arguments)
     assert outcome.status == 0, outcome.stderr
     result = BenchResult.from_json((pruned / "bench.json").read_text(), "bench.json")
@@ -165,6 +165,6 @@ def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypa
         return torch.device("cpu")
 
     monkeypatch.setattr("secateur.evaluation.bench.device_called", called)
-    options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet", "--json")
+    options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
     outcome = run_cli("bench", pair[0], *options)
     assert outcome.status == 0 and json.loads(outcome.stdout)["device"] == "cpu" and asked == [None]

@@ -105,7 +105,7 @@ def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm, m
     monkeypatch.setattr("secateur.stream.judge.ANSWER_TOKENS", 64)
     domains = [f"--domain={name}={file}" for name, file in texts.items()]
     arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
-    arguments += ["--num-blocks", "8", "--sequence-length", "32", "--quiet", "--json"]
+    arguments += ["--num-blocks", "8", "--sequence-length", "32", "--json"]
     command = [sys.executable, "-m", "secateur", *arguments]
     process = warm.start(command, dict(os.environ))
     while not list((copy / "evaluation").glob("*.json")):
@@ -180,7 +180,7 @@ def test_mistakes_are_one_sentence(arguments, expected, result, checkpoints, tex
     for name, make in (("other", _other_tokenizer), ("wider", _wider)):
         if f"{{{name}}}" in arguments:
             make(checkpoints["llama"], places[name])
-    outcome = run_cli("evaluate", "--quiet", *(argument.format(**places) for argument in arguments))
+    outcome = run_cli("evaluate", *(argument.format(**places) for argument in arguments))
     assert outcome.status == 2 and outcome.stdout == ""
     assert outcome.stderr.startswith("secateur: ") and outcome.stderr.count("\n") == 1
     assert expected in outcome.stderr

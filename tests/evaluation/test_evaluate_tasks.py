@@ -190,10 +190,9 @@ def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, 
         saved,
         "--out",
         out,
-        "--quiet",
         "--json",
     )
-    assert shown.status == 0 and shown.stderr == ""
+    assert shown.status == 0, shown.stderr
     assert (
         json.loads(shown.stdout)["pruned"]["tasks"]["sources"]["arc_easy"] == "allenai/ai2_arc/ARC-Easy in --tasks-data"
     )

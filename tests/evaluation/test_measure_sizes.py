@@ -145,7 +145,7 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
     while not out.exists():
         try:
             with stopped_after(3 + 2 * num_stops):
-                secateur.measure(checkpoints["llama"], grouped({**recipe, "budget": "curve"}), out=out, resume=True)
+                secateur.measure(checkpoints["llama"], grouped({**recipe, "budget": "curve"}), out=out)
         except Stopped:
             num_stops += 1
     assert num_stops >= 2
@@ -237,7 +237,7 @@ def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, re
     for said in ("own answers", "mean of domains", "q4_k_m", "hardly noticed", f"Written to {sizes}: result.json"):
         assert said in run.stdout
     assert "<svg" in (sizes / "report.html").read_text()
-    asked = ("--from", sizes, "--set", "polish=false", "--quiet")
+    asked = ("--from", sizes, "--set", "polish=false")
     run = run_cli("prune", checkpoints["llama"], family, "--remove", "0.1,0.2", *asked)
     assert run.status == 0 and sorted(path.name for path in family.iterdir()) == ["10", "20"]
     assert run.stdout.count("removed (asked") == 2

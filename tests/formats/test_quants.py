@@ -123,7 +123,7 @@ def test_llama_cpp_writes_as_many_bytes_as_were_told(name: str, type_name: str, 
 @needs_llama_cpp
 def test_the_command_tells_types_and_what_is_wider(tmp_path: Path) -> None:
     source, file = saved("narrow", tmp_path / "source"), tmp_path / "model.gguf"
-    outcome = run_cli("export", source, file, "--type", "q4_k_m", "--quiet")
+    outcome = run_cli("export", source, file, "--type", "q4_k_m")
     assert outcome.status == 0, outcome.stderr
     done = export(source, tmp_path / "again.gguf", type_name="q4_k_m", check=False)
     assert file.read_bytes() == (tmp_path / "again.gguf").read_bytes()

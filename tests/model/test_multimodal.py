@@ -45,7 +45,7 @@ def test_terminal_card_and_result_name_the_class_that_reloads_it(recipe, tmp_pat
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(grouped(recipe | {"remove": 0.15, "evaluate": False})))
     out = tmp_path / "out"
-    outcome = run_cli("prune", tmp_path / "model", out, "--recipe", tmp_path / "recipe.yaml", "--quiet")
+    outcome = run_cli("prune", tmp_path / "model", out, "--recipe", tmp_path / "recipe.yaml")
     assert outcome.stdout.endswith(f"Load it with AutoModelForImageTextToText.from_pretrained('{out}').\n")
     assert json.loads((out / "result.json").read_text())["loaded_by"] == "AutoModelForImageTextToText"
     card = (out / "README.md").read_text()

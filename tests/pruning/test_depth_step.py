@@ -238,7 +238,7 @@ def test_inspect_table_card_and_report_say_what_happens(recipe, tmp_path):
     options = ("--recipe", tmp_path / "recipe.yaml")
     inspected = run_cli("inspect", tmp_path / "dense", *options)
     assert inspected.status == 0 and "6 -> 4, each of" in inspected.stdout
-    outcome = run_cli("prune", tmp_path / "dense", tmp_path / "out", *options, "--quiet")
+    outcome = run_cli("prune", tmp_path / "dense", tmp_path / "out", *options)
     assert outcome.status == 0, outcome.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     found = inspect(tmp_path / "dense", parse_recipe(grouped(asked)))

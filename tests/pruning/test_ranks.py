@@ -198,7 +198,7 @@ def test_four_ranks_of_a_launcher_make_what_one_makes(jobs):
 def command_of(model: Path, recipe: dict[str, Any], out: Path) -> list[object]:
     file = out.with_name("recipe.yaml")
     file.write_text(yaml.safe_dump(grouped(recipe)), encoding="utf-8")
-    return ["-m", "secateur", "prune", model, out, "--recipe", file, "--quiet"]
+    return ["-m", "secateur", "prune", model, out, "--recipe", file]
 
 
 @pytest.mark.slow
@@ -233,13 +233,13 @@ def test_a_lost_rank_ends_the_others(checkpoints, recipe, tmp_path, lost):
         _, stderr = process.communicate(timeout=1200)
     assert process.returncode != 0
     assert stderr.count(f"secateur: rank {lost} of 2 was lost, so all ranks end") == 1
-    assert "--resume" in stderr
+    assert "run the same command again, which goes on" in stderr
     assert not out.exists()
     # Only the killed rank itself could not clear up.
     assert len(list(tmp_path.glob(".out.partial-*"))) == (1 if lost == 0 else 0)
     assert not any(psutil.pid_exists(child.pid) and child.is_running() for child in children)
     if lost == 1:  # and another number of ranks does
-        command = [sys.executable, *map(str, command_of(checkpoints["llama"], long, out)), "--resume"]
+        command = [sys.executable, *map(str, command_of(checkpoints["llama"], long, out))]
         again = subprocess.run(command, capture_output=True, text=True, check=False)  # judged as the ranks are
         assert again.returncode == 0, again.stderr
         assert "resumed: " in (out / "run.jsonl").read_text(encoding="utf-8")
@@ -258,7 +258,7 @@ def wait_for_log_lines(place: Path, num_lines: int, process: subprocess.Popen[st
 def test_ranks_share_the_cells_of_a_study_and_the_blocks_of_an_evaluation(checkpoints, recipe, tmp_path):
     file = study_file(checkpoints["llama"], recipe, tmp_path)
     for num_ranks in (1, 2):
-        run(num_ranks, "compare", file, tmp_path / f"compared-{num_ranks}", "--quiet")
+        run(num_ranks, "compare", file, tmp_path / f"compared-{num_ranks}")
     one, two = (tmp_path / f"compared-{number}" for number in (1, 2))
     found = [json.loads((place / "results.json").read_text(encoding="utf-8"))["cells"] for place in (one, two)]
     alone, shared = [[{**cell, "seconds": 0} for cell in cells] for cells in found]
@@ -267,7 +267,7 @@ def test_ranks_share_the_cells_of_a_study_and_the_blocks_of_an_evaluation(checkp
         path.name for path in (two / "cells").iterdir()
     )
     domains = [f"--domain={name}={source['files'][0]}" for name, source in recipe["calibration"]["domains"].items()]
-    options = ["--num-blocks", 5, "--sequence-length", 32, "--against", checkpoints["llama"], "--quiet"]
+    options = ["--num-blocks", 5, "--sequence-length", 32, "--against", checkpoints["llama"]]
     for num_ranks in (1, 2):
         run(num_ranks, "evaluate", checkpoints["llama-tied"], *domains, *options, "--out", tmp_path / str(num_ranks))
     assert (tmp_path / "1" / "evaluation.json").read_bytes() == (tmp_path / "2" / "evaluation.json").read_bytes()
@@ -286,7 +286,7 @@ def test_machines_need_not_share_a_directory(checkpoints, recipe, tmp_path):
     assert (machines[0] / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert not list(machines[1].iterdir())
     file = study_file(checkpoints["llama"], recipe, tmp_path)
-    run_machines(machines, "-m", "secateur", "compare", file, "compared", "--quiet")
+    run_machines(machines, "-m", "secateur", "compare", file, "compared")
     cells = [sorted(path.name for path in (place / "compared" / "cells").iterdir()) for place in machines]
     assert all(cells) and len(cells[0] + cells[1]) == 6
     assert (machines[0] / "compared" / "table.md").is_file() and not (machines[1] / "compared" / "table.md").exists()

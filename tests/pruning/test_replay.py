@@ -150,10 +150,10 @@ def test_it_resumes_and_not_by_another_result(models, result, recipe, tmp_path):
     (other / "keep.json").write_text(json.dumps(entries))
     with pytest.raises(Stopped), stopped_after(3):
         secateur.prune(models["sibling"], like=result, out=out)
-    with pytest.raises(CheckpointError, match="cannot be resumed, since computes units that stay has changed"):
-        secateur.prune(models["sibling"], like=other, out=out, resume=True)
+    with pytest.raises(CheckpointError, match="had other inputs: computes units that stay has changed"):
+        secateur.prune(models["sibling"], like=other, out=out)
     told: list[str] = []
-    secateur.prune(models["sibling"], like=result, out=out, resume=True, tell=told.append)
+    secateur.prune(models["sibling"], like=result, out=out, tell=told.append)
     assert any("goes on from the" in line for line in told)
     assert weights(out) == weights(whole)
 
@@ -208,11 +208,11 @@ def test_other_tokens_under_the_same_numbers_are_refused(models, recipe, tmp_pat
 
 
 def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp_path):
-    out, command = tmp_path / "out", ("prune", models["sibling"], tmp_path / "out", "--like", result, "--quiet")
+    out, command = tmp_path / "out", ("prune", models["sibling"], tmp_path / "out", "--like", result)
     run = run_cli(*command, "--remove", "0.25")
     assert run.status == 2 and f"remove.share: is 0.3 in the run that like {result} repeats, got 0.25" in run.stderr
     assert run_cli(*command, "--set", "choose.rounds=2").stderr.count("choose.rounds: is 1 in the run") == 1
-    same = ("--remove", "0.3", "--domain", f"other={texts['code']}", "--set", "repair.damping=0.01", "--json")
+    same = ("--remove", "0.3", "--domain", f"other={texts['code']}", "--set", "repair.damping=0.01")
     run = run_cli(*command, *same)
     assert run.status == 0, run.stderr
     recipe = read_result(out).recipe

@@ -15,7 +15,6 @@ import pytest
 import torch
 from damage import flip_a_bit
 from families import tiny_family
-from models import tiny_llama
 from old_results import old_result
 from recipes import grouped
 from run_cli import run_cli
@@ -124,7 +123,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints
         try:
             # The first record is the text, an input, without which nothing is kept; then each time somewhat further.
             with stopped_after(2 + 3 * num_stops):
-                secateur.prune(model, grouped(wanted), out=out, resume=True)
+                secateur.prune(model, grouped(wanted), out=out)
         except Stopped as stop:
             num_stops += 1
             assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
@@ -281,8 +280,8 @@ def test_other_inputs_are_refused_and_nothing_is_lost(changes, said, checkpoints
     else:
         wanted |= changes
     (tmp_path / "r.yaml").write_text(json.dumps(grouped(wanted)))
-    done = run_cli("prune", model, out, "--recipe", tmp_path / "r.yaml", "--resume", "--quiet")
-    assert done.status == 2 and f"OUT {out}: cannot be resumed, since {said}; give " in done.stderr
+    done = run_cli("prune", model, out, "--recipe", tmp_path / "r.yaml")
+    assert done.status == 2 and f"OUT {out}: an interrupted run had other inputs: {said}; give those" in done.stderr
     assert sorted(place_beside(out).iterdir()) == finished and not out.exists()
 
 
@@ -290,14 +289,9 @@ def test_a_budget_of_memory_may_change_on_the_way(checkpoints, recipe, expected,
     out, model = tmp_path / "out", checkpoints["llama"]
     begun(model, asked("defaults", model, recipe), out)
     budget = asked("on disk", model, recipe)["memory_budget"]
-    secateur.prune(model, grouped({**asked("defaults", model, recipe), "memory_budget": budget}), out=out, resume=True)
+    secateur.prune(model, grouped({**asked("defaults", model, recipe), "memory_budget": budget}), out=out)
     ours, theirs = weights(out), weights(expected("defaults"))
     assert ours["model.safetensors"] == theirs["model.safetensors"] and ours["config.json"] == theirs["config.json"]
-
-
-def test_a_model_in_memory_cannot_be_resumed(recipe):
-    with pytest.raises(secateur.SecateurError, match="resume: only a run that writes to out and reads its model"):
-        secateur.prune(tiny_llama(), grouped(recipe), tokenizer=tiny_tokenizer(), resume=True)
 
 
 def test_what_killed_processes_left_is_removed_and_an_old_result_comes_back(tmp_path):

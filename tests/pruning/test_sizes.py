@@ -56,7 +56,7 @@ def test_sizes_that_are_finished_serve_a_run_with_other_sizes(checkpoints, recip
     with pytest.raises(Stopped), stopped_after(14):
         secateur.prune_sizes(checkpoints["llama"], asked, (0.1, 0.2), out=out)
     with patch("secateur.pruning.loop.prune_group", wraps=prune_group) as steps:
-        secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out, resume=True)
+        secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out)
     assert sorted(path.name for path in out.iterdir()) == ["20", "35"]
     assert weights(out / "20") == weights(alone("polish", 0.2)) and weights(out / "35") == weights(
         alone("polish", 0.35)
@@ -88,7 +88,7 @@ def test_sizes_that_were_stopped_end_with_the_same_bytes(checkpoints, recipe, al
     while not out.exists():
         try:
             with stopped_after(3 + 3 * num_stops):
-                secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out, resume=True)
+                secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out)
         except Stopped as stop:
             num_stops += 1
             assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
@@ -206,7 +206,7 @@ def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stop
     while not out.exists():
         try:
             with stopped_after(4 + 4 * num_stops):
-                secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2, resume=True)
+                secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2)
         except Stopped:
             num_stops += 1
     assert num_stops >= 2 and weights(out) == weights(tmp_path / "whole")

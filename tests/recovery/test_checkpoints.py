@@ -48,7 +48,7 @@ def commands(checkpoints, recipe, tmp_path_factory) -> dict[str, tuple[object, .
     for name, content in recipes.items():
         (place / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=place / "pruned")
-    options = ("--recipe", place / "prune.yaml", "--resume")
+    options = ("--recipe", place / "prune.yaml")
     models = place / "pruned", "--teacher", checkpoints["llama"]
     return {
         "prune": ("prune", checkpoints["llama"], "OUT", *options),

@@ -223,7 +223,7 @@ def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(check
     with pytest.raises(Killed):
         secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=kill)
     assert not out.exists()
-    secateur.prune(checkpoints["llama"], grouped(asked), out=out, resume=True, progress=note)
+    secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=note)
     assert seen[0] > 0, "it goes on where its last checkpoint is"
     assert (out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed"]
@@ -241,6 +241,7 @@ def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, whole, t
         secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=kill)
     (place,) = place_beside(tmp_path / "anew").glob("polish-*")
     assert any(place.rglob("*.safetensors")), "the training had saved something"
+    place.with_name("inputs.json").write_text("{}")
     secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew")
     assert (tmp_path / "anew" / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
     assert not place.exists()

@@ -69,7 +69,7 @@ def run(
     file, code, out = place / "r.yaml", place / "script.py", place / "two"
     file.write_text(yaml.safe_dump({"recover": settings}), encoding="utf-8")
     code.write_text(script, encoding="utf-8")
-    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file, "--quiet"]
+    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file]
     return launched(launch, [code, pruned, teacher, out, file] if script else command, warm)
 
 

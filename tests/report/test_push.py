@@ -21,7 +21,7 @@ from secateur.report.push import CARD, push
 from secateur.report.records import read_result, read_summary
 from secateur.report.rows import note_rows
 
-TIMED = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--quiet")
+TIMED = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def places(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Path]:
         "--set",
         f"calibration.domains={{prose: {{files: [{texts['prose']}]}}}}",
     )
-    outcome = run_cli("prune", dense, root / "once", "--recipe", root / "recipe.yaml", *domains, "--quiet")
+    outcome = run_cli("prune", dense, root / "once", "--recipe", root / "recipe.yaml", *domains)
     assert outcome.status == 0, outcome.stderr
     secateur.prune(root / "once", {**asked, "output": {"evaluate": False}}, out=root / "twice")
     return {name: root / name for name in ("dense", "once", "twice", "other")}
@@ -82,16 +82,14 @@ def test_the_card_has_the_hub_s_metadata(places):
 
 
 def test_what_is_written_names_no_place_of_this_machine_but_the_recipe(once, places):
-    assert run_cli("evaluate", once, "--against", places["dense"], "--quiet").status == 0
+    assert run_cli("evaluate", once, "--against", places["dense"]).status == 0
     assert run_cli("bench", once, "--against", places["dense"], *TIMED).status == 0
     files = [file for file in once.iterdir() if file.is_file() and file.suffix != ".safetensors"]
     texts = {file.name: file.read_bytes() for file in files}
     assert {"README.md", "result.json", "bench.json", "evaluation.json", "report.html", "run.jsonl"} < set(texts)
     named = [name for name, raw in texts.items() if re.search(rb"/tmp|a place of mine|is_local|name_or_path", raw)]
     assert named == ["recipe.yaml"], "from which evaluate and recover read the text again"
-    command = (
-        "secateur prune dense once --recipe recipe.yaml --domain mine=mine.txt --set calibration.domains=... --quiet"
-    )
+    command = "secateur prune dense once --recipe recipe.yaml --domain mine=mine.txt --set calibration.domains=..."
     assert f"- command: `{command}`" in texts["README.md"].decode()
 
 
@@ -111,16 +109,16 @@ def test_bench_refuses_another_model_and_names_it_where_it_is_meant(once, places
 
 def test_swapped_arguments(once, places):
     for command in (("bench", places["dense"], "--against", once), ("evaluate", places["dense"], "--against", once)):
-        outcome = run_cli(*command, "--quiet", *(("--out", once / "x") if command[0] == "evaluate" else ()))
+        outcome = run_cli(*command, *(("--out", once / "x") if command[0] == "evaluate" else ()))
         assert outcome.status == 2 and "so the two are swapped" in outcome.stderr
-    outcome = run_cli("recover", places["dense"], "--teacher", once, "--out", once / "x", "--quiet")
+    outcome = run_cli("recover", places["dense"], "--teacher", once, "--out", once / "x")
     assert outcome.status == 2 and "so the two are swapped" in outcome.stderr
 
 
 def test_recover_and_evaluate_refuse_another_model(once, places, tmp_path):
-    outcome = run_cli("recover", once, "--teacher", places["other"], "--out", tmp_path / "out", "--quiet")
+    outcome = run_cli("recover", once, "--teacher", places["other"], "--out", tmp_path / "out")
     assert outcome.status == 2 and "is not the model that" in outcome.stderr
-    outcome = run_cli("evaluate", once, "--against", places["other"], "--quiet")
+    outcome = run_cli("evaluate", once, "--against", places["other"])
     assert outcome.status == 2 and "is not the model that" in outcome.stderr
     assert not (once / "evaluation.json").exists()
     found = secateur.evaluate(once, places["other"], other_dense=True)
@@ -129,7 +127,7 @@ def test_recover_and_evaluate_refuse_another_model(once, places, tmp_path):
 
 def test_nothing_is_written_into_what_is_no_result(places):
     before = names_in(places["dense"])
-    outcome = run_cli("evaluate", places["dense"], "--domain", "code", "--quiet")
+    outcome = run_cli("evaluate", places["dense"], "--domain", "code")
     assert (
         outcome.status == 2
         and "is not a result of secateur, so the evaluation is not written into it" in outcome.stderr
@@ -191,7 +189,7 @@ def test_a_repository_that_is_public_already_gets_nothing_unless_that_is_meant(p
 
 
 def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(once, places, hub, tmp_path):
-    for command in (("evaluate", once, "--against", places["dense"], "--quiet"), ("bench", once, *TIMED)):
+    for command in (("evaluate", once, "--against", places["dense"]), ("bench", once, *TIMED)):
         assert run_cli(*command).status == 0
     known = names_in(once) - {name for name in names_in(once) if name.split("/")[0] == "evaluation"}
     (tmp_path / "private.json").write_text("{}")
@@ -199,7 +197,7 @@ def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(once, places,
     for name in ("notes.txt", ".hidden", "secret.json", "model.gguf", "evaluation/more.txt", "src/a.py"):
         (once / name).parent.mkdir(exist_ok=True)
         (once / name).write_text("mine")
-    outcome = run_cli("push", once, "me/tiny-pruned", "--quiet")
+    outcome = run_cli("push", once, "me/tiny-pruned")
     assert outcome.status == 0 and outcome.stdout.endswith("Pushed to https://hub/me/tiny-pruned, private.\n")
     assert names_in(hub.place) == known and hub.asked["private"] and "*.safetensors" in hub.asked["delete_patterns"]
 
@@ -208,13 +206,13 @@ def test_what_is_sent_holds_no_place_and_is_whole(once, hub):
     # Text that looks like a path and is none stays as it is.
     card = (once / CARD).read_text().replace("# dense, pruned", "# 1/2 of </script> or a/b, pruned")
     (once / CARD).write_text(card)
-    assert run_cli("push", once, "me/tiny-pruned", "--public", "--quiet").status == 0
+    assert run_cli("push", once, "me/tiny-pruned", "--public").status == 0
     for file in (path for path in hub.place.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         assert not re.search(rb"/tmp|a place of mine", file.read_bytes()), file
     assert (hub.place / CARD).read_text().split("---\n", 2)[2] == card.split("---\n", 2)[2]
     assert not hub.asked["private"]
     assert read_result(hub.place).recipe.calibration.domains["prose"].files == ("prose.txt",)
-    outcome = run_cli("verify", hub.place, "--quiet")
+    outcome = run_cli("verify", hub.place)
     assert outcome.status == 0, outcome.stdout
 
 

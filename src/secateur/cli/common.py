@@ -34,11 +34,11 @@ TELLING_SHARE = 0.01
 
 
 @contextmanager
-def progress_bar(*, enabled: bool) -> Iterator[Progress]:
-    """Yield a listener that draws a bar per stage, without a terminal prints lines, or is silent."""
+def progress_bar() -> Iterator[Progress]:
+    """Yield a listener that draws a bar per stage, or without a terminal prints lines."""
     console = Console(stderr=True)
-    if not enabled or not console.is_interactive:
-        yield _lines() if enabled else silent
+    if not console.is_interactive:
+        yield _lines()
         return
     columns = (TextColumn("{task.description:<24}"), BarColumn(bar_width=30), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -182,7 +182,7 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             while heard.recv(1):
                 pass
         except TimeoutError:
-            text = "interrupted in a long operation; the same command goes on, prune with --resume"
+            text = "interrupted in a long operation; the same command goes on"
             print(f"secateur: {text}.", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
@@ -217,9 +217,7 @@ Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf
 Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
 Force = Annotated[bool, typer.Option("--force", help="Write a trim that costs more than was foretold or is bearable.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; by default a GPU if torch finds one.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
 Preset = Annotated[
@@ -262,7 +260,6 @@ Sets = Annotated[
         help="Any key of the recipe, repeatable: calibration.num_tokens=8192 (YAML); see secateur recipe.",
     ),
 ]
-Budget = Annotated[str | None, typer.Option(metavar="NAME", help="How many units each layer keeps: uniform or curve.")]
 To = Annotated[
     str | None,
     typer.Option("--to", metavar="SIZE", help="What may stay: parameters, as 0.4B, or bytes, as 8GB; not --remove."),
@@ -300,16 +297,18 @@ class Listeners(NamedTuple):
 
 
 @contextmanager
-def listeners(*, quiet: bool, as_json: bool) -> Iterator[Listeners]:
+def listeners() -> Iterator[Listeners]:
     """Yield `progress` and `tell` for a command that ranks may share: those of other ranks print nothing."""
     from secateur.ranks import is_first
 
-    enabled = is_first() and not (quiet or as_json)
-    with progress_bar(enabled=enabled) as progress:
-        yield Listeners(progress, tell if enabled else mute)
+    if not is_first():
+        yield Listeners(silent, mute)
+        return
+    with progress_bar() as progress:
+        yield Listeners(progress, tell)
 
 
-def show(record: Any, written: str = "", *, as_json: bool) -> None:
+def show(record: Any, written: str = "", *, as_json: bool = False) -> None:
     """Print what a command found as JSON, or as tables and where it was `written`. Other ranks print nothing."""
     from secateur.ranks import is_first
 

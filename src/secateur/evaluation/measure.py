@@ -42,7 +42,6 @@ def measure(
     *,
     out: Path | str,
     overwrite: bool = False,
-    resume: bool = False,
     command: str = "",
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda text: None,
@@ -52,7 +51,7 @@ def measure(
     Copies of the model are cut to three sizes in one walk and judged, as `prune` without a polish would; losses
     between are interpolated. `model`, `recipe`: as for `prune`; the recipe does not say how much goes. With budget
     `curve` the groups' error curves are kept, too, by which `prune` plans widths. `out`: the directory to write,
-    with `result.json` and `report.html`. `overwrite`, `resume`, `command`, `progress`, `tell`: as for `prune`.
+    with `result.json` and `report.html`. `overwrite`, `command`, `progress`, `tell`: as for `prune`.
 
     Returns the `Measurement` that `result.json` holds.
 
@@ -60,7 +59,7 @@ def measure(
     """
     given, progress = as_recipe(recipe), progress if is_first() else silent
     opened = _opened(model, given, weights=True)
-    with begun(opened, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
+    with begun(opened, out, overwrite=overwrite, progress=progress, tell=tell) as services:
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
         directory, measurement = services.scratch, _measured(ready, command)
         if directory is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import RecipeError
 from secateur.facts import Ancestor, Size
 from secateur.log import RunLog, Tell, versions
 from secateur.model.bind import Arch, bind, decoder_layers
@@ -207,20 +207,14 @@ def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placemen
 
 
 def store_for(
-    out: Path | None, opened: Opened, log: RunLog, *, resume: bool, overwrite: bool, tell: Tell
+    out: Path | None, opened: Opened, log: RunLog, *, overwrite: bool, tell: Tell
 ) -> AbstractContextManager[Store]:
     """Return the store of a run that can be resumed, see `Store.open`; else one that saves nothing.
 
-    A model in memory cannot be resumed, because a run cuts it in place. Raises CheckpointError if a run that
-    cannot be resumed is to `resume`.
+    A model in memory cannot be resumed, because a run cuts it in place.
     """
     recipe, checkpoint = opened.recipe, opened.checkpoint
     if out is None or checkpoint is None:
-        if resume:
-            raise CheckpointError(
-                "resume: only a run that writes to out and reads its model from files can go on; give both as paths, "
-                "or leave resume out."
-            )
         return nullcontext(Store(log=log))
     if not is_first():
         return nullcontext(Store(log=log, label=str(out)))
@@ -237,7 +231,7 @@ def store_for(
             "units that stay": opened.like and opened.like.digest,
         },
     }
-    return Store.open(out, inputs, log, resume=resume, overwrite=overwrite, protected=checkpoint.directory, tell=tell)
+    return Store.open(out, inputs, log, overwrite=overwrite, protected=checkpoint.directory, tell=tell)
 
 
 def check_same_run(model: CausalLM, recipe: Recipe) -> None:

@@ -44,7 +44,6 @@ def begun(
     out: Path | str | None,
     *,
     overwrite: bool,
-    resume: bool,
     progress: Progress,
     tell: Tell,
 ) -> Iterator[Services]:
@@ -54,7 +53,7 @@ def begun(
     """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
-    steps = store_for(place, opened, log, resume=resume, overwrite=overwrite, tell=tell)
+    steps = store_for(place, opened, log, overwrite=overwrite, tell=tell)
     with keeping_freed(), threads_kept(), steps as store, target as directory:
         yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
 

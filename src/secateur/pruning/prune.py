@@ -36,7 +36,6 @@ def prune_run(
     like: Path | str | None = None,
     tokenizer: Tokenizer | None,
     overwrite: bool,
-    resume: bool,
     force: bool = False,
     command: str,
     progress: Progress,
@@ -75,7 +74,7 @@ def prune_run(
         opened, num_models = with_most(opened, given, "max_loss"), 3
 
     # Sizes that are finished serve another run with other ones beside them.
-    with begun(base, out, overwrite=overwrite, resume=resume, progress=progress, tell=tell) as services:
+    with begun(base, out, overwrite=overwrite, progress=progress, tell=tell) as services:
         if is_alone and services.scratch is not None:
             services.log.append_to(services.scratch)
         does = "removes" if is_alone else "removes up to"
