@@ -64,10 +64,6 @@ class Training(Strict):
     """of these."""
     gradient_checkpointing: bool = False
     """computes activations again in place of storing them."""
-    evaluations: Natural = 4
-    """number of held-out ones on the way, beside those before and after; the weights of the least
-    loss stay.
-    """
 
 
 class PolishSettings(Training):
@@ -76,10 +72,6 @@ class PolishSettings(Training):
     num_tokens: Natural | None = None
     """of all domains together. None for as many as the calibration has, and for none unless
     `repair.compensate` is `least_squares` and more than tokens may go.
-    """
-    evaluations: Natural = 0
-    """number of held-out ones on the way, beside those before and after; the weights of the least
-    loss stay.
     """
 
 

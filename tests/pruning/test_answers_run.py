@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(files: Path, **calibration: Any) -> dict[str, Any]:
     domains = {"chat": {"files": str(files / "chat.jsonl"), "answers": True}, "lines": {"files": str(files / "a.txt")}}
     text = {"num_tokens": 1152, "sequence_length": 32, "domains": domains, **calibration}
-    return {"align": 8, "calibration": text, "polish": {"num_tokens": 640, "batch_tokens": 64, "evaluations": 1}}
+    return {"align": 8, "calibration": text, "polish": {"num_tokens": 640, "batch_tokens": 64}}
 
 
 @pytest.fixture(scope="module")

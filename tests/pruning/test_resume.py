@@ -202,7 +202,7 @@ def faults(tmp_path_factory) -> Path:
     ],
 )
 def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
-    training = {"num_tokens": 128, "batch_tokens": 64, "evaluations": 2}
+    training = {"num_tokens": 128, "batch_tokens": 64}
     wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2, "polish": training}
     found, num_calls = failed_writes(faults, checkpoints["llama"], wanted, tmp_path, "", first, step, error)
     assert num_calls > 150 and len(found) == len(range(first, num_calls + 1, step))
@@ -214,7 +214,7 @@ def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpo
 def test_a_disk_that_is_full_in_the_training_leaves_what_it_can_go_on_from(
     error, first, step, faults, checkpoints, recipe, tmp_path
 ):
-    training = {"num_tokens": 256, "batch_tokens": 64, "evaluations": 2}
+    training = {"num_tokens": 256, "batch_tokens": 64}
     wanted = {**recipe, "remove": 0.35, "polish": training}
     counted = place_beside(Path("out")).name + "/polish"
     found, num_calls = failed_writes(faults, checkpoints["llama"], wanted, tmp_path, counted, first, step, error)

@@ -20,7 +20,7 @@ from secateur.report.records import Summary, nats_at, read_summary
 from tests.pruning.test_resume import Stopped, stopped_after
 
 FILES = ("model.safetensors", "config.json", "keep.json", "recipe.yaml")
-POLISH = {"num_tokens": 256, "batch_tokens": 64, "evaluations": 1}
+POLISH = {"num_tokens": 256, "batch_tokens": 64}
 RECIPES: dict[str, dict[str, Any]] = {
     "no drift": {"target_mix": 0.0},
     "bare": {"compensate": "none", "score": "flap"},

@@ -2,7 +2,7 @@
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,12 +11,12 @@ import yaml
 from damage import flip_a_bit_of, truncate
 from recipes import grouped
 from run_cli import run_cli
-from transformers import TrainerState
 
 import secateur
-from secateur.recovery.checkpoints import TRAINER_STATE, Checkpoints
+from secateur.recovery import train
+from secateur.recovery.checkpoints import Checkpoints
 
-TRAINING = {"num_tokens": 768, "batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 3, "kl_share": 1.0}
+TRAINING = {"num_tokens": 768, "batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"
 
 
@@ -25,6 +25,13 @@ class Killed(BaseException):
 
 
 pytestmark = pytest.mark.usefixtures("unproved")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def saved_often() -> Iterator[None]:
+    """Save every second step."""
+    with patch.object(train, "SAVED_STEPS", 2):
+        yield
 
 
 def killed_at_second_checkpoint(command: tuple[object, ...]) -> None:
@@ -76,7 +83,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path, random.Random], None] | None]
     "none": ("prune", WEIGHTS, None),
     "weights": ("prune", WEIGHTS, flip_a_bit_of),
     "optimizer cut short": ("prune", "optimizer.pt", truncate),
-    "state": ("prune", TRAINER_STATE, flip_a_bit_of),
+    "state": ("prune", "trainer_state.json", flip_a_bit_of),
     "weights of a recovery": ("recover", WEIGHTS, flip_a_bit_of),
 }
 
@@ -97,29 +104,22 @@ def test_a_damaged_checkpoint_counts_as_absent(verb, name, damage, commands, run
     assert (told in done.stderr) == (damage is not None)
 
 
-def saved(folder: Path, best: dict[int, int]) -> Checkpoints:
-    """Return checkpoints of these steps, each with the best step by then, as the Trainer leaves them."""
+def saved(folder: Path, steps: Sequence[int]) -> Checkpoints:
+    """Return checkpoints of these steps, as the Trainer leaves them."""
     made = Checkpoints(folder, "polish", tell=[].append)
-    for step, best_step in best.items():
+    for step in steps:
         made.path(step).mkdir(parents=True)
         (made.path(step) / WEIGHTS).write_bytes(bytes([step]))
-        TrainerState(global_step=step, best_global_step=best_step).save_to_json(str(made.path(step) / TRAINER_STATE))
         made.finish(step)
     return made
 
 
 @pytest.mark.parametrize(
-    ("best", "damaged", "last", "left"),
-    [
-        ({4: 4, 8: 8, 12: 12}, None, 12, [12]),
-        ({4: 4, 8: 4, 12: 4}, None, 12, [4, 12]),
-        ({4: 4, 8: 4, 12: 4}, 12, 4, [4]),
-        ({4: 4, 8: 4, 12: 4}, 4, None, []),
-        ({4: 4, 8: 8}, 8, None, []),
-    ],
+    ("steps", "damaged", "last", "left"),
+    [((4, 8, 12), None, 12, [12]), ((4, 8), 8, None, [])],
 )
-def test_the_last_undamaged_checkpoint_is_taken(best, damaged, last, left, tmp_path):
-    made, told = saved(tmp_path / "trainer", best), list[str]()
+def test_the_last_undamaged_checkpoint_is_taken(steps, damaged, last, left, tmp_path):
+    made, told = saved(tmp_path / "trainer", steps), list[str]()
     if damaged is not None:
         flip_a_bit_of(made.path(damaged) / WEIGHTS, random.Random(0))
     half = made.path(16)  # the run ended while it was written

@@ -30,7 +30,7 @@ from secateur.recovery.polish import Lesson, _folder, learn, polish
 from secateur.store import Services, Store, place_beside
 from tests.families import tiny_family
 
-TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"
 
 

@@ -24,7 +24,6 @@ SETTINGS = {
     "batch_tokens": 128,
     "blocks_per_device": 1,
     "learning_rate": 1e-3,
-    "evaluations": 2,
     "kl_share": 1.0,
 }
 LORA = {**SETTINGS, "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}

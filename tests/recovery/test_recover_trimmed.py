@@ -17,7 +17,7 @@ from secateur.recovery.pair import open_pair, recovery_text
 from secateur.report.records import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
-TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "evaluations": 2, "kl_share": 1.0}
+TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

@@ -1,7 +1,6 @@
-"""What the Trainer is given: steps, warm-up, evaluations, the loss of a batch; and what its events turn into."""
+"""What the Trainer is given: steps, warm-up, the loss of a batch; and what its events turn into."""
 
 import copy
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import RecipeError
-from secateur.facts import Verdict
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RecoverySettings
@@ -39,21 +37,16 @@ def arguments_of(place: Any, num_steps: int, size: int = 4, dtype: torch.dtype =
 
 
 def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
-    found = arguments_of(tmp_path, 95, evaluations=4)
+    found = arguments_of(tmp_path, 95)
     assert (found.max_steps, found.warmup_steps, found.learning_rate) == (95, 9, 0.25)
     assert (found.lr_scheduler_type, found.weight_decay, found.max_grad_norm) == ("cosine", 0.0, 1.0)
-    # Four evaluations at most: every 24 steps, and at the end.
-    assert found.eval_steps == found.save_steps == 24 and found.save_total_limit is None  # see Checkpoints
-    assert found.load_best_model_at_end and found.metric_for_best_model == "eval_objective"
-    assert found.greater_is_better is False and found.seed == 7 and found.bf16 is False
+    assert (found.save_steps, found.save_total_limit) == (48, None)  # see Checkpoints
+    assert (found.eval_strategy, found.load_best_model_at_end) == ("no", False), "what comes last stays"
+    assert found.seed == 7 and found.bf16 is False
     assert found.train_sampling_strategy == "sequential"
     assert arguments_of(tmp_path, 5).warmup_steps == 1
     assert arguments_of(tmp_path, 1).warmup_steps == 0, "the first step of a warm-up has a rate of 0"
-    assert arguments_of(tmp_path, 8, evaluations=4).eval_steps == 2
-    assert arguments_of(tmp_path, 8, evaluations=1).eval_steps == 8
-    # Judged before and after alone: saved on the way all the same, and what comes last stays.
-    alone = arguments_of(tmp_path, 9, evaluations=0)
-    assert (alone.eval_strategy, alone.save_steps, alone.load_best_model_at_end) == ("no", 5, False)
+    assert [arguments_of(tmp_path, steps).save_steps for steps in (9, 300, 5000)] == [5, 150, 150]
 
 
 def test_the_rate_follows_the_size_of_the_weights():
@@ -80,7 +73,6 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     student, teacher = tiny_llama(seed=1), tiny_llama()
     ids_BT = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     trainer = object.__new__(Distiller)
-    trainer.settings = RecoverySettings(kl_share=kl_share)
     trainer.teacher = None if kl_share == 0 else teacher
     trainer.judge = SimpleNamespace(head=teacher.lm_head)  # type: ignore[assignment]
     teacher.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
@@ -99,66 +91,26 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_an_evaluation_says_kl_by_domain_its_mean_and_the_objective():
-    logged: list[dict[str, float]] = []
-    trainer = object.__new__(Distiller)
-    model = tiny_llama().train()
-    verdicts = {"a": Verdict(0.1, 0.0, 3.0, 1.0, 1, 0.2), "b": Verdict(0.5, 0.0, 4.0, 1.0, 1, 0.6)}
-    trainer.before = None
-    trainer.judge = SimpleNamespace(verdicts=lambda _: verdicts, answers=frozenset())  # type: ignore[assignment]
-    trainer.settings, trainer.model_wrapped, trainer.log = RecoverySettings(kl_share=0.25), model, logged.append
-    trainer.args = SimpleNamespace(device="cpu")  # type: ignore[assignment]
-    trainer.state = trainer.control = None  # type: ignore[assignment]
-    trainer.callback_handler = SimpleNamespace(on_evaluate=lambda *_: "control")  # type: ignore[assignment]
-    found = trainer.evaluate()
-    assert found == pytest.approx(
-        {"eval_kl_a": 0.1, "eval_kl_b": 0.5, "eval_kl": 0.3, "eval_objective": 0.25 * 0.3 + 0.75 * 3.5}
-    )
-    assert logged == [found] and trainer.control == "control" and not model.training
-
-
-def listener() -> tuple[Listener, list[tuple[str, int, int]], list[str]]:
-    moves, said = list[tuple[str, int, int]](), list[str]()
-    saved = Checkpoints(Path("trainer"), "recover", said.append)
-    heard = Listener("recover", saved, 100, lambda *where: moves.append(where), said.append)
-    return heard, moves, said
-
-
-def test_the_log_has_every_step_and_evaluation_once():
+def test_the_log_has_every_step_once():
     history = [
         {"loss": 1.5, "learning_rate": 0.5, "step": 2},
-        {"eval_kl_a": 0.5, "eval_kl": 0.5, "eval_objective": 9.0, "step": 2},
         {"train_runtime": 1.0, "train_loss": 1.5, "step": 2},
     ]
     assert list(log_lines("recover", history, 100)) == [
-        {"event": "recover_step", "step": 2, "tokens": 200, "loss": 1.5, "learning_rate": 0.5},
-        {"event": "recover_kl", "step": 2, "tokens": 200, "kl": {"a": 0.5}},
+        {"event": "recover_step", "step": 2, "tokens": 200, "loss": 1.5, "learning_rate": 0.5}
     ]
 
 
-def test_the_best_checkpoint_may_have_moved(tmp_path):
-    heard, _, _ = listener()
-    state = TrainerState(global_step=2, max_steps=10, best_global_step=2)
-    state.best_model_checkpoint = "/elsewhere/trainer/checkpoint-2"
-    heard.on_train_begin(arguments_of(tmp_path, 10), state, TrainerControl())
-    assert state.best_model_checkpoint == "trainer/checkpoint-2"
-
-
-def test_progress_counts_tokens_and_a_resumed_run_times_its_own_steps_alone(tmp_path):
-    heard, moves, said = listener()
-    arguments, control = arguments_of(tmp_path, 10), TrainerControl()
+def test_progress_counts_tokens_and_the_last_step_is_not_saved(tmp_path):
+    moves = list[tuple[str, int, int]]()
+    saved = Checkpoints(Path("trainer"), "recover", [].append)
+    heard = Listener("recover", saved, 100, lambda *where: moves.append(where))
+    arguments, control = arguments_of(tmp_path, 10), TrainerControl(should_save=True)
     heard.on_train_begin(arguments, TrainerState(global_step=4, max_steps=10), control)
-    heard.started -= 2.0  # as if two seconds had gone
-    state = TrainerState(global_step=6, max_steps=10)
-    heard.on_step_end(arguments, state, control)
-    assert moves == [("recover", 400, 1000), ("recover", 600, 1000)] and not control.should_evaluate
-    heard.on_log(arguments, state, control, logs={"loss": 1.25, "learning_rate": 0.5})
-    heard.on_log(arguments, state, control, logs={"eval_kl": 0.5})
-    heard.on_evaluate(arguments, state, control, metrics={"eval_kl_a": 0.5, "eval_kl": 0.5, "eval_objective": 9.0})
-    found = re.match(r"step 6 of 10: loss 1\.250, (\d+) tokens/s, held-out KL 0\.5000 \(a 0\.500\)", said[0])
-    assert found is not None and 0 < int(found[1]) <= 100, "two steps of 100 tokens in two seconds, and a little more"
+    heard.on_step_end(arguments, TrainerState(global_step=6, max_steps=10), control)
+    assert moves == [("recover", 400, 1000), ("recover", 600, 1000)] and control.should_save
     heard.on_step_end(arguments, TrainerState(global_step=10, max_steps=10), control)
-    assert control.should_evaluate and control.should_save
+    assert not control.should_save
 
 
 def test_low_rank_additions_start_at_nothing_and_count_twice():

@@ -11,15 +11,12 @@ from pathlib import Path
 from traceback import walk_tb
 
 import torch
-from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateur.errors import CheckpointError
 from secateur.files import disk_errors
 from secateur.log import Tell
 from secateur.store import Store
-
-TRAINER_STATE = "trainer_state.json"
 
 
 class Checkpoints:
@@ -32,21 +29,21 @@ class Checkpoints:
         self.folder, self.store = folder, Store(folder, label=label, tell=tell)
 
     def finish(self, step: int) -> None:
-        """Save the digests of a checkpoint that is written; then remove all but it and the best one."""
+        """Save the digests of a checkpoint that is written; then remove all others."""
         self.store.save_files(self.path(step).name, self.path(step))
-        for other in set(self._steps()) - {step, self._best(step)}:
+        for other in set(self._steps()) - {step}:
             self._remove(other)
 
     def last(self) -> Path | None:
-        """Return the last checkpoint that is undamaged, as is the best one before it; None: begin anew.
+        """Return the last checkpoint that is undamaged; None: begin anew.
 
         All others are removed, so that the Trainer does not meet them.
         """
         last: int | None = None
         for step in sorted(self._steps(), reverse=True):
-            if last is None and self._is_intact(step) and self._is_intact(self._best(step)):
+            if last is None and self.store.has_files(self.path(step).name, self.path(step)):
                 last = step
-            elif last is None or step != self._best(last):
+            else:
                 self._remove(step)
         return None if last is None else self.path(last)
 
@@ -72,13 +69,6 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{self.folder}: a checkpoint could not be written whole; free some space or choose another place."
                 ) from None
-
-    def _is_intact(self, step: int | None) -> bool:
-        return step is None or self.store.has_files(self.path(step).name, self.path(step))
-
-    def _best(self, step: int) -> int | None:
-        """Return the step of the best checkpoint by then: the training ends with its weights."""
-        return TrainerState.load_from_json(str(self.path(step) / TRAINER_STATE)).best_global_step
 
     def _steps(self) -> list[int]:
         return [int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/")]

@@ -27,11 +27,11 @@ def polish_settings(recipe: Recipe) -> RecoverySettings | None:
 def scratch_bytes(pruned: PreTrainedModel, settings: RecoverySettings) -> int:
     """Return the most bytes that a recovery writes beside its result.
 
-    Checkpoints of weights and two moments: the best, the last, one being written; and the result.
+    Checkpoints of weights and two moments: the last, one being written; and the result.
     """
     size = Size.of(pruned)
     states = size.num_params + 2 * num_trained(pruned, settings)
-    return 3 * 4 * states + size.num_bytes
+    return 2 * 4 * states + size.num_bytes
 
 
 def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
@@ -48,7 +48,7 @@ def training_bytes(
     """Return the bytes of training a model like this one with `num_params` parameters, of which some are `trained`.
 
     float32 weights and two float32 moments of what is trained, the rest as it is stored; and the
-    larger of a step and of the best weights, which are read (low-rank additions: merged) at the end.
+    larger of a step and of the weights that an interrupted training reads (low-rank additions: merged).
     A step: gradients, copies in the model's dtype if that is a lower one, activations; logits of
     both models and their gradient for a slice of positions, on accelerators in float32 too.
     """

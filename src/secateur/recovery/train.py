@@ -1,16 +1,15 @@
 """Training: the pruned model learns to predict what the dense model predicts; never for the worse.
 
 In: both models, the text, the settings. Out: the trained model, in place. transformers' Trainer
-runs it, with our loss and our held-out text; FSDP shards both models.
+runs it, with our loss; FSDP shards both models.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import wait_for_everyone
@@ -26,8 +25,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from secateur.facts import TrainingRecord, Verdicts, mean_kl
-from secateur.log import Progress, RunLog, Tell, mute
+from secateur.facts import TrainingRecord, Verdicts
+from secateur.log import Progress, RunLog, Tell
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.ranks import alone, from_first
@@ -54,18 +53,16 @@ from secateur.stream.device import release_freed
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
 # Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
 RELATIVE_RATE = 0.0005
-# In so many parts is a training saved that is evaluated before and after it alone.
-SAVED_PARTS = 2
+# A training is saved halfway, a longer one every so many steps.
+SAVED_STEPS = 150
 FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
 
 
 class Distiller(Trainer):
-    """Trains a model that is in `loss_in_forward` and evaluates by the judge."""
+    """Trains a model that is in `loss_in_forward`, by the judge's head or the teacher."""
 
-    settings: RecoverySettings
     judge: Judge
     teacher: nn.Module | None
-    before: Verdicts | None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the loss of one batch."""
@@ -78,68 +75,24 @@ class Distiller(Trainer):
         masks = {name: inputs[name] for name in ("counted", "answers") if name in inputs}
         return model(input_ids=ids_BT, learns=True, teacher=teacher, **masks)
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return held-out KL, by domain and mean, and the objective."""
-        model, device = cast(Any, self.model_wrapped), self.args.device
-        model.eval()
-        verdicts = unless_diverged(
-            lambda: self.judge.verdicts(lambda ids_BT: model(input_ids=ids_BT.to(device), use_cache=False).logits)
-        )
-        metrics = {f"eval_kl_{domain}": verdict.kl for domain, verdict in (verdicts or {}).items()}
-        metrics["eval_kl"] = mean_kl(verdicts) if verdicts else math.inf
-        metrics["eval_objective"] = objective(verdicts, self.settings.kl_share, self.judge.answers, self.before)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        release_freed()  # the last step's gradients, before the best weights are read
-        return metrics
-
 
 @dataclass
 class Listener(TrainerCallback):
-    """Moves the progress, tells of evaluations, and asks for a last one at the end.
-
-    `name`: of the training, as in `Work`. `checkpoints`: gets the digests of what the Trainer saves.
-    `tell`: gets a line of text at every evaluation.
-    """
+    """Moves the progress. `name`: of the training. `checkpoints`: gets the digests of what the Trainer saves."""
 
     name: str
     checkpoints: Checkpoints
     tokens_per_step: int
     progress: Progress
-    tell: Tell
-    started: float = 0.0
-    first_step: int = 0
-    loss: float = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock."""
-        self.started, self.first_step = time.perf_counter(), state.global_step
-        if state.best_global_step is not None:  # the directory may have been moved
-            state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
+        """Begin where an interrupted training ended."""
         self._move(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the progress; evaluate and save after the last step."""
+        """Move the progress; what the last step leaves is kept by `_train`."""
         self._move(state)
-        if state.global_step >= state.max_steps:  # without evaluations what is trained is kept by `_train`
-            control.should_evaluate = control.should_save = args.load_best_model_at_end
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the loss of a step for `on_evaluate`."""
-        self.loss = kwargs["logs"].get("loss", self.loss)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the held-out KL and how far the training is; stop one that has diverged."""
-        metrics = kwargs["metrics"]
-        control.should_training_stop |= math.isinf(metrics["eval_kl"])
-        num_tokens = (state.global_step - self.first_step) * self.tokens_per_step
-        rate = num_tokens / (time.perf_counter() - self.started)
-        left = (state.max_steps - state.global_step) * self.tokens_per_step / max(rate, 1e-9)
-        domains = ", ".join(f"{domain} {kl:.3f}" for domain, kl in _by_domain(metrics).items()) or "diverged"
-        self.tell(
-            f"step {state.global_step} of {state.max_steps}: loss {self.loss:.3f}, {rate:,.0f} tokens/s, held-out KL "
-            f"{metrics['eval_kl']:.4f} ({domains}), {left / 60:,.1f} min left"
-        )
+        control.should_save &= state.global_step < state.max_steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save the digests of a checkpoint that every process has written its part of."""
@@ -151,21 +104,13 @@ class Listener(TrainerCallback):
         self.progress(self.name, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
 
 
-def _by_domain(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the held-out KL by domain."""
-    return {name.removeprefix("eval_kl_"): kl for name, kl in metrics.items() if name.startswith("eval_kl_")}
-
-
 def log_lines(name: str, history: list[dict[str, float]], tokens_per_step: int) -> Iterator[dict[str, Any]]:
-    """Yield the run log's line of every step and evaluation. `history`: of the Trainer, an interrupted run's first."""
+    """Yield the run log's line of every step. `history`: of the Trainer, an interrupted run's first."""
     for logs in history:
-        step = int(logs["step"])
-        place = {"step": step, "tokens": step * tokens_per_step}
         if "loss" in logs:
+            step = int(logs["step"])
             line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-            yield {"event": f"{name}_step", **place, **line}
-        elif "eval_kl" in logs:
-            yield {"event": f"{name}_kl", **place, "kl": _by_domain(logs)}
+            yield {"event": f"{name}_step", "step": step, "tokens": step * tokens_per_step, **line}
 
 
 @dataclass
@@ -173,7 +118,6 @@ class Work:
     """A pruned model that is ready to train. `directory`: for what an interrupted run leaves.
 
     `teacher`: the dense model. `states`: in its place, what its head reads for each block of text.
-    `before`: the verdicts before the training, which `train_guarded` fills in.
     With `kl_share: 0` neither is used. `name`: recover or polish.
     """
 
@@ -188,7 +132,6 @@ class Work:
     progress: Progress
     tell: Tell
     states: Sequence[Tensor] | None = None
-    before: Verdicts | None = None
     name: str = "recover"
     on_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
@@ -199,7 +142,7 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     The weights are put back if what the training minimises did not fall on held-out text. KL alone
     would undo trainings that win on text of every kind: LOG, 2026-11-27, evening.
     """
-    work.before = before = judged(work)
+    before = judged(work)
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
     cost = _train(work)
     after = unless_diverged(lambda: judged(work))
@@ -243,14 +186,14 @@ def _train(work: Work) -> dict[str, Any]:
     release_freed()  # the optimizer's states
     seconds = round(time.perf_counter() - start, 2)
     cost = {"num_tokens": num_tokens, "seconds": seconds}
-    lines = [line for line in work.log.lines if line["event"] in (f"{work.name}_step", f"{work.name}_kl")]
+    lines = [line for line in work.log.lines if line["event"] == f"{work.name}_step"]
     with alone():
         store.save("trained", dict(work.pruned.named_parameters()), {"cost": cost, "lines": lines})
     return cost
 
 
 def recover_logits(work: Work) -> int:
-    """Train `work.pruned` in place and return the tokens trained on, fewer if it diverged.
+    """Train `work.pruned` in place and return the tokens trained on.
 
     What is trained is float32; a bfloat16 model computes and ends in bfloat16 (autocast).
     AdamW without decay, a tenth of warm-up, then a cosine schedule, gradients clipped to norm 1.
@@ -300,19 +243,18 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
 def _trainer(
     work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
 ) -> Distiller:
-    tell = work.tell if work.name == "recover" else mute  # within a prune the progress says enough
-    listener = Listener(work.name, checkpoints, tokens_per_step, work.progress, tell)
+    listener = Listener(work.name, checkpoints, tokens_per_step, work.progress)
     items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
     if work.text.is_masked:
         items = [{**item, **_mask_of(block)} for item, block in zip(items, work.text.blocks, strict=True)]
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
-    data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items, "eval_dataset": items}
+    data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items}
     trainer = Distiller(model=trained, args=arguments, callbacks=[listener], **data)
     trainer.remove_callback(PrinterCallback)
     # Else the Trainer sums the losses of a step's parts; ours, of equal length, are averaged.
     trainer.model_accepts_loss_kwargs = False
-    trainer.settings, trainer.judge, trainer.before = work.settings, work.judge, work.before
+    trainer.judge = work.judge
     teacher: Any = work.teacher
     if work.states is not None:
         work.judge.head.to(arguments.device)  # a copy: see `polish.learn`
@@ -343,8 +285,7 @@ def _mask_of(block: Block) -> dict[str, Any]:
 
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:
-    settings = work.settings
-    every, on_cpu = -(-num_steps // (settings.evaluations or SAVED_PARTS)), work.on_cpu
+    settings, on_cpu = work.settings, work.on_cpu
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
         per_device_train_batch_size=settings.blocks_per_device,
@@ -357,13 +298,8 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         bf16=autocasts(dtype, on_cpu=on_cpu),
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
-        eval_strategy="steps" if settings.evaluations else "no",
-        eval_steps=every,
         save_strategy="steps",
-        save_steps=every,
-        load_best_model_at_end=settings.evaluations > 0,
-        metric_for_best_model="eval_objective",
-        greater_is_better=False,
+        save_steps=min(-(-num_steps // 2), SAVED_STEPS),
         report_to="none",
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
