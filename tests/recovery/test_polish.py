@@ -93,7 +93,6 @@ def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(
     ruinous = {**TRAINING, "num_tokens": 640, "learning_rate": rate}
     found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": ruinous}), out=tmp_path / "ruined")
     assert found.summary.polish is not None and not found.summary.polish.training.held
-    assert (found.summary.polish.training.num_tokens < 640) == (ends == "inf"), "no use to go on"
     assert re.search(rf"polish: held-out KL did not fall \([\d.]+ -> {ends} nats", " ".join(found.summary.warnings))
     assert (tmp_path / "ruined" / WEIGHTS).read_bytes() == (without / WEIGHTS).read_bytes()
 
