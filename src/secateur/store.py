@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from secateur.files import (
 )
 from secateur.log import Progress, RunLog, Tell, mute, silent
 from secateur.ranks import from_first, is_first
-from secateur.result_directory import check_replaceable, restore
+from secateur.result_directory import check_replaceable, restore, staging_if_any
 
 INPUTS, INPUT = "inputs", "input-"
 HOW = "the same command goes on from what is finished"
@@ -96,7 +96,7 @@ class Store:
         log: RunLog,
         *,
         overwrite: bool,
-        protected: Path,
+        protected: Path | None,
         tell: Tell = mute,
     ) -> Iterator["Store"]:
         """Yield the store of the job that writes `out`; only one process at a time has it.
@@ -315,6 +315,33 @@ class Services:
             log.append_to(folders[1])
         store = Store(folders[0], log=log, label=self.store.label, tell=self.store.tell)
         return replace(self, log=log, store=store, scratch=folders[1])
+
+
+@contextmanager
+def begun(
+    out: Path | str | None,
+    inputs: Callable[[], Mapping[str, Any]] | None,
+    *,
+    overwrite: bool,
+    protected: Path | None,
+    progress: Progress,
+    tell: Tell,
+) -> Iterator[Services]:
+    """Yield what a job reports to and goes on from; its `scratch` becomes `out` when the block succeeds.
+
+    `inputs`: gives those of `Store.open`, on the rank that writes; None for a job that cannot go on.
+    `protected`: the model that is read.
+    """
+    place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
+    target = staging_if_any(place, overwrite=overwrite, protected=protected, tell=tell)
+    if place is None or inputs is None:
+        steps = nullcontext(Store(log=log))
+    elif is_first():
+        steps = Store.open(place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell)
+    else:
+        steps = nullcontext(Store(log=log, label=str(place)))
+    with steps as store, target as directory:
+        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
 
 
 def _is_of_others(label: str, changes: str) -> CheckpointError:

@@ -14,7 +14,7 @@ from run_cli import run_cli
 
 import secateur
 from secateur.recovery import train
-from secateur.recovery.checkpoints import Checkpoints
+from secateur.recovery.train import Checkpoints
 
 TRAINING = {"num_tokens": 768, "batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"

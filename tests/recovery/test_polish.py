@@ -26,7 +26,8 @@ from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery import attention, train
 from secateur.recovery.cost import training_bytes
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.polish import Lesson, _folder, learn, polish
+from secateur.recovery.polish import Lesson, learn, polish
+from secateur.recovery.train import training_folder
 from secateur.store import Services, Store, place_beside
 from tests.families import tiny_family
 
@@ -249,7 +250,7 @@ def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, whole, t
 def test_other_settings_do_not_go_on_from_a_training_that_was_begun(tmp_path):
     services, places = Services(store=Store(tmp_path)), list[Path]()
     for changes in ({}, {"blocks_per_device": 1}, {"train": "lora"}):
-        with _folder(services, RecoverySettings(**changes)) as place:
+        with training_folder(services, RecoverySettings(**changes), "polish") as place:
             places.append(place)
     assert len(set(places)) == 3 and all(place.parent == tmp_path for place in places)
 

@@ -31,7 +31,7 @@ from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import check_training, weight_size
 from secateur.report.records import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
-from secateur.store import Store
+from secateur.store import HOW, Services, Store, place_beside
 
 # A random dense model knows nothing of the text, so only its predictions can be learnt.
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
@@ -153,7 +153,7 @@ def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, 
 
 def train(pruned: Path, teacher: Path, changes: dict[str, Any], place: Path) -> tuple[Work, Any, TrainingRecord]:
     """Train alone, without writing a result; return what was worked on, the verdicts before, the record."""
-    work = prepare(open_job(pruned, teacher, changes), place)
+    work = prepare(open_job(pruned, teacher, changes), place, Services())
     return (work, *train_guarded(work))
 
 
@@ -166,7 +166,7 @@ def test_never_worse(pruned, checkpoints, tmp_path):
     old = load_file(pruned / WEIGHTS)
     assert all(torch.equal(old[name], tensor) for name, tensor in weights(work.pruned).items())
     assert mean_kl(record.after) >= mean_kl(before) and not record.held
-    notes = [line["text"] for line in work.log.lines if line["event"] == "note"]
+    notes = [line["text"] for line in work.services.log.lines if line["event"] == "note"]
     [note] = [note for note in notes if "has so few" not in note]
     assert "did not fall" in note and "weights are those" in note
 
@@ -189,7 +189,7 @@ def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
 
 
 def trained_in_bfloat16(pruned: Path, teacher: Path, place: Path, **settings: Any) -> tuple[Work, bool]:
-    work = prepare(open_job(pruned, teacher, training_with(**settings)), place)
+    work = prepare(open_job(pruned, teacher, training_with(**settings)), place, Services())
     work.pruned.to(torch.bfloat16)
     _, record = train_guarded(work)
     return work, record.held
@@ -333,29 +333,26 @@ class Code:
         return os.mkdir, (str(self.file),)
 
 
-def interrupt(pruned: Path, teacher: Path, out: Path) -> tuple[Path, list[str]]:
-    """Stop a recovery behind its first checkpoint; return what it left and what it said."""
+def interrupt(pruned: Path, teacher: Path, out: Path) -> Path:
+    """Stop a recovery behind its first checkpoint; return the folder of its training."""
 
     def kill(name: str, done: int, total: int) -> None:
         if name == "recover" and done > 0.6 * total:
             raise Killed
 
-    said: list[str] = []
-    with pytest.raises(Killed):
-        recover(pruned, teacher, CHANGES, out=out, progress=kill, tell=said.append)
-    [left] = {path.parents[1] for path in out.parent.glob(".out.recover-*/trainer/checkpoint-*")}
-    return left, said
+    with pytest.raises(Killed) as killed:
+        recover(pruned, teacher, CHANGES, out=out, progress=kill)
+    assert killed.value.__notes__ == [HOW]
+    [left] = {path.parents[1] for path in place_beside(out).glob("recover-*/trainer/checkpoint-*")}
+    return left
 
 
-def test_a_killed_run_says_where_it_lies_goes_on_from_there_and_ends_with_the_same_bytes(
-    recovered, pruned, checkpoints, tmp_path
-):
-    other, beside, out = tmp_path / ".out.recover-0123456789ab", tmp_path / ".out.recovered", tmp_path / "out"
-    other.mkdir()
-    (other / "layer-0.safetensors").write_bytes(bytes(1000))
-    beside.mkdir()
-    left, _ = interrupt(pruned, checkpoints["llama"], out)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
+    out = tmp_path / "out"
+    interrupt(pruned, checkpoints["llama"], out)
     assert not out.exists()
+    with pytest.raises(secateur.CheckpointError, match="had other inputs: recipe recover learning_rate was"):
+        recover(pruned, checkpoints["llama"], training_with(learning_rate=3e-4), out=out)
     said, seen = list[str](), list[int]()
 
     def note(name: str, done: int, total: int) -> None:
@@ -363,19 +360,16 @@ def test_a_killed_run_says_where_it_lies_goes_on_from_there_and_ends_with_the_sa
             seen.append(done)
 
     recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append, progress=note)
-    [goes_on] = [line for line in said if line.startswith(f"{left}: ")]
-    [stale] = [line for line in said if line.startswith(f"{other}: ")]
-    assert "this one goes on from there" in goes_on and "of other inputs; delete it" in stale
+    assert any(line.startswith(f"{out}: goes on from the ") for line in said)
     assert seen[0] > 0, "the trainer goes on where its checkpoint is"
     assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
     steps = [(line["event"], line["step"]) for line in events(out) if line["event"] == "recover_step"]
     assert len(steps) == len(set(steps))
-    assert sorted(tmp_path.iterdir()) == sorted([other, beside, out])
+    assert [*tmp_path.iterdir()] == [out]
 
 
 def test_pickles_in_it_are_opened_as_tensors_only(pruned, checkpoints, tmp_path):
-    left, said = interrupt(pruned, checkpoints["llama"], tmp_path / "out")
-    assert said[-1].startswith(f"{left}: keeps what is finished")
+    left = interrupt(pruned, checkpoints["llama"], tmp_path / "out")
     [state] = left.glob("trainer/checkpoint-*/optimizer.pt")
     torch.save(Code(tmp_path / "ran"), state)
     Store(left / "trainer").save_files(state.parent.name, state.parent)  # by somebody who also writes the digests

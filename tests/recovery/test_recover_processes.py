@@ -142,7 +142,7 @@ def test_shards_go_on_from_a_checkpoint(checkpoints, recipe, tmp_path):
     secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.3}), out=pruned)
     killed = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path, INTERRUPTED)
     assert killed.returncode != 0 and "killed" in killed.stderr and not (tmp_path / "two").exists()
-    assert len(list(tmp_path.glob(".two.recover-*/trainer/checkpoint-*/trainer_state.json"))) == 1
+    assert len(list(tmp_path.glob(".two.resume/recover-*/trainer/checkpoint-*/trainer_state.json"))) == 1
     done = run(launch, SETTINGS, pruned, checkpoints["llama"], tmp_path)
     assert done.returncode == 0, done.stderr
     steps = [line for line in (tmp_path / "two" / "run.jsonl").read_text().splitlines() if '"recover_step"' in line]

@@ -12,8 +12,8 @@ from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
-from secateur.recovery.open import _fingerprint, open_job
-from secateur.recovery.pair import open_pair, recovery_text
+from secateur.recovery.open import inputs_of, open_job
+from secateur.recovery.pair import open_pair
 from secateur.report.records import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
@@ -83,12 +83,10 @@ def test_a_run_on_other_tokens_does_not_go_on(changes, tmp_path):
     first, second, third = (len(pair.dense_tokenizer) + number for number in range(3))
     assert pair.kept.dense_ids[-2:] == (first, second)
 
-    def fingerprint() -> str:
-        candidates, recipe, settings = open_job(pair.pruned, pair.dense, changes)
-        text = recovery_text(pair.pruned, recipe, settings, candidates.tokenizer, candidates.load_teacher())
-        return _fingerprint(candidates, recipe, text)
+    def inputs() -> dict[str, Any]:
+        return inputs_of(open_job(pair.pruned, pair.dense, changes))
 
-    before = fingerprint()
-    assert fingerprint() == before
+    before = inputs()
+    assert inputs() == before
     replace(pair.kept, dense_ids=(*pair.kept.dense_ids[:-1], third)).write(pair.pruned)
-    assert fingerprint() != before
+    assert inputs() != before

@@ -17,11 +17,11 @@ from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
-from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.text import Block, RecoveryText
-from secateur.recovery.train import Distiller, Listener, Work, _arguments, log_lines
+from secateur.recovery.train import Checkpoints, Distiller, Listener, Work, _arguments, log_lines
 from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, weight_size, with_lora
+from secateur.store import Services
 
 
 def work_with(place: Any, **settings: Any) -> Work:
@@ -195,7 +195,7 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
         ({"train": "full", "kl_share": 0.5}, True, True, False),
     ):
         work = work_with(tmp_path, batch_tokens=64, **settings)
-        work.tell = lambda text: None
+        work.services = Services()
         work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
         work.text = RecoveryText((Block("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}

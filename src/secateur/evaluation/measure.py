@@ -17,7 +17,7 @@ from secateur.pruning.cut import cut_and_polish
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
-from secateur.pruning.prepare import Prepared, begun, foretold, judge_of, judged, judged_dense, prepared
+from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import resolve
 from secateur.pruning.sizes import of_sizes, sized, with_most
 from secateur.pruning.text import with_share_of_answers
@@ -59,7 +59,7 @@ def measure(
     """
     given, progress = as_recipe(recipe), progress if is_first() else silent
     opened = _opened(model, given, weights=True)
-    with begun(opened, out, overwrite=overwrite, progress=progress, tell=tell) as services:
+    with begun_run(opened, out, overwrite=overwrite, progress=progress, tell=tell) as services:
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
         directory, measurement = services.scratch, _measured(ready, command)
         if directory is not None:

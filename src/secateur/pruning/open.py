@@ -5,16 +5,16 @@ All that needs no weights is checked before one is read; see `resolve.checked` f
 
 import hashlib
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.errors import RecipeError
 from secateur.facts import Ancestor, Size
-from secateur.log import RunLog, Tell, versions
+from secateur.log import versions
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     Checkpoint,
@@ -34,9 +34,8 @@ from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.kept_units import Keeps
 from secateur.model.stock import CausalLM, Tokenizer
-from secateur.ranks import check_same, device_called, is_first, size
+from secateur.ranks import check_same, device_called, size
 from secateur.recipe import Recipe, dump_recipe
-from secateur.store import Store
 from secateur.stream.device import CPU, LOW, multiplies_in_software
 from secateur.stream.offload import Placement
 
@@ -206,22 +205,10 @@ def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placemen
     return placement
 
 
-def store_for(
-    out: Path | None, opened: Opened, log: RunLog, *, overwrite: bool, tell: Tell
-) -> AbstractContextManager[Store]:
-    """Return the store of a run that can be resumed, see `Store.open`; else one that saves nothing.
-
-    A model in memory cannot be resumed, because a run cuts it in place.
-    """
-    recipe, checkpoint = opened.recipe, opened.checkpoint
-    if out is None or checkpoint is None:
-        return nullcontext(Store(log=log))
-    if not is_first():
-        return nullcontext(Store(log=log, label=str(out)))
-
-    # What the result depends on before a weight is read: no text, but what the recipe leaves to the machine.
-    inputs = {
-        "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+def inputs_of(opened: Opened, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a result depends on before a weight is read: no text, but what the recipe leaves to the machine."""
+    return {
+        "recipe": opened.recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),
         "model file": weight_digests(checkpoint),
         "version of": versions(),
@@ -231,7 +218,6 @@ def store_for(
             "units that stay": opened.like and opened.like.digest,
         },
     }
-    return Store.open(out, inputs, log, overwrite=overwrite, protected=checkpoint.directory, tell=tell)
 
 
 def check_same_run(model: CausalLM, recipe: Recipe) -> None:

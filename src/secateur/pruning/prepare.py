@@ -3,7 +3,6 @@
 In: an opened model. Out: a `Prepared` run.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,24 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from secateur.log import Progress, RunLog, Tell, human_bytes, mute
+from secateur.log import Progress, Tell, human_bytes
 from secateur.model.stock import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
     Opened,
     check_same_run,
+    inputs_of,
     loaded,
     onload,
-    store_for,
     tokenizer_of,
 )
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
-from secateur.ranks import from_first, is_first, size
-from secateur.result_directory import staging_if_any
-from secateur.store import Services
+from secateur.ranks import from_first, size
+from secateur.store import Services, begun
 from secateur.stream.device import keeping_freed
 from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement
@@ -39,23 +37,17 @@ TOKENS_BESIDE_ALL = 1024
 
 
 @contextmanager
-def begun(
-    opened: Opened,
-    out: Path | str | None,
-    *,
-    overwrite: bool,
-    progress: Progress,
-    tell: Tell,
+def begun_run(
+    opened: Opened, out: Path | str | None, *, overwrite: bool, progress: Progress, tell: Tell
 ) -> Iterator[Services]:
-    """Yield what a run reports to and resumes from; its `scratch` becomes `out` when the block succeeds.
+    """Yield the services of a run, see `begun`; a model in memory cannot go on, because a run cuts it in place.
 
     Inside it freed memory is kept, and a run may choose how many threads torch has; behind it all is as before.
     """
-    place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
-    target = staging_if_any(place, overwrite=overwrite, protected=opened.directory, tell=tell)
-    steps = store_for(place, opened, log, overwrite=overwrite, tell=tell)
-    with keeping_freed(), threads_kept(), steps as store, target as directory:
-        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
+    inputs = None if opened.checkpoint is None else partial(inputs_of, opened, opened.checkpoint)
+    job = begun(out, inputs, overwrite=overwrite, protected=opened.directory, progress=progress, tell=tell)
+    with keeping_freed(), threads_kept(), job as services:
+        yield services
 
 
 class Prepared(NamedTuple):

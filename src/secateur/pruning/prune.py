@@ -14,7 +14,7 @@ from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.cut import Cut, cut_and_polish
 from secateur.pruning.like import opened_like, recipe_like
 from secateur.pruning.open import open_model, tokenizer_of
-from secateur.pruning.prepare import Prepared, begun, judge_of, judged, judged_dense, prepared
+from secateur.pruning.prepare import Prepared, begun_run, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import checked
 from secateur.pruning.result import Result, save_and_prove, summary_of
 from secateur.pruning.sizes import Measured, Sizes, cut_within, largest_of, of_sizes, with_most
@@ -74,7 +74,7 @@ def prune_run(
         opened, num_models = with_most(opened, given, "max_loss"), 3
 
     # Sizes that are finished serve another run with other ones beside them.
-    with begun(base, out, overwrite=overwrite, progress=progress, tell=tell) as services:
+    with begun_run(base, out, overwrite=overwrite, progress=progress, tell=tell) as services:
         if is_alone and services.scratch is not None:
             services.log.append_to(services.scratch)
         does = "removes" if is_alone else "removes up to"

@@ -4,16 +4,13 @@ In: references of both models, changes to the recipe. Out: a `Work` to train.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from secateur.data.blocks import block_length
 from secateur.errors import RecipeError
-from secateur.files import check_free_space, disk_errors
-from secateur.log import Progress, RunLog, Tell, mute, silent
+from secateur.log import versions
 from secateur.model.checkpoint import weight_digests
 from secateur.ranks import launched_size
 from secateur.recipe import (
@@ -30,9 +27,10 @@ from secateur.recipe import (
 from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
 from secateur.recovery.pair import Candidates, open_pair, recovery_text
-from secateur.recovery.text import RecoveryText, shared_out
+from secateur.recovery.text import shared_out
 from secateur.recovery.train import Work
 from secateur.recovery.weights import check_training, wants_shards
+from secateur.store import Services
 
 
 class Job(NamedTuple):
@@ -81,29 +79,32 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Keys | None, *, o
     return Job(candidates, recipe.model_copy(update={"calibration": calibration, "recover": settings}), settings)
 
 
-def prepare(
-    job: Job,
-    out: Path,
-    progress: Progress = silent,
-    tell: Tell = mute,
-) -> Work:
-    """Open both models, draw the text, evaluate the dense model, make the hidden directory.
+def inputs_of(job: Job) -> dict[str, Any]:
+    """Return what the trained weights depend on before one is read; the tokens that stay by their digest."""
+    candidates = job.candidates
+    kept = candidates.trim and candidates.trim.kept.dense_ids
+    return {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "model file": weight_digests(candidates.pruned),
+        "teacher file": weight_digests(candidates.teacher),
+        "list of tokens": hashlib.sha256(str(kept).encode()).hexdigest(),
+        "version of": versions(),
+    }
+
+
+def prepare(job: Job, directory: Path, services: Services) -> Work:
+    """Open both models, draw the text and evaluate the dense model. `directory`: for what the training leaves.
 
     Weights are mapped from disk, so that only those that training changes fill memory.
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
     candidates, recipe, settings = job
+    log, progress = services.log, services.progress
     dense = candidates.load_teacher()
-    directory = candidates.pruned.directory
-    text = recovery_text(directory, recipe, settings, candidates.tokenizer, dense, progress)
-    scratch = out.absolute().with_name(f".{out.name}.recover-{_fingerprint(candidates, recipe, text)}")
-    with disk_errors(out):
-        scratch.mkdir(parents=True, exist_ok=True)
-    for line in _left_behind(scratch, out):
-        tell(line)
-    check_free_space(scratch, scratch_bytes(candidates.pruned_shape, settings))
-    log = RunLog()
+    text = recovery_text(candidates.pruned.directory, recipe, settings, candidates.tokenizer, dense, progress)
+    services.store.check_input("text", text.content_hash)
+    services.check_space(scratch_bytes(candidates.pruned_shape, settings))
     for note in candidates.notes:
         log.note(note)
     if candidates.trim is not None:
@@ -120,26 +121,6 @@ def prepare(
         judge=judge,
         settings=settings,
         seed=recipe.seed,
-        directory=scratch,
-        log=log,
-        progress=progress,
-        tell=tell,
+        directory=directory,
+        services=services,
     )
-
-
-def _left_behind(scratch: Path, out: Path) -> Iterator[str]:
-    """Yield a line per directory of an interrupted run: this run continues it, or nobody will."""
-    for place in sorted(path for path in scratch.parent.iterdir() if path.name.startswith(f".{out.name}.recover-")):
-        num_bytes = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        if num_bytes:
-            found = f"{place}: {num_bytes / 1e6:,.1f} MB that an interrupted run left"
-            end = "this one goes on from there" if place == scratch else "of other inputs; delete it if you are done"
-            yield f"{found}, {end}."
-
-
-def _fingerprint(candidates: Candidates, recipe: Recipe, text: RecoveryText) -> str:
-    """Return a short hash of what the trained weights depend on: recipe, text, both models, tokens."""
-    digests = [weight_digests(checkpoint) for checkpoint in (candidates.pruned, candidates.teacher)]
-    kept = candidates.trim and candidates.trim.kept.dense_ids
-    inputs = [recipe.model_dump(mode="json"), text.content_hash, *digests, kept]
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]

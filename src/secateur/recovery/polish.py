@@ -6,13 +6,8 @@ inputs and its head stand for it, so that it need not be in memory beside the pr
 prune's walk carries the dense stream of the same text, that stream answers, and nothing is asked.
 """
 
-import hashlib
 import random
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,19 +15,19 @@ from torch import Tensor
 from secateur.data.blocks import LearningText
 from secateur.model.bind import Arch
 from secateur.model.stock import CausalLM
-from secateur.ranks import from_first, size
+from secateur.ranks import size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.cost import polish_settings
 from secateur.recovery.judge import Judge
 from secateur.recovery.text import RecoveryText, blocks_of, shared_out, whole_steps
-from secateur.recovery.train import Work, train_guarded
+from secateur.recovery.train import Work, train_guarded, training_folder
 from secateur.report.records import PolishRecord
 from secateur.store import Services
 from secateur.stream.losses import head_inputs, states_for_head
 from secateur.stream.walk import Batch, Walk
 
-STAGE, FOLDER = "polish", "polish"
+STAGE = "polish"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +120,7 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
     """
     settings, text = lesson.settings, lesson.text
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    with _folder(services, settings) as place, services.log.time(STAGE):
+    with training_folder(services, settings, STAGE) as place, services.log.time(STAGE):
         work = Work(
             pruned=model,
             teacher=None,
@@ -134,9 +129,7 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
             settings=settings,
             seed=seed,
             directory=place,
-            log=services.log,
-            progress=services.progress,
-            tell=services.store.tell,
+            services=services,
             states=lesson.states,
             name=STAGE,
             on_cpu=device.type != "cuda",
@@ -152,15 +145,3 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
         before=before,
         training=training,
     )
-
-
-@contextmanager
-def _folder(services: Services, settings: RecoverySettings) -> Iterator[Path]:
-    """Yield the directory of the training, the same for all ranks: in the store if there is one.
-
-    Each has its settings in its name: what memory allows may have changed when a run goes on.
-    """
-    name = f"{FOLDER}-{hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]}"
-    with tempfile.TemporaryDirectory(prefix="polish-", dir=services.scratch) as own:
-        store = services.store.directory
-        yield from_first(lambda: Path(own) if store is None else store / name)

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +15,16 @@ from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.ranks import alone, is_first, meet
 from secateur.recipe import RECIPE_FILE, Keys, as_recipe, dump_recipe
-from secateur.recovery.open import Job, changes_of, open_job, prepare
-from secateur.recovery.train import Work, train_guarded
+from secateur.recovery.open import Job, changes_of, inputs_of, open_job, prepare
+from secateur.recovery.train import Work, train_guarded, training_folder
 from secateur.report.records import RECOVERY_FILE, RecoveryRecord
-from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable, restore, staging_if_any
-from secateur.store import Store
+from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable
+from secateur.store import begun
 from secateur.stream.device import keeping_freed, peak_bytes
 from secateur.stream.judge import Judge, ToJudge
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
-JUDGED_FOLDER = "judged"
 
 
 # Adds the record to the card in the directory, and writes digests and page.
@@ -49,26 +48,28 @@ def recover(
 ) -> RecoveryRecord | None:
     """Recover. `finish`: writes what people read. The rest: see `api.recover`."""
     job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
-    candidates, path = job.candidates, Path(out)
-    if is_first():
-        restore(path, tell)
-    else:
-        progress, tell = silent, mute
-    check_replaceable(path, overwrite=overwrite, protected=candidates.teacher.directory)
-    record = None
-    with staging_if_any(path, overwrite=overwrite, protected=candidates.pruned.directory, tell=tell) as directory:
-        work = prepare(job, path, progress, tell)
-        judgements = _judged_first(job, work)
-        with _told_if_interrupted(work):
-            with work.log.time("recover"):
+    candidates, record = job.candidates, None
+    check_replaceable(Path(out), overwrite=overwrite, protected=candidates.teacher.directory)
+    services_of_job = begun(
+        out,
+        partial(inputs_of, job),
+        overwrite=overwrite,
+        protected=candidates.pruned.directory,
+        progress=progress if is_first() else silent,
+        tell=tell,
+    )
+    with services_of_job as services:
+        services.store.value("begun", lambda: True)  # or a store of a training alone would count as empty
+        with training_folder(services, job.settings, "recover") as folder:
+            work = prepare(job, folder, services)
+            judgements = _judged_first(job, work)
+            with services.log.time("recover"):
                 before, training = train_guarded(work)
-            meet("trained")  # nobody reads any more what is removed in the end
-            if directory is not None:
-                with alone():  # the others ask nothing
-                    judged = _judged_last(work, judgements, held=training.held)
-                    record = write_result(work, job, before, training, judged, directory, command, finish)
-    if is_first():
-        shutil.rmtree(work.directory)
+        meet("trained")  # nobody reads any more what is removed in the end
+        if services.scratch is not None:
+            with alone():  # the others ask nothing
+                judged = _judged_last(work, judgements, held=training.held)
+                record = write_result(work, job, before, training, judged, services.scratch, command, finish)
     return record
 
 
@@ -84,12 +85,12 @@ def _judged_first(job: Job, work: Work) -> Judgements:
     candidates, teacher, length = job.candidates, work.teacher, work.text.sequence_length
     if not job.recipe.output.evaluate or teacher is None:
         return Judgements(None, {})
-    store = Store.lasting(work.directory / JUDGED_FOLDER, work.tell, label="recover")
+    services, trim = work.services, candidates.trim
     judge = Judge(
-        work.text.judged, candidates.tokenizer, work.pruned.config, store, work.progress, trim=candidates.trim
+        work.text.judged, candidates.tokenizer, work.pruned.config, services.store, services.progress, trim=trim
     )
-    dense = teacher if candidates.trim is None else candidates.load_teacher(whole=True)
-    with work.log.time("judge"):
+    dense = teacher if trim is None else candidates.load_teacher(whole=True)
+    with services.log.time("judge"):
         by_model = {"dense": judge.dense(ToJudge.of(dense, "dense", length))}
         by_model["pruned"] = judge.pruned(ToJudge.of(work.pruned, "pruned", length))
     return Judgements(judge, by_model)
@@ -101,25 +102,10 @@ def _judged_last(work: Work, judgements: Judgements, *, held: bool) -> dict[str,
     if judge is None:
         return by_model
     after = by_model["pruned"]
-    with work.log.time("judge"):
+    with work.services.log.time("judge"):
         if held:
             after = judge.pruned(ToJudge.of(work.pruned, "recovered", work.text.sequence_length))
     return {**by_model, "recovered": after}
-
-
-@contextmanager
-def _told_if_interrupted(work: Work) -> Iterator[None]:
-    """Say where an interrupted run leaves what it had finished."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            place = work.directory
-            work.tell(
-                f"{place}: keeps what is finished; the same command goes on from there, or delete it to start anew."
-            )
 
 
 def write_result(
@@ -136,11 +122,11 @@ def write_result(
 
     `before`: the verdicts before the training. `judged`: models, by their names. `finish`: writes what people read.
     """
-    with work.log.time("save"):
+    with work.services.log.time("save"):
         _save(work, job, directory)
-    with work.log.time("verify"):
+    with work.services.log.time("verify"):
         ids_NT = next(iter(work.text.held_out.values())).ids_NT
-        proof = prove_reload(work.pruned, directory, ids_NT, work.progress)
+        proof = prove_reload(work.pruned, directory, ids_NT, work.services.progress)
     pruned, teacher = job.candidates.pruned, job.candidates.teacher
     record = RecoveryRecord(
         name_of(pruned),
@@ -155,10 +141,10 @@ def write_result(
         dense=work.judge.dense(),
         before=before,
         training=training,
-        seconds={stage: round(seconds, 2) for stage, seconds in work.log.seconds.items()},
+        seconds={stage: round(seconds, 2) for stage, seconds in work.services.log.seconds.items()},
         peak_bytes=peak_bytes(),
         reload_max_abs_difference=proof.max_abs_difference,
-        notes=work.log.notes,
+        notes=work.services.log.notes,
         versions=versions(),
         judged=judged,
     )
@@ -180,7 +166,7 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     for sentence in save_checkpoint(
         work.pruned, job.candidates.tokenizer, directory, max_shard_size=size, carry_from=source
     ):
-        work.log.note(sentence)
+        work.services.log.note(sentence)
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
         if has_own(source, name):
@@ -191,5 +177,5 @@ def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: P
     """Write recovery.json, and continue the run log."""
     (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
     earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
-    added = "".join(json.dumps(line) + "\n" for line in work.log.lines)
+    added = "".join(json.dumps(line) + "\n" for line in work.services.log.lines)
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")

@@ -4,11 +4,16 @@ In: both models, the text, the settings. Out: the trained model, in place. trans
 runs it, with our loss; FSDP shards both models.
 """
 
+import hashlib
+import pickle
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -24,15 +29,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from secateur.errors import CheckpointError
 from secateur.facts import TrainingRecord, Verdicts
-from secateur.log import Progress, RunLog, Tell
+from secateur.files import disk_errors
+from secateur.log import Progress, Tell
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
-from secateur.recovery.checkpoints import Checkpoints
 from secateur.recovery.judge import Judge, moved_away, objective, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.text import Block, RecoveryText, blocks_per_step
@@ -47,7 +54,7 @@ from secateur.recovery.weights import (
     whole_parameters,
     with_lora,
 )
-from secateur.store import Store
+from secateur.store import Services, Store
 from secateur.stream.device import release_freed
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
@@ -56,6 +63,65 @@ RELATIVE_RATE = 0.0005
 # A training is saved halfway, a longer one every so many steps.
 SAVED_STEPS = 150
 FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
+
+
+class Checkpoints:
+    """The directories that the Trainer saves, by step. Each is a step of a store, with its digests.
+
+    `label`: the training's name in sentences. `tell`: gets a line about what is damaged.
+    """
+
+    def __init__(self, folder: Path, label: str, tell: Tell) -> None:
+        self.folder, self.store = folder, Store(folder, label=label, tell=tell)
+
+    def finish(self, step: int) -> None:
+        """Save the digests of a checkpoint that is written; then remove all others."""
+        self.store.save_files(self.path(step).name, self.path(step))
+        for other in set(self._steps()) - {step}:
+            self._remove(other)
+
+    def last(self) -> Path | None:
+        """Return the last checkpoint that is undamaged; None: begin anew.
+
+        All others are removed, so that the Trainer does not meet them.
+        """
+        last: int | None = None
+        for step in sorted(self._steps(), reverse=True):
+            if last is None and self.store.has_files(self.path(step).name, self.path(step)):
+                last = step
+            else:
+                self._remove(step)
+        return None if last is None else self.path(last)
+
+    def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint of this step, as the Trainer names it."""
+        return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Turn a full disk, and a checkpoint that holds code, into a CheckpointError."""
+        with disk_errors(self.folder):
+            try:
+                yield
+            except pickle.UnpicklingError:  # the Trainer opens pickles with weights_only
+                raise CheckpointError(
+                    f"{self.folder}: a checkpoint holds more than tensors, so it is not opened; delete the directory "
+                    "and start again."
+                ) from None
+            except RuntimeError as error:
+                # torch writes through a stream that knows no error numbers and has many words for one failure.
+                if all(frame.f_code is not torch.save.__code__ for frame, _ in walk_tb(error.__traceback__)):
+                    raise
+                raise CheckpointError(
+                    f"{self.folder}: a checkpoint could not be written whole; free some space or choose another place."
+                ) from None
+
+    def _steps(self) -> list[int]:
+        return [int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/")]
+
+    def _remove(self, step: int) -> None:
+        self.path(step).with_suffix(".json").unlink(missing_ok=True)
+        shutil.rmtree(self.path(step))
 
 
 class Distiller(Trainer):
@@ -128,12 +194,22 @@ class Work:
     settings: RecoverySettings
     seed: int
     directory: Path
-    log: RunLog
-    progress: Progress
-    tell: Tell
+    services: Services
     states: Sequence[Tensor] | None = None
     name: str = "recover"
     on_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
+
+
+@contextmanager
+def training_folder(services: Services, settings: RecoverySettings, name: str) -> Iterator[Path]:
+    """Yield the directory of the training, the same for all ranks: in the store if there is one.
+
+    Each has its settings in its name: what memory allows may have changed when a run goes on.
+    """
+    name = f"{name}-{hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]}"
+    with tempfile.TemporaryDirectory(prefix="training-", dir=services.scratch) as own:
+        store = services.store.directory
+        yield from_first(lambda: Path(own) if store is None else store / name)
 
 
 def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
@@ -156,10 +232,10 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
         if after is not None and (moved := moved_away(before, after, work.judge.answers)):
             kl = ", ".join(f"{name} {before[name].both_ways:.4f} -> {after[name].both_ways:.4f}" for name in moved)
             what = f"{work.name}: the model moved away from the dense one on its answers (KL of {kl} nats per token)"
-        work.log.note(f"{what}, so the weights are those from before the training.")
+        work.services.log.note(f"{what}, so the weights are those from before the training.")
     after = after or before
     kl = {domain: verdict.kl for domain, verdict in after.items()}
-    work.log.write({"event": f"{work.name}_judged", "held": held, "kl": kl})
+    work.services.log.write({"event": f"{work.name}_judged", "held": held, "kl": kl})
     return before, TrainingRecord(**cost, after=after, held=held)
 
 
@@ -171,7 +247,7 @@ def judged(work: Work) -> Verdicts:
 
 def _train(work: Work) -> dict[str, Any]:
     """Train, or load what an interrupted run had trained; return tokens and seconds."""
-    store = Store.lasting(work.directory / TRAINED_FOLDER, work.tell, label=work.name)
+    store = Store.lasting(work.directory / TRAINED_FOLDER, work.services.tell, label=work.name)
     with alone():  # every process has the whole model, and reads and writes it by itself
         finished = store.find("trained")
     if finished is not None:
@@ -179,14 +255,14 @@ def _train(work: Work) -> dict[str, Any]:
         for name, parameter in work.pruned.named_parameters():
             parameter.data = weights[name].to(parameter.device)
         for line in record["lines"]:
-            work.log.write(line)
+            work.services.log.write(line)
         return record["cost"]
     start = time.perf_counter()
     num_tokens = recover_logits(work)
     release_freed()  # the optimizer's states
     seconds = round(time.perf_counter() - start, 2)
     cost = {"num_tokens": num_tokens, "seconds": seconds}
-    lines = [line for line in work.log.lines if line["event"] == f"{work.name}_step"]
+    lines = [line for line in work.services.log.lines if line["event"] == f"{work.name}_step"]
     with alone():
         store.save("trained", dict(work.pruned.named_parameters()), {"cost": cost, "lines": lines})
     return cost
@@ -218,7 +294,7 @@ def recover_logits(work: Work) -> int:
         if work.teacher is not None:
             inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=wants_shards()))
         trained = _to_train(settings, model)  # after binding, which knows no wrapped linears
-        checkpoints = Checkpoints(work.directory / TRAINER_FOLDER, work.name, work.tell)
+        checkpoints = Checkpoints(work.directory / TRAINER_FOLDER, work.name, work.services.tell)
         arguments = _arguments(work, dtype, size, num_steps, rate)
         trainer = _trainer(work, trained, arguments, checkpoints, tokens_per_step=size * length)
         last = from_first(checkpoints.last)
@@ -226,7 +302,7 @@ def recover_logits(work: Work) -> int:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         _take_back(work, trained, trainer, dtypes)
     for line in log_lines(work.name, trainer.state.log_history, size * length):
-        work.log.write(line)
+        work.services.log.write(line)
     if use_cache is not None:
         work.pruned.config.use_cache = use_cache  # the Trainer turned it off
     work.pruned.requires_grad_(False)
@@ -243,7 +319,7 @@ def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
 def _trainer(
     work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
 ) -> Distiller:
-    listener = Listener(work.name, checkpoints, tokens_per_step, work.progress)
+    listener = Listener(work.name, checkpoints, tokens_per_step, work.services.progress)
     items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
     if work.text.is_masked:
         items = [{**item, **_mask_of(block)} for item, block in zip(items, work.text.blocks, strict=True)]
@@ -264,7 +340,7 @@ def _trainer(
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
         plugin.set_state_dict_type("FULL_STATE_DICT")
         text = f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP)."
-        work.log.note(text)
+        work.services.log.note(text)
     if teacher is not None and trainer.is_fsdp_enabled:
         from accelerate.utils import fsdp2_prepare_model
 
