@@ -88,7 +88,6 @@ InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "co
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "curve"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
-VOCABULARY = "vocabulary"
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "paper", "reap")
 # A domain has exactly one of these keys, its source.
@@ -213,21 +212,12 @@ class Remove(Strict):
     """
     vocabulary: Count | Literal["auto"] | None = None
     """the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens and units
-    cost the least together; what goes is part of `share`. Group `vocabulary` is short for
-    `auto`. With `groups: []` tokens go alone.
+    cost the least together; what goes is part of `share`. With `groups: []` tokens go alone.
     """
     keep_text: tuple[str, ...] = ()
     """files whose every token stays."""
     keep_scripts: tuple[str, ...] = ()
     """as [latin, cyrillic], scripts whose tokens stay."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _the_group_is_the_key(cls, data: Any) -> Any:
-        groups = data.get("groups") if isinstance(data, dict) else None
-        if not isinstance(groups, list | tuple) or VOCABULARY not in groups:
-            return data
-        return {**data, "groups": [n for n in groups if n != VOCABULARY], VOCABULARY: data.get(VOCABULARY) or "auto"}
 
     @property
     def group_names(self) -> tuple[str, ...]:

@@ -507,13 +507,6 @@ def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
         assert sentence.removesuffix(".") in found.warnings[0] and changes.keys() & {"remove", "min_keep"}
 
 
-def test_a_group_named_vocabulary_is_short_for_auto():
-    remove = parse_recipe({"remove": {"groups": ["vocabulary", "ffn"]}}).remove
-    assert (remove.groups, remove.vocabulary) == (("ffn",), "auto")
-    remove = parse_recipe({"remove": {"groups": ["vocabulary"], "vocabulary": 640}}).remove
-    assert (remove.groups, remove.vocabulary) == ((), 640)
-
-
 def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
     recipe = parse_recipe(grouped({**asked, "polish": {"num_tokens": 640}}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)

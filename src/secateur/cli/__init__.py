@@ -11,13 +11,13 @@ import sys
 
 import psutil
 
-from secateur.cli import measure
+from secateur.cli import measure, prune
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
 
 BUSY_PERCENT = 25  # of all cores, used by others
 
-__all__ = ["app", "main", "measure"]
+__all__ = ["app", "main", "measure", "prune"]
 
 
 def main() -> None:

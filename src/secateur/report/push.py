@@ -90,9 +90,7 @@ def push(
         write_summary(stage, dataclasses.replace(summary, files={}), known=linked)
         paths = [path for path in sorted(stage.rglob("*")) if path.is_file()]
         sent = {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}
-        progress("push", 0, 1)
-        url = None if dry_run else _upload(stage, repo, public=public)
-        progress("push", 1, 1)
+        url = None if dry_run else _upload(stage, repo, progress, public=public)
     return Pushed(repo, not public, url, sent, data.to_dict(), notes)
 
 
@@ -134,9 +132,10 @@ def _write(stage: Path, name: str, text: str) -> None:
     (stage / name).write_text(text, encoding="utf-8")
 
 
-def _upload(stage: Path, repo: str, *, public: bool) -> str:
+def _upload(stage: Path, repo: str, progress: Progress, *, public: bool) -> str:
     """Upload the directory; return the repository's address. Raises CheckpointError."""
     api = HfApi()
+    progress("push", 0, 1)
     with _hub_errors(repo), quiet_transformers():
         api.create_repo(repo, private=not public, exist_ok=True)
         if not public and not api.model_info(repo).private:
@@ -144,6 +143,7 @@ def _upload(stage: Path, repo: str, *, public: bool) -> str:
         api.upload_folder(
             repo_id=repo, folder_path=stage, commit_message="Upload a result of secateur", delete_patterns=STALE
         )
+    progress("push", 1, 1)
     return f"{api.endpoint}/{repo}"
 
 
