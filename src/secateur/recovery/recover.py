@@ -59,10 +59,10 @@ def recover(
         tell=tell,
     )
     with services_of_job as services:
-        services.store.value("begun", lambda: True)  # or a store of a training alone would count as empty
         with training_folder(services, job.settings, "recover") as folder:
             work = prepare(job, folder, services)
             judgements = _judged_first(job, work)
+            services.store.value("training begun", lambda: True)  # or a store of a training alone would count as empty
             with services.log.time("recover"):
                 before, training = train_guarded(work)
         meet("trained")  # nobody reads any more what is removed in the end
