@@ -205,8 +205,10 @@ def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(once, places,
 def test_what_is_sent_holds_no_place_and_is_whole(once, hub):
     # Text that looks like a path and is none stays as it is.
     card = (once / CARD).read_text().replace("# dense, pruned", "# 1/2 of </script> or a/b, pruned")
-    (once / CARD).write_text(card)
-    assert run_cli("push", once, "me/tiny-pruned", "--public").status == 0
+    (once / CARD).write_text(card.replace("---\n", "---\nbase_model: me/dense\n", 1))  # as a note asks for
+    outcome = run_cli("push", once, "me/tiny-pruned", "--public")
+    assert outcome.status == 0 and "hub id" not in outcome.stdout
+    assert metadata(hub.place)["base_model"] == "me/dense" and metadata(hub.place)["license"] == "apache-2.0"
     for file in (path for path in hub.place.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         assert not re.search(rb"/tmp|a place of mine", file.read_bytes()), file
     assert (hub.place / CARD).read_text().split("---\n", 2)[2] == card.split("---\n", 2)[2]
@@ -225,6 +227,10 @@ def test_a_result_that_is_not_whole_is_not_sent(once, tmp_path):
             CheckpointError, match=r"model.safetensors: is gone, or a link to a file outside the result"
         ):
             push(once, "me/tiny", dry_run=True)
+    weights.replace(once / "model.safetensors")
+    (once / CARD).write_text("---\n- a list\n---\n")
+    with pytest.raises(CheckpointError, match=r"README.md: its first lines are no metadata \(.*\); correct them"):
+        push(once, "me/tiny", dry_run=True)
     (once / "result.json").write_text((once / "result.json").read_text().replace("llama", "mamba"))
     with pytest.raises(CheckpointError, match=r"its result.json is damaged"):
         push(once, "me/tiny", dry_run=True)

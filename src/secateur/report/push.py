@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
+import yaml
+from huggingface_hub import HfApi, ModelCardData, constants, get_token, metadata_load
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -77,13 +78,11 @@ def push(
     if not dry_run:
         _check_access()
     summary = files.summary
-    data = card_data(summary, files.recipe)
-    notes = tuple(unknown(data, summary))
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
         _stage(directory, stage, digests)
-        card = (directory / CARD).read_text(encoding="utf-8") if CARD in digests else ""
-        _write(stage, CARD, with_metadata(card, data))
+        data = _metadata(directory / CARD, card_data(summary, files.recipe))
+        _write(stage, CARD, with_metadata((directory / CARD).read_text(encoding="utf-8"), data))
         _write(stage, RECIPE_FILE, dump_recipe(files.recipe, places=False))
         (stage / RESULT_FILE).unlink()
         linked = {name: digest for name, digest in digests.items() if (stage / name).is_symlink()}
@@ -91,7 +90,15 @@ def push(
         paths = [path for path in sorted(stage.rglob("*")) if path.is_file()]
         sent = {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}
         url = None if dry_run else _upload(stage, repo, progress, public=public)
-    return Pushed(repo, not public, url, sent, data.to_dict(), notes)
+    return Pushed(repo, not public, url, sent, data.to_dict(), tuple(unknown(data, summary)))
+
+
+def _metadata(card: Path, data: ModelCardData) -> ModelCardData:
+    """Return the metadata with what its owner has added to the card. Raises CheckpointError if that is none."""
+    try:
+        return ModelCardData(**{**data.to_dict(), **(metadata_load(card) or {})})
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{card}: its first lines are no metadata ({one_line(error)}); correct them.") from None
 
 
 def _check_id(hub_id: str) -> None:
