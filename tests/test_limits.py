@@ -15,7 +15,7 @@ from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoin
 from secateur.model.config import directory_config
 from secateur.model.kept_units import KEEP_FILE
 from secateur.recipe import as_recipe
-from secateur.recovery.pair import _check_layers
+from secateur.recovery.open import _check_layers
 from secateur.report.records import Summary
 
 CHAT = [{"role": "user", "content": "hi"}]

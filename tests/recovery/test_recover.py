@@ -23,12 +23,13 @@ from secateur import recover
 from secateur.facts import TrainingRecord, mean_kl, mean_nats
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings
-from secateur.recovery import pair as recovery_pair
+from secateur.recovery import open as recovery_open
 from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
-from secateur.recovery.open import open_job, prepare
+from secateur.recovery.open import open_job
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import check_training, weight_size
+from secateur.recovery.work import prepare
 from secateur.report.records import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
 from secateur.store import HOW, Services, Store, place_beside
@@ -145,7 +146,7 @@ def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered
 
 
 def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovery_pair, "load_model", lambda checkpoint, **_: load_model(checkpoint))
+    monkeypatch.setattr(recovery_open, "load_model", lambda checkpoint, **_: load_model(checkpoint))
     recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "whole")
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (recovered / name).read_bytes()

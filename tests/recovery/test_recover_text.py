@@ -10,8 +10,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CalibrationError, RecipeError
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
-from secateur.recovery.pair import recovery_text
 from secateur.recovery.text import RecoveryText, blocks_per_step, shared_out
+from secateur.recovery.work import recovery_text
 
 TOKENIZER = tiny_tokenizer()
 

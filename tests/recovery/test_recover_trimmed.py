@@ -12,8 +12,7 @@ from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
-from secateur.recovery.open import inputs_of, open_job
-from secateur.recovery.pair import open_pair
+from secateur.recovery.open import inputs_of, open_job, open_pair
 from secateur.report.records import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 

@@ -1,17 +1,32 @@
-"""The start of a recovery: both models opened, the recipe completed, the text drawn.
+"""The two models of a recovery and its recipe, checked before a weight is read.
 
-In: references of both models, changes to the recipe. Out: a `Work` to train.
+In: references of both models, changes to the recipe. Out: a `Job`.
 """
 
+import copy
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from secateur.data.blocks import block_length
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.log import versions
-from secateur.model.checkpoint import weight_digests
+from secateur.model.bind import Arch, bind
+from secateur.model.checkpoint import (
+    Checkpoint,
+    check_weights,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+    weight_digests,
+)
+from secateur.model.identity import check_dense
+from secateur.model.kept_tokens import Trim, keep_tokens, trim_between
+from secateur.model.kept_units import KEEP_FILE, read_keeps
 from secateur.ranks import launched_size
 from secateur.recipe import (
     RECIPE_FILE,
@@ -24,13 +39,85 @@ from secateur.recipe import (
     over_preset,
     parse_recipe,
 )
-from secateur.recovery.cost import scratch_bytes
-from secateur.recovery.judge import Judge
-from secateur.recovery.pair import Candidates, open_pair, recovery_text
 from secateur.recovery.text import shared_out
-from secateur.recovery.train import Work
 from secateur.recovery.weights import check_training, wants_shards
-from secateur.store import Services
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Both checkpoints and their shapes; the teacher's without the tokens that the pruned model lacks.
+
+    `trim`: what took them; None if both have the same. `notes`: on which model the teacher is.
+    """
+
+    pruned: Checkpoint
+    teacher: Checkpoint
+    pruned_shape: PreTrainedModel
+    teacher_arch: Arch
+    tokenizer: PreTrainedTokenizerBase
+    trim: Trim | None = None
+    notes: tuple[str, ...] = ()
+
+    def load_pruned(self) -> PreTrainedModel:
+        """Return the pruned model, its weights mapped from disk."""
+        return load_model(self.pruned, mapped=self.pruned.gguf_file is None)
+
+    def load_teacher(self, *, whole: bool = False) -> PreTrainedModel:
+        """Return the teacher, its weights mapped from disk, with the tokens of the pruned model alone.
+
+        Its predictions are the whole teacher's over these tokens, renormalised. `whole`: with all tokens.
+        """
+        teacher = load_model(self.teacher, mapped=self.teacher.gguf_file is None)
+        if self.trim is not None and not whole:
+            keep_tokens(teacher, self.trim.kept)
+        return teacher
+
+
+def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool = False) -> Candidates:
+    """Open both models and check that one can teach the other.
+
+    Raises CheckpointError if either cannot be opened, if the teacher is not the model that was
+    pruned and `other_dense` is False, or if vocabulary, tokenizer, family, hidden size or layers
+    differ.
+    """
+    student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
+    notes = check_dense(student, dense, "--teacher", other=other_dense)
+    shapes = meta_model(student.config), meta_model(copy.deepcopy(dense.config))  # whose tokens may go
+    archs = bind(shapes[0]), bind(shapes[1])
+    trim = trim_between(student, dense, "--teacher")
+    if archs[0].family != archs[1].family:
+        raise CheckpointError(
+            f"--teacher {teacher}: is a {archs[1].family} model and {pruned} a {archs[0].family} one; give the model "
+            "that was pruned."
+        )
+    hidden, other = (shape.config.get_text_config().hidden_size for shape in shapes)
+    if hidden != other:
+        raise CheckpointError(
+            f"--teacher {teacher}: its hidden size is {other} and that of {pruned} {hidden}; give the model that was "
+            "pruned."
+        )
+    _check_layers(student, archs[0].num_layers, archs[1].num_layers, str(teacher))
+    for checkpoint, shape in zip((student, dense), shapes, strict=True):
+        check_weights(checkpoint, shape)
+    if trim is not None:
+        keep_tokens(shapes[1], trim.kept)
+    tokenizer = load_tokenizer(student) if trim is None else trim.tokenizer
+    return Candidates(student, dense, shapes[0], archs[1], tokenizer, trim, notes)
+
+
+def _check_layers(student: Checkpoint, num_layers: int, num_dense: int, teacher: str) -> None:
+    """Check that the pruned model has the layers that keep.json names, by default all."""
+    path, layers = student.directory / KEEP_FILE, tuple(range(num_dense))
+    if path.is_file():
+        layers, _ = read_keeps(student.directory, num_dense)
+    if len(layers) != num_layers or max(layers) >= num_dense:
+        says = f"no {KEEP_FILE} says that any went"
+        if layers != tuple(range(num_dense)):
+            says = f"{path} names {len(layers)} that stayed"
+        raise CheckpointError(
+            f"--teacher {teacher}: has {num_dense} layers and {student.reference} {num_layers}, and {says}; give the "
+            "model that was pruned."
+        )
 
 
 class Job(NamedTuple):
@@ -90,37 +177,3 @@ def inputs_of(job: Job) -> dict[str, Any]:
         "list of tokens": hashlib.sha256(str(kept).encode()).hexdigest(),
         "version of": versions(),
     }
-
-
-def prepare(job: Job, directory: Path, services: Services) -> Work:
-    """Open both models, draw the text and evaluate the dense model. `directory`: for what the training leaves.
-
-    Weights are mapped from disk, so that only those that training changes fill memory.
-
-    Raises CalibrationError for too little text, CheckpointError for too little disk.
-    """
-    candidates, recipe, settings = job
-    log, progress = services.log, services.progress
-    dense = candidates.load_teacher()
-    text = recovery_text(candidates.pruned.directory, recipe, settings, candidates.tokenizer, dense, progress)
-    services.store.check_input("text", text.content_hash)
-    services.check_space(scratch_bytes(candidates.pruned_shape, settings))
-    for note in candidates.notes:
-        log.note(note)
-    if candidates.trim is not None:
-        text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
-        log.note(f"recover: the teacher predicts {text_of}, those that the model has.")
-    for sentence in text.notes:
-        log.note(sentence)
-    with log.time("judge"):
-        judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
-    return Work(
-        pruned=candidates.load_pruned(),
-        teacher=dense,
-        text=text,
-        judge=judge,
-        settings=settings,
-        seed=recipe.seed,
-        directory=directory,
-        services=services,
-    )

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from secateur.facts import Judgement, TrainingRecord, Verdicts
 from secateur.files import without_places
@@ -15,13 +14,13 @@ from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.ranks import alone, is_first, meet
 from secateur.recipe import RECIPE_FILE, Keys, as_recipe, dump_recipe
-from secateur.recovery.open import Job, changes_of, inputs_of, open_job, prepare
+from secateur.recovery.open import Job, changes_of, inputs_of, open_job
 from secateur.recovery.train import Work, train_guarded, training_folder
+from secateur.recovery.work import judged_first, judged_last, prepare
 from secateur.report.records import RECOVERY_FILE, RecoveryRecord
 from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable
 from secateur.store import begun
 from secateur.stream.device import keeping_freed, peak_bytes
-from secateur.stream.judge import Judge, ToJudge
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
 CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
@@ -61,51 +60,16 @@ def recover(
     with services_of_job as services:
         with training_folder(services, job.settings, "recover") as folder:
             work = prepare(job, folder, services)
-            judgements = _judged_first(job, work)
+            judgements = judged_first(job, work)
             services.store.value("training begun", lambda: True)  # or a store of a training alone would count as empty
             with services.log.time("recover"):
                 before, training = train_guarded(work)
         meet("trained")  # nobody reads any more what is removed in the end
         if services.scratch is not None:
             with alone():  # the others ask nothing
-                judged = _judged_last(work, judgements, held=training.held)
+                judged = judged_last(work, judgements, held=training.held)
                 record = write_result(work, job, before, training, judged, services.scratch, command, finish)
     return record
-
-
-class Judgements(NamedTuple):
-    """What judges models by the text that judged the pruning, None if nothing is to; what it said of each so far."""
-
-    judge: Judge | None
-    by_model: dict[str, Judgement]
-
-
-def _judged_first(job: Job, work: Work) -> Judgements:
-    """Judge the dense and the pruned model."""
-    candidates, teacher, length = job.candidates, work.teacher, work.text.sequence_length
-    if not job.recipe.output.evaluate or teacher is None:
-        return Judgements(None, {})
-    services, trim = work.services, candidates.trim
-    judge = Judge(
-        work.text.judged, candidates.tokenizer, work.pruned.config, services.store, services.progress, trim=trim
-    )
-    dense = teacher if trim is None else candidates.load_teacher(whole=True)
-    with services.log.time("judge"):
-        by_model = {"dense": judge.dense(ToJudge.of(dense, "dense", length))}
-        by_model["pruned"] = judge.pruned(ToJudge.of(work.pruned, "pruned", length))
-    return Judgements(judge, by_model)
-
-
-def _judged_last(work: Work, judgements: Judgements, *, held: bool) -> dict[str, Judgement]:
-    """Judge the model that is written, too, if models are judged. `held`: whether the training changed it."""
-    judge, by_model = judgements
-    if judge is None:
-        return by_model
-    after = by_model["pruned"]
-    with work.services.log.time("judge"):
-        if held:
-            after = judge.pruned(ToJudge.of(work.pruned, "recovered", work.text.sequence_length))
-    return {**by_model, "recovered": after}
 
 
 def write_result(
