@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError, RecipeError
-from secateur.model.bind import bind, decoder_layers, head_of
+from secateur.model.bind import Arch, bind, decoder_layers, head_of
 from secateur.model.group import Stacks, cut, linear
 from secateur.model.guesses import Unrouted, close_to, experts_in, mask, sized, some_units
 from secateur.model.modules import Logits
@@ -231,7 +231,7 @@ def test_an_ffn_that_cannot_be_cut_is_refused_with_a_reason(name: str) -> None:
     try:
         arch = bind(model_with(WRONG[name]))
     except ArchError as error:
-        assert "cannot be walked layer by layer: layers do not give the same twice" in str(error)
+        assert "cannot be walked layer by layer: layers pass on more than one hidden state" in str(error)
         return
     assert "ffn" not in {group.name for group in arch.groups}
     assert {group.name for group in arch.groups} == {"kv_heads", "query_heads"}
@@ -382,6 +382,32 @@ def test_no_expert_goes_whose_tokens_a_table_names_as_in_deepseek_v4() -> None:
         arch.select(("ffn",))
 
 
+def check_walk(model: Any, arch: Arch, tolerance: float) -> None:
+    """Walk several batches of one shape layer by layer: that is the forward pass of each."""
+    ids = tiny_ids(batch=6, vocab_size=64)
+    walk = Walk(model, arch, make_batches("d", ids, held_out=False, batch_tokens=2 * ids.shape[1]))
+    for layer in range(arch.num_layers):
+        for _ in walk.run(layer, to_middle=True):
+            pass
+        walk.advance(layer)
+    assert len(walk.batches) == 3
+    with torch.no_grad():
+        pairs = zip(walk.batches, walk.hidden_BTD, strict=True)
+        logits = head_of(model, arch)(torch.cat([states_for_head(model, arch, *pair) for pair in pairs]))
+    expected = logits_of(model, ids)[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_layers_that_are_given_what_depends_on_the_text_as_in_gemma_4(dtype: torch.dtype, tolerance: float) -> None:
+    config = Gemma4TextConfig(**GEMMA4 | {"hidden_size_per_layer_input": 8, "enable_moe_block": False})
+    model = randomised(AutoModelForCausalLM.from_config(config).eval(), 0).to(dtype)
+    arch = bind(model)
+    assert (arch.by_text, arch.middle) == ({"per_layer_input"}, None)
+    assert "ffn" in {group.name for group in arch.groups}
+    check_walk(model, arch, tolerance)
+
+
 def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
     experts = {"n_routed_experts": 6, "num_experts_per_tok": 2}
@@ -395,18 +421,8 @@ def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> Non
     assert (arch.carried, arch.middle) == ((("prev_topk_indices", 1),), None)
     assert {"ffn", "experts"} <= {group.name for group in arch.groups}
 
-    # The walk is the forward pass.
-    ids = tiny_ids(vocab_size=64)
-    walk = Walk(model, arch, make_batches("d", ids, held_out=False))
-    for layer in range(arch.num_layers):
-        for _ in walk.run(layer, to_middle=True):
-            pass
-        walk.advance(layer)
-    with torch.no_grad():
-        pairs = zip(walk.batches, walk.hidden_BTD, strict=True)
-        logits = head_of(model, arch)(torch.cat([states_for_head(model, arch, *pair) for pair in pairs]))
-    torch.testing.assert_close(logits, logits_of(model, ids)[:, :-1].flatten(0, 1), atol=1e-5, rtol=1e-5)
-    with pytest.raises(RecipeError, match=r"^remove.depth: layers of glm_moe_dsa read what the one before them"):
+    check_walk(model, arch, 1e-5)
+    with pytest.raises(RecipeError, match=r"^remove.depth: layers of glm_moe_dsa are given more than hidden states"):
         layers_to_expect(parse_recipe({"remove": {"share": 0.2, "depth": 1}}), arch, config)
 
 

@@ -96,24 +96,6 @@ def forwards_replaced(modules: list[nn.Module], forward: Callable[..., Any]) -> 
             del module.forward
 
 
-@contextmanager
-def layers_bypassed(
-    layers: list[nn.Module], layer_output: Callable[[Tensor], Any]
-) -> Iterator[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]]:
-    """Let no layer compute anything inside the context; yield what each was given: hidden states and the rest.
-
-    `layer_output`: hidden states as a layer gives them.
-    """
-    entered: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-
-    def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        entered.append((hidden, args, kwargs))
-        return layer_output(hidden)
-
-    with forwards_replaced(layers, bypass):
-        yield entered
-
-
 def silent_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
     """Return what an attention adds that gives zeros."""
     return torch.zeros_like(hidden_states), None

@@ -8,9 +8,11 @@ one that changes exactly the group's tensors when the twin is built anew. What f
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import signature
 from itertools import combinations
 from os.path import commonpath
 from typing import Any
@@ -49,7 +51,6 @@ from secateur.model.modules import (
     ScaledHead,
     forwards_replaced,
     head_at,
-    layers_bypassed,
     linears_for_conv,
     silent_attention,
     text_model,
@@ -93,8 +94,8 @@ class Arch:
     `family`: the model type. `attention`, `middle`: within a layer, and None if layers differ.
     `mlp_adds_directly`: what MLPs give is added to the stream as it is. `params_per_layer`: all
     parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if it
-    gives hidden states alone. `carried`: keyword arguments of a layer that are outputs of the layer
-    before it, and which ones.
+    gives hidden states alone. `carried`: arguments of a layer that are outputs of the layer before it,
+    and which ones. `by_text`: arguments that depend on the text.
     """
 
     family: str
@@ -111,10 +112,50 @@ class Arch:
     omits: dict[str, str] = field(default_factory=dict[str, str])
     num_outputs: int = 0
     carried: tuple[tuple[str, int], ...] = ()
+    by_text: frozenset[str] = frozenset()
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether all that a layer is given besides hidden states follows from the shape of a text."""
+        return not self.carried and not self.by_text
 
     def layer_output(self, hidden: Tensor) -> Any:
         """Return hidden states in the form in which the backbone expects a layer's output."""
         return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
+
+    def enter(self, layers: list[nn.Module], run: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """Return what layers are given if none computes: the first one's hidden states, and all else by name.
+
+        What depends on the text goes with the hidden states, see `step`. `run`: runs the backbone.
+        Raises ValueError if layers do not run once each.
+        """
+        entered: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+        def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entered.append((hidden, args, kwargs))
+            return self.layer_output(hidden)
+
+        with forwards_replaced(layers, bypass):
+            run()
+        given = [
+            dict(zip(list(signature(layer.forward).parameters)[1:], args, strict=False)) | kwargs
+            for layer, (_, args, kwargs) in zip(layers, entered, strict=True)
+        ]
+        hidden = entered[0][0]
+        if self.by_text:
+            hidden.own = {i: {key: each[key] for key in self.by_text & each.keys()} for i, each in enumerate(given)}
+        return hidden, given
+
+    def step(self, layer: nn.Module, index: int, hidden: Any, given: dict[str, Any]) -> Any:
+        """Return the hidden states that layer `index` gives; `own`: what later layers get of this text."""
+        own: dict[int, dict[str, Any]] = getattr(hidden, "own", {})
+        output = layer(hidden, **given | own.get(index, {}))
+        states: Any = output[0] if isinstance(output, tuple) else output
+        if not self.is_chain:
+            later = {number: each for number, each in own.items() if number > index}
+            passed_on = {key: output[place] for key, place in self.carried}
+            states.own = later | {index + 1: later.get(index + 1, {}) | passed_on}
+        return states
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
         """Return the groups of these names. Raises ArchError if the model has no such group, or none at all."""
@@ -202,6 +243,7 @@ class _Finder:
     def find(self) -> tuple[Arch, list[list[Group]]]:
         """Return what is proved."""
         self._run()
+        self._find_walk()
         self._find_logits()
         self._find_middle()
         offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
@@ -214,66 +256,70 @@ class _Finder:
     # What runs, and how.
 
     def _run(self) -> None:
-        """Run the twin, and note the calls of every module of its layers.
-
-        Raises ArchError unless layers pass on one hidden state, each to the next, as the walk does.
-        """
-        names = {
-            module: (index, name) for index, layer in enumerate(self.layers) for name, module in layer.named_modules()
-        }
+        """Run the twin, and note the calls of every module of its layers."""
         self.calls: list[dict[str, Call]] = [{} for _ in self.layers]
-        order: list[int] = []
-        given: dict[nn.Module, list[Any]] = {}
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given.setdefault(module, []).append(tree_map(_cloned, (args, kwargs)))
-            if module in self.layers:
-                order.append(self.layers.index(module))
+        def noted(forward: Any, calls: dict[str, Call], name: str) -> Any:
+            def note(*args: Any, **kwargs: Any) -> Any:
+                given = tree_map(_cloned, (args, kwargs))
+                output = forward(*args, **kwargs)
+                calls.setdefault(name, Call(*given, output=tree_map(_cloned, output)))
+                return output
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            index, name = names[module]
-            args, kwargs = given[module].pop()
-            self.calls[index].setdefault(name, Call(args=args, kwargs=kwargs, output=tree_map(_cloned, output)))
+            return note
 
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
-        handles += [module.register_forward_hook(after, with_kwargs=True) for module in names]
-        try:
+        layers = zip(self.layers, self.calls, strict=True)
+        places = {module: (calls, name) for layer, calls in layers for name, module in layer.named_modules()}
+        with ExitStack() as stack:
+            for module, place in places.items():
+                stack.enter_context(forwards_replaced([module], noted(module.forward, *place)))
             self.logits = run(self.twin)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if order != list(range(len(self.layers))):
-            raise self._refused("layers do not run once each, in order")
-        outputs = [calls[""].output for calls in self.calls]
-        if isinstance(outputs[0], (tuple, list)):
-            self.arch = replace(self.arch, num_outputs=len(outputs[0]))
-        entered = self._bypassed()
-        if any(_tensors(output)[0].shape[:2] != token_ids(self.twin).shape for output in outputs):
-            raise self._refused("layers see another length than the text")
-        carried: dict[str, int] = {}
-        for index, calls in enumerate(self.calls):
-            call, earlier, (args, bypassed) = calls[""], outputs[index - 1] if index else (), entered[index]
-            if index and not _equal(_tensors(call.args[:1]), _tensors(earlier)[:1]):
-                raise self._refused("layers pass on more than one hidden state")
-            for key in [key for key in call.kwargs if index and not _equal(call.kwargs[key], bypassed[key])]:
-                places = (place for place, each in enumerate(earlier) if place and _equal(each, call.kwargs[key]))
-                carried.setdefault(key, next(places, 0))
-            theirs = bypassed | {key: earlier[place] for key, place in carried.items() if index and place}
-            if not _equal((call.args[1:], call.kwargs), (args, theirs)):
-                raise self._refused("layers are given what earlier layers computed")
-        self.arch = replace(self.arch, carried=tuple(carried.items()))
-        for layer, calls in reversed(list(zip(self.layers, self.calls, strict=True))):
-            if not _near(calls[""].again(layer)[:1], _tensors(calls[""].output)[:1]):
-                raise self._refused("layers do not give the same twice")
 
-    def _bypassed(self) -> list[Any]:
-        """Return what each layer is given, besides hidden states, if no layer computes anything."""
+    @torch.no_grad()
+    def _find_walk(self) -> None:
+        """Find what layers are given by the text, and what they pass on, each to the next.
+
+        Raises ArchError unless one after the other, by turns on two texts as in `stream.walk`, they are the model.
+        """
+        texts, first = (token_ids(self.twin), token_ids(self.twin).flip(0)), self.calls[0][""].output
+        self.arch = replace(self.arch, num_outputs=len(first) if isinstance(first, (tuple, list)) else 0)
+
+        def entered(ids: Tensor) -> tuple[Any, list[dict[str, Any]]]:
+            return self.arch.enter(self.layers, partial(run, self.twin, ids))
+
         try:
-            with layers_bypassed(self.layers, self.arch.layer_output) as entered:
-                run(self.twin)
-        except TypeError:
-            raise self._refused("layers are called by keywords alone") from None
-        return [each[1:] for each in entered]
+            (_, given), (_, others) = map(entered, texts)
+        except (TypeError, ValueError):
+            raise self._refused("layers do not run once each, in order") from None
+        by_text = (
+            key for one, other in zip(given, others, strict=True) for key in one if not _equal(one[key], other[key])
+        )
+        self.arch = replace(self.arch, by_text=frozenset(by_text))
+
+        # What the layer before it gave, a layer is not given where none computes anything.
+        carried: dict[str, int] = {}
+        calls = [calls[""] for calls in self.calls]
+        for bypassed, call, before in zip(given[1:], calls[1:], calls, strict=False):
+            outputs = list(before.output) if self.arch.num_outputs else []
+            for key, value in (dict(zip(bypassed, call.args[1:], strict=False)) | call.kwargs).items():
+                if not _equal(value, bypassed[key]):
+                    if (place := next((i for i, each in enumerate(outputs) if _equal(each, value)), None)) is None:
+                        raise self._refused("layers are given what earlier layers computed")
+                    carried.setdefault(key, place)
+        self.arch = replace(self.arch, carried=tuple(carried.items()))
+
+        # Walk.
+        streams = [entered(ids)[0] for ids in texts]
+        try:
+            for index, layer in enumerate(self.layers):
+                streams = [self.arch.step(layer, index, hidden, given[index]) for hidden in streams]
+        except WRONG_GUESS:
+            raise self._refused("layers are given what earlier layers computed") from None
+        for ids, hidden in zip(texts, streams, strict=True):
+            with forwards_replaced(self.layers, partial(_given, self.arch.layer_output(hidden))):
+                walked = run(self.twin, ids)
+            if hidden.shape[:2] != ids.shape or not _near([walked], [run(self.twin, ids)]):
+                raise self._refused("layers pass on more than one hidden state")
 
     def _refused(self, why: str) -> ArchError:
         return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
@@ -282,7 +328,7 @@ class _Finder:
     def _find_logits(self) -> None:
         """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a), a tanh(b x / a)."""
         backbone = self.twin.get_submodule(self.names[0])
-        states = backbone(token_ids(self.twin), use_cache=False).last_hidden_state
+        states = getattr(backbone(token_ids(self.twin), use_cache=False), "last_hidden_state", None)
         numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
         forms = [Logits(1.0, 1.0, None)]
         for number in numbers:
@@ -313,7 +359,7 @@ class _Finder:
 
     def _find_middle(self) -> None:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
-        if self.arch.carried:  # a silent attention has nothing to pass on
+        if not self.arch.is_chain:  # a silent attention has nothing to pass on
             return
         pairs = [list(_middles(*each)) for each in zip(self.layers, self.calls, strict=True)]
         attention, middle = next((pair for pair in pairs[0] if all(pair in each for each in pairs)), (None, None))
@@ -628,6 +674,10 @@ def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
     """Return what tells kinds of layers apart: the class, and the names of parameters, with shapes or not."""
     tensors = ((name, tuple(each.shape) if shapes else ()) for name, each in layer.named_parameters())
     return (type(layer).__name__, *tensors)
+
+
+def _given(value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 def _cloned(value: Any) -> Any:

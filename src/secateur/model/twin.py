@@ -133,9 +133,9 @@ def token_ids(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel) -> Tensor:
-    """Return the logits of the twin's tokens."""
-    return text_model(model)(input_ids=token_ids(model), use_cache=False).logits
+def run(model: PreTrainedModel, ids_BT: Tensor | None = None) -> Tensor:
+    """Return the logits of these tokens, by default of `token_ids`."""
+    return text_model(model)(input_ids=token_ids(model) if ids_BT is None else ids_BT, use_cache=False).logits
 
 
 def of_layer(config: Any, index: int) -> Any:

@@ -390,9 +390,9 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
             f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
             f"remove layers from the dense model, before widths."
         )
-    if depth and arch.carried:
+    if depth and not arch.is_chain:
         raise RecipeError(
-            f"remove.depth: layers of {arch.family} read what the one before them computed, so none can be removed; "
+            f"remove.depth: layers of {arch.family} are given more than hidden states, so none can be removed; "
             f"leave depth and layers out."
         )
     if depth >= len(free):
@@ -415,7 +415,7 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     if recipe.remove.depth is not None or recipe.remove.layers:
         return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
-    choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False) or arch.carried
+    choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False) or not arch.is_chain
     plain = choose.rounds == 1 and "ffn" in recipe.remove.group_names
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:

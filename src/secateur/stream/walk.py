@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.bind import Arch, decoder_layers
-from secateur.model.modules import forwards_replaced, layers_bypassed, silent_attention
+from secateur.model.modules import forwards_replaced, silent_attention
 from secateur.stream.device import release_freed
 from secateur.stream.offload import fetch, settle
 
@@ -90,7 +90,7 @@ class Walk:
     def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
         self.batches, self.arch = batches, arch
         self.layers = decoder_layers(model, arch)
-        self._arguments: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.hidden_BTD = [self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches]
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
@@ -140,14 +140,10 @@ class Walk:
         With `rest` only the part after its attention runs, and the attention gives zeros.
         """
         # Masks and rotary embeddings differ per layer in some families.
-        args, kwargs = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
+        given = self._arguments[hidden_BTD.shape[0], hidden_BTD.shape[1]][index]
         attention = [self.layers[index].get_submodule(self.arch.attention or "")] if rest else []
         with forwards_replaced(attention, silent_attention):
-            output = self.layers[index](hidden_BTD, *args, **kwargs | getattr(hidden_BTD, "carried", {}))
-        hidden: Any = output[0] if isinstance(output, tuple) else output
-        if self.arch.carried:  # it goes where the stream goes
-            hidden.carried = {key: output[place] for key, place in self.arch.carried}
-        return hidden
+            return self.arch.step(self.layers[index], index, hidden_BTD, given)
 
     @torch.inference_mode()
     def _embed(self, backbone: nn.Module, ids_BT: Tensor) -> Tensor:
@@ -155,10 +151,9 @@ class Walk:
 
         The backbone's own forward prepares them, with its layers bypassed.
         """
-        with layers_bypassed(self.layers, self.arch.layer_output) as entered:
-            backbone(ids_BT, use_cache=False)
-        self._arguments.setdefault((ids_BT.shape[0], ids_BT.shape[1]), [each[1:] for each in entered])
-        return entered[0][0]
+        hidden_BTD, given = self.arch.enter(self.layers, lambda: backbone(ids_BT, use_cache=False))
+        self._arguments.setdefault((ids_BT.shape[0], ids_BT.shape[1]), given)
+        return hidden_BTD
 
 
 @contextmanager
