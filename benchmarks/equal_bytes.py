@@ -126,7 +126,7 @@ def measure(rows: Rows, models: dict[str, str], types: list[str], num_bytes: int
             options: dict[str, Any] = {"importance": bool(weighed), "check": False, "overwrite": True}
             done = secateur.export(models[name], file, type_name=kind, **options)
             bits = found[name]["bits"] if name in found else bits_per_byte(file, texts)
-            found[name] = {"bytes": done.num_bytes, "wider": done.wider_share, "bits": bits}
+            found[name] = {"bytes": done.num_bytes, "bits": bits}
             print(f"{type_name} {name}: {done.num_bytes / 1e6:.1f} MB, {mean_bits(found[name]):.4f} bits", flush=True)
         runs = take_turns([runner(file) for file in files.values()], WORK.repeats, silent)
         rates = dict(zip(models, ([*decode_rates(run, WORK)] for run in runs), strict=True))

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 from secateur.errors import ArchError
 from secateur.formats.gguf import _begun
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_tokenizer
-from secateur.formats.gguf_types import QUANTISED, Shape, chosen_type, stays_as_it_is
+from secateur.formats.gguf_types import TOLD, Shape, chosen_type, stays_as_it_is
 from secateur.formats.serving import gguf_family_of
 
 CONFIGS = sorted((Path(__file__).parent.parent / "model" / "public_configs").glob("*.json"))
@@ -50,24 +50,20 @@ def test_what_a_file_says_of_a_model() -> None:
     assert_shown("gguf/keys", "\n".join(lines))
 
 
-def types_of(model: Shape, file_type: str) -> str:
+def types_of(model: Shape) -> str:
     """Return the types of tensors that differ from most, over ranges of layers."""
     found = []
     for tensor in TENSORS:
-        kinds = [chosen_type(f"blk.{layer}.{tensor}.weight", model, file_type) for layer in range(model.num_layers)]
+        kinds = [chosen_type(f"blk.{layer}.{tensor}.weight", model) for layer in range(model.num_layers)]
         runs = [(kind, len(list(layers))) for kind, layers in groupby(kinds)]
-        if set(kinds) != {QUANTISED[file_type]}:
+        if set(kinds) != {"q4_k"}:
             found.append(f"{tensor} " + " ".join(f"{kind}x{count}" for kind, count in runs))
-    words = {chosen_type(f"{name}.weight", model, file_type) for name in ("output", "token_embd")}
+    words = {chosen_type(f"{name}.weight", model) for name in ("output", "token_embd")}
     return "; ".join([*found, f"words {sorted(words)}"])
 
 
 def test_which_types_llama_cpp_gives_to_which_tensors() -> None:
-    lines = [
-        f"{name}, {file_type}: {types_of(model, file_type)}"
-        for name, model in SHAPES.items()
-        for file_type in QUANTISED
-    ]
+    lines = [f"{name}, {TOLD}: {types_of(model)}" for name, model in SHAPES.items()]
     assert_shown("gguf/types", "\n".join(lines))
 
 

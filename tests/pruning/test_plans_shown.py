@@ -170,7 +170,8 @@ def planned(found: Opened) -> str:
     """Return what the run would be, in numbers."""
     run = with_polish_that_fits(found, resolve(found))
     plan = memory_for(found, run)
-    files, problem = gguf_files(found, run, ("f16", "q4_k_m"))
+    files, problem = gguf_files(found, run)
+    files.pop("q8_0", None)
     told = {
         "share": f"{run.recipe.remove.share:.6g}",
         "after": params_after(run),

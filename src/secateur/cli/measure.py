@@ -161,8 +161,7 @@ def export(
     if done.num_params:
         total = sum(done.num_params.values())
         types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
-        wider = f"{done.wider_share:.1%} in a wider type than asked, as their rows do not fit its blocks"
-        common.CONSOLE.print(f"Parameters by type: {types}; {wider}.", soft_wrap=True)
+        common.CONSOLE.print(f"Parameters by type: {types}.", soft_wrap=True)
     if done.importance_tokens:
         domains = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
         common.CONSOLE.print(f"Importance of channels: measured on {domains} tokens.", soft_wrap=True)

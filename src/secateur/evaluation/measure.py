@@ -32,7 +32,6 @@ COPIES = len(PROBES)
 DOES = "foretells what it costs to remove up to"
 # What is foretold: from 5% to 60% of all parameters, as far as units reach.
 PERCENTS = range(5, 65, 5)
-FILE_TYPES = ("bf16", "q8_0", "q4_k_m")
 
 
 @joined()
@@ -139,7 +138,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 def _cost(opened: Opened) -> SizeCost:
     """Return a cut to the recipe's share with its bytes by type of file; what it loses is not known yet."""
     resolved = resolve(opened)
-    plan, (files, _) = resolved.plans[-1], gguf_files(opened, resolved, FILE_TYPES)
+    plan, (files, _) = resolved.plans[-1], gguf_files(opened, resolved)
     return SizeCost(plan.removed_share, plan.cost_after, {}, {name: left for name, (_, left) in files.items()})
 
 

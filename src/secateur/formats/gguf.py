@@ -287,9 +287,8 @@ EXPORTERS = {"gguf": Exporter(check_exportable, export_gguf)}
 class Export(Record):
     """The written file. `context_length`: up to how many tokens it is right, None if unknown.
 
-    `num_params`: of the file, by the type that llama.cpp's quantiser gave them. `wider_share`: those in
-    a wider type than `type_name` asks for, since their rows do not fit its blocks. `check`: None if it
-    was not run. `importance_tokens`: on which the importance of channels was measured, by domain.
+    `num_params`: of the file, by the type that llama.cpp's quantiser gave them. `check`: None if it was
+    not run. `importance_tokens`: on which the importance of channels was measured, by domain.
     """
 
     file: str
@@ -298,7 +297,6 @@ class Export(Record):
     context_length: int | None
     check: GgufCheck | None
     num_params: dict[str, int] = field(default_factory=dict)
-    wider_share: float = 0.0
     importance_tokens: dict[str, int] = field(default_factory=dict)
 
 
@@ -356,13 +354,13 @@ def export(
     with staged_file(file, overwrite=overwrite) as staged:
         write(checkpoint, staged, type_name, progress)
         num_bytes, compared = staged.stat().st_size, None
-        stored = stored_types(staged, checkpoint, type_name) if by_llama_cpp else ({}, 0.0)
+        stored = stored_types(staged) if by_llama_cpp else {}
         if is_gguf and check is not False and have_llama_cpp():
             progress("check", 0, 1)
             compared = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
     length = context_length(checkpoint.config, gguf_family(checkpoint)) if is_gguf else None
-    return Export(str(file), type_name, num_bytes, length, compared, *stored, tokens)
+    return Export(str(file), type_name, num_bytes, length, compared, stored, tokens)
 
 
 def _check_old_file(file: Path, checkpoint: Checkpoint, *, is_gguf: bool) -> None:

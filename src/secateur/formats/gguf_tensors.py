@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
-from secateur.formats.gguf_types import Shape, chosen_type, fitting_type, stays_as_it_is
-from secateur.formats.serving import GgufSpec, gguf_family, rotary
+from secateur.formats.gguf_types import TOLD, Shape, chosen_type, fitting_type, stays_as_it_is
+from secateur.formats.serving import GgufSpec, rotary
 from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
@@ -168,16 +168,18 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> li
 def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTensor]:
     """List the tensors that a file of `model`, which may be on meta, will have, in their types.
 
-    `file_type`: one of `TYPES` or `QUANTISED`.
+    `file_type`: one of `TYPES` or `TOLD`.
     """
     stored = {key: StoredTensor(Path(), key, each.dtype, tuple(each.shape)) for key, each in model.state_dict().items()}
     if file_type in TYPES:
         return tensors_of(stored, model, family, file_type)
     found = tensors_of(stored, model, family, OWN_TYPES.get(str(model.config.dtype), "f32"))
-    shape = _shape_of(model.config, family, [tensor.gguf_name for tensor in found])
+    assert file_type == TOLD
+    is_tied = all(tensor.gguf_name != "output.weight" for tensor in found)
+    shape = Shape.of(model.config, family.architecture, is_tied=is_tied, latent=family.latent_attention)
 
     def stored_type(name: str, row: int) -> str:
-        return fitting_type(chosen_type(name, shape, file_type), row, lambda kind: gguf_block(kind)[0])
+        return fitting_type(chosen_type(name, shape), row, lambda kind: gguf_block(kind)[0])
 
     return [
         each
@@ -187,25 +189,14 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
     ]
 
 
-def stored_types(file: Path, checkpoint: Checkpoint, file_type: str) -> tuple[dict[str, int], float]:
-    """Return the numbers in a file of `QUANTISED`, by type, and the share in a wider one than chosen."""
+def stored_types(file: Path) -> dict[str, int]:
+    """Return the numbers in a file, by type."""
     import gguf
 
-    tensors = gguf.GGUFReader(file).tensors
-    shape = _shape_of(checkpoint.config, gguf_family(checkpoint), [tensor.name for tensor in tensors])
     counts: Counter[str] = Counter()
-    num_wider = 0
-    for tensor in tensors:
-        kind, num = tensor.tensor_type.name.lower(), int(tensor.n_elements)
-        counts[kind] += num
-        copied = stays_as_it_is(tensor.name, tuple(map(int, tensor.shape)))
-        num_wider += num * (not copied and kind != chosen_type(tensor.name, shape, file_type))
-    return dict(counts.most_common()), num_wider / counts.total()
-
-
-def _shape_of(config: PreTrainedConfig, family: GgufSpec, names: list[str]) -> Shape:
-    is_tied, latent = "output.weight" not in names, family.latent_attention
-    return Shape.of(config, family.architecture, is_tied=is_tied, latent=latent)
+    for tensor in gguf.GGUFReader(file).tensors:
+        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    return dict(counts.most_common())
 
 
 def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec, type_name: str) -> list[GgufTensor]:

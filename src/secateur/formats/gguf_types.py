@@ -1,7 +1,7 @@
-"""Types of GGUF files that llama.cpp's quantiser writes: which type each tensor gets, and the quantiser itself.
+"""Types of GGUF files that llama.cpp's quantiser writes: the quantiser, and which types q4_k_m means.
 
-A file type such as q4_k_m is a mixture. `chosen_type` repeats the rule of llama.cpp's llama-quant.cpp
-(as of llama-cpp-python 0.3.36), so that sizes are known before a file is written.
+Such a type is a mixture. `chosen_type` repeats the rule of llama.cpp's llama-quant.cpp for q4_k_m (as
+of llama-cpp-python 0.3.36), so that its size is known before a file is written.
 """
 
 import re
@@ -17,20 +17,14 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError
 from secateur.formats.serving import layer_widths, num_experts
 
-# File type -> the type of most of its tensors: those whose quality was measured. llama.cpp makes all others of an f16.
-QUANTISED = {
-    "q6_k": "q6_k",
-    "q5_k_m": "q5_k",
-    "q4_k_m": "q4_k",
-    "q3_k_m": "q3_k",
-    "q2_k": "q2_k",
-}
+# Those whose quality was measured. llama.cpp makes all others of an f16.
+QUANTISED = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+# The one whose size is told.
+TOLD = "q4_k_m"
 # What a tensor gets whose rows are no multiple of its type's block, 256; else f16.
-_WIDER = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_WIDER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _NOT_QUANTISED = re.compile(r"_norm\.weight$|\.ffn_gate_inp|^position_embd\.|(?<!weight)$")
 _VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
-# With eight experts attention's output, which is small, gets more bits.
-_MORE_BITS_OF_EIGHT = {"q2_k", "q3_k_m", "q4_k_m"}
 # Those of llama.cpp's architectures in which 80 layers mean 70B, unless every head has its own keys.
 _SEVENTY_B = {"llama", "deci", "olmo", "qwen2"}
 
@@ -65,54 +59,23 @@ def stays_as_it_is(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) < 2 or _NOT_QUANTISED.search(name) is not None
 
 
-def chosen_type(name: str, model: Shape, file_type: str) -> str:
-    """Return the type of a tensor that is quantised, if its rows suit it: see `fitting_type`."""
-    default = QUANTISED[file_type]
+def chosen_type(name: str, model: Shape) -> str:
+    """Return the type of a tensor that q4_k_m quantises, if its rows suit it: see `fitting_type`."""
+    is_falcon, of_eight = model.architecture == "falcon", model.num_experts == 8
     if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
-        return "q8_0" if model.architecture == "falcon" else "q6_k"
+        return "q8_0" if is_falcon else "q6_k"
     if not (numbered := re.match(r"blk\.(\d+)\.", name)):
-        return default
-    layer, rest = int(numbered[1]), name[numbered.end() :]
+        return "q4_k"
+    layer, rest, first = int(numbered[1]), name[numbered.end() :], model.num_layers // 8
+    # The first and last eighths of the layers, and every third between them, get more bits.
+    more = layer < first or layer >= 7 * model.num_layers // 8 or (layer - first) % 3 == 2
+    if of_eight and rest in (*_VALUES, "attn_k.weight"):
+        return "q8_0"
     if rest in _VALUES:
-        found = _of_values(layer, model, file_type) or default
-        if model.num_experts == 8:
-            return "q8_0"
-        return "q5_k" if model.is_70b and found in ("q3_k", "q4_k") else found
-    if rest == "attn_k.weight":
-        return "q8_0" if model.num_experts == 8 else default
-    if "ffn_down" in rest:
-        return _of_ffn_readers(layer, model, file_type) or default
-    return (_of_attention_readers(model, file_type) if rest == "attn_output.weight" else None) or default
-
-
-def _more_bits(layer: int, num_layers: int) -> bool:
-    """Whether it is one of the first and last eighths, or every third between them."""
-    first = num_layers // 8
-    return layer < first or layer >= 7 * num_layers // 8 or (layer - first) % 3 == 2
-
-
-def _of_values(layer: int, model: Shape, file_type: str) -> str | None:
-    by_type = {"q2_k": "q4_k" if model.queries >= 4 else "q3_k", "q3_k_m": "q5_k" if layer < 2 else "q4_k"}
-    by_type |= dict.fromkeys(("q4_k_m", "q5_k_m"), "q6_k" if _more_bits(layer, model.num_layers) else None)
-    return by_type.get(file_type)
-
-
-def _of_ffn_readers(layer: int, model: Shape, file_type: str) -> str | None:
-    more, is_falcon = _more_bits(layer, model.num_layers), model.architecture == "falcon"
-    earliest = layer < model.num_layers // 16
-    by_type = {
-        "q2_k": "q3_k",
-        "q3_k_m": "q5_k" if earliest else "q4_k" if more or not is_falcon else None,
-        "q4_k_m": ("q6_k" if earliest or not is_falcon else "q5_k") if more else None,
-        "q5_k_m": "q6_k" if more else None,
-    }
-    return by_type.get(file_type)
-
-
-def _of_attention_readers(model: Shape, file_type: str) -> str | None:
-    if model.num_experts == 8:
-        return "q5_k" if file_type in _MORE_BITS_OF_EIGHT else None
-    return {"q2_k": "q3_k", "q3_k_m": "q4_k"}.get(file_type) if model.architecture != "falcon" else None
+        return "q6_k" if more else "q5_k" if model.is_70b else "q4_k"
+    if "ffn_down" in rest and more:
+        return "q5_k" if is_falcon and layer >= model.num_layers // 16 else "q6_k"
+    return "q5_k" if of_eight and rest == "attn_output.weight" else "q4_k"
 
 
 def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str:

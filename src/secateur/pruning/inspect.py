@@ -3,7 +3,7 @@
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -11,6 +11,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes, metadata_bytes
+from secateur.formats.gguf_types import TOLD
 from secateur.log import Progress, silent
 from secateur.methods.budget import align_of, token_prices
 from secateur.model.checkpoint import meta_model, notes_on
@@ -24,12 +25,10 @@ from secateur.recipe import AnyRecipe, as_recipe
 from secateur.report.records import GroupFacts, Inspection
 from secateur.store import Services
 
-FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+FILE_TYPES = ("bf16", "q8_0", TOLD)
 
 
-def gguf_files(
-    opened: Opened, resolved: Resolved, types: Sequence[str] = FILE_TYPES
-) -> tuple[dict[str, tuple[int, int]], str | None]:
+def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int, int]], str | None]:
     """Return `files` and `files_problem`."""
     config, name, problem = opened.model.config, opened.name, None
     steps = {group.key: align_of(group, resolved.align) for group in resolved.groups}
@@ -40,10 +39,10 @@ def gguf_files(
         except CheckpointError as error:
             metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
         models = meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left)
-        dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in types] for each in models)
+        dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in FILE_TYPES] for each in models)
     except SecateurError as error:
         return {}, str(error).removesuffix(".")
-    return dict(zip(types, zip(dense, left, strict=True), strict=True)), problem
+    return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), problem
 
 
 def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
