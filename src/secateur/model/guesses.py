@@ -167,16 +167,13 @@ def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iter
             for n, each in linears.items()
             if n != reader and each.in_features == config.hidden_size
         }
-        own = [n for n, size in rows.items() if size == keys * width]
-        asking = [n for n, size in rows.items() if size == queries * width]
-        if queries == keys:
-            asking = asking[:1]
-            own = own[1:]
-        if [n for n, size in rows.items() if size == (queries + 2 * keys) * width] == list(rows):
+        made = [queries * width, keys * width, keys * width]
+        writers = sorted((n for n in rows if rows[n] in made), key=lambda n: -rows[n])  # that of queries first
+        if set(rows.values()) == {sum(made)}:
             yield _heads(place, KV_HEADS, list(rows), reader)
-        elif len(asking) == 1 and len(own) == 2:
-            yield _heads(place, KV_HEADS, asking + own, reader)
-            yield _heads(place, QUERY_HEADS, asking, reader)
+        elif [rows[n] for n in writers] == made:
+            yield _heads(place, KV_HEADS, writers, reader)
+            yield _heads(place, QUERY_HEADS, writers[:1], reader)
 
 
 def _heads(place: str, name: str, writers: list[str], reader: str) -> Group:

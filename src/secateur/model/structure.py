@@ -289,7 +289,9 @@ class _Finder:
 
         try:
             (_, given), (_, others) = map(entered, texts)
-        except (TypeError, ValueError):
+        except TypeError:
+            raise self._refused("layers are called by keywords alone") from None
+        except ValueError:
             raise self._refused("layers do not run once each, in order") from None
         by_text = (
             key for one, other in zip(given, others, strict=True) for key in one if not _equal(one[key], other[key])
@@ -330,10 +332,8 @@ class _Finder:
         backbone = self.twin.get_submodule(self.names[0])
         states = getattr(backbone(token_ids(self.twin), use_cache=False), "last_hidden_state", None)
         numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
-        forms = [Logits(1.0, 1.0, None)]
-        for number in numbers:
-            forms += [Logits(number, 1.0, None), Logits(1.0, number, None), Logits(1.0, 1.0, abs(number))]
-        forms += [Logits(number, 1.0, abs(cap)) for number in numbers for cap in numbers]
+        scales = [scale for number in (1.0, *numbers) for scale in ((number, 1.0), (1.0, number))]
+        forms = [Logits(*scale, cap) for cap in (None, *map(abs, numbers)) for scale in scales]
         for name in (self.names[2], self._behind()):
             try:
                 plain = head_at(self.twin, name)(states)
@@ -539,16 +539,14 @@ class _Finder:
         values, units = vars(self.config), group.num_units
         if group.kind == "heads" and (sizes := heads_of(self.config)):
             queries, keys, width = sizes
-            if group.name == KV_HEADS and keys > 1:
-                yield {"num_attention_heads": queries // keys, "num_key_value_heads": 1, "head_dim": width}
-            if group.name == QUERY_HEADS and queries > keys:
-                yield {"num_attention_heads": keys, "num_key_value_heads": keys, "head_dim": width}
+            counts = (queries // keys, 1) if group.name == KV_HEADS else (keys, keys)
+            yield dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), (*counts, width), strict=True))
             return
         fewer = len(some_of(group))
         whole = {key: value for key, value in values.items() if type(value) is int and value > 1}
-        yield from ({key: fewer} for key, value in whole.items() if value == units)
-        yield from ({key: value // 2} for key, value in whole.items() if value != units and units % value == 0)
-        yield from ({key: 2 * fewer} for key, value in whole.items() if value == 2 * units)
+        for key, value in sorted(whole.items(), key=lambda item: item[1] != units):  # the most likely ones first
+            if value in (units, 2 * units) or units % value == 0:
+                yield {key: max(1, value * fewer // units)}
         named = [key for key in values if any(part in key for part in ("inner", "ffn", "intermediate"))]
         yield from ({key: fewer} for key in named if values[key] is None)
         switches = [key for key, value in values.items() if value is True]  # one may derive the width from the key
