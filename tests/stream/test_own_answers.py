@@ -66,11 +66,8 @@ def test_prompts_do_not_count(short):
     dense, other = speaker(0), speaker(1)
     sheet = ask(dense, PROMPTS)
     # Only the first token of an answer is told apart from what the prompt ends with.
-    shorter = [
-        Conversation(ids_T=each.ids_T[: each.num_prompt + 1], num_prompt=each.num_prompt)
-        for each in sheet.conversations
-    ]
-    found = judge(other, AnswerSheet(PROMPTS, tuple(shorter), torch.zeros(3, dtype=torch.float64)), other.tokenizer)
+    shorter = tuple(ids[: number + 1] for ids, number in zip(sheet.ids, sheet.num_prompt, strict=True))
+    found = judge(other, AnswerSheet(PROMPTS, shorter, sheet.num_prompt, (0.0,) * 3), other.tokenizer)
     assert found.num_tokens == 3
     assert 0 < found.nats < 3 * math.log(300)
 

@@ -40,27 +40,18 @@ NUM_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class AnswerSheet:
-    """The dense model's answers, and its nats for each of them."""
+    """The dense model's answers, and its nats for each of them. `ids`: of a prompt and its answer."""
 
     prompts: tuple[str, ...]
-    conversations: tuple[Conversation, ...]
-    nats_P: Float[Tensor, " P"]
+    ids: tuple[tuple[int, ...], ...]
+    num_prompt: tuple[int, ...]
+    nats: tuple[float, ...]
 
-    def plain(self) -> dict[str, Any]:
-        """Return all but the prompts as JSON has it."""
-        return {
-            "ids": [each.ids_T.tolist() for each in self.conversations],
-            "num_prompt": [each.num_prompt for each in self.conversations],
-            "nats": self.nats_P.tolist(),
-        }
-
-    @classmethod
-    def of(cls, prompts: tuple[str, ...], plain: dict[str, Any]) -> "AnswerSheet":
-        """Return the sheet of what `plain` gave."""
-        pairs = zip(plain["ids"], plain["num_prompt"], strict=True)
-        conversations = tuple(Conversation(ids_T=torch.tensor(ids), num_prompt=number) for ids, number in pairs)
-        nats_P = torch.tensor(plain["nats"], dtype=torch.float64)
-        return cls(prompts=prompts, conversations=conversations, nats_P=nats_P)
+    @property
+    def conversations(self) -> list[Conversation]:
+        """Prompts and answers."""
+        pairs = zip(self.ids, self.num_prompt, strict=True)
+        return [Conversation(ids_T=torch.tensor(ids), num_prompt=number) for ids, number in pairs]
 
 
 def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress = silent) -> AnswerSheet:
@@ -70,7 +61,12 @@ def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress = silent) -
     """
     conversations = from_first(lambda: greedy_answers(speaker, prompts, ANSWER_TOKENS, "ask the dense model", progress))
     nats_P, _ = _nats(speaker, conversations, "dense on its answers", progress)
-    return AnswerSheet(prompts=tuple(prompts), conversations=tuple(conversations), nats_P=nats_P)
+    return AnswerSheet(
+        prompts=tuple(prompts),
+        ids=tuple(tuple(each.ids_T.tolist()) for each in conversations),
+        num_prompt=tuple(each.num_prompt for each in conversations),
+        nats=tuple(nats_P.tolist()),
+    )
 
 
 def judge(
@@ -94,14 +90,15 @@ def judge(
     Raises NumericsError if a logit is not finite.
     """
     # The same text in the pruned model's tokens.
-    own = list(sheet.conversations)
+    own = conversations = sheet.conversations
     if speaker.tokenizer is not dense_tokenizer:
         own = [*map(in_tokens_of(dense_tokenizer, speaker.tokenizer), own)]
     nats_P, same_first = _nats(speaker, own, "pruned on the dense model's answers", progress)
 
     # Per token of the dense tokenizer; the spread is that over prompts.
-    tokens_P = torch.tensor([len(each.ids_T) - each.num_prompt for each in sheet.conversations], dtype=torch.float64)
-    lost_P = nats_P - sheet.nats_P
+    tokens_P = torch.tensor([len(each.ids_T) - each.num_prompt for each in conversations], dtype=torch.float64)
+    dense_P = torch.tensor(sheet.nats, dtype=torch.float64)
+    lost_P = nats_P - dense_P
     lost = lost_P.sum() / tokens_P.sum()
     deviation = (lost_P - lost * tokens_P).square().sum().sqrt() / tokens_P.sum()
     num_prompts = len(sheet.prompts)
@@ -110,18 +107,18 @@ def judge(
     written = (
         from_first(lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress))
         if speaks
-        else sheet.conversations
+        else conversations
     )
-    pairs = list(zip(sheet.prompts, sheet.conversations, written, strict=True))[:NUM_SHOWN]
+    pairs = list(zip(sheet.prompts, conversations, written, strict=True))[:NUM_SHOWN]
     return OwnAnswers(
         num_prompts=num_prompts,
         num_tokens=int(tokens_P.sum()),
-        dense_nats=float(sheet.nats_P.sum() / tokens_P.sum()),
+        dense_nats=float(dense_P.sum() / tokens_P.sum()),
         nats=float(nats_P.sum() / tokens_P.sum()),
         standard_error=float(deviation) * math.sqrt(num_prompts / max(num_prompts - 1, 1)),
         same_first=same_first,
-        ended=(_ended(sheet.conversations), _ended(written)),
-        repeated=(_repeated(sheet.conversations), _repeated(written)),
+        ended=(_ended(conversations), _ended(written)),
+        repeated=(_repeated(conversations), _repeated(written)),
         shown=tuple(
             AnswerPair(prompt=prompt, dense=_text(dense, dense_tokenizer), pruned=_text(pruned, speaker.tokenizer))
             for prompt, dense, pruned in pairs
@@ -252,13 +249,13 @@ class Judge:
         losses = self._losses(model, self.dense_text, None)
         if asks and self.dense_tokenizer.chat_template is not None:
             prompts = _first(shipped("prompts.yaml"), self._share, least=1)
-            plain = self._kept(
+            self._sheet = self._kept(
                 f"answers of {model.which}",
-                lambda: ask(model.speaker(self.dense_tokenizer), prompts, self._progress).plain(),
+                lambda: ask(model.speaker(self.dense_tokenizer), prompts, self._progress),
                 model,
                 {"prompts": prompts, "tokens": ANSWER_TOKENS},
+                kind=AnswerSheet,
             )
-            self._sheet = AnswerSheet.of(prompts, plain)
         return Judgement(losses, losses.pop(OTHER))
 
     def pruned(self, model: ToJudge, *, speaks: bool = True) -> Judgement:
@@ -272,7 +269,7 @@ class Judge:
                     model.speaker(self.tokenizer), sheet, self.dense_tokenizer, self._progress, speaks=speaks
                 ),
                 model,
-                {"sheet": sheet.plain()},
+                {"sheet": sheet},
                 kind=OwnAnswers,
             )
         return Judgement(losses, losses.pop(OTHER), answers)
