@@ -38,37 +38,40 @@ _RENAMED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor of the file. `sources`: several if experts are stacked or q, k and v joined.
+class GgufTensor:
+    """A tensor of the file, by transformers' name and llama.cpp's.
 
-    `half`: gate (0) or input (1), where a checkpoint has both in one matrix.
+    `sources`: several if experts are stacked or q, k and v joined; none of Llama 3's factors of rotary
+    frequencies. `half`: gate (0) or input (1), where a checkpoint has both in one matrix.
     """
 
-    name: str  # transformers' name
+    name: str
     shape: tuple[int, ...]
     sources: tuple[StoredTensor, ...]
     half: int | None = None
+    gguf_name: str = ""
+    type_name: str = ""
 
 
-def gguf_parts(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec) -> Iterator[Part]:
+def _named(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec) -> Iterator[GgufTensor]:
     """Yield the file's tensors, tied weights once; read no weights. `model`: may be on meta."""
     for name, sources, half in _sources(stored, model, family):
         if name.endswith(_LATENT):
             yield from _latent_parts(name, sources, model.config)
         else:
             shapes = [torch.empty(source.shape, device="meta") for source in sources]
-            yield Part(name, tuple(_assembled(name, shapes, half, family).shape), sources, half)
+            yield GgufTensor(name, tuple(_assembled(name, shapes, half, family).shape), sources, half)
 
 
-def read_part(part: Part, family: GgufSpec) -> Tensor:
-    """Return the part's values in float32, in transformers' order of rows and channels."""
-    values = [read_tensor(source).float() for source in part.sources]
-    if family.latent_attention and "_b_proj." in part.name and len(part.shape) == 3:
+def _read(tensor: GgufTensor, family: GgufSpec) -> Tensor:
+    """Return the tensor's values in float32, in transformers' order of rows and channels."""
+    values = [read_tensor(source).float() for source in tensor.sources]
+    if family.latent_attention and "_b_proj." in tensor.name and len(tensor.shape) == 3:
         (whole,) = values
-        by_head = whole.reshape(part.shape[0], -1, whole.shape[1])
-        is_key = ".k_b_proj." in part.name
-        return by_head[:, : part.shape[2]].transpose(1, 2) if is_key else by_head[:, -part.shape[1] :]
-    return _assembled(part.name, values, part.half, family)
+        by_head = whole.reshape(tensor.shape[0], -1, whole.shape[1])
+        is_key = ".k_b_proj." in tensor.name
+        return by_head[:, : tensor.shape[2]].transpose(1, 2) if is_key else by_head[:, -tensor.shape[1] :]
+    return _assembled(tensor.name, values, tensor.half, family)
 
 
 def _assembled(name: str, values: list[Tensor], half: int | None, family: GgufSpec) -> Tensor:
@@ -116,13 +119,13 @@ def _sources(
         yield name, tuple(stack[index] for index in sorted(stack)), None
 
 
-def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrainedConfig) -> Iterator[Part]:
+def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrainedConfig) -> Iterator[GgufTensor]:
     """Yield the matrices from the latent vector to a head's keys, transposed, and to its values."""
     sizes: Any = config
     heads, latent = sizes.num_attention_heads, sizes.kv_lora_rank
     layer = name.removesuffix(_LATENT)
-    yield Part(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
-    yield Part(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
+    yield GgufTensor(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
+    yield GgufTensor(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
 
 
 TYPES = ("f32", "f16", "bf16", "q8_0")  # that need no llama.cpp
@@ -131,21 +134,6 @@ LARGEST_F16 = torch.finfo(torch.float16).max
 # Small tensors, some of which llama.cpp takes in float32 only.
 _ALWAYS_F32 = re.compile(r"\.ffn_gate_inp(_shexp)?\.|^position_embd\.|\.bias$")
 _FACTORS = "rope_freqs"
-
-
-@dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """One tensor to write. `part` None: Llama 3's factors of rotary frequencies."""
-
-    part: Part | None
-    gguf_name: str
-    shape: tuple[int, ...]
-    type_name: str
-
-    @property
-    def name(self) -> str:
-        """Transformers' name."""
-        return self.part.name if self.part else _FACTORS
 
 
 def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> list[GgufTensor]:
@@ -207,13 +195,14 @@ def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec,
     config: Any = model.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     found = []
-    for part in gguf_parts(stored, model, family):
-        gguf_name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, part.name
-        small = len(part.shape) == 1 or _ALWAYS_F32.search(gguf_name)
-        found.append(GgufTensor(part, gguf_name, part.shape, "f32" if small else type_name))
+    for tensor in _named(stored, model, family):
+        gguf_name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, tensor.name
+        small = len(tensor.shape) == 1 or _ALWAYS_F32.search(gguf_name)
+        found.append(replace(tensor, gguf_name=gguf_name, type_name="f32" if small else type_name))
     if rotary(config)["rope_type"] == "llama3":
-        found.append(GgufTensor(None, f"{_FACTORS}.weight", (head_width(config) // 2,), "f32"))
+        shape = (head_width(config) // 2,)
+        found.append(GgufTensor(_FACTORS, shape, (), gguf_name=f"{_FACTORS}.weight", type_name="f32"))
     return found
 
 
@@ -252,7 +241,7 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTra
     import gguf
 
     for tensor in tensors:
-        values = read_part(tensor.part, family) if tensor.part else llama3_factors(config)
+        values = _read(tensor, family) if tensor.sources else llama3_factors(config)
         _check_range(tensor, values)
         values = _reordered(values, tensor.name, family, config)
         yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()])

@@ -139,10 +139,11 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Tokens:
-    """A domain's tokens on this rank: the experts' calls, and the residual of each (T x D)."""
+    """A domain's tokens on this rank: the experts' calls, the residual of each (T x D), the wanted energy."""
 
     calls: list[Call] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
+    energy: float = 0.0
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return hidden states, chosen experts, weights and residuals of all batches."""
@@ -168,7 +169,9 @@ def refit_experts(
     """
     stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
     tokens, held_out = _as_routed_now(walk, group, wanted)
-    weights = _domain_weights(tokens, wanted, walk, weighting, shares)
+    energy = totals({name: torch.tensor([each.energy], dtype=torch.float64) for name, each in tokens.items()})
+    total = sum(map(float, energy.values()))
+    weights = {name: domain_weight(weighting, shares[name] * total, float(energy[name])) for name in tokens}
     parts = {domain: each.joined() for domain, each in sorted(tokens.items())}
     tokens.clear()
     num_experts = len(module.get_parameter(stacks.down))
@@ -190,19 +193,8 @@ def _as_routed_now(walk: Walk, group: Group, wanted: list[Wanted]) -> tuple[dict
         domain = tokens.setdefault(batch.domain, _Tokens())
         domain.calls.append(call)
         domain.left.append(want.target_TD.float() - given_TD.float())
+        domain.energy += float(want.target_TD.float().square().sum())
     return tokens, held_out
-
-
-def _domain_weights(
-    tokens: dict[str, _Tokens], wanted: list[Wanted], walk: Walk, weighting: str, shares: dict[str, float]
-) -> dict[str, float]:
-    energy = dict.fromkeys(tokens, 0.0)
-    for batch, want in zip(walk.batches, wanted, strict=True):
-        if not batch.held_out:
-            energy[batch.domain] += float(want.target_TD.float().square().sum())
-    everywhere = totals({name: torch.tensor([each], dtype=torch.float64) for name, each in energy.items()})
-    total = sum(float(each) for each in everywhere.values())
-    return {name: domain_weight(weighting, shares[name] * total, float(everywhere[name])) for name in tokens}
 
 
 def _refit(
