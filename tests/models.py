@@ -100,3 +100,12 @@ def randomised(model: Any, seed: int, norm_mean: float = 1) -> Any:
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model.eval()
+
+
+def num_params(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def logits_of(model: Any, ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_ids() if ids_BT is None else ids_BT, use_cache=False).logits

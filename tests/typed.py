@@ -2,6 +2,9 @@
 
 By itself it checks each parameter twice and binds each call's arguments for the sake of shapes, in functions without
 arrays too, and compiles its checks of an inner function anew at each call of the outer one.
+
+While the hook imports a module, Python finds no compiled file of whatever that one imports. So what is heavy is
+imported here, before it.
 """
 
 import dataclasses
@@ -10,6 +13,7 @@ from typing import Any
 
 import jaxtyping
 from beartype import beartype
+from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 
 WHOLE = jaxtyping.jaxtyped
 

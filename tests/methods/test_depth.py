@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES as ROWS
 from families import row, tiny_family
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from models import logits_of, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -17,11 +17,6 @@ from secateur.stream.walk import Batch, make_batches
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 FAMILIES = [(tiny_llama, {}), (tiny_llama, {"tied": True}), (tiny_qwen2, {}), (tiny_qwen2, SLIDING)]
-
-
-def logits_of(model, ids_BT):
-    with torch.no_grad():
-        return model(ids_BT, use_cache=False).logits
 
 
 def logits_skipping(model, ids_BT, layers):

@@ -26,14 +26,9 @@ from secateur.recipe import parse_recipe
 from secateur.store import Services
 from secateur.stream.walk import Walk, make_batches
 from tests.families import DTYPES
-from tests.models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
+from tests.models import logits_of, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
 
 FFN, HEADS = ("ffn",), ("kv_heads", "ffn")
-
-
-def logits_of(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids_BT, use_cache=False).logits
 
 
 def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) -> LearningText:

@@ -26,7 +26,7 @@ from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches
 from tests.families import DTYPES, FAMILIES, GROUPS, row, tiny_family
 from tests.model.test_exactness import logits_of, prune_tiny, random_calibration, zero_units
-from tests.models import tiny_ids
+from tests.models import num_params, tiny_ids
 
 ROWS = [row(name, group) for name in FAMILIES for group in GROUPS[name]]
 
@@ -82,10 +82,6 @@ def mask_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
             return route(*inputs)
 
     router.forward = route_without
-
-
-def num_params(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def dtypes_of(model: Any) -> dict[str, torch.dtype]:

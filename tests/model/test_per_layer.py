@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from warm import WarmProcesses
 
 import secateur
 from secateur.errors import CheckpointError
@@ -129,13 +129,13 @@ print(json.dumps(said), file=open(names, "w"))
 
 
 @pytest.fixture(scope="module")
-def fresh(saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Any]:
-    """Return what plain transformers says in a fresh process, by name and trust: logits, or an error's text."""
+def fresh(saved, warm: WarmProcesses, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Any]:
+    """Return what plain transformers says in a process of its own, by name and trust: logits, or an error's text."""
     place = tmp_path_factory.mktemp("fresh")
     command = [sys.executable, "-P", "-c", CHILD, json.dumps(tiny_ids().tolist()), str(place / "said")]
     command += [str(directory) for _, directory in saved.values()]
-    environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules")}
-    subprocess.run(command, env=environment, capture_output=True, check=True)
+    done = warm.run(command, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
     said = json.loads((place / "said").read_text())
     return lambda name, trust: said[f"{saved[name][1]} {trust}"]
 

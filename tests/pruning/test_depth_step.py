@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_family
-from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
+from models import logits_of, num_params, tiny_gemma3, tiny_llama, tiny_qwen2
 from recipes import grouped
 from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
@@ -46,10 +46,6 @@ def dense(factory: Any, quiet: tuple[int, ...] = (1, 3)) -> Any:
     return model
 
 
-def num_params(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def share_of(num_layers: int) -> float:
     """Return the share of all parameters that so many layers have."""
     model = tiny_llama(num_layers=6)
@@ -59,11 +55,6 @@ def share_of(num_layers: int) -> float:
 def lines_of(out: Path, event: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tiny_ids(), use_cache=False).logits
 
 
 def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:

@@ -2,11 +2,12 @@
 
 import ctypes
 import gc
-import subprocess
+import os
 import sys
 
 import pytest
 import torch
+from warm import WarmProcesses
 
 from secateur.pruning import loop
 from secateur.stream.statistics import Gram, Statistics
@@ -55,7 +56,7 @@ print(pages_cleared(5))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_freed_memory_serves_the_next_tensors_of_a_run_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
+def test_freed_memory_serves_the_next_tensors_of_a_run_alone(warm: WarmProcesses) -> None:
+    done = warm.run([sys.executable, "-c", PAGES], env=dict(os.environ))
     first, inside, behind = map(int, done.stdout.split())
     assert 5 * inside < first and behind > 4 * first

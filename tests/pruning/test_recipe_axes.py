@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from bpe_tokenizer import bpe_tokenizer
-from models import opened, tiny_ids, tiny_llama, tiny_qwen2
+from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
@@ -29,10 +29,6 @@ TOKENIZER = tiny_tokenizer()
 @pytest.fixture(scope="module")
 def small(recipe) -> dict[str, Any]:
     return {**recipe, "evaluate": False}
-
-
-def num_params(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def widths(result: secateur.Result) -> dict[tuple[int, str], int]:

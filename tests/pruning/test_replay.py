@@ -25,11 +25,13 @@ from tests.pruning.test_resume import Stopped, stopped_after, weights
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {"polish": {"num_tokens": 640}},
-    "heads": {"groups": ["ffn", "kv_heads"], "remove": 0.35},
-    "curve": {"budget": "curve"},
+    "heads and layers of their own widths, by the worst domain": {
+        "groups": ["ffn", "kv_heads"],
+        "budget": "curve",
+        "domain_weighting": "minimax",
+        "protected_layers": [0],
+    },
     "depth": {"depth": 1, "remove": 0.35},
-    "minimax": {"domain_weighting": "minimax"},
-    "protected": {"protected_layers": [0]},
     "experts": {"groups": ["experts"], "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"]},
     "tokens": {"vocabulary": 448},
@@ -65,6 +67,14 @@ def models(checkpoints, tmp_path_factory) -> dict[str, Path]:
 def result(models, recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("result") / "out"
     secateur.prune(models["llama"], grouped({**recipe, "remove": 0.3}), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trimmed(models, recipe, tmp_path_factory) -> Path:
+    """A result that has lost tokens."""
+    out = tmp_path_factory.mktemp("trimmed") / "out"
+    secateur.prune(models["tokens"], grouped({**recipe, "vocabulary": 448, "remove": 0.3}), out=out)
     return out
 
 
@@ -175,28 +185,26 @@ def test_another_shape_is_refused_by_its_first_difference(name, result, tmp_path
         secateur.prune(place, like=result)
 
 
-def test_more_tokens_are_no_other_shape_unless_tokens_went(models, result, recipe, tmp_path):
+def test_more_tokens_are_no_other_shape_unless_tokens_went(result, trimmed, tmp_path):
     place = saved(tmp_path / "model", tiny_llama(vocab_size=352))
     assert secateur.prune(place, like=result).keeps.keys() == {(layer, "ffn") for layer in range(3)}
-    secateur.prune(models["tokens"], grouped({**recipe, "vocabulary": 448, "remove": 0.3}), out=tmp_path / "trimmed")
     tokenizer, _ = made("byte-level")
     more = saved(tmp_path / "more", tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING + 8), tokenizer)
     with pytest.raises(CheckpointError, match="the number of tokens of "):
-        secateur.prune(more, like=tmp_path / "trimmed")
+        secateur.prune(more, like=trimmed)
 
 
-def test_other_tokens_under_the_same_numbers_are_refused(models, recipe, tmp_path):
-    secateur.prune(models["tokens"], grouped({**recipe, "vocabulary": 448, "remove": 0.3}), out=tmp_path / "trimmed")
+def test_other_tokens_under_the_same_numbers_are_refused(models, trimmed, tmp_path):
     other = tmp_path / "sibling"
     shutil.copytree(models["tokens"], other)
-    said = json.loads((tmp_path / "trimmed" / "tokenizer.json").read_text())["added_tokens"][0]["content"]
+    said = json.loads((trimmed / "tokenizer.json").read_text())["added_tokens"][0]["content"]
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (other / file).is_file():
             (other / file).write_text((other / file).read_text().replace(json.dumps(said), '"<|renamed|>"'))
     with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
-        secateur.prune(other, like=tmp_path / "trimmed")
+        secateur.prune(other, like=trimmed)
     # Two that need not stay, under each other's numbers.
-    kept, data = kept_tokens_of(tmp_path / "trimmed"), json.loads((models["tokens"] / "tokenizer.json").read_text())
+    kept, data = kept_tokens_of(trimmed), json.loads((models["tokens"] / "tokenizer.json").read_text())
     assert kept is not None
     first, second = [index for index in kept.dense_ids if index not in made("byte-level")[1].fixed][:2]
     numbers = {first: second, second: first}
@@ -204,7 +212,7 @@ def test_other_tokens_under_the_same_numbers_are_refused(models, recipe, tmp_pat
     shutil.copytree(models["tokens"], other, dirs_exist_ok=True)
     (other / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
-        secateur.prune(other, like=tmp_path / "trimmed")
+        secateur.prune(other, like=trimmed)
 
 
 def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_gemma3, tiny_llama, tiny_qwen2
+from models import num_params, tiny_gemma3, tiny_llama, tiny_qwen2
 
 from secateur.methods.budget import Prices, params_gone, prices_of, round_plans, round_shares, uniform_plan
 from secateur.methods.curve import GroupProfile, curve_plan
@@ -21,10 +21,6 @@ MIXED = ("ffn", "kv_heads")
 def priced(model: Any) -> Prices:
     """Return the prices of a model."""
     return prices_of(bind(model), model)
-
-
-def num_params(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import opened, tiny_llama
+from models import num_params, opened, tiny_llama
 from recipes import grouped
 from run_ranks import run_forked_ranks
 from safetensors.torch import load_file
@@ -79,10 +79,6 @@ def asked(recipe: dict[str, Any]) -> dict[str, Any]:
 def cut(dense, asked, tmp_path_factory) -> secateur.Result:
     """The dense model less tokens and channels, written and proved."""
     return secateur.prune(dense, grouped(asked), out=tmp_path_factory.mktemp("cut") / "out", force=True)
-
-
-def num_params(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_tokens_and_channels_together_reach_the_share(dense, cut):

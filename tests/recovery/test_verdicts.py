@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama
+from models import logits_of, tiny_llama
 from torch import nn
 
 from secateur.errors import NumericsError
@@ -20,11 +20,6 @@ TEXT = {
     name: torch.randint(3, 300, (blocks, 70), generator=torch.Generator().manual_seed(blocks))
     for name, blocks in (("one", 1), ("three", 3))
 }
-
-
-def logits_of(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids_BT, use_cache=False).logits
 
 
 def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
