@@ -101,7 +101,8 @@ def test_the_package_of_the_page_prunes_and_exports(
     calibration = {"domains": {"notes": {"files": str(notes)}}, "num_tokens": 640, "sequence_length": 32}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration})), encoding="utf-8"
+        yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration, "evaluate": False})),
+        encoding="utf-8",
     )
     out, file = tmp_path / "out", tmp_path / "out.npz"
     pruned = secateur_from(site, warm, "prune", helium, out, "--recipe", recipe)

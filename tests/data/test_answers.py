@@ -21,6 +21,8 @@ from secateur.data.chat import closing_of_turn
 from secateur.data.sources import documents, shipped
 from secateur.errors import CalibrationError, NumericsError
 from secateur.model.bind import bind
+from secateur.model.group import cut
+from secateur.model.per_layer import record_widths
 from secateur.recipe import Domain
 from tests.families import tiny_family
 
@@ -123,6 +125,16 @@ def test_conversations_are_the_same_in_any_batch(monkeypatch: pytest.MonkeyPatch
     other = written(speaker(model, seed="1"), 6)
     assert not torch.equal(few.ids_NT, other.ids_NT)
     assert not torch.equal(few.ids_NT, written(speaker(model), 6, name="polish").ids_NT)
+
+
+def test_a_model_whose_layers_have_heads_of_their_own_number_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    arch = bind(model)
+    [group] = (each for each in arch.select(("kv_heads",)) if each.layer == 1)
+    cut(model.model.layers[1], group, torch.tensor([0]))
+    record_widths(model, arch)
+    monkeypatch.setattr(answers, "CACHE_BYTES", 10 * 2 * (2 + 1 + 2) * 12 * LENGTH * 4)
+    assert Speaker(model, bind(model), tiny_tokenizer(), "0", LENGTH).rows == 10
 
 
 def test_more_blocks_begin_with_the_same_conversations() -> None:

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from secateur.api import prune
 from secateur.data.blocks import JudgedText
-from secateur.data.sources import shipped
 from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.text import (
@@ -99,14 +98,11 @@ def test_named_domains_give_the_blocks_asked_for_whatever_their_shares(texts):
         assert len({tuple(ids) for ids in blocks["prose"].ids_NT.tolist()}) == num_blocks
 
 
-def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm, monkeypatch):
-    # The process that is killed judges by all of the text and all of the questions.
-    monkeypatch.setattr("secateur.stream.judge.shipped", shipped)
-    monkeypatch.setattr("secateur.stream.judge.ANSWER_TOKENS", 64)
+def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
     domains = [f"--domain={name}={file}" for name, file in texts.items()]
     arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
     arguments += ["--num-blocks", "8", "--sequence-length", "32", "--json"]
-    command = [sys.executable, "-m", "secateur", *arguments]
+    command = [sys.executable, Path(__file__).parents[1] / "little_main.py", *arguments]
     process = warm.start(command, dict(os.environ))
     while not list((copy / "evaluation").glob("*.json")):
         assert psutil.pid_exists(process), warm.wait(command)

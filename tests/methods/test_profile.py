@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +10,6 @@ from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 
 from secateur.errors import NumericsError
-from secateur.methods.budget import MAX_LEVELS, level_grid
 from secateur.methods.profile import PROBE_BLOCKS, ProfileSettings, _Refit, first_blocks, profile
 from secateur.model.bind import bind
 from secateur.model.group import linear
@@ -192,16 +190,3 @@ def test_first_blocks_are_the_same_whoever_has_them():
     assert torch.equal(of_a_rank.ids_BT, ids_NT[4:7]) and not of_a_rank.held_out
     assert [len(batch.ids_BT) for batch in first_blocks(mine, 5)] == [4, 1]
     assert first_blocks(mine, 0) == [] and first_blocks(mine, 3, after=10) == []
-
-
-@pytest.mark.parametrize(
-    "num_units, step", [(1536, 64), (112, 8), (100, 16), (1536, 1), (18944, 128), (3, 1), (1, 1), (40, 64)]
-)
-def test_level_grid(num_units, step):
-    levels = level_grid(num_units, step)
-    assert levels[0] == num_units and len(levels) <= MAX_LEVELS + 1
-    assert list(levels) == sorted(set(levels), reverse=True) and levels[-1] > 0
-    assert all(level % step == 0 for level in levels[1:])
-    assert len({high - low for high, low in pairwise(levels[1:])}) <= 1
-    if num_units <= MAX_LEVELS * step:
-        assert len(levels) == -(-num_units // step)

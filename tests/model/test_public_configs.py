@@ -75,6 +75,7 @@ def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: 
     assert bool(found.files) == (problem == "without the tokenizer")
 
 
+@pytest.mark.slow  # counted by transformers; what is ours of it is asked above
 @pytest.mark.parametrize("file", NEWEST, ids=lambda file: file.stem)
 def test_the_newest_checkpoints_have_the_published_parameters(file: Path) -> None:
     facts = json.loads(file.read_text())

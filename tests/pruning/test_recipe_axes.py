@@ -40,24 +40,15 @@ def lines_of(out: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
-def test_curves_meet_the_target_and_repeat_to_the_bit(small):
-    settings = {**small, "budget": "curve", "groups": ["ffn", "kv_heads"], "remove": 0.2}
-    first, second = (secateur.prune(tiny_qwen2(), grouped(settings), tokenizer=TOKENIZER) for _ in range(2))
-    before = num_params(tiny_qwen2())
-    assert 0.2 * before <= before - num_params(first.model) < 0.2 * before + 3 * 64 * 16
-    assert all(count % 8 == 0 for (_, group), count in widths(first).items() if group == "ffn")
-    assert widths(first) == widths(second)
-    for name, tensor in first.model.state_dict().items():
-        assert torch.equal(tensor, second.model.state_dict()[name]), name
-
-
 def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 0.01  # a layer that hardly matters
     settings = {**small, "budget": "curve", "remove": 0.2}
     result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
-    found = widths(result)
+    found, step = widths(result), 8 * 3 * 48
+    assert 0.2 <= result.summary.remove_reached < 0.2 + step / num_params(tiny_llama())
+    assert all(count % 8 == 0 for count in found.values())
     assert found[1, "ffn"] < min(found[0, "ffn"], found[2, "ffn"])
     assert result.summary.widths["ffn"] == (112, min(found.values()), max(found.values()))
     assert result.summary.reload_max_abs_difference == 0
@@ -173,21 +164,11 @@ MIXTURE = {
 }
 SHAPES: dict[str, Any] = {
     "0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
-    "7B": Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
-    "32B": Qwen2Config(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40),
     "mixture": Qwen2MoeConfig(**MIXTURE, num_hidden_layers=24, num_attention_heads=16),
 }
 
 
-@pytest.mark.parametrize(
-    ("shape", "asked"),
-    [
-        ("0.5B", {"to": "900MB"}),
-        ("7B", {"to": "12GB"}),
-        ("32B", {"to": "58GB"}),
-        ("mixture", {"to": "24GB"}),
-    ],
-)
+@pytest.mark.parametrize(("shape", "asked"), [("0.5B", {"to": "900MB"}), ("mixture", {"to": "24GB"})])
 def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_path):
     config = SHAPES[shape]
     config.architectures = ["Qwen2MoeForCausalLM" if shape == "mixture" else "Qwen2ForCausalLM"]

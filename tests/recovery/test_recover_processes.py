@@ -19,6 +19,7 @@ from warm import WarmProcesses
 import secateur
 
 WEIGHTS = "model.safetensors"
+LITTLE_MAIN = Path(__file__).parents[1] / "little_main.py"
 SETTINGS = {
     "num_tokens": 2048,
     "batch_tokens": 128,
@@ -68,7 +69,7 @@ def run(
     file, code, out = place / "r.yaml", place / "script.py", place / "two"
     file.write_text(yaml.safe_dump({"recover": settings}), encoding="utf-8")
     code.write_text(script, encoding="utf-8")
-    command = ["-m", "secateur", "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file]
+    command = [LITTLE_MAIN, "recover", pruned, "--teacher", teacher, "--out", out, "--recipe", file]
     return launched(launch, [code, pruned, teacher, out, file] if script else command, warm)
 
 

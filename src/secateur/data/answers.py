@@ -26,6 +26,7 @@ from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of, head_width, num_kv_heads
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
+from secateur.model.twin import of_layer
 
 # Conversations written together. A step reads all weights, whatever its rows; on a CPU more than so
 # many rows gain little, since each computes for itself.
@@ -86,9 +87,9 @@ class Speaker:
     @property
     def rows(self) -> int:
         """Return how many conversations are written at a time; it depends on the model alone."""
-        config = self.model.config.get_text_config()
-        width = num_kv_heads(config) * head_width(config)
-        per_row = 2 * self.arch.num_layers * width * self.length * self.model.dtype.itemsize
+        layers = [of_layer(self.model.config.get_text_config(), index) for index in range(self.arch.num_layers)]
+        width = sum(num_kv_heads(layer) * head_width(layer) for layer in layers)
+        per_row = 2 * width * self.length * self.model.dtype.itemsize
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS
         return max(LEAST_ROWS, min(most, max(CACHE_BYTES, weights // 4) // per_row))
