@@ -24,9 +24,8 @@ from secateur.data.chat import chat_text, closing_of_turn
 from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
-from secateur.model.bind import Arch, head_of, head_width, num_kv_heads
+from secateur.model.bind import Arch, head_of, head_width, layer_configs, num_kv_heads
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
-from secateur.model.twin import of_layer
 
 # Conversations written together. A step reads all weights, whatever its rows; on a CPU more than so
 # many rows gain little, since each computes for itself.
@@ -87,8 +86,7 @@ class Speaker:
     @property
     def rows(self) -> int:
         """Return how many conversations are written at a time; it depends on the model alone."""
-        layers = [of_layer(self.model.config.get_text_config(), index) for index in range(self.arch.num_layers)]
-        width = sum(num_kv_heads(layer) * head_width(layer) for layer in layers)
+        width = sum(num_kv_heads(layer) * head_width(layer) for layer in layer_configs(self.model))
         per_row = 2 * width * self.length * self.model.dtype.itemsize
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS

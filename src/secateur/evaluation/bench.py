@@ -18,7 +18,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Costs, Size, Workload
 from secateur.files import write_text
 from secateur.log import Progress, silent, steps, versions
-from secateur.model.bind import head_width, num_kv_heads
+from secateur.model.bind import head_width, layer_configs, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept_tokens import kept_tokens_of
@@ -237,7 +237,7 @@ def least_costs(model: Any, workload: Workload) -> Costs:
 
 def kv_cache_bytes_per_token(model: Any) -> int:
     """Return 2 (K and V) * L * KV heads * head_dim * bytes per value."""
-    _, num_kv_channels = _attention(model)
+    num_kv_channels = sum(num_kv_heads(layer) * head_width(layer) for layer in layer_configs(model))
     return 2 * num_kv_channels * model.dtype.itemsize
 
 
@@ -265,7 +265,7 @@ def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
     """
     head = _head(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    num_query_channels, _ = _attention(model)
+    num_query_channels = sum(layer.num_attention_heads * head_width(layer) for layer in layer_configs(model))
     attention = 4 * num_query_channels * (prompt_tokens + 1) / 2
     return 2 * sum(linear.weight.numel() for linear in linears) + attention + 2 * head.weight.numel() / prompt_tokens
 
@@ -274,14 +274,3 @@ def _head(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     return head
-
-
-def _attention(model: Any) -> tuple[int, int]:
-    """Return the query and KV channels of all layers: heads * head_dim by each layer's config."""
-    config: Any = model.config.get_text_config()
-    layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
-    num_query_channels = num_kv_channels = 0
-    for layer in layers:
-        num_query_channels += layer.num_attention_heads * head_width(layer)
-        num_kv_channels += num_kv_heads(layer) * head_width(layer)
-    return num_query_channels, num_kv_channels

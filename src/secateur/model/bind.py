@@ -18,6 +18,7 @@ __all__ = [
     "decoder_layers",
     "head_of",
     "head_width",
+    "layer_configs",
     "num_kv_heads",
     "text_config",
     "text_model",
@@ -35,6 +36,12 @@ def num_kv_heads(config: Any) -> int:
         return 1 if config.multi_query else config.num_attention_heads
     counts = (getattr(config, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
     return next(count for count in counts if count)
+
+
+def layer_configs(model: Any) -> list[Any]:
+    """Return each layer's config, which is the model's if all layers have one."""
+    config: Any = model.config.get_text_config()
+    return list(config.per_layer_config) if config.is_heterogeneous else [config] * config.num_hidden_layers
 
 
 def bind(model: Any) -> Arch:
