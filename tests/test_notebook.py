@@ -89,11 +89,6 @@ def test_what_was_left_out_of_the_text_is_said_in_results(shown):
         assert re.fullmatch(r"domain 'code': rows left out, since they hold no text: [1-9]\d*\.", note)
 
 
-def test_the_records_of_before_have_the_same_json(shown):
-    assert json.loads(shown["summary"].to_json())["model"] == shown["summary"].model
-    assert type(shown["summary"]).from_json(shown["summary"].to_json(), "here") == shown["summary"]
-
-
 def test_names_are_found_by_completion():
     names = dir(secateur)
     assert {"prune", "inspect", "Recipe", "bars", "__version__", *secateur.__all__} <= set(names)

@@ -7,13 +7,11 @@ import torch
 from recipes import grouped
 
 import secateur
-from secateur.errors import RecipeError
 from secateur.methods.experts import _steps, keep_experts, observe_routing
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
 from secateur.stream.walk import Walk, make_batches
 from tests.families import tiny_family
-from tests.model.test_exactness import prune_tiny, random_calibration
 from tests.models import tiny_ids
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -73,13 +71,6 @@ def test_groups_of_experts_keep_as_many_each() -> None:
     assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
     two = Experts("mlp.experts", STACKS, num_groups=2)
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
-
-
-def test_scores_of_experts_are_of_nothing_else() -> None:
-    keeps, _ = prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("experts",), remove=0.3, score="reap")
-    assert {len(keep) for keep in keeps.values()} == {4}
-    with pytest.raises(RecipeError, match=r"choose.score: reap is of whole experts, groups has expert_ffn too"):
-        prune_tiny(tiny_family("mixtral"), random_calibration(), groups=("expert_ffn",), remove=0.1, score="reap")
 
 
 def test_a_run_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:

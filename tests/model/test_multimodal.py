@@ -11,11 +11,8 @@ from run_cli import run_cli
 from safetensors.torch import load_file
 
 import secateur
-from secateur.errors import RecipeError
 from secateur.model.checkpoint import load
-from secateur.recipe import parse_recipe
 from tests.families import tiny_family
-from tests.models import opened
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -55,10 +52,3 @@ def test_terminal_card_and_result_name_the_class_that_reloads_it(recipe, tmp_pat
     exec(code, found)  # what a reader copies
     ids = torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(found["model"](ids).logits, load(out)(ids).logits)
-
-
-def test_layers_of_different_widths_are_refused() -> None:
-    model = tiny_family("gemma3_multimodal")
-    recipe = parse_recipe(grouped({"remove": 0.1, "budget": "curve"}))
-    with pytest.raises(RecipeError, match="language model inside a larger class"):
-        opened(model, recipe)

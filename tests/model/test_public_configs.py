@@ -85,11 +85,6 @@ def test_the_newest_checkpoints_have_the_published_parameters(file: Path) -> Non
     assert least < counted / facts["num_params"] - 1 < 0.005
 
 
-def test_there_are_enough_of_them_from_small_to_large() -> None:
-    sizes = [json.loads(file.read_text())["num_params"] for file in CONFIGS]
-    assert len(sizes) >= 20 and min(sizes) < 0.13e9 and max(sizes) > 670e9
-
-
 def test_of_a_model_with_experts_these_go_unless_told_otherwise() -> None:
     found, _ = inspected(named("deepseek-v3"))
     assert [group.name for group in found.groups] == ["experts"]

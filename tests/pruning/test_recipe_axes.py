@@ -59,17 +59,6 @@ def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):
     assert "secateur.load" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_protected_layers_stay_whole_and_least_shares_are_kept(small):
-    for budget in ("uniform", "curve"):
-        settings = {**small, "budget": budget, "protected_layers": [0, -1], "remove": 0.1}
-        result = secateur.prune(tiny_llama(num_layers=4), grouped(settings), tokenizer=TOKENIZER)
-        assert {layer for layer, _ in result.keeps} == {1, 2}
-        assert result.summary.widths["ffn"][2] == 112
-        assert result.model.model.layers[0].mlp.down_proj.in_features == 112
-    settings = {**small, "budget": "curve", "min_keep": 0.5, "remove": 0.2}
-    assert min(widths(secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER)).values()) >= 56
-
-
 def test_a_protected_domain_is_planned_for(small):
     domains = small["calibration"]["domains"]
     protected = {**domains, "code": {**domains["code"], "protect": 0.001}}
@@ -81,15 +70,6 @@ def test_a_protected_domain_is_planned_for(small):
     }
     with pytest.raises(secateur.SecateurError, match=r"would raise a protected domain's loss .*code"):
         secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER)
-
-
-def test_domain_weights_are_found_per_group_and_logged(small, tmp_path):
-    out = tmp_path / "out"
-    secateur.prune(tiny_qwen2(), grouped({**small, "domain_weighting": "minimax"}), tokenizer=TOKENIZER, out=out)
-    for line in lines_of(out, "group"):
-        weights = line["domain_weights"]
-        assert set(weights) == {"prose", "code"} and sum(weights.values()) == pytest.approx(1)
-        assert min(weights.values()) >= 1 / 6 - 1e-9
 
 
 def test_scores_of_other_methods_run_in_rounds(small, tmp_path):
@@ -117,15 +97,6 @@ def test_what_a_round_leaves_is_told(small, tmp_path):
     assert [1 - line["num_params"] / whole for line in lines] == pytest.approx([0.1, 0.2, 0.3], abs=0.04)
     assert lines[-1]["num_params"] == num_params(result.model)
     assert set(lines[0]["nats_per_token"]) == {"prose", "code"}
-
-
-def test_head_counts_that_the_config_refuses_are_never_planned(small):
-    for budget in ("uniform", "curve"):
-        # Five of six heads do not divide a hidden size of 48.
-        model = tiny_llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=6)
-        settings = {**small, "groups": ["kv_heads", "ffn"], "remove": 0.1, "budget": budget}
-        result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER)
-        assert all(48 % count == 0 for (_, group), count in widths(result).items() if group == "kv_heads")
 
 
 def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
