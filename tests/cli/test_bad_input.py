@@ -158,12 +158,9 @@ def test_damaged_model(name, model, prune):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--remove 0", "remove: the share of total parameters to remove must be a number above 0 and below 1, got 0.0"),
         ("--remove 1", "above 0 and below 1, got 1.0"),
-        ("--remove nan", "above 0 and below 1, got NaN"),
         ("--to 0.4X", "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got"),
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
-        ("--set seed=-1", "seed: "),
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
         ("--domain code --domain general", "--domain code: given twice"),
@@ -179,13 +176,8 @@ def test_bad_option(options, expected, prune):
     [
         ({"remvoe": 0.2}, "unknown key 'remvoe'; did you mean 'remove'?"),
         ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, "),
-        ({"calibration": {"tokens": 5}}, "unknown key 'calibration.tokens'; did you mean 'num_tokens'?"),
-        ({"calibration": None}, "calibration: "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
         ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
-        ({"calibration": {"domains": {"a": {}}}}, "needs exactly one of installed, files, dataset; got none"),
-        ({"score": "wnada"}, "flap, obs, paper, reap; did you mean 'wanda'?"),
-        ({"align": 0}, "remove.align: "),
     ],
 )
 def test_bad_recipe(changes, expected, prune):

@@ -124,13 +124,6 @@ def test_a_trim_that_costs_too_much_is_one_sentence_and_force_writes_it(place, t
     assert forced.status == 0 and "it was written all the same, as --force says." in " ".join(forced.stdout.split())
 
 
-def test_a_size_that_cannot_be_is_one_sentence(place, tmp_path):
-    outcome = trim(place, tmp_path / "out", "--vocabulary", 500)
-    assert outcome.status == 2 and outcome.stdout == "" and list(tmp_path.iterdir()) == []
-    expected = "500 of the model's 640 rows cannot stay; give a multiple of 64 (such as 448 or 512)"
-    assert outcome.stderr.splitlines()[-1].startswith("secateur: ") and expected in outcome.stderr
-
-
 @pytest.mark.parametrize("value", ["many", "-64"])
 def test_prune_takes_a_number_or_auto(place, tmp_path, value):
     outcome = run_cli("prune", place / "model", tmp_path / "out", "--vocabulary", value)
