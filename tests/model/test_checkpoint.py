@@ -117,6 +117,10 @@ def test_meta_model_of_seventy_billion_parameters_holds_nothing():
 def test_no_such_model_names_the_nearest(directory):
     with pytest.raises(CheckpointError, match=f"no such directory.*; did you mean {directory}\\?"):
         open_checkpoint(str(directory) + "s")
+    for end in "abc":
+        (directory.parent / f"model-{end}").mkdir()
+    with pytest.raises(CheckpointError, match=r"; did you mean \S*model-. or \S*model-. or \S*model-.\?"):
+        open_checkpoint(directory.parent / "model-d")
 
 
 @pytest.mark.parametrize("reference", ["smolm2-135m", "SmolLM2-135M", "no/such/folder/smollm2-135"])
