@@ -12,7 +12,7 @@ import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
 
-from secateur.data.blocks import TokenCounts, count_tokens
+from secateur.data.blocks import Block, TokenCounts, count_tokens
 from secateur.errors import RecipeError
 from secateur.methods import vocabulary as module
 from secateur.methods.depth import narrow_kl, narrow_readers
@@ -21,6 +21,7 @@ from secateur.methods.vocabulary import (
     Removal,
     channel_law,
     count_for_size,
+    expected_counts,
     kept_after,
     nats_of_trims,
     nats_with,
@@ -264,6 +265,19 @@ def removal_of(ids: list[int], cost_R: torch.Tensor) -> Removal:
 
 
 REMOVAL = removal_of(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)
+
+
+def test_answers_count_what_the_model_is_likely_to_say_where_they_count():
+    model = tiny_llama().bfloat16()
+    ids_T = tiny_ids(batch=1, length=24)[0]
+    is_answer_T = torch.arange(24) >= 10
+    block = Block(ids_T, torch.zeros_like(ids_T), is_answer_T)
+    counts = expected_counts(model, bind(model), [block], model.config.vocab_size)
+    with torch.no_grad():
+        probabilities_TV = model(ids_T[None]).logits[0].float().softmax(dim=-1)
+    # What stands before an answer's tokens foretells them: those from 9 on, and none behind the last.
+    torch.testing.assert_close(counts.tokens_V, probabilities_TV[9:23].double().sum(dim=0), rtol=1e-4, atol=1e-6)
+    assert float(counts.tokens_V.sum()) == pytest.approx(14, rel=1e-5) and counts.damped_V is counts.tokens_V
 
 
 def test_letters_of_the_scripts_that_the_text_is_written_in_stay():

@@ -409,7 +409,7 @@ def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
     ready = replace(opened(model, recipe), tokenizer=tokenizer)
     dense, text = trimming._read(ready, Services()), run_text(ready, silent)
-    removal = trimming._removal(dense, trimming._counts(dense, text, {}), PieceNats())
+    removal = trimming._removal(dense, trimming._counts(dense, text, {}, ready), PieceNats())
     with trimming._at_hand(dense, text) as hand:
         num_gone, nats = trimming._count(dense, hand, removal, PieceNats())
     assert num_gone >= 0 and math.isfinite(nats)
@@ -421,7 +421,7 @@ def test_tokens_go_by_shares_of_domains_whatever_weighs_units_unless_the_worst_c
         recipe = parse_recipe(grouped({**asked, "domain_weighting": weighting}))
         ready = replace(opened(model, recipe), tokenizer=tokenizer)
         dense, text = trimming._read(ready, Services()), run_text(ready, silent)
-        orders[weighting] = trimming._removal(dense, trimming._counts(dense, text, {}), PieceNats()).ids
+        orders[weighting] = trimming._removal(dense, trimming._counts(dense, text, {}, ready), PieceNats()).ids
     assert orders["energy"] == orders["tokens"] != orders["minimax"]
 
 

@@ -32,7 +32,7 @@ class Block(NamedTuple):
         """Which tokens count."""
         return torch.ones_like(self.ids_T, dtype=torch.bool) if self.counted_T is None else self.counted_T
 
-    def counted(self, values_P: Shaped[Tensor, " P"]) -> Shaped[Tensor, " K"]:
+    def counted(self, values_P: Shaped[Tensor, "P ..."]) -> Shaped[Tensor, "K ..."]:
         """Return the values that count, of those of predicted tokens, which are all but the first."""
         return values_P if self.counted_T is None else values_P[self.counted_T[1:].to(values_P.device)]
 
@@ -233,7 +233,7 @@ class TokenCounts:
     `damped_V`: each document counts as the square root of how often it has the token.
     """
 
-    tokens_V: Int64[Tensor, " V"]
+    tokens_V: Int64[Tensor, " V"] | Float64[Tensor, " V"]
     damped_V: Float64[Tensor, " V"]
 
 
@@ -245,13 +245,6 @@ def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
         tokens_V[ids_U] += counts_U
         damped_V[ids_U] += counts_U.double().sqrt()
     return TokenCounts(tokens_V, damped_V)
-
-
-def counted_documents(blocks: Blocks) -> Iterator[Int64[Tensor, " T"]]:
-    """Yield each document's ids that count: of answers those of the answer, none of its prompt."""
-    counts_NT = torch.ones_like(blocks.ids_NT, dtype=torch.bool) if blocks.counted_NT is None else blocks.counted_NT
-    for number in sorted(blocks.documents):
-        yield blocks.ids_NT[counts_NT & (blocks.document_NT == number)]
 
 
 DEFAULT_SEQUENCE_LENGTH = 512

@@ -29,7 +29,6 @@ from secateur.data.blocks import (
     LearningText,
     TokenCounts,
     count_tokens,
-    counted_documents,
     num_blocks_of,
 )
 from secateur.data.forms import Note, Notes
@@ -346,11 +345,11 @@ class Learning:
         progress: Progress = silent,
         *,
         most: int = MOST_COUNTED,
-        answers: Mapping[str, Blocks] = MappingProxyType({}),
+        answers: Mapping[str, TokenCounts] = MappingProxyType({}),
     ) -> dict[str, TokenCounts]:
         """Return each domain's counts of the ids of an embedding of `num_rows`.
 
-        No more of a domain is read once `most` tokens are counted. `answers`: those that are written, by
+        No more of a domain is read once `most` tokens are counted. `answers`: counts of what the model says, by
         domain; others are left out. Raises CalibrationError for unreadable text, or if no domain is left.
         """
         if not (self._domains or answers):
@@ -358,7 +357,7 @@ class Learning:
                 "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
                 "add a domain of files or installed text."
             )
-        counts = {name: count_tokens(counted_documents(blocks), num_rows) for name, blocks in answers.items()}
+        counts = dict(answers)
         for name, domain in steps(progress, "count tokens", self._domains.items()):
             counts[name] = count_tokens((ids_T for _, ids_T in domain.all_learning(most)), num_rows)
         return counts

@@ -23,10 +23,10 @@ from secateur.errors import RecipeError
 from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
-from secateur.model.bind import Arch
+from secateur.model.bind import Arch, head_of
 from secateur.model.kept_tokens import Trim
 from secateur.model.vocabulary import Vocabulary, scripts_of, with_parts
-from secateur.stream.losses import block_losses
+from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
 from secateur.stream.walk import Batch
 
 # Sizes that suit tensor cores.
@@ -57,6 +57,25 @@ def token_use(
     used_DV = torch.stack(used)
     shares_D = used_DV.new_tensor([shares[name] for name in counts])
     return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
+
+
+@torch.inference_mode()
+def expected_counts(
+    model: nn.Module, arch: Arch, text: Text, num_rows: int, progress: Progress = silent
+) -> TokenCounts:
+    """Return how often the model itself would say each token where the text's tokens count.
+
+    counts_v = sum_t p(v | tokens before t). A draw names one token of those that are likely there, and few
+    answers are drawn: so this foretells other answers better than their own counts do (LOG, 2026-11-30). What is
+    likely in one answer is damped no further. V: `num_rows`, of the embedding.
+    """
+    head, expected_V = head_of(model, arch), torch.zeros(num_rows, dtype=torch.float64)
+    for block in steps(progress, "count answers", blocks_of(text)):
+        states_PD = block.counted(final_states(model, arch, block.ids_T[None]))
+        for states_SD in states_PD.split(HEAD_POSITIONS):
+            # Some devices have no float64.
+            expected_V += head(states_SD).float().softmax(dim=-1).sum(dim=0).cpu().double()
+    return TokenCounts(expected_V, expected_V)
 
 
 def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_SHARE) -> Float[Tensor, " V"]:

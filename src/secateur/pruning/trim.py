@@ -73,7 +73,7 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
         if isinstance(size, int):
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
         with _at_hand(dense, text) as hand:
-            counts = from_first(partial(_counts, dense, text, hand.answers))
+            counts = from_first(partial(_counts, dense, text, hand.answers, hand.opened))
             nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
@@ -130,8 +130,14 @@ def _read(opened: Opened, services: Services) -> _Dense:
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
-def _counts(dense: _Dense, text: RunText, answers: dict[str, Blocks]) -> dict[str, TokenCounts]:
-    return text.learning().counts(dense.vocabulary.num_rows, dense.services.progress, answers=answers)
+def _counts(dense: _Dense, text: RunText, answers: Mapping[str, Blocks], opened: Opened) -> dict[str, TokenCounts]:
+    """Count what text has, and of answers what the model, `opened` with its weights, is likely to say."""
+    num_rows, progress = dense.vocabulary.num_rows, dense.services.progress
+    expected = {
+        name: methods.expected_counts(opened.model, opened.arch, blocks, num_rows, progress)
+        for name, blocks in answers.items()
+    }
+    return text.learning().counts(num_rows, progress, answers=expected)
 
 
 def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) -> methods.Removal:
