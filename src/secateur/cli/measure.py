@@ -171,8 +171,7 @@ def export(
     if compared is not None:
         common.CONSOLE.print(
             f"Checked: perplexity of {compared.num_tokens} held-out tokens {compared.perplexity_llama_cpp:.3f} in "
-            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers; {compared.num_greedy_equal} of "
-            f"{compared.num_greedy} greedy tokens equal (largest gap {compared.largest_gap_nats:.3f} nats)."
+            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers."
         )
     elif format_name == "gguf":
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
