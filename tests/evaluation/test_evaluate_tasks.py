@@ -4,12 +4,13 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_cli import run_cli
 
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.tasks import TaskOptions, quiet_harness, task_manager
+from secateur.evaluation.tasks import TaskOptions, _code_found, load_tasks, passes, quiet_harness, task_manager
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -233,7 +234,7 @@ def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_ask
         programs.append((program, tests))
         return "assert add(1" in tests
 
-    wrapper = lm_eval.models.huggingface.HFLM
+    wrapper = pytest.importorskip("lm_eval.models.huggingface").HFLM
     as_chat = wrapper.apply_chat_template
 
     def counted(self, *arguments, **options):
@@ -252,6 +253,25 @@ def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_ask
     assert results["mbpp_instruct"]["pass_at_1,extract_code"] == 0.5
     assert {tests.splitlines()[0] for _, tests in programs} >= {MBPP[0]["test_list"][0], MBPP[1]["test_list"][0]}
     assert "gsm8k_cot_zeroshot, mbpp_instruct" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "def add(a, b):\n    return a + b\n```\nIt adds.",
+        "```python\ndef add(a, b):\n    return a + b\n```\nIt adds.",
+        "import math\n\ndef add(a, b):\n    return a + b\n```",
+        "It adds:\n```python\ndef add(a, b):\n    return a + b\n```",
+    ],
+    ids=["behind the fence", "in a fence of its own", "with an import", "behind a sentence"],
+)
+def test_code_passes_wherever_an_answer_begins_it(saved, answer):
+    task = load_tasks(("mbpp_instruct",), TaskOptions(run_code=True), saved).tasks["mbpp_instruct"]
+    instance = SimpleNamespace(resps=[answer], doc=MBPP[0], filtered_resps={})
+    with _code_found(task):
+        [pipeline.apply([instance]) for pipeline in task._filters]
+    [program] = instance.filtered_resps["extract_code"]
+    assert passes(program, "\n".join(MBPP[0]["test_list"]))
 
 
 def test_a_model_with_too_few_positions_to_answer_is_told(checkpoints, saved, out):

@@ -314,6 +314,33 @@ def identity(task: Any, loaded: LoadedTasks, tokenizer: PreTrainedTokenizerBase)
     }
 
 
+FENCE, FINDER = "```", "extract_code_blocks"
+
+
+@contextmanager
+def _code_found(task: Any) -> Iterator[None]:
+    """Let the harness find code that begins behind the fence which its tasks of MBPP open.
+
+    It takes the first word there, mostly `def`, for the name of a language, so that nothing passes:
+    EleutherAI/lm-evaluation-harness#3447.
+    """
+    filters = [step.get("filter_fn") for pipeline in task.config.filter_list or () for step in pipeline["filter"]]
+    names = next((function.__globals__ for function in filters if FINDER in getattr(function, "__globals__", ())), None)
+    if names is None:
+        yield
+        return
+    find = names[FINDER]
+
+    def code_in(answer: str) -> str:
+        """Return the first code, by a finder that puts a fence before what it is given."""
+        before, _, rest = answer.partition(FENCE)
+        # A fence that names a language, or before which nothing stands, is the answer's own.
+        return find(rest if rest[:1].isalpha() or not before.strip() else f"\n{answer}")
+
+    with replaced(names, FINDER, code_in):
+        yield
+
+
 def run_task(
     task: Any,
     model: PreTrainedModel,
@@ -333,6 +360,7 @@ def run_task(
         _check_room(task, wrapper)
         # Without its report on machine and git commit.
         with (
+            _code_found(task),
             replaced(vars(evaluator), "add_env_info", lambda storage: None),
             replaced(vars(evaluator), "get_git_commit_hash", lambda: None),
             replaced(vars(tqdm), "tqdm", NO_BAR),
