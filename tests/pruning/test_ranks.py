@@ -103,6 +103,14 @@ def test_each_rank_has_a_gpu_of_its_own_and_none_is_named(as_rank, monkeypatch):
         ranks.device_called("cuda:1")
 
 
+def test_ranks_meet_and_one_process_alone_does_not_wait(monkeypatch):
+    store = torch.distributed.HashStore()
+    ranks.meet("end")
+    monkeypatch.setattr(ranks, "_groups", [ranks._Group(store, 0, 1)])
+    ranks.meet("end")
+    assert store.add("meet-end", 0) == 1
+
+
 def test_several_ranks_compare_what_they_run(monkeypatch):
     told: list[dict[str, str]] = []
     monkeypatch.setattr("secateur.pruning.open.check_same", told.append)
