@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from secateur.data.blocks import Blocks
 from secateur.errors import NumericsError
-from secateur.evaluation.parts import num_bytes as text_bytes
 from secateur.facts import standard_error
 from secateur.model.bind import bind
+from secateur.model.token_bytes import num_bytes as text_bytes
 from secateur.report.records import Change, Quality, change, mean_change
 from secateur.stream import losses as product
 from secateur.stream.judge import digest_of
@@ -182,7 +182,7 @@ def test_bits_per_byte_over_several_blocks() -> None:
     ids_NT = torch.tensor([tokenizer(text)["input_ids"][:24] for text in texts])
     ids_NT[2, 5] = tokenizer.eos_token_id  # predicted, but no byte of text
     losses = domain_losses(model, bind(model), {"mine": ids_NT}, stage="evaluate")
-    found = Quality.on(text_bytes(tokenizer, ids_NT), losses["mine"])
+    found = Quality.on(text_bytes(tokenizer, list(ids_NT)), losses["mine"])
     nats = [each.tolist() for each in reference_nats(model, ids_NT)]
     num_bytes = 3 * 23 - 1
     assert (found.num_tokens, found.num_bytes) == (3 * 23, num_bytes)

@@ -13,7 +13,8 @@ import torch
 from tokenizers import decoders
 
 from secateur.data.blocks import Block, Text, blocks_of
-from secateur.model.stock import Tokenizer, is_byte_level
+from secateur.model.stock import Tokenizer
+from secateur.model.token_bytes import decoder_steps
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 CHARACTERS = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # spaces stay as pieces spell them
@@ -68,7 +69,7 @@ class _Splitter:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "_Splitter":
         backend = cast(Any, tokenizer).backend_tokenizer
-        return cls(backend, tokenizer.get_vocab(), is_byte_level(backend))
+        return cls(backend, tokenizer.get_vocab(), "ByteLevel" in decoder_steps(tokenizer))
 
     def spelt(self, pieces: list[str]) -> list[int]:
         """Return the ids of the pieces one by one; a piece that is not there is split."""

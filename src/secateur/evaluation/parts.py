@@ -22,6 +22,7 @@ from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.model.modules import text_model
+from secateur.model.token_bytes import num_bytes
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
 from secateur.report.records import (
@@ -44,21 +45,12 @@ KL = Callable[[], Verdicts]
 SPEAKER_TOKENS = 512
 
 
-def num_bytes(tokenizer: PreTrainedTokenizerBase, text: Text) -> int:
-    """Return how many bytes of UTF-8 the tokens after the first of each block are; special ones are none.
-
-    A part of a character, at a block's end, counts as the sign in its place.
-    """
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return sum(len(str(tokenizer.decode(block.ids_T[1:], **options)).encode()) for block in blocks_of(text))
-
-
 def measured_by(
     scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
 ) -> Measured:
     """Return what was measured of one model."""
     losses = {**scores.domains, OTHER: scores.other}
-    sizes = {name: num_bytes(tokenizer, text[name]) for name in losses}
+    sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
     qualities = {name: Quality.on(sizes[name], loss) for name, loss in losses.items()}
     other = qualities.pop(OTHER)
     if not harness:

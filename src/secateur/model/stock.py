@@ -1,6 +1,5 @@
 """Stock transformers: the types that secateur names, calls without logs, what it raises for unusable values."""
 
-import json
 import logging
 import struct
 import warnings
@@ -23,12 +22,6 @@ Tokenizer = PreTrainedTokenizerBase
 _WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
 BAD_GGUF = (*BAD_VALUE, struct.error)
-
-
-def is_byte_level(backend: Any) -> bool:
-    """Whether tokens of a `tokenizers.Tokenizer` spell bytes, each by a symbol of its own."""
-    decoder = json.loads(backend.decoder.__getstate__())
-    return any(step["type"] == "ByteLevel" for step in decoder.get("decoders", [decoder]))
 
 
 @contextmanager

@@ -22,16 +22,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.errors import CheckpointError
 from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
-from secateur.model.stock import CausalLM, Tokenizer, is_byte_level, quiet_transformers
+from secateur.model.stock import CausalLM, Tokenizer, quiet_transformers
+from secateur.model.token_bytes import SPACE, byte_piece, decoder_steps
 
 # A part of tokenizer.json.
 Parsed = dict[str, Any]
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces of SentencePiece spell a space
-
-
-def byte_piece(byte: int) -> str:
-    """Return SentencePiece's name of a byte."""
-    return f"<0x{byte:02X}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +60,9 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     num_rows, rules = embedding.num_embeddings, parsed["model"]
     ids = _ids(parsed, num_rows)
     pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
-    is_bpe = rules["type"] == "BPE"
+    is_bpe, is_byte_level = rules["type"] == "BPE", "ByteLevel" in decoder_steps(tokenizer)
     parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules, pieces)) | _spelt_in_bytes(rules, pieces)
-    texts = _texts(parsed, ids, in_bytes=is_byte_level(backend))
+    texts = _texts(parsed, ids, is_byte_level=is_byte_level)
     fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
     fixed |= {index for index, text in texts.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
@@ -151,9 +146,9 @@ def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
     return {text: index for text, index in ids.items() if index < num_rows}
 
 
-def _texts(parsed: Parsed, ids: dict[str, int], *, in_bytes: bool) -> dict[int, str]:
+def _texts(parsed: Parsed, ids: dict[str, int], *, is_byte_level: bool) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
-    if not in_bytes:
+    if not is_byte_level:
         return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
     byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     return {
