@@ -1,6 +1,7 @@
 """A run whose text is half what the dense model answers, of which the answers alone count."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.errors import CalibrationError, RecipeError
+from secateur.errors import CalibrationError, CheckpointError, RecipeError
 from secateur.evaluation.text import recipe_blocks
 from secateur.log import silent
 from secateur.pruning.text import with_share_of_answers
@@ -157,6 +158,23 @@ def test_too_few_prompts_are_an_error(files: Path, tmp_path: Path) -> None:
     asked = grouped(recipe(files, domains=domains))
     with pytest.raises(CalibrationError, match="1 prompts are too few"):
         secateur.prune(tiny_llama(), asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+
+
+def test_answers_to_other_prompts_are_not_taken_for_those_to_these(files: Path, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    text = shutil.copytree(files, tmp_path / "text")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("prune"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune(tmp_path / "model", grouped(recipe(text)), out=tmp_path / "out", progress=stop)
+    chats = text / "chat.jsonl"
+    chats.write_text(chats.read_text().replace('"a', '"b').replace('"bssistant', '"assistant'))
+    with pytest.raises(CheckpointError, match="the set of prompts has changed"):
+        secateur.prune(tmp_path / "model", grouped(recipe(text)), out=tmp_path / "out")
 
 
 def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path) -> None:

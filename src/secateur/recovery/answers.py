@@ -3,6 +3,8 @@
 In: the dense model and the recipe. Out: its answers, written as far as they are asked for.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -41,6 +43,8 @@ def answers_of(
     prompts: dict[str, list[str]] = {}
     for name, domain in recipe.calibration.answered.items():
         prompts[name] = from_first(partial(_prompts, name, domain, tokenizer, recipe.seed, num_tokens // length))
+    # What is answered is kept by its number, whatever was asked.
+    store.check_input("set of prompts", hashlib.sha256(json.dumps(prompts).encode()).hexdigest())
     speaker = Speaker(model, arch, tokenizer, str(recipe.seed), length)
     return Answers(speaker, prompts, in_steps(store), progress, written)
 
