@@ -108,7 +108,7 @@ def prune_sizes(
     Raises a SecateurError, one sentence, for what a user can correct.
     """
     keys = [Remove(to=size) if isinstance(size, str) else Remove(share=size) for size in sizes]
-    named = {each.to or f"{100 * each.share:.4g}": each.model_dump(exclude_unset=True) for each in keys}
+    named = {size_key.to or f"{100 * size_key.share:.4g}": size_key.model_dump(exclude_unset=True) for size_key in keys}
     return prune_run(
         model,
         as_recipe(recipe),

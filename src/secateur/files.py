@@ -76,8 +76,8 @@ def yaml_of(text: str) -> Any:
 def _check_levels(value: Any) -> None:
     inside = [[value]]
     for _ in range(MAX_LEVELS + 1):
-        each_of = (each for outer in inside for each in (outer.values() if isinstance(outer, dict) else outer))
-        inside = [each for each in each_of if isinstance(each, dict | list | tuple)]
+        each_of = (inner for outer in inside for inner in (outer.values() if isinstance(outer, dict) else outer))
+        inside = [item for item in each_of if isinstance(item, dict | list | tuple)]
     if inside:
         raise ValueError(_TOO_DEEP)
 
@@ -147,9 +147,9 @@ def without_places(value: Any, key: str = "") -> Any:
     Hub ids, URLs and other text stay. `key`: under which the value stands in a mapping.
     """
     if isinstance(value, dict):
-        return {name: without_places(each, name) for name, each in value.items()}
+        return {name: without_places(item, name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_places(each, key) for each in value]
+        return [without_places(item, key) for item in value]
     if not isinstance(value, str):
         return value
     is_place = value.startswith(("/", "~", "./", "../")) or os.path.exists(value)

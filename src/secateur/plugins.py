@@ -69,7 +69,7 @@ def plugin_packages() -> dict[str, str]:
     """Return the packages that register anything, with versions. Imports nothing."""
     groups = (SCORE_GROUP, EXPORTER_GROUP)
     packages = (point.dist for group in groups for point in _entry_points(group))
-    return dict(sorted((each.name, each.version) for each in packages if each is not None))
+    return dict(sorted((package.name, package.version) for package in packages if package is not None))
 
 
 def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:

@@ -385,8 +385,8 @@ def grouped_keys(model: type[BaseModel]) -> list[str]:
 
 
 def _keys_of(annotation: Any) -> tuple[str, ...]:
-    models = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
-    return tuple(key for each in models if issubclass(each, BaseModel) for key in each.model_fields)
+    models = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return tuple(key for model in models if issubclass(model, BaseModel) for key in model.model_fields)
 
 
 def _allowed_keys(location: list[str], model: type[BaseModel]) -> list[str]:
@@ -394,8 +394,8 @@ def _allowed_keys(location: list[str], model: type[BaseModel]) -> list[str]:
     for name in location:
         if name in model.model_fields:  # else it is the name of a domain
             annotation = model.model_fields[name].annotation
-            types = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
-            model = next(each for each in types if issubclass(each, BaseModel))
+            types = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+            model = next(kind for kind in types if issubclass(kind, BaseModel))
     top = ["preset"] if model.__name__ == "Recipe" else []
     return [*top, *model.model_fields]
 

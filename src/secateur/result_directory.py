@@ -86,8 +86,8 @@ def mismatches(directory: Path, digests: dict[str, str], progress: Progress) -> 
         path = directory / name
         if not path.is_file():
             yield Mismatch(name, f"sha256 {expected}", "no such file")
-        elif name != RESULT_FILE and (found := sha256_of(path)) != expected:
-            yield Mismatch(name, f"sha256 {expected}", f"sha256 {found}")
+        elif name != RESULT_FILE and (sha256 := sha256_of(path)) != expected:
+            yield Mismatch(name, f"sha256 {expected}", f"sha256 {sha256}")
     for name in _names(directory):
         if name not in digests and name.endswith(_LOADED_KINDS[-2:] if "/" in name else _LOADED_KINDS):
             yield Mismatch(name, "no such file", "a file that is not of the result")

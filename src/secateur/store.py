@@ -308,7 +308,7 @@ class Services:
     def part(self, name: str) -> "Services":
         """Return those of a part of the job: a log of its own, and folders of its name."""
         self.store.value(f"part {name}", lambda: True)  # or a store of parts alone would count as empty
-        log, folders = self.log.part(), [each and each / name for each in (self.store.directory, self.scratch)]
+        log, folders = self.log.part(), [folder and folder / name for folder in (self.store.directory, self.scratch)]
         for folder in filter(None, folders):
             folder.mkdir(exist_ok=True)
         if folders[1] is not None:
@@ -430,7 +430,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> li
         if isinstance(old, dict) and isinstance(new, dict):
             changed += _changes(old, new, name)
         elif old != new:
-            is_digest = any(_DIGEST.fullmatch(str(each)) for each in (old, new))
+            is_digest = any(_DIGEST.fullmatch(str(value)) for value in (old, new))
             changed.append(f"{name} has changed" if is_digest else f"{name} was {old} and is {new}")
     return changed
 

@@ -148,7 +148,7 @@ def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     Under nohup SIGHUP stays ignored. If the block does not end within `patience_seconds`, the
     process exits with that status.
     """
-    nohup = {each for each in _SIGNALS if each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN}
+    nohup = {number for number in _SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN}
     handlers = {number: signal.signal(number, _stop) for number in _SIGNALS if number not in nohup}
     heard, told = socket.socketpair()
     told.setblocking(False)
@@ -338,7 +338,7 @@ def _public(word: str, out: Path) -> str:
 def shares(text: str | None) -> list[float]:
     """Return the numbers in `--remove`. Raises RecipeError for what is none."""
     try:
-        return [float(each) for each in text.split(",")] if text else []
+        return [float(number) for number in text.split(",")] if text else []
     except ValueError:
         raise RecipeError(f"--remove {text}: give a share such as 0.2, or several with commas between.") from None
 
@@ -351,7 +351,7 @@ def parse_domains(texts: list[str]) -> dict[str, Keys]:
         if separator and not (name and file):
             raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
         new = mixtures().get(text) or {name: _of_file(file) if separator else {"installed": name}}
-        if twice := [each for each in new if each in domains]:
+        if twice := [name for name in new if name in domains]:
             raise RecipeError(f"--domain {twice[0]}: given twice; list several files of one domain in a recipe.")
         domains |= new
     return domains

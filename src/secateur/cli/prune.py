@@ -79,7 +79,7 @@ def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
                 yield from _comment(f"{key}: {meaning(of_domain)}", indent)
             yield f"{indent}{name}:"
             domains: dict[str, Domain] = dict(value)
-            yield from (f"{indent}  {each}: {plain_value(domain)}" for each, domain in domains.items())
+            yield from (f"{indent}  {name}: {plain_value(domain)}" for name, domain in domains.items())
         else:
             names = SCORE_NAMES if name == "score" else _choices(field.annotation)
             allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""

@@ -98,7 +98,7 @@ class Speaker:
         own = getattr(self.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list | tuple) else [own]
         closing = _first_added(closing_of_turn(self.tokenizer), self.tokenizer)
-        return frozenset(each for each in (*own, self.tokenizer.eos_token_id, closing) if isinstance(each, int))
+        return frozenset(token for token in (*own, self.tokenizer.eos_token_id, closing) if isinstance(token, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +122,22 @@ class Answers:
         `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for too
         few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
         """
-        asked: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
+        prompt_ids: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
         stage, num_tokens = f"answers, {domain}", sum(num_blocks.values()) * self.speaker.length
         self.progress(stage, 0, num_tokens)
         while True:
-            found: dict[Part, Blocks | None] = {
+            filled: dict[Part, Blocks | None] = {
                 part: self._filled(domain, part, number, told) for part, number in num_blocks.items()
             }
-            blocks: dict[Part, Blocks] = {part: each for part, each in found.items() if each is not None}
+            blocks: dict[Part, Blocks] = {
+                part: part_blocks for part, part_blocks in filled.items() if part_blocks is not None
+            }
             if len(blocks) == len(num_blocks):
                 self.progress(stage, num_tokens, num_tokens)
                 return blocks
             missing: dict[Part, int] = {part: number for part, number in num_blocks.items() if part not in blocks}
             done = sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
-            self._write_on(domain, missing, asked, _Counter(self.progress, stage, done, num_tokens))
+            self._write_on(domain, missing, prompt_ids, _Counter(self.progress, stage, done, num_tokens))
 
     def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks | None:
         """Return the part's blocks; None if what is written does not fill them."""
@@ -165,16 +167,16 @@ class Answers:
         self,
         domain: str,
         missing: Mapping[Part, int],
-        asked: Mapping[Part, list[list[int]]],
+        prompt_ids: Mapping[Part, list[list[int]]],
         tell: Callable[[int], None],
     ) -> None:
         """Write as many more conversations as should do, in batches of like size; the ranks share them."""
-        requests = [each for part, number in missing.items() for each in self._wanted(domain, part, number)]
+        requests = [request for part, number in missing.items() for request in self._wanted(domain, part, number)]
         num_batches = -(-len(requests) // self.speaker.rows)
         places = [len(requests) * batch // num_batches for batch in range(num_batches + 1)]
         batches = [requests[start:end] for start, end in pairwise(places)]
         names = [f"answers-{domain}-{_name(batch[0])}-{_name(batch[-1])}" for batch in batches]
-        work = [partial(_batch, self.speaker, batch, asked, domain, tell) for batch in batches]
+        work = [partial(_batch, self.speaker, batch, prompt_ids, domain, tell) for batch in batches]
         for batch, tensors in zip(batches, self.do(list(zip(names, work, strict=True))), strict=True):
             for request, conversation in zip(batch, _unflat(tensors), strict=True):
                 self._so_far(domain, request.part).append(conversation)
@@ -201,7 +203,7 @@ class Answers:
 
 
 def _num_tokens(conversations: Sequence[Conversation]) -> int:
-    return sum(len(each.ids_T) for each in conversations)
+    return sum(len(conversation.ids_T) for conversation in conversations)
 
 
 def _name(request: Request) -> str:
@@ -244,7 +246,7 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
 
     So the blocks do not depend on how many more were written in the last batch.
     """
-    fitting = [each for each in written if each.num_prompt < length]
+    fitting = [conversation for conversation in written if conversation.num_prompt < length]
     num_tokens = 0
     for count, conversation in enumerate(fitting, start=1):
         num_tokens += len(conversation.ids_T)
@@ -266,12 +268,12 @@ def greedy_answers(
     conversations, ends, total = list[Conversation](), speaker.ends, len(prompts) * num_tokens
     progress(stage, 0, total)
     for start in range(0, len(prompts), speaker.rows):
-        asked = [_prompt(text, speaker) for text in prompts[start : start + speaker.rows]]
+        prompt_ids = [_prompt(text, speaker) for text in prompts[start : start + speaker.rows]]
         tell = _Counter(progress, stage, start * num_tokens, total)
-        written = _continued(speaker, asked, None, lambda ids: ids[-1] in ends or len(ids) >= num_tokens, tell)
+        written = _continued(speaker, prompt_ids, None, lambda ids: ids[-1] in ends or len(ids) >= num_tokens, tell)
         conversations += [
             Conversation(ids_T=torch.tensor([*prompt, *answer]), num_prompt=len(prompt))
-            for prompt, answer in zip(asked, written, strict=True)
+            for prompt, answer in zip(prompt_ids, written, strict=True)
         ]
     progress(stage, total, total)
     return conversations
@@ -280,7 +282,7 @@ def greedy_answers(
 def _that_fit(prompts: Sequence[str], speaker: Speaker, name: str) -> list[list[int]]:
     """Return the prompts' ids, without those that leave less than half of a block for the answer."""
     ids = [speaker.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in prompts]
-    fitting = [each for each in ids if 0 < len(each) <= speaker.length // 2]
+    fitting = [prompt for prompt in ids if 0 < len(prompt) <= speaker.length // 2]
     if not fitting:
         raise CalibrationError(
             f"domain '{name}': no prompt has {speaker.length // 2} tokens or less, so none leaves room for an answer "
@@ -292,13 +294,13 @@ def _that_fit(prompts: Sequence[str], speaker: Speaker, name: str) -> list[list[
 def _batch(
     speaker: Speaker,
     requests: list[Request],
-    asked: Mapping[Part, list[list[int]]],
+    prompt_ids: Mapping[Part, list[list[int]]],
     domain: str,
     tell: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Return the conversations of these requests, which share the batch but no draw, for the store."""
-    prompts = [asked[each.part][each.number % len(asked[each.part])] for each in requests]
-    seeds = [f"{speaker.seed}:{domain}-{each.part}:{each.number}" for each in requests]
+    prompts = [prompt_ids[request.part][request.number % len(prompt_ids[request.part])] for request in requests]
+    seeds = [f"{speaker.seed}:{domain}-{request.part}:{request.number}" for request in requests]
     # An answer is cut at half of a block.
     ends, most = speaker.ends, speaker.length // 2
     answers = _continued(speaker, prompts, seeds, lambda ids: ids[-1] in ends or len(ids) >= most, tell)
@@ -348,7 +350,7 @@ def _continued(
             positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -fed_BT.shape[1] :]
             where = {"position_ids": positions_BT} if takes_positions else {}
             output = backbone(fed_BT, attention_mask=mask_BT, use_cache=True, **where, **cache)
-            name = next(each for each in CACHE_NAMES if each in output)
+            name = next(key for key in CACHE_NAMES if key in output)
             logits_BV = head(output.last_hidden_state[:, -1])[:, : len(speaker.tokenizer)]
             numbers = None if draws is None else torch.tensor([draws[row].random() for row in rows])
             next_B = _first(logits_BV) if numbers is None else _draw(logits_BV / TEMPERATURE, numbers)
@@ -447,22 +449,22 @@ def packed(conversations: Sequence[Conversation], length: int, filler: int) -> B
     number = 0
     while left:
         block, gap = [left.pop(0)], 0
-        while (gap := length - sum(len(each.ids_T) for each in block)) > 0:
-            fitting = [place for place, each in enumerate(left) if len(each.ids_T) <= gap]
+        while (gap := length - sum(len(conversation.ids_T) for conversation in block)) > 0:
+            fitting = [place for place, conversation in enumerate(left) if len(conversation.ids_T) <= gap]
             if fitting:
                 block.append(left.pop(max(fitting, key=lambda place: len(left[place].ids_T))))
                 continue
             if not left and gap > LARGEST_GAP * length:
                 return _stacked(ids, answers, documents, length)
-            cut = next((place for place, each in enumerate(left) if each.num_prompt < gap), None)
+            cut = next((place for place, conversation in enumerate(left) if conversation.num_prompt < gap), None)
             if cut is None or gap <= LARGEST_GAP * length:
                 break
             block.append(left.pop(cut))
         fill = [torch.full((max(gap, 0),), filler)]
-        ids.append(torch.cat([*(each.ids_T for each in block), *fill])[:length])
-        answered = [torch.arange(len(each.ids_T)) >= each.num_prompt for each in block]
+        ids.append(torch.cat([*(conversation.ids_T for conversation in block), *fill])[:length])
+        answered = [torch.arange(len(conversation.ids_T)) >= conversation.num_prompt for conversation in block]
         answers.append(torch.cat([*answered, torch.zeros(max(gap, 0), dtype=torch.bool)])[:length])
-        numbers = [torch.full_like(each.ids_T, number + place) for place, each in enumerate(block)]
+        numbers = [torch.full_like(conversation.ids_T, number + place) for place, conversation in enumerate(block)]
         number += len(block)
         documents.append(torch.cat([*numbers, torch.full((max(gap, 0),), number - 1)])[:length])
     return _stacked(ids, answers, documents, length)
@@ -478,11 +480,11 @@ def _stacked(ids: list[Tensor], answers: list[Tensor], documents: list[Tensor], 
 def _once(conversations: list[Conversation]) -> Iterator[Conversation]:
     """Yield the conversations without those that were had before."""
     seen: set[tuple[int, ...]] = set()
-    for each in conversations:
-        key = tuple(each.ids_T.tolist())
+    for conversation in conversations:
+        key = tuple(conversation.ids_T.tolist())
         if key not in seen:
             seen.add(key)
-            yield each
+            yield conversation
 
 
 @dataclass(slots=True)

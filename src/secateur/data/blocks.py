@@ -144,14 +144,18 @@ class LearningText:
     @property
     def content_hash(self) -> str:
         """The hash of all blocks, see `text_hash`."""
-        parts = ((each.name, each.share, part) for each in self.domains for part in (each.blocks, each.held_out))
+        parts = (
+            (domain.name, domain.share, part) for domain in self.domains for part in (domain.blocks, domain.held_out)
+        )
         return text_hash(parts)
 
     @property
     def measured_hash(self) -> str:
         """The hash of the text that units are measured on and that guards; answers follow from the model."""
-        text = [each for each in self.domains if each.blocks.counted_NT is None]
-        return text_hash((each.name, each.share, part) for each in text for part in (each.calibration, each.held_out))
+        text = [domain for domain in self.domains if domain.blocks.counted_NT is None]
+        return text_hash(
+            (domain.name, domain.share, part) for domain in text for part in (domain.calibration, domain.held_out)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +175,9 @@ class LearningText:
     def training(self, num_tokens: int) -> dict[str, Blocks]:
         """Return each domain's first blocks of a training, by its share of `num_tokens`."""
         length = self.sequence_length
-        return {each.name: each.training(num_blocks_of(each.share, num_tokens, length)) for each in self.domains}
+        return {
+            domain.name: domain.training(num_blocks_of(domain.share, num_tokens, length)) for domain in self.domains
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +221,8 @@ def ngram_overlap(
     """
     wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks, num_tokens)}
     seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks, num_tokens) if ngram in wanted}
-    found = {domain: [n in seen for n in _ngrams(blocks, num_tokens)] for domain, blocks in evaluation_NT.items()}
-    return {domain: sum(hits) / len(hits) if hits else None for domain, hits in found.items()}
+    is_seen = {domain: [n in seen for n in _ngrams(blocks, num_tokens)] for domain, blocks in evaluation_NT.items()}
+    return {domain: sum(hits) / len(hits) if hits else None for domain, hits in is_seen.items()}
 
 
 def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]:

@@ -48,7 +48,7 @@ def chat_text(
     try:
         return _rendered(messages, tokenizer, where, tools, answered=answered)
     except NoText:
-        if [each["role"] for each in messages[:2]] != ["system", "user"]:
+        if [message["role"] for message in messages[:2]] != ["system", "user"]:
             raise
         system, user, *rest = messages
         joined = {**user, "content": f"{system['content']}\n\n{user['content']}"}

@@ -37,7 +37,7 @@ class Notes:
 
     def sentences(self) -> tuple[str, ...]:
         """Return a sentence per domain and thing that happened, with its count."""
-        return tuple(f"domain '{name}': {what}: {len(found):,}." for (name, what), found in self._places.items())
+        return tuple(f"domain '{name}': {what}: {len(places):,}." for (name, what), places in self._places.items())
 
 
 class NoText(CalibrationError):
@@ -85,8 +85,8 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
         return _text(row, where)
     form = (column,)
     if row.get(column) is None and column == "text":
-        form = next((fields for fields in FORMS if all(row.get(each) is not None for each in fields)), form)
-    first, *answer = (row.get(each) for each in form)
+        form = next((fields for fields in FORMS if all(row.get(key) is not None for key in fields)), form)
+    first, *answer = (row.get(key) for key in form)
     if first is None:
         raise _without(row, column, where)
     if form[0] in CHATS:
@@ -101,7 +101,7 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
     system = next((row[name] for name in SYSTEMS if row.get(name)), None)
     if system is not None and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": _text(system, where)}, *messages]
-    if not any(each["content"] or each.get("tool_calls") for each in messages):
+    if not any(message["content"] or message.get("tool_calls") for message in messages):
         raise NoText(f"{where}: its messages hold no text.")
     return Chat(messages, _tools(row.get("tools"), where))
 
@@ -163,8 +163,8 @@ def _message(turn: Message, where: str, note: Note) -> Message:
     if role is None:
         raise CalibrationError(f"{where}: {NO_MESSAGES}")
     calls = rest.pop("tool_calls", None) or [call for call in [rest.pop("function_call", None)] if call]
-    if role == "function_call" and (found := _parsed(content)) is not content:
-        calls, content = found if isinstance(found, list) else [found], None
+    if role == "function_call" and (parsed := _parsed(content)) is not content:
+        calls, content = parsed if isinstance(parsed, list) else [parsed], None
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise CalibrationError(f"{where}: tool_calls must be a list of objects with a function.")
     message = {"role": ROLES.get(str(role).lower(), role), "content": _joined(content, where, note), **rest}
@@ -201,7 +201,7 @@ def _tools(value: Any, where: str) -> Messages | None:
 def _parsed(value: Any) -> Any:
     """Return what a text of JSON says, if it is an object or a list; else the value."""
     try:
-        found = json_of(value) if isinstance(value, str) else None
+        parsed = json_of(value) if isinstance(value, str) else None
     except ValueError:  # a text as any other
         return value
-    return found if isinstance(found, dict | list) else value
+    return parsed if isinstance(parsed, dict | list) else value

@@ -217,7 +217,7 @@ class _Packing:
 
     def blocks(self, num_blocks: int, length: int) -> Blocks:
         """Return the first blocks."""
-        parts = (_tensor(each[: num_blocks * length]) for each in (self._ids, self._documents))
+        parts = (_tensor(numbers[: num_blocks * length]) for numbers in (self._ids, self._documents))
         return Blocks(*(part.view(num_blocks, length) for part in parts))
 
     def rests(self, num_tokens: int) -> deque[_Rest]:
@@ -364,12 +364,12 @@ class Learning:
 
     def digests(self, num_counted: int = 0) -> set[bytes]:
         """Return the digests of the documents that guard or teach, and of those that give the first tokens to count."""
-        found: set[bytes] = set()
+        digests: set[bytes] = set()
         for domain in self._domains.values():
-            found |= domain.digests(HELD_OUT) | domain.digests(LEARNING)
+            digests |= domain.digests(HELD_OUT) | domain.digests(LEARNING)
             counted = domain.all_learning(num_counted) if num_counted else ()
-            found |= {domain.tokens.texts.digests[number] for number, _ in counted}
-        return found
+            digests |= {domain.tokens.texts.digests[number] for number, _ in counted}
+        return digests
 
 
 class Split(NamedTuple):
@@ -441,8 +441,10 @@ class TextPool:
         """
         tokenizer = tokenizer or self._tokenizer
         total = sum(domain.share for domain in calibration.domains.values())
-        wanted = {name: each for name, each in calibration.domains.items() if only is None or name in only}
-        sizes = {name: amounts.of(each.share / total, self.length, fresh=each.answers) for name, each in wanted.items()}
+        wanted = {name: domain for name, domain in calibration.domains.items() if only is None or name in only}
+        sizes = {
+            name: amounts.of(domain.share / total, self.length, fresh=domain.answers) for name, domain in wanted.items()
+        }
         read = [name for name, domain in wanted.items() if not domain.answers]
         for name in read:
             self._read(name, calibration.domains[name])
@@ -545,12 +547,14 @@ def _judged(
 ) -> JudgedText:
     """Return what judges: a part of its own; of answers, and of a domain that is too short, what guards."""
     judged, notes = dict[str, Blocks](), list[str]()
-    for each in text:
-        num_blocks = amounts.of(each.share, length).judged if each.name in domains else 0
-        judged[each.name] = _part(domains.get(each.name), JUDGED, num_blocks, length) if num_blocks else each.held_out
-        if num_blocks and not len(judged[each.name]):
-            judged[each.name] = each.held_out
-            notes.append(f"domain '{each.name}': {TOO_SHORT_TO_JUDGE}")
+    for domain in text:
+        num_blocks = amounts.of(domain.share, length).judged if domain.name in domains else 0
+        judged[domain.name] = (
+            _part(domains.get(domain.name), JUDGED, num_blocks, length) if num_blocks else domain.held_out
+        )
+        if num_blocks and not len(judged[domain.name]):
+            judged[domain.name] = domain.held_out
+            notes.append(f"domain '{domain.name}': {TOO_SHORT_TO_JUDGE}")
     return JudgedText(judged, (*notes, *_shared(domains, JUDGED, (HELD_OUT, LEARNING), JUDGE_SHARES)))
 
 

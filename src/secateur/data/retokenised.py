@@ -75,7 +75,8 @@ class _Splitter:
         """Return the ids of the pieces one by one; a piece that is not there is split."""
         model = self.backend.model
         parts = (
-            [self.ids[each]] if each in self.ids else [token.id for token in model.tokenize(each)] for each in pieces
+            [self.ids[piece]] if piece in self.ids else [token.id for token in model.tokenize(piece)]
+            for piece in pieces
         )
         return list(chain.from_iterable(parts))
 
@@ -91,10 +92,10 @@ class _Splitter:
         words = (
             [word for word, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)] if self.is_byte_level else [text]
         )
-        found = [token for word in words for token in self.backend.model.tokenize(word)]
-        if HALF in text or self._text([token.value for token in found]) != text:
+        tokens = [token for word in words for token in self.backend.model.tokenize(word)]
+        if HALF in text or self._text([token.value for token in tokens]) != text:
             return self.spelt(pieces)
-        return self.spelt(pieces[:start]) + [token.id for token in found] + self.spelt(pieces[end:])
+        return self.spelt(pieces[:start]) + [token.id for token in tokens] + self.spelt(pieces[end:])
 
     def _text(self, pieces: list[str]) -> str:
         """Return the normalised text; `HALF` for bytes that are no whole character."""

@@ -164,12 +164,12 @@ def files_at(place: str) -> tuple[list[Path], bool]:
     if web_address(place):
         raise CalibrationError(f"calibration files {place}: is a web address; download it, and give the file.")
     if path.is_dir():
-        found = [file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        paths = [file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts)]
     elif glob.has_magic(place) and not path.exists():
-        found = [Path(file) for file in glob.iglob(str(path), recursive=True)]
+        paths = [Path(file) for file in glob.iglob(str(path), recursive=True)]
     else:
         return [path], True
-    if not (files := sorted(file for file in found if file.is_file())):
+    if not (files := sorted(file for file in paths if file.is_file())):
         raise CalibrationError(f"calibration files {place}: there is no file there; hidden ones do not count.")
     return files, False
 

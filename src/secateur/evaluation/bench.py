@@ -121,7 +121,9 @@ def _notes(checkpoints: list[Checkpoint], workload: Workload) -> Iterator[str]:
     if len(checkpoints) < 2:
         return
     if len({kept_tokens_of(checkpoint.directory) for checkpoint in checkpoints}) > 1:
-        sizes = " and ".join(f"{each.config.get_text_config().vocab_size:,}" for each in reversed(checkpoints))
+        sizes = " and ".join(
+            f"{checkpoint.config.get_text_config().vocab_size:,}" for checkpoint in reversed(checkpoints)
+        )
         yield (
             f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
             "is more where the vocabulary was trimmed."
@@ -250,7 +252,7 @@ def decode_bytes_per_token(model: Any, workload: Workload) -> float:
     """
     embedding, head = model.get_input_embeddings().weight, _head(model).weight
     assert isinstance(embedding, nn.Parameter)
-    weights = sum(each.nbytes for each in model.parameters() if each is not embedding or head is embedding)
+    weights = sum(weight.nbytes for weight in model.parameters() if weight is not embedding or head is embedding)
     row = embedding.nbytes / len(embedding)
     mean_context = workload.prompt_tokens + workload.new_tokens / 2
     return weights / workload.batch + row + mean_context * kv_cache_bytes_per_token(model)

@@ -89,7 +89,7 @@ def compare(
     def finish(number: int) -> FoundCell:
         cell = work[number]
         if cell.seed not in judged:
-            judged[cell.seed] = _judged_on(shared, next(each for each in work if each.seed == cell.seed))
+            judged[cell.seed] = _judged_on(shared, next(other for other in work if other.seed == cell.seed))
         finished = _finished(shared, cell, judged[cell.seed])
         progress("cells", number + 1, len(work))
         return finished

@@ -178,10 +178,10 @@ def task_parts(
             return run_task(task, subject.model(), tokenizer, options, listen)
 
         depends_on = {**subject.facts, **dataclasses.asdict(options), **identity(task, loaded, tokenizer)}
-        found = store.value(f"task-{name}", compute, depends_on=depends_on)
+        outcome = store.value(f"task-{name}", compute, depends_on=depends_on)
         num_done += sizes[name]
         progress(stage, num_done, num_all)
-        return found
+        return outcome
 
     names = list(loaded.tasks)
     results = dict(zip(names, in_turns(result_of, names), strict=True))

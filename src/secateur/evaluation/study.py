@@ -299,7 +299,7 @@ def over_dense_table(cells: list[FoundCell]) -> Table:
     domains, rows = list(cells[0].losses), []
     for row in (row for row in rows_of(cells) if row.method != DENSE):
         mean, changes = _over_dense(row, cells)
-        by_domain = (each.text() for each in (mean, *(changes[name] for name in domains)))
+        by_domain = (change.text() for change in (mean, *(changes[name] for name in domains)))
         rows.append((row.method, f"{row.ratio:.0%}", *by_domain))
     return Table(OVER_DENSE, ("method", "asked", "mean of domains", *domains), rows)
 

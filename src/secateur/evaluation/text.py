@@ -112,7 +112,7 @@ def named_blocks(
     text, used = learning
     blocks = pool.draw(domains, num_blocks, used)
     overlap = ngram_overlap(
-        {each.name: each.blocks.ids_NT for each in text.domains if not each.blocks.is_meta},
+        {domain.name: domain.blocks.ids_NT for domain in text.domains if not domain.blocks.is_meta},
         {name: part.ids_NT for name, part in blocks.items()},
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in overlap.items() if share and share > TOLD_OVERLAP)

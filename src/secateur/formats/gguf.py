@@ -330,7 +330,7 @@ def export(
     # Check all that was asked before a weight is read.
     file = Path(out)
     usable = "a secateur.Exporter"
-    exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda found: isinstance(found, Exporter), usable)
+    exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda plugin: isinstance(plugin, Exporter), usable)
     is_gguf = format == "gguf"
     if check and not is_gguf:
         raise RecipeError(f"export --check: format {format} has nothing that checks it; leave --check out.")

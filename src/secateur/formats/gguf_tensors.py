@@ -109,10 +109,10 @@ def _sources(
             kind = name.rpartition(".")[2]
             yield f"{experts}.gate_proj.{kind}", (tensor,), 0
             yield f"{experts}.up_proj.{kind}", (tensor,), 1
-        elif family.fused_qkv and (found := _QKV.fullmatch(name)):
-            if found[2] == "q":
-                joined = tuple(stored[f"{found[1]}{part}_proj.weight"] for part in "qkv")
-                yield f"{found[1]}qkv_proj.weight", joined, None
+        elif family.fused_qkv and (fused := _QKV.fullmatch(name)):
+            if fused[2] == "q":
+                joined = tuple(stored[f"{fused[1]}{part}_proj.weight"] for part in "qkv")
+                yield f"{fused[1]}qkv_proj.weight", joined, None
         else:
             yield name, (tensor,), None
     for name, stack in stacks.items():
@@ -142,15 +142,15 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> li
     Raises CheckpointError if a row is no multiple of the type's block.
     """
     stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
-    found = tensors_of(stored, model, family, type_name)
-    for tensor in found:
+    tensors = tensors_of(stored, model, family, type_name)
+    for tensor in tensors:
         block_size = gguf_block(tensor.type_name)[0]
         if tensor.shape[-1] % block_size:
             raise CheckpointError(
                 f"{checkpoint.reference}: {tensor.name} has rows of {tensor.shape[-1]}, which {type_name} stores in "
                 f"blocks of {block_size}; export as f16 or bf16, or prune with align: {block_size}."
             )
-    return found
+    return tensors
 
 
 def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTensor]:
@@ -158,22 +158,24 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
 
     `file_type`: one of `TYPES` or `TOLD`.
     """
-    stored = {key: StoredTensor(Path(), key, each.dtype, tuple(each.shape)) for key, each in model.state_dict().items()}
+    stored = {
+        key: StoredTensor(Path(), key, tensor.dtype, tuple(tensor.shape)) for key, tensor in model.state_dict().items()
+    }
     if file_type in TYPES:
         return tensors_of(stored, model, family, file_type)
-    found = tensors_of(stored, model, family, OWN_TYPES.get(str(model.config.dtype), "f32"))
+    tensors = tensors_of(stored, model, family, OWN_TYPES.get(str(model.config.dtype), "f32"))
     assert file_type == TOLD
-    is_tied = all(tensor.gguf_name != "output.weight" for tensor in found)
+    is_tied = all(tensor.gguf_name != "output.weight" for tensor in tensors)
     shape = Shape.of(model.config, family.architecture, is_tied=is_tied, latent=family.latent_attention)
 
     def stored_type(name: str, row: int) -> str:
         return fitting_type(chosen_type(name, shape), row, lambda kind: gguf_block(kind)[0])
 
     return [
-        each
-        if stays_as_it_is(each.gguf_name, each.shape)
-        else replace(each, type_name=stored_type(each.gguf_name, each.shape[-1]))
-        for each in found
+        tensor
+        if stays_as_it_is(tensor.gguf_name, tensor.shape)
+        else replace(tensor, type_name=stored_type(tensor.gguf_name, tensor.shape[-1]))
+        for tensor in tensors
     ]
 
 
@@ -194,16 +196,16 @@ def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec,
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     config: Any = model.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    found = []
+    tensors = []
     for tensor in _named(stored, model, family):
         gguf_name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, tensor.name
         small = len(tensor.shape) == 1 or _ALWAYS_F32.search(gguf_name)
-        found.append(replace(tensor, gguf_name=gguf_name, type_name="f32" if small else type_name))
+        tensors.append(replace(tensor, gguf_name=gguf_name, type_name="f32" if small else type_name))
     if rotary(config)["rope_type"] == "llama3":
         shape = (head_width(config) // 2,)
-        found.append(GgufTensor(_FACTORS, shape, (), gguf_name=f"{_FACTORS}.weight", type_name="f32"))
-    return found
+        tensors.append(GgufTensor(_FACTORS, shape, (), gguf_name=f"{_FACTORS}.weight", type_name="f32"))
+    return tensors
 
 
 def gguf_block(type_name: str) -> tuple[int, int]:
@@ -228,8 +230,8 @@ def file_bytes(tensors: list[GgufTensor], metadata: int) -> int:
     Of each tensor it holds its name with a length of 8 bytes, the number of dimensions in 4, 8 bytes
     for each, 4 for the type, 8 for its place, and its padded data.
     """
-    facts = sum(24 + len(tensor.gguf_name) + 8 * len(tensor.shape) for tensor in tensors)
-    parts = [metadata + facts, *map(num_gguf_bytes, tensors)]
+    infos = sum(24 + len(tensor.gguf_name) + 8 * len(tensor.shape) for tensor in tensors)
+    parts = [metadata + infos, *map(num_gguf_bytes, tensors)]
     return sum(-(-part // _PADDED) * _PADDED for part in parts)
 
 

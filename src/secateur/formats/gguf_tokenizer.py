@@ -74,7 +74,7 @@ def _steps(part: dict[str, Any] | None) -> tuple[tuple[Any, ...], ...]:
     kind = part["type"]
     if kind == "Sequence":
         parts = part.get("normalizers") or part.get("pretokenizers") or ()
-        return tuple(step for each in parts for step in _steps(each))
+        return tuple(step for inner in parts for step in _steps(inner))
     pattern = next(iter(part.get("pattern", {}).values()), "")
     if kind == "Prepend":
         return ((kind, part["prepend"]),)

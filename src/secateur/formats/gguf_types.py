@@ -80,8 +80,8 @@ def chosen_type(name: str, model: Shape) -> str:
 
 def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str:
     """Return the type in which llama.cpp stores rows of that length: a wider one if they do not fit."""
-    found = chosen if row % block_size(chosen) == 0 else _WIDER.get(chosen, chosen)
-    return found if row % block_size(found) == 0 else "f16"
+    wider = chosen if row % block_size(chosen) == 0 else _WIDER.get(chosen, chosen)
+    return wider if row % block_size(wider) == 0 else "f16"
 
 
 def quantise(
@@ -98,14 +98,14 @@ def quantise(
     import llama_cpp  # pyright: ignore[reportMissingImports]  # a package that few have
     from llama_cpp import _logger  # pyright: ignore[reportMissingImports]
 
-    said: list[str] = []
-    listener = llama_cpp.llama_log_callback(lambda level, text, _: said.append(text.decode(errors="replace")))
+    messages: list[str] = []
+    listener = llama_cpp.llama_log_callback(lambda level, text, _: messages.append(text.decode(errors="replace")))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"])
     params.nthread = torch.get_num_threads()
     if importance:
         entry, number = llama_cpp.llama_model_imatrix_data, ctypes.POINTER(ctypes.c_float)
-        entries = [entry(name.encode(), each.ctypes.data_as(number), each.size) for name, each in importance.items()]
+        entries = [entry(name.encode(), means.ctypes.data_as(number), means.size) for name, means in importance.items()]
         params.imatrix = (entry * (len(entries) + 1))(*entries)  # the last one, without a name, is the end
     llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
     try:
@@ -113,5 +113,5 @@ def quantise(
     finally:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
     if status != 0:
-        last = next((line for line in reversed("".join(said).splitlines()) if line.strip(" =")), f"status {status}")
+        last = next((line for line in reversed("".join(messages).splitlines()) if line.strip(" =")), f"status {status}")
         raise CheckpointError(f"{reference}: llama.cpp cannot write it as {type_name} ({last.strip()}).")

@@ -60,8 +60,8 @@ def importance_of(
         sums = inputs[0].flatten(0, -2).double().square().sum(0)
         squares[name] = squares[name] + sums if name in squares else sums
 
-    matrices = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
-    hooks = [each.register_forward_pre_hook(partial(add, name)) for name, each in matrices.items()]
+    matrices = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    hooks = [linear.register_forward_pre_hook(partial(add, name)) for name, linear in matrices.items()]
     importance: dict[str, Tensor] = {}
     num_done, num_blocks = 0, sum(map(len, blocks.values()))
     for domain, ids_NT in blocks.items():
@@ -78,6 +78,6 @@ def importance_of(
 
     # By the names that the file has.
     tensors = gguf_tensors(checkpoint, gguf_family(checkpoint), "f32")
-    columns = {each.gguf_name: importance.get(each.name.removesuffix(".weight")) for each in tensors}
-    matched = {name: each.float().numpy() for name, each in columns.items() if each is not None}
-    return matched, {name: each.numel() for name, each in blocks.items()}
+    columns = {tensor.gguf_name: importance.get(tensor.name.removesuffix(".weight")) for tensor in tensors}
+    matched = {name: means.float().numpy() for name, means in columns.items() if means is not None}
+    return matched, {name: block.numel() for name, block in blocks.items()}

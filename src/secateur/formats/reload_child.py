@@ -40,8 +40,10 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
     )
     model, info = loaded[0].to(device), loaded[1]
     # A class that needs a picture has a language model inside that does not: the innermost with a head.
-    inner = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.get_output_embeddings()]
-    language = [model, *(each for each in inner if model.get_input_embeddings() in set(each.modules()))][-1]
+    inner = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and module.get_output_embeddings()
+    ]
+    language = [model, *(module for module in inner if model.get_input_embeddings() in set(module.modules()))][-1]
     with torch.inference_mode():
         logits_BTV = language(input_ids=ids_BT, use_cache=False).logits
         generated_1T = language.generate(

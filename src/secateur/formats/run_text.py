@@ -67,6 +67,6 @@ def run_text_again(
     )
     allotted = {} if facts is None else {name: Allotted(*numbers) for name, numbers in facts.allotted.items()}
     if least_held_out:
-        allotted = {name: Allotted(each.judged, None) for name, each in allotted.items()}
+        allotted = {name: Allotted(numbers.judged, None) for name, numbers in allotted.items()}
     pool = TextPool(calibration, tokenizer, recipe.seed, progress)
     return pool.split(calibration, amounts, allotted=allotted, only=only, key=key)

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int64
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, tensor
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,13 +142,13 @@ def _clean_configs(model: PreTrainedModel, directory: Path) -> None:
     for file in directory.glob("*config.json"):
         try:
             text = file.read_text(encoding="utf-8")
-            said, clean = json.loads(text), json.loads(text, object_hook=_without_names)
+            parsed, clean = json.loads(text), json.loads(text, object_hook=_without_names)
             if file.name == "config.json":
-                clean = json.loads(text, object_hook=lambda each: _with_old_rope_keys(_without_names(each)))
+                clean = json.loads(text, object_hook=lambda settings: _with_old_rope_keys(_without_names(settings)))
                 clean = dict(sorted({**clean, **own}.items()))  # the order that transformers writes
             elif clean.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
                 clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # both know this name
-            if clean != said:
+            if clean != parsed:
                 file.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
         except (ValueError, RecursionError):
             file.unlink()
@@ -377,14 +377,14 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
         return (f"{len(aside)} tensors that transformers leaves aside ({names[0]}, ...) were left out: {changed}.",)
 
     # One file more, which the index names; a loader that finds a whole one reads no index.
-    tensors = {name: _rows(read_tensor(each), kept) for name, each in aside.items()}
+    tensors = {name: _rows(read_tensor(tensor), kept) for name, tensor in aside.items()}
     save_file(tensors, directory / FILE, {"format": "pt"})
     (directory / FILE).chmod((directory / "config.json").stat().st_mode & 0o777)
     if (directory / WHOLE).is_file():
         (directory / WHOLE).rename(directory / FIRST)
-    files = {name: FIRST if each.file.name == WHOLE else each.file.name for name, each in after.items()}
-    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in after.values())
-    size += sum(each.nbytes for each in tensors.values())
+    files = {name: FIRST if tensor.file.name == WHOLE else tensor.file.name for name, tensor in after.items()}
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in after.values())
+    size += sum(tensor.nbytes for tensor in tensors.values())
     places = sorted([*files.items(), *((name, FILE) for name in tensors)])
     index = {"metadata": {"total_size": size}, "weight_map": dict(places)}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -393,24 +393,26 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
 
 def _rows(values: Tensor, kept: KeptTokens | None) -> Tensor:
     if kept and values.ndim == 2 and len(values) == kept.num_dense:
-        return values.index_select(0, tensor(kept.dense_ids))
+        return values.index_select(0, torch.tensor(kept.dense_ids))
     return values
 
 
 def _changed(aside: dict[str, StoredTensor], before: Shapes, after: Shapes, hidden: set[int]) -> Iterator[str]:
     """Yield parts of layers left aside that are of another shape in the result's layers, or that these lack."""
-    for name, each in aside.items():
+    for name, carried in aside.items():
         part = match[1] if (match := _IN_LAYER.fullmatch(name)) else ""
-        if before.get(part) != after.get(part) or (part and part not in before and not hidden.issuperset(each.shape)):
+        if before.get(part) != after.get(part) or (
+            part and part not in before and not hidden.issuperset(carried.shape)
+        ):
             yield f"{part} of the layers changed"
 
 
 def _parts(stored: dict[str, StoredTensor]) -> Shapes:
-    found: Shapes = {}
-    for name, each in stored.items():
+    shapes: Shapes = {}
+    for name, carried in stored.items():
         if match := _IN_LAYER.fullmatch(name):
-            found.setdefault(match[1], set()).add(each.shape)
-    return found
+            shapes.setdefault(match[1], set()).add(carried.shape)
+    return shapes
 
 
 RELOAD_TOKENS = 16
@@ -450,7 +452,7 @@ def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
         damaged = Mismatch(RESULT_FILE, "the bytes that were written", "others, so no digest can be trusted")
         return Verified(str(result), 0, 0, (damaged,), None, None)
     wrong = tuple(mismatches(directory, digests, progress))
-    whole = [directory / name for name in digests.keys() - {each.what for each in wrong}]
+    whole = [directory / name for name in digests.keys() - {mismatch.what for mismatch in wrong}]
     proof = None
     if not wrong:
         progress("reload", 0, 1)

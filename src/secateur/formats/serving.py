@@ -73,11 +73,11 @@ def rotary(config: PreTrainedConfig) -> dict[str, Any]:
     """
     settings: Any = config
     parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
-    found = dict(parameters.get("full_attention", parameters))
-    if alpha := found.get("alpha") if found["rope_type"] == "dynamic" else None:
+    rope = dict(parameters.get("full_attention", parameters))
+    if alpha := rope.get("alpha") if rope["rope_type"] == "dynamic" else None:
         dim = head_width(config)
-        found |= {"rope_type": "default", "rope_theta": found["rope_theta"] * alpha ** (dim / (dim - 2))}
-    return found
+        rope |= {"rope_type": "default", "rope_theta": rope["rope_theta"] * alpha ** (dim / (dim - 2))}
+    return rope
 
 
 def layer_widths(config: PreTrainedConfig) -> tuple[list[int], list[int], list[int]]:

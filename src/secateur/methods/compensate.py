@@ -89,9 +89,9 @@ def least_squares(
     is_gone[keep] = False
     if not is_gone.any() and (cross_FH is None or not mix):
         return Fit(reader_HF, damping, 1.0)
-    gone, place = is_gone.nonzero().flatten(), (torch.float64, float64_device(gram.device))
+    removed, place = is_gone.nonzero().flatten(), (torch.float64, float64_device(gram.device))
     # Column-major, for LAPACK. Change the device first: not every device has float64.
-    right_SH = (reader_HF[:, gone].to(place[1]).to(place[0]) @ gram.part(gone, keep, *place)).mT
+    right_SH = (reader_HF[:, removed].to(place[1]).to(place[0]) @ gram.part(removed, keep, *place)).mT
     if cross_FH is not None and mix:
         right_SH.add_(cross_FH[keep].to(place[1]), alpha=mix)
     for attempt in range(MAX_DAMPING_RETRIES + 1):
@@ -129,11 +129,11 @@ def held_out_sums(
 
 def held_out_errors(sums: dict[str, HeldOutSums]) -> dict[str, HeldOutError]:
     """Return each domain's |lost - a correction|^2 / output energy, from all ranks' `sums`."""
-    found: dict[str, HeldOutError] = {}
+    errors: dict[str, HeldOutError] = {}
     for domain, total in totals(sums).items():
         *dots, energy = total.tolist()
-        found[domain] = HeldOutError(*(dot / max(energy, 1e-30) for dot in dots))
-    return found
+        errors[domain] = HeldOutError(*(dot / max(energy, 1e-30) for dot in dots))
+    return errors
 
 
 def guard(errors: dict[str, HeldOutError]) -> Guard:
@@ -200,13 +200,13 @@ def _judge(weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS:
     """Return the guard's verdict on a change of the columns that stay."""
     is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
     is_gone[columns] = False
-    gone = is_gone.nonzero().flatten()
-    gone_HC = weight_HF[:, gone]
+    removed = is_gone.nonzero().flatten()
+    gone_HC = weight_HF[:, removed]
     change_SH, sums = change_HS.T, {}
     for name, x_TF in measured.held_out_TF.items():
         dtype, x_TF = x_TF.dtype, x_TF.float()
         with exact_product_precision(dtype):
-            lost_TH = x_TF[:, gone] @ gone_HC.T
+            lost_TH = x_TF[:, removed] @ gone_HC.T
             energy = float(torch.linalg.vector_norm(x_TF @ weight_HF.T).square())
         given_TH = x_TF[:, columns] @ change_SH
         if mix:

@@ -119,7 +119,7 @@ class _Problem:
         """Return the counts that remove `target` with the least rise, weighted by domain."""
         losses = []
         for profile in self.profiles.values():
-            slope = sum(weights.get(domain, 0.0) * each for domain, each in profile.slopes.items())
+            slope = sum(weights.get(domain, 0.0) * rise for domain, rise in profile.slopes.items())
             losses.append([slope * error for error in profile.errors])
         pairs = zip(self.profiles.items(), least_loss(self.removals, losses, target), strict=True)
         return {key: profile.levels[option] for (key, profile), option in pairs}

@@ -124,21 +124,21 @@ def narrow_readers(
     changed. Held-out batches take no part.
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
-    found: list[dict[int, Tensor]] = [{} for _ in shares]
+    readers_by_cut: list[dict[int, Tensor]] = [{} for _ in shares]
     for index in steps(progress, "fit narrow layers", range(arch.num_layers)):
-        if any(index in each for each in shares):
+        if any(index in share for share in shares):
             with walk.layer(index):
                 reader = _reader(model, arch, index)
                 gram = Gram(reader.in_features, reader.weight.device)
                 for batch, hidden_BTD in zip(walk.batches, walk.hidden_BTD, strict=True):
                     gram.add_product(batch.counted(_reader_inputs(walk, index, reader, hidden_BTD)[0]))
                 sum_over_ranks(gram)
-                for readers, asked in zip(found, shares, strict=True):
-                    if index in asked:
-                        readers[index] = decided(partial(_narrow, reader.weight, gram, asked[index], damping))
-        with _replaced(model, arch, index, found[0].get(index)):
+                for readers, of_cut in zip(readers_by_cut, shares, strict=True):
+                    if index in of_cut:
+                        readers[index] = decided(partial(_narrow, reader.weight, gram, of_cut[index], damping))
+        with _replaced(model, arch, index, readers_by_cut[0].get(index)):
             walk.advance(index)
-    return found
+    return readers_by_cut
 
 
 def narrow_kl(
@@ -159,8 +159,8 @@ def narrow_kl(
         dense, *narrow = walks = [Walk(model, arch, [batch]) for _ in range(1 + len(readers))]
         for index in range(arch.num_layers):
             dense.advance(index)
-            for walk, each in zip(narrow, readers, strict=True):
-                with _replaced(model, arch, index, each.get(index)):
+            for walk, of_cut in zip(narrow, readers, strict=True):
+                with _replaced(model, arch, index, of_cut.get(index)):
                     walk.advance(index)
         states, *others = [states_for_head(model, arch, batch, walk.hidden_BTD[0]) for walk in walks]
         kls = [token_divergences(states, head, other, head).double().sum().cpu() for other in others]
@@ -215,24 +215,24 @@ def layer_kl(
     arch: Arch,
     batches: list[Batch],
     removed: Collection[int] = (),
-    asked: Collection[int] | None = None,
+    candidates: Collection[int] | None = None,
     readers: Mapping[int, Tensor] | None = None,
 ) -> Float[Tensor, " L"]:
     """Return KL(dense || model without `removed` and layer i) per layer i, in nats per token.
 
     Mean over all calibration tokens and the whole vocabulary; infinite for layers in `removed` or
-    not `asked` for (None: all are). `readers`: the pruned model's FFN readers that differ. One walk
+    not among `candidates` (None: all are). `readers`: the pruned model's FFN readers that differ. One walk
     per batch carries a stream per layer i, which branches off there: L^2 / 2 runs of a layer and 2
     L of the head for all. Raises NumericsError, naming layer and domain, if a divergence is not
     finite.
     """
-    asked = sorted(set(range(arch.num_layers) if asked is None else asked) - set(removed))
+    candidates = sorted(set(range(arch.num_layers) if candidates is None else candidates) - set(removed))
     sums_L = torch.zeros(arch.num_layers, dtype=torch.float64)
     num_tokens = 0
     for batch in (batch for batch in batches if not batch.held_out):
         num_tokens += batch.num_predicted
-        divergences = _divergences(model, arch, batch, removed, asked, readers or {})
-        for index, divergence_P in zip(asked, divergences, strict=True):
+        divergences = _divergences(model, arch, batch, removed, candidates, readers or {})
+        for index, divergence_P in zip(candidates, divergences, strict=True):
             if not torch.isfinite(divergence_P).all():
                 raise NumericsError(
                     f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
@@ -241,7 +241,7 @@ def layer_kl(
             sums_L[index] += divergence_P.cpu().double().sum()
     total = totals({"kl": sums_L, "tokens": num_tokens})
     costs_L = torch.full_like(sums_L, torch.inf)
-    costs_L[asked] = total["kl"][asked] / total["tokens"]
+    costs_L[candidates] = total["kl"][candidates] / total["tokens"]
     return costs_L
 
 
@@ -273,9 +273,9 @@ def choose_layers(
             waiting = sorted(added.keys() - anew.keys(), key=lambda index: (added[index], index))
             if not waiting or (anew and min(anew.values()) < before + added[waiting[0]]):
                 break
-            asked = waiting[:LAYERS_AT_ONCE] if chosen else waiting
-            costs = layer_kl(model, arch, batches, chosen, asked, readers).tolist()
-            anew |= {index: costs[index] for index in asked}
+            candidates = waiting[:LAYERS_AT_ONCE] if chosen else waiting
+            costs = layer_kl(model, arch, batches, chosen, candidates, readers).tolist()
+            anew |= {index: costs[index] for index in candidates}
         added |= {index: cost - before for index, cost in anew.items()}
         cheapest = min(anew, key=lambda index: (anew[index], index))
         chosen[cheapest] = before = anew[cheapest]
@@ -288,22 +288,22 @@ def _divergences(
     arch: Arch,
     batch: Batch,
     removed: Collection[int],
-    asked: list[int],
+    candidates: list[int],
     readers: Mapping[int, Tensor],
 ) -> Iterator[Float[Tensor, " P"]]:
-    """Yield, per asked layer, the divergence by position without it and `removed`."""
+    """Yield, per candidate, the divergence by position without it and `removed`."""
     dense, pruned = Walk(model, arch, [batch]), Walk(model, arch, [batch])
     for index in range(arch.num_layers):
         dense.advance(index)
         if index in removed:
             continue
-        # The last stream has skipped no asked layer; a layer's input is the stream without it.
-        streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == asked[-1]
+        # The last stream has skipped no candidate; a layer's input is the stream without it.
+        streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == candidates[-1]
         if is_last:
             streams.pop()
         with _replaced(model, arch, index, readers.get(index)):
             pruned.advance(index)
-        if index in asked:
+        if index in candidates:
             streams.insert(len(streams) if is_last else len(streams) - 1, skipping)
     head = head_of(model, arch)
     with torch.inference_mode():

@@ -92,7 +92,7 @@ def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], hel
     """Put in the share of the new readers that held-out text likes best, one for all experts."""
     plain = module.get_parameter(stacks.down).clone()
     refitted = torch.stack([weight.T if stacks.transposed else weight for weight in readers_DF]).to(plain)
-    masked = [module.forward(*each.call) for each in held_out]
+    masked = [module.forward(*block.call) for block in held_out]
     module.get_parameter(stacks.down).copy_(refitted)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for each, cut_TD in zip(held_out, masked, strict=True):
@@ -100,7 +100,7 @@ def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], hel
         parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut_TD, given_TD))
     sums: dict[str, Tensor] = {}
     for domain, pieces in parts.items():
-        own_TD, lost_TD, given_TD = (torch.cat(each).float() for each in zip(*pieces, strict=True))
+        own_TD, lost_TD, given_TD = (torch.cat(tensors).float() for tensors in zip(*pieces, strict=True))
         sums[domain] = held_out_sums(lost_TD, given_TD, float(own_TD.square().sum()))
     judged = best_step(held_out_errors(sums))
     module.get_parameter(stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
@@ -172,7 +172,7 @@ def refit_experts(
     energy = totals({name: torch.tensor([each.energy], dtype=torch.float64) for name, each in tokens.items()})
     total = sum(map(float, energy.values()))
     weights = {name: domain_weight(weighting, shares[name] * total, float(energy[name])) for name in tokens}
-    parts = {domain: each.joined() for domain, each in sorted(tokens.items())}
+    parts = {domain: pieces.joined() for domain, pieces in sorted(tokens.items())}
     tokens.clear()
     num_experts = len(module.get_parameter(stacks.down))
     readers_DF = [reader_of(module, stacks, expert) for expert in range(num_experts)]
@@ -253,7 +253,7 @@ def observe_routing(
     naming layer and domain, if a norm is not finite.
     """
     module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
-    found: dict[str, Routing] = {}
+    routing: dict[str, Routing] = {}
     wanted: list[Wanted] = []
     for position, (batch, behind_BTD, call, output_TD) in enumerate(expert_calls(walk, group)):
         if keep:
@@ -273,18 +273,20 @@ def observe_routing(
                 f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
                 f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
             )
-        found[batch.domain] = found[batch.domain].plus(new) if batch.domain in found else new
+        routing[batch.domain] = routing[batch.domain].plus(new) if batch.domain in routing else new
 
     # The sums over all ranks.
-    total = totals({name: torch.stack(dataclasses.astuple(each)).cpu() for name, each in found.items()})
+    total = totals({name: torch.stack(dataclasses.astuple(of_domain)).cpu() for name, of_domain in routing.items()})
     device = next(module.parameters()).device
     return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted
 
 
 def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
     """Return the sorted indices of the highest scores, the same number in each router group."""
-    size, each = len(scores_E) // experts.num_groups, num_keep // experts.num_groups
-    return torch.cat([number * size + keep_highest(part, each) for number, part in enumerate(scores_E.split(size))])
+    size, per_group = len(scores_E) // experts.num_groups, num_keep // experts.num_groups
+    return torch.cat(
+        [number * size + keep_highest(part, per_group) for number, part in enumerate(scores_E.split(size))]
+    )
 
 
 @torch.no_grad()
@@ -322,17 +324,17 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
         if refits:
             refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares)
             verdict = dataclasses.asdict(refit)
-    output_energy = {domain: float(each.energy_E.sum()) for domain, each in first.items()}
-    shares = {d: float(each.num_tokens_E[keep].sum() / each.num_tokens_E.sum()) for d, each in first.items()}
+    output_energy = {domain: float(routing.energy_E.sum()) for domain, routing in first.items()}
+    shares = {d: float(routing.num_tokens_E[keep].sum() / routing.num_tokens_E.sum()) for d, routing in first.items()}
     line = log_line(group, len(keep), num_units, output_energy) | {"routed_share_kept": shares}
     return keep, line | verdict
 
 
 def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
     """Return the numbers of experts left after each step, equal in every group, no repeats."""
-    size, gone = num_units // num_groups, (num_units - num_keep) // num_groups
-    taken = dict.fromkeys(-(-gone * step // NUM_STEPS) for step in range(1, NUM_STEPS + 1))
-    return [num_groups * (size - each) for each in taken]
+    size, num_removed = num_units // num_groups, (num_units - num_keep) // num_groups
+    taken = dict.fromkeys(-(-num_removed * step // NUM_STEPS) for step in range(1, NUM_STEPS + 1))
+    return [num_groups * (size - num_taken) for num_taken in taken]
 
 
 @torch.inference_mode()
@@ -350,7 +352,7 @@ def _routing(
         # Call forward, because the module's hook would note this call too.
         output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
         norms[expert] = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
-    return Routing.of(torch.tensor([len(each) for each in norms], device=hidden_TD.device), norms)
+    return Routing.of(torch.tensor([len(norms_T) for norms_T in norms], device=hidden_TD.device), norms)
 
 
 def _routing_of_weighted(
@@ -451,7 +453,7 @@ def _numbered(batch: Batch, hidden_TD: Float[Tensor, "T D"], seed: int) -> Drawn
 
 def _lowest(parts: list[Drawn], share: float) -> Drawn:
     """Return the tokens of the lowest numbers, as many as are a domain's share of the sample."""
-    numbers_T, hidden_TD = (torch.cat(each) for each in zip(*parts, strict=True))
+    numbers_T, hidden_TD = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = numbers_T.argsort()[: max(1, round(share * NUM_SAMPLED))]
     return numbers_T[order], hidden_TD[order.to(hidden_TD.device)]
 
@@ -480,7 +482,7 @@ def _pool_domain(seen: _Observed, current: list[Gram], domain: str, group: Group
             f"use the model in bfloat16 or float32 and check its weights."
         )
     # No two ranks have the same lowest number.
-    parts = of_all_ranks({float(each[0][0]): each for each in seen.drawn})
+    parts = of_all_ranks({float(drawn[0][0]): drawn for drawn in seen.drawn})
     seen.samples[domain] = _lowest(list(parts.values()), share)[1]
     seen.drawn = []
     for mine, theirs in zip(seen.grams, current, strict=True):

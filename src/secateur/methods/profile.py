@@ -131,9 +131,9 @@ def profile(
         for group in mine:
             is_last = group is mine[-1]
             with walk.layer(index) as layer:
-                found = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
+                statistics = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
                 reader = linear(layer, group.reader.module)
-                profiles[index, group.name] = _profile_group(group, reader, found, probe, settings)
+                profiles[index, group.name] = _profile_group(group, reader, statistics, probe, settings)
             progress("profile", len(profiles), len(groups))
         if not mine:
             walk.advance(index)
@@ -189,6 +189,6 @@ def _error_curve(
     batch = math.gcd(units_at_once(reader.in_features, group.width), *num_removed)
     columns_UW = unit_columns(group.reader.segments, levels[0], reader.weight.device)
     hessian = damped_gram(statistics.gram, settings.damping)
-    found = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
-    curve, energy = [0.0, *found.error_curve.tolist()], float(statistics.energy)
-    return found.removed, tuple(curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed)
+    order = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
+    curve, energy = [0.0, *order.error_curve.tolist()], float(statistics.energy)
+    return order.removed, tuple(curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed)

@@ -167,7 +167,7 @@ def energy(inputs: ExpertInputs) -> Float[Tensor, " E"]:
 
     `tokens`: the energies are pooled. Better than `reap` if half of the experts go (LOG).
     """
-    energies = [(inputs.shares[d], each.energy_E) for d, each in inputs.routing.items()]
+    energies = [(inputs.shares[d], routing.energy_E) for d, routing in inputs.routing.items()]
     parts = [domain_weight(inputs.weighting, share, float(each_E.sum())) * each_E for share, each_E in energies]
     return torch.stack(parts).sum(dim=0).float()
 
@@ -181,10 +181,10 @@ def reap(inputs: ExpertInputs) -> Float[Tensor, " E"]:
     """
     first = next(iter(inputs.routing.values()))
     norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
-    for domain, each in inputs.routing.items():
-        weight = domain_weight(inputs.weighting, inputs.shares[domain], float(each.norms_E.sum()))
-        norms_E += weight * each.norms_E
-        num_E += weight * each.num_tokens_E
+    for domain, routing in inputs.routing.items():
+        weight = domain_weight(inputs.weighting, inputs.shares[domain], float(routing.norms_E.sum()))
+        norms_E += weight * routing.norms_E
+        num_E += weight * routing.num_tokens_E
     return torch.where(num_E > 0, norms_E / num_E.clamp(min=1e-300), 0.0).float()
 
 
@@ -202,7 +202,7 @@ SCORES: dict[str, Score] = {
 
 def find_score(name: str) -> Score:
     """Return a score. Raises RecipeError if there is none, PluginError if it is unusable."""
-    return look_up(SCORE_GROUP, name, SCORES, lambda found: isinstance(found, Score), "a secateur.Score")
+    return look_up(SCORE_GROUP, name, SCORES, lambda plugin: isinstance(plugin, Score), "a secateur.Score")
 
 
 def needs_gram(name: str) -> bool:

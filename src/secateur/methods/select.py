@@ -62,8 +62,8 @@ def greedy_obs(
         columns = columns_UW[units].flatten()
         rows = inverse[columns]
         gain = torch.linalg.solve(rows[:, columns], rows)  # A [H^-1]_M
-        gone = weight[:, columns].to(rows.dtype)
-        error = error + (gone * torch.linalg.solve(rows[:, columns], gone.T).T).sum()
+        of_columns = weight[:, columns].to(rows.dtype)
+        error = error + (of_columns * torch.linalg.solve(rows[:, columns], of_columns.T).T).sum()
         weight.addmm_(weight[:, columns], gain.float(), alpha=-1)
         inverse.addmm_(rows.T, gain, alpha=-1)
         # Removed columns are masked: 1.0 on their diagonal only avoids a division by zero.

@@ -53,7 +53,7 @@ def token_use(
     use = sum_d share_d counts_d / total_d over the counted domains; with `minimax` the largest of
     counts_d / total_d. `damped`: documents count as the square root of their occurrences.
     """
-    used = [(each.damped_V if damped else each.tokens_V.double()) / each.tokens_V.sum() for each in counts.values()]
+    used = [(count.damped_V if damped else count.tokens_V.double()) / count.tokens_V.sum() for count in counts.values()]
     used_DV = torch.stack(used)
     shares_D = used_DV.new_tensor([shares[name] for name in counts])
     return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
@@ -168,7 +168,7 @@ def piece_nats(
 
 def _some_spelt(block: Block, vocabulary: Vocabulary, may_go: Set[int], in_bytes: Set[int]) -> list[tuple[int, ...]]:
     """Return the pieces of every token of a text: its parts for some that count, itself for the others."""
-    found, tokens, characters = [], 0, 0
+    pieces, tokens, characters = [], 0, 0
     for position, (index, counts) in enumerate(zip(block.ids_T.tolist(), block.mask_T.tolist(), strict=True)):
         if not position or not counts or index not in may_go:
             is_spelt = False
@@ -178,8 +178,8 @@ def _some_spelt(block: Block, vocabulary: Vocabulary, may_go: Set[int], in_bytes
         else:
             tokens += 1
             is_spelt = tokens % TOKENS_APART == 0
-        found.append(vocabulary.parts[index] if is_spelt else (index,))
-    return found
+        pieces.append(vocabulary.parts[index] if is_spelt else (index,))
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def removal_by_counts(
     written = written_scripts(scripts, counts)
     characters = {index for index, text in vocabulary.texts.items() if len(text) == 1 and scripts[index] & written}
     may_go = {index: scripts[index] for index in vocabulary.texts.keys() - vocabulary.fixed}
-    plain, damped = (token_use(counts, shares, minimax=minimax, damped=each) for each in (False, True))
+    plain, damped = (token_use(counts, shares, minimax=minimax, damped=is_damped) for is_damped in (False, True))
     return removal_order(
         vocabulary,
         with_prior_by_script(plain, may_go, written),
@@ -244,7 +244,7 @@ def removal_order(
     # Rows without a token go first; the others wait for those that are merged from them.
     fixed = with_parts(vocabulary, stay)
     padding = [index for index in range(vocabulary.num_rows) if index not in vocabulary.texts and index not in fixed]
-    use, order_by, gone = use_V.tolist(), (use_V if order_by_V is None else order_by_V).tolist(), set(padding)
+    use, order_by, removed = use_V.tolist(), (use_V if order_by_V is None else order_by_V).tolist(), set(padding)
     weights = [1.0] * vocabulary.num_rows if weights_V is None else weights_V.tolist()
     needed_by = [0] * vocabulary.num_rows
     for parts in vocabulary.parts.values() if vocabulary.needs_parts else ():
@@ -254,7 +254,7 @@ def removal_order(
 
     def spelt(index: int) -> list[int]:
         parts = vocabulary.parts[index]
-        return [end for part in parts for end in (spelt(part) if part in gone else [part])]
+        return [end for part in parts for end in (spelt(part) if part in removed else [part])]
 
     def further(pieces: list[int]) -> float:
         return sum(weights[piece] for piece in pieces) - 1
@@ -274,7 +274,7 @@ def removal_order(
         for part in parts:
             use[part] += use[index]
             order_by[part] += order_by[index]
-        gone.add(index)
+        removed.add(index)
         ids.append(index)
         costs.append(cost)
 
@@ -288,8 +288,8 @@ def removal_order(
 
 def kept_after(removal: Removal, num_rows: int, num_gone: int) -> tuple[int, ...]:
     """Return the ids that stay once the first `num_gone` are gone."""
-    gone = set(removal.ids[:num_gone])
-    return tuple(index for index in range(num_rows) if index not in gone)
+    removed = set(removal.ids[:num_gone])
+    return tuple(index for index in range(num_rows) if index not in removed)
 
 
 def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
@@ -300,8 +300,12 @@ def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
     least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
     if size != num_rows and (size % ALIGN_TOKENS or not least <= size <= num_rows):
         below = size // ALIGN_TOKENS * ALIGN_TOKENS
-        near = [each for each in (below, below + ALIGN_TOKENS) if size % ALIGN_TOKENS and least <= each <= num_rows]
-        nearest = f" (such as {' or '.join(f'{each:,}' for each in near)})" if near else ""
+        near = [
+            near_size
+            for near_size in (below, below + ALIGN_TOKENS)
+            if size % ALIGN_TOKENS and least <= near_size <= num_rows
+        ]
+        nearest = f" (such as {' or '.join(f'{size:,}' for size in near)})" if near else ""
         raise RecipeError(
             f"remove.vocabulary: {size:,} of the model's {num_rows:,} rows cannot stay; give a multiple of "
             f"{ALIGN_TOKENS}{nearest} from {least:,}, without which some text could not be read, to {num_rows:,}."
@@ -329,18 +333,21 @@ def nats_with(
 
     The first `TOKEN_BLOCKS` blocks of each domain are measured. `text`: in the dense tokenizer.
     """
-    asked = {name: blocks_of(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
-    kept_K, told = None, asked
+    dense_text = {name: blocks_of(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
+    kept_K, own_text = None, dense_text
     if trim is not None:
-        kept_K, told = torch.tensor(trim.kept.dense_ids), retokenised(asked, trim.dense_tokenizer, trim.tokenizer)
+        kept_K, own_text = (
+            torch.tensor(trim.kept.dense_ids),
+            retokenised(dense_text, trim.dense_tokenizer, trim.tokenizer),
+        )
 
     def nats_of(block: Block) -> float:
         ids_T = block.ids_T if kept_K is None else kept_K[block.ids_T]
         return float(block.counted(block_losses(model, arch, ids_T[None], kept_K)).sum())
 
     total, of_shares = 0.0, 0.0
-    for name, blocks in steps(progress, "nats of trims", told.items()):
-        num_tokens = sum(int(block.mask_T[1:].sum()) for block in asked[name])
+    for name, blocks in steps(progress, "nats of trims", own_text.items()):
+        num_tokens = sum(int(block.mask_T[1:].sum()) for block in dense_text[name])
         if num_tokens:
             nats = sum(map(nats_of, blocks))
             total, of_shares = total + shares[name] * nats / num_tokens, of_shares + shares[name]
@@ -373,8 +380,8 @@ def channel_law(
     fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
     widths = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
     both = narrow_readers(model, arch, fitted, widths, damping, progress)
-    found = narrow_kl(model, arch, judged, both, shares, progress)
-    cost, of_half = (max(1e-9, each / NARROW_OVERSTATES) for each in found)
+    divergences = narrow_kl(model, arch, judged, both, shares, progress)
+    cost, of_half = (max(1e-9, kl / NARROW_OVERSTATES) for kl in divergences)
     exponent = math.log2(cost / of_half)
     return lambda share: cost * (share.clamp(min=0) / most) ** exponent
 
@@ -412,9 +419,9 @@ def of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:
     """Return the tokens with letters of these scripts. Raises RecipeError for one that no token has."""
     known = {index: scripts_of(text) for index, text in vocabulary.texts.items()}
     for script in (wanted := set(scripts)):
-        if not any(script in each for each in known.values()):
+        if not any(script in of_token for of_token in known.values()):
             raise RecipeError(
                 f"remove.keep_scripts: no token of the model has a letter of {script}; its scripts are "
                 f"{', '.join(sorted(set().union(*known.values())))}."
             )
-    return {index for index, each in known.items() if each & wanted}
+    return {index for index, of_token in known.items() if of_token & wanted}

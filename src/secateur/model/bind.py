@@ -55,11 +55,11 @@ def bind(model: Any) -> Arch:
     layers, config = decoder_layers(model, arch), text_config(model)
     return replace(
         arch,
-        mlp_adds_directly=all(each.adds_directly for layer in offers for each in layer),
+        mlp_adds_directly=all(offer.adds_directly for layer in offers for offer in layer),
         groups=tuple(
-            sized(each, layer, index, of_layer(config, index))
+            sized(offer, layer, index, of_layer(config, index))
             for index, layer in enumerate(layers)
-            for each in offers[index]
+            for offer in offers[index]
         ),
         num_layers=len(layers),
         params_per_layer=tuple(sum(p.numel() for p in layer.parameters()) for layer in layers),

@@ -62,14 +62,14 @@ def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoin
     config = gguf_config(directory / gguf_file) if gguf_file else directory_config(directory)
     quantised = take_quantisation(config, reference)
     if weights and not gguf_file:
-        dtypes = {name: each.dtype for name, each in stored_tensors(directory).items()}
+        dtypes = {name: tensor.dtype for name, tensor in stored_tensors(directory).items()}
         packed = (name for name in dtypes if name.endswith("weight") and dtypes[name].itemsize == 1)
         if quantised is None and (name := next(packed, None)):
             raise CheckpointError(
                 f"{reference}: weight {name} is stored as {str(dtypes[name]).removeprefix('torch.')}, so the weights "
                 "are quantised, and its config.json has no quantization_config that says how; copy the model's own."
             )
-        config.dtype = config.dtype or next((each for each in dtypes.values() if each.is_floating_point), None)
+        config.dtype = config.dtype or next((dtype for dtype in dtypes.values() if dtype.is_floating_point), None)
     config.name_or_path = ""  # saved files must not contain local paths
     return Checkpoint(reference, directory, gguf_file, config, quantised)
 
@@ -273,10 +273,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 # AutoTokenizer would parse the whole file again to arrive at this class.
                 return PreTrainedTokenizerFast.from_pretrained(directory, gguf_file=checkpoint.gguf_file)
             _check_tokenizer_files(directory)
-            found = AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
-            found("a word", verbose=False)  # some settings are read only now
-            check_rows(found, checkpoint.config.get_text_config().vocab_size, str(directory))
-            return found
+            tokenizer = AutoTokenizer.from_pretrained(directory, config=checkpoint.config, trust_remote_code=False)
+            tokenizer("a word", verbose=False)  # some settings are read only now
+            check_rows(tokenizer, checkpoint.config.get_text_config().vocab_size, str(directory))
+            return tokenizer
     except CheckpointError:
         raise
     except Exception as error:
@@ -362,8 +362,8 @@ def check_in_memory(model: object, tokenizer: object) -> None:
     if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
         reason = "its widths differ per layer and it runs its checkpoint's code"
         raise CheckpointError(f"model: {reason}; load it with secateur.load(path), or give its path.")
-    for name, each in {"model": model, "tokenizer": tokenizer}.items():
-        if type(each).__module__.startswith("transformers_modules."):
+    for name, given in {"model": model, "tokenizer": tokenizer}.items():
+        if type(given).__module__.startswith("transformers_modules."):
             reason = "it runs its checkpoint's code, which no result carries"
             raise CheckpointError(f"{name}: {reason}; load it without trust_remote_code.")
     if tokenizer is None:

@@ -217,8 +217,8 @@ def _check_sizes(raw: dict[str, Any], path: Path) -> None:
     """Raise CheckpointError for a size that nothing can be built from; the config's class is next."""
     inside: list[Any] = [raw]
     while inside:
-        each = inside.pop()
-        for key, value in each.items() if isinstance(each, dict) else enumerate(each):
+        part = inside.pop()
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
             most = next((most for names, most in _MOST if names.fullmatch(str(key))), None)
             if isinstance(value, dict | list):
                 inside.append(value)

@@ -74,7 +74,7 @@ class Linears:
         """Return what the units consist of, once each."""
         writers = (linear(layer, axis.module) for axis in self.writers)
         reader = linear(layer, self.reader.module).get_parameter("weight")
-        return [reader, *(each for writer in writers for each in writer.parameters())]
+        return [reader, *(parameter for writer in writers for parameter in writer.parameters())]
 
     def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Return what compensation changes: the reader's weight."""
@@ -115,7 +115,7 @@ class Experts:
             names = filter(None, (self.stacks.writer, self.stacks.writer_bias, self.stacks.down))
             return [module.get_parameter(name) for name in names]
         rows = (attribute_of(layer, name) for name in self.router_rows)
-        return [*module.parameters(), *(each for each in rows if isinstance(each, nn.Parameter))]
+        return [*module.parameters(), *(row for row in rows if isinstance(row, nn.Parameter))]
 
     def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Return what compensation changes: the stack of readers."""

@@ -45,7 +45,9 @@ def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Ite
     """Yield pairs of writers, H -> F or H -> 2 F, and a reader, F -> H."""
     for reader, down in linears.items():
         width, hidden = down.in_features, down.out_features
-        sizes = {n: each.out_features for n, each in linears.items() if n != reader and each.in_features == hidden}
+        sizes = {
+            n: module.out_features for n, module in linears.items() if n != reader and module.in_features == hidden
+        }
         plain = [n for n, size in sizes.items() if size == width]
         choices = (
             [tuple(plain)]
@@ -89,7 +91,7 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
         parts=parts,
         head_dim=head_dim,
         num_units=num_units,
-        params_per_unit=sum(each.numel() for each in parts.parameters(layer)) // num_units,
+        params_per_unit=sum(parameter.numel() for parameter in parts.parameters(layer)) // num_units,
         at_least=at_least,
         multiple_of=max(multiple_of, int(group.per_key)),
         divides=(config.num_attention_heads // num_units, config.hidden_size) if group.divides else None,
@@ -106,7 +108,7 @@ def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int
         fused = (queries // keys * width, width, width)
         return fused if num_rows == keys * sum(fused) else (num_rows // keys,)
 
-    writers = (Axis(each.module, segments(linear(layer, each.module).out_features)) for each in group.writers)
+    writers = (Axis(writer.module, segments(linear(layer, writer.module).out_features)) for writer in group.writers)
     reader = Axis(group.reader.module, segments(linear(layer, group.reader.module).in_features))
     return Linears(tuple(writers), reader), width
 
@@ -116,10 +118,10 @@ def _by_router(experts: Experts, layer: nn.Module, config: Any) -> tuple[Experts
     num_groups = getattr(config, "n_group", None) or 1
     numbers = (getattr(config, key, None) for key in KEYS_OF_CHOSEN)
     # No expert goes where the config does not say how many a token is sent to.
-    top_k = next((each for each in numbers if isinstance(each, int)), experts.num_units_left(layer))
+    top_k = next((number for number in numbers if isinstance(number, int)), experts.num_units_left(layer))
     chosen = getattr(config, "topk_group", None) or 1
     rows = {name: attribute_of(layer, name) for name in experts.router_rows}
-    buffers = tuple(name for name, each in rows.items() if not isinstance(each, nn.Parameter))
+    buffers = tuple(name for name, row in rows.items() if not isinstance(row, nn.Parameter))
     at_least = top_k if num_groups == 1 else num_groups * max(2, -(-top_k // chosen))
     return replace(experts, num_groups=num_groups, buffers=buffers), at_least, num_groups
 
@@ -127,7 +129,7 @@ def _by_router(experts: Experts, layer: nn.Module, config: Any) -> tuple[Experts
 def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any) -> Iterator[Stacks]:
     """Yield ways in which two stacks could be an expert's writer and reader."""
     for (writer, up), (down, reader) in permutations(stacks.items(), 2):
-        biases = [name for name, each in own.items() if each.ndim == 2 and name.startswith(writer)]
+        biases = [name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)]
         for transposed in (False, True):
             width, made = reader.shape[1 if transposed else 2], up.shape[2 if transposed else 1]
             if (
@@ -158,14 +160,14 @@ def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iter
     queries, keys, width = sizes
     readers = [
         n
-        for n, each in linears.items()
-        if each.in_features == queries * width and each.out_features == config.hidden_size
+        for n, module in linears.items()
+        if module.in_features == queries * width and module.out_features == config.hidden_size
     ]
     for reader in readers[-1:]:
         rows = {
-            n: each.out_features
-            for n, each in linears.items()
-            if n != reader and each.in_features == config.hidden_size
+            n: module.out_features
+            for n, module in linears.items()
+            if n != reader and module.in_features == config.hidden_size
         }
         made = [queries * width, keys * width, keys * width]
         writers = sorted((n for n in rows if rows[n] in made), key=lambda n: -rows[n])  # that of queries first
@@ -192,15 +194,15 @@ def heads_of(config: Any) -> tuple[int, int, int] | None:
 
 def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
     """Silence the units that do not stay: their reader columns are zero, or nothing is routed to them."""
-    gone = _others(group, keep)
+    others = _others(group, keep)
     with torch.no_grad():
         if group.kind == "expert_channels":
             stacks = group.experts.stacks
             down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
-            down.index_fill_(group.experts.unit_axis, gone, 0.0)
+            down.index_fill_(group.experts.unit_axis, others, 0.0)
         elif group.kind != "experts":
             weight = linear(layer, group.reader.module).weight
-            weight[:, rows_of(gone, group.reader.segments, group.num_units)] = 0
+            weight[:, rows_of(others, group.reader.segments, group.num_units)] = 0
 
 
 def _others(group: Group, keep: Tensor) -> Tensor:
@@ -224,11 +226,11 @@ class Unrouted(TorchFunctionMode):
 @torch.no_grad()
 def close_to(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Let the router's vectors turn down all experts but these; return its matrices and the others."""
-    gone = _others(group, keep)
+    others = _others(group, keep)
     rows = [attribute_of(layer, name) for name in group.experts.router_rows]
-    for vector in (each for each in rows if each.numel() == max(each.shape) and each.is_floating_point()):
-        vector.index_fill_(-1, gone, -1e9)
-    return [(each, gone) for each in rows if each.numel() > max(each.shape)]
+    for vector in (row for row in rows if row.numel() == max(row.shape) and row.is_floating_point()):
+        vector.index_fill_(-1, others, -1e9)
+    return [(matrix, others) for matrix in rows if matrix.numel() > max(matrix.shape)]
 
 
 def some_of(group: Group) -> Tensor:

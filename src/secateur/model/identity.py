@@ -47,8 +47,8 @@ def lineage(checkpoint: Checkpoint, num_params: int) -> tuple[Ancestor, ...]:
     Raises CheckpointError if the checkpoint is a result whose `result.json` is damaged.
     """
     hub_id, folder, file = _hub_id(checkpoint), checkpoint.directory, checkpoint.gguf_file
-    said = _card(folder) if file is None else _gguf_card(folder / file)
-    own = Ancestor(hub_id or _name(checkpoint), identity(checkpoint), num_params, hub_id, **_licence(said, checkpoint))
+    card = _card(folder) if file is None else _gguf_card(folder / file)
+    own = Ancestor(hub_id or _name(checkpoint), identity(checkpoint), num_params, hub_id, **_licence(card, checkpoint))
     return (*(ancestors(checkpoint) or ()), own)
 
 
@@ -92,10 +92,10 @@ def is_result(directory: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        said = json_of(path.read_bytes())
+        parsed = json_of(path.read_bytes())
     except ValueError:
         return True
-    return isinstance(said, dict) and "dense_size" in said
+    return isinstance(parsed, dict) and "dense_size" in parsed
 
 
 def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bool) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
     of_pruned, of_dense = ancestors(pruned), ancestors(dense)
     print_of_pruned, print_of_dense = identity(pruned), identity(dense)
     names, public = (pruned.reference, dense.reference), (name_of(pruned), name_of(dense))
-    if print_of_pruned in (each.fingerprint for each in of_dense or ()):
+    if print_of_pruned in (model.fingerprint for model in of_dense or ()):
         raise CheckpointError(
             f"{option} {names[1]}: was itself pruned from {names[0]}, so the two are swapped; give {names[1]} as the "
             f"result, and {names[0]} with {option}."
@@ -120,19 +120,19 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
             "the two, or give --other-dense if this is meant."
         )
     last = of_pruned[-1]
-    if print_of_dense in (each.fingerprint for each in of_pruned):
+    if print_of_dense in (model.fingerprint for model in of_pruned):
         return ()
     if last.fingerprint is None and print_of_dense != print_of_pruned:
         why = f"its {RESULT_FILE} has no fingerprint of it"
         what = f"whether {public[1]} is the model that {public[0]} was pruned from ({last.name})"
         return (f"{what} is not known: {why}.",)
     is_itself = print_of_dense == print_of_pruned
-    found = "the result itself" if is_itself else f"fingerprint {print_of_dense[:SHOWN]}"
+    dense_print = "the result itself" if is_itself else f"fingerprint {print_of_dense[:SHOWN]}"
     wanted = last.name if last.fingerprint is None else f"{last.name} (fingerprint {last.fingerprint[:SHOWN]})"
     if other:
-        return (f"dense is here {public[1]} ({found}), and not {wanted}, which {public[0]} was pruned from.",)
+        return (f"dense is here {public[1]} ({dense_print}), and not {wanted}, which {public[0]} was pruned from.",)
     raise CheckpointError(
-        f"{option} {names[1]}: is not the model that {names[0]} was pruned from, but {found}; give {wanted}, or "
+        f"{option} {names[1]}: is not the model that {names[0]} was pruned from, but {dense_print}; give {wanted}, or "
         "--other-dense if another model is meant."
     )
 
@@ -160,10 +160,10 @@ def _card(directory: Path) -> dict[str, Any]:
         return {}
     matter = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
     try:
-        said = yaml_of(matter[1]) if matter else {}
+        card = yaml_of(matter[1]) if matter else {}
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return card if isinstance(card, dict) else {}
 
 
 def _gguf_card(file: Path) -> dict[str, Any]:
@@ -178,18 +178,18 @@ def _gguf_card(file: Path) -> dict[str, Any]:
         return {}  # whoever loads the weights says what is wrong with them
 
 
-def _licence(said: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def _licence(card: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """Return licence and languages of a card's metadata, those that the hub takes."""
-    names, languages = said.get("license"), said.get("language")
+    names, languages = card.get("license"), card.get("language")
     name = names if isinstance(names, str) and _LICENSE.fullmatch(names) else None
-    found: dict[str, Any] = {"license": name}
+    licence: dict[str, Any] = {"license": name}
     if name is not None:
-        title, link = said.get("license_name"), said.get("license_link")
-        found["license_name"] = title if isinstance(title, str) and title.isprintable() and len(title) < 100 else None
+        title, link = card.get("license_name"), card.get("license_link")
+        licence["license_name"] = title if isinstance(title, str) and title.isprintable() and len(title) < 100 else None
         if isinstance(link, str) and (
             link.startswith("https://") or (checkpoint.directory / Path(link).name).is_file()
         ):
-            found["license_link"] = link if link.startswith("https://") else Path(link).name
+            licence["license_link"] = link if link.startswith("https://") else Path(link).name
     many = languages if isinstance(languages, list) else [languages]
-    found["languages"] = tuple(each for each in many if isinstance(each, str) and _LANGUAGE.fullmatch(each))
-    return found
+    licence["languages"] = tuple(code for code in many if isinstance(code, str) and _LANGUAGE.fullmatch(code))
+    return licence

@@ -32,10 +32,10 @@ class KeptTokens:
     @cached_property
     def new_ids(self) -> list[int | None]:
         """Each dense token's new id; None for those that went."""
-        found: list[int | None] = [None] * self.num_dense
+        new_ids: list[int | None] = [None] * self.num_dense
         for new, dense in enumerate(self.dense_ids):
-            found[dense] = new
-        return found
+            new_ids[dense] = new
+        return new_ids
 
     def write(self, directory: Path) -> None:
         """Write the map from dense ids to new ones as `tokens.json`."""
@@ -81,7 +81,7 @@ def trim_between(
     logits differ.
     """
     tokenizer, other = load_tokenizer(pruned), load_tokenizer(dense)
-    num_logits, num_dense = (each.config.get_text_config().vocab_size for each in (pruned, dense))
+    num_logits, num_dense = (model.config.get_text_config().vocab_size for model in (pruned, dense))
     ids, dense_ids = tokenizer.get_vocab(), other.get_vocab()
     if ids == dense_ids and num_logits == num_dense:
         return None
@@ -144,9 +144,9 @@ def check_weights_by_token(model: CausalLM) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding)
     num_rows, known = embedding.num_embeddings, {id(embedding.weight)}
-    known |= {id(each) for each in ([] if head is None else head.parameters())}
+    known |= {id(parameter) for parameter in ([] if head is None else head.parameters())}
     weights = [*model.named_parameters(), *model.named_buffers()]
-    others = [name for name, each in weights if num_rows in each.shape and id(each) not in known]
+    others = [name for name, weight in weights if num_rows in weight.shape and id(weight) not in known]
     others += ["head"] if isinstance(head, nn.Linear) and head.out_features != num_rows else []
     # Gemma 3n's embeddings of each layer have fewer rows than the first one.
     others += [key for key in vars(model.config.get_text_config()) if key.startswith("vocab_size_")]
@@ -174,10 +174,10 @@ def ids_named_by(model: CausalLM) -> set[int]:
 
     Negative ids, and those beyond the embedding's rows, name no token of the model.
     """
-    found: set[int] = set()
+    ids: set[int] = set()
     for config in _configs(model):
-        _change(config, lambda index: found.add(index) or index)
-    return found
+        _change(config, lambda index: ids.add(index) or index)
+    return ids
 
 
 def _configs(model: CausalLM) -> list[Any]:
@@ -215,7 +215,7 @@ def _change(config: Any, new: Callable[[int], Any]) -> None:
 
 def _changed(value: Any, new: Callable[[int], Any]) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_changed(each, new) for each in value)
+        return type(value)(_changed(item, new) for item in value)
     if isinstance(value, dict):  # of a bias by tokens
         return {_changed(ids, new): bias for ids, bias in value.items()}
     return new(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 def text_model(model: Any) -> Any:
     """Return the innermost model that has the embedding and a head: what text alone needs, without towers."""
-    inner = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.get_output_embeddings()]
-    return [model, *(each for each in inner if model.get_input_embeddings() in set(each.modules()))][-1]
+    inner = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and module.get_output_embeddings()
+    ]
+    return [model, *(module for module in inner if model.get_input_embeddings() in set(module.modules()))][-1]
 
 
 class TransposedLinear(nn.Linear):

@@ -59,7 +59,7 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     layers = decoder_layers(model, arch)
     config: Any = text_config(model)
     groups = [tuple(group for group in arch.groups if group.layer == index) for index in range(len(layers))]
-    widths = [layer_widths(*each) for each in zip(layers, groups, strict=True)]
+    widths = [layer_widths(*pair) for pair in zip(layers, groups, strict=True)]
     was_per_layer = isinstance(model, PerLayerModel)
     native = {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
     config.per_layer_config = None
@@ -67,8 +67,8 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     stock, stock_config = type(model), type(config)
     if was_per_layer:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
-    for each in (model.config, config):
-        vars(each).pop("auto_map", None)  # names the source's code
+    for settings in (model.config, config):
+        vars(settings).pop("auto_map", None)  # names the source's code
     if {layer.get(QUERY_HEADS) for layer in widths} == {getattr(config, QUERY_HEADS, None)}:
         base.pop("head_dim", None)  # the config states or derives it already
     for name, width in base.items():
@@ -94,7 +94,7 @@ def _built(model: PreTrainedModel, layers: list[nn.Module], config: Any) -> list
     with quiet_transformers(), torch.device("meta"):
         try:
             classes: list[Any] = [type(layer) for layer in layers]
-            built = [each(layer_configs[index], index) for index, each in enumerate(classes)]
+            built = [layer_class(layer_configs[index], index) for index, layer_class in enumerate(classes)]
         except BAD_VALUE:
             whole: Any = type(model)._from_config(model.config)
             built = list(whole.get_submodule(places(whole)[1]).children())
@@ -111,5 +111,5 @@ def _adopt(layer: nn.Module, built: nn.Module, index: int) -> None:
         for key, value in vars(module).items():
             if not key.startswith("_") and key != "training":
                 setattr(ours, key, value)
-    shapes, theirs = ({name: p.shape for name, p in each.named_parameters()} for each in (layer, built))
+    shapes, theirs = ({name: p.shape for name, p in module.named_parameters()} for module in (layer, built))
     assert shapes == theirs, f"layer {index}: its tensors and its config disagree"

@@ -53,12 +53,12 @@ def take_quantisation(config: Any, where: str) -> Settings | None:
     Raises CheckpointError for a method that cannot be read, or whose package is missing.
     """
     configs = (config, config.get_text_config())
-    found = [vars(each).pop("quantization_config") for each in configs if "quantization_config" in vars(each)]
-    if not found:
+    taken = [vars(config).pop("quantization_config") for config in configs if "quantization_config" in vars(config)]
+    if not taken:
         return None
-    settings = found[0]
-    for each in configs:
-        each.dtype = torch.bfloat16
+    settings = taken[0]
+    for holder in configs:
+        holder.dtype = torch.bfloat16
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == "bitsandbytes":
         raise CheckpointError(
@@ -138,7 +138,7 @@ def _owner(name: str, suffixes: dict[str, str], stored: Collection[str]) -> tupl
 def _computed(compute: Any, name: str, parts: dict[str, StoredTensor], settings: Settings) -> Tensor:
     """Return the weight that the parts make."""
     try:
-        return compute(name, {part: read_tensor(each) for part, each in parts.items()}, settings).to(torch.bfloat16)
+        return compute(name, {part: read_tensor(tensor) for part, tensor in parts.items()}, settings).to(torch.bfloat16)
     except BAD_VALUE as error:
         raise CheckpointError(f"weight {name}: cannot be dequantised ({one_line(error)}).") from None
 
@@ -177,8 +177,8 @@ def _compressed(name: str, parts: Parts, settings: Settings) -> Tensor:
     config = QuantizationConfig.model_validate(settings)
     module = name.removesuffix(".weight")
     schemes: list[Any] = list(config.config_groups.values())
-    named = [each for each in schemes if any(match_name(module, target) for target in each.targets)]
-    general = [each for each in schemes if not any(target.startswith("re:") for target in each.targets)]
+    named = [scheme for scheme in schemes if any(match_name(module, target) for target in scheme.targets)]
+    general = [scheme for scheme in schemes if not any(target.startswith("re:") for target in scheme.targets)]
     (scheme,) = (named or general)[:1]
     return _decompressed(parts, scheme, scheme.format or config.format)
 

@@ -194,13 +194,15 @@ def places(model: Any) -> tuple[str, str, str]:
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = names.get(model.get_input_embeddings()), names.get(text_model(model).get_output_embeddings())
-    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    sizes = {name: sum(each.numel() for each in lists[name].parameters()) for name in outer}
+    sizes = {name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in outer}
     if not outer or not head or not embedding:
         missing = "head" if outer and embedding else "list of decoder layers"
         raise ArchError(f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}.")
-    paths = {name: [each.replace(".", "/") for each in (name, embedding)] for name in outer}
+    paths = {name: [path.replace(".", "/") for path in (name, embedding)] for name in outer}
     layers = max(outer, key=lambda name: (len(commonpath(paths[name])), -name.count("."), sizes[name]))
     return commonpath(paths[layers]).replace("/", "."), layers, head
 
@@ -233,7 +235,7 @@ class _Finder:
         kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(layers).children()]
         self.arch = Arch(model.config.model_type, *self.names)
         self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
-        num_params = sum(each.numel() for each in model.parameters())
+        num_params = sum(parameter.numel() for parameter in model.parameters())
         self.twin: Any = twin(stock, config, num_params, max(2, max(self.twin_layer) + 1))
         linears_for_conv(self.twin)
         self.config = text_config(self.twin)
@@ -247,7 +249,7 @@ class _Finder:
         self._find_logits()
         self._find_middle()
         offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
-        names = {each.name for layer in offers for each in layer}
+        names = {offer.name for layer in offers for offer in layer}
         omits = {name: why for name, why in self.why.items() if name not in names}
         if not names:
             omits.setdefault(FFN, "no channels between two linears stand alone")
@@ -361,8 +363,10 @@ class _Finder:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
         if not self.arch.is_chain:  # a silent attention has nothing to pass on
             return
-        pairs = [list(_middles(*each)) for each in zip(self.layers, self.calls, strict=True)]
-        attention, middle = next((pair for pair in pairs[0] if all(pair in each for each in pairs)), (None, None))
+        pairs = [list(_middles(*pair)) for pair in zip(self.layers, self.calls, strict=True)]
+        attention, middle = next(
+            (pair for pair in pairs[0] if all(pair in of_layer for of_layer in pairs)), (None, None)
+        )
         self.arch = replace(self.arch, attention=attention, middle=middle)
 
     # What can be cut.
@@ -385,8 +389,8 @@ class _Finder:
             elif proved:
                 offers.append(replace(proved[0], adds_directly=self._adds(index, proved[0])))
         if not offers:  # writer and reader may lie in modules of their own, as in BERT
-            linears = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
-            wide = {name: each for name, each in linears.items() if each.in_features != each.out_features}
+            linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            wide = {name: module for name, module in linears.items() if module.in_features != module.out_features}
             proved = [guess for guess in channel_guesses("", wide, FFN) if self._holds(index, "", guess)]
             offers = [replace(guess, adds_directly=False) for guess in proved[:1]]
         names = [offer.name for offer in offers]
@@ -408,7 +412,7 @@ class _Finder:
             keep = some_of(group)
             mask(masked, group, keep)
             cut(whole, group, keep)
-            silent, without = (call.again(each.get_submodule(place))[:1] for each in (masked, whole))
+            silent, without = (call.again(layer.get_submodule(place))[:1] for layer in (masked, whole))
             return not _near(silent, _tensors(call.output)[:1]) and _near(without, silent)
         except WRONG_GUESS:
             return False
@@ -435,8 +439,8 @@ class _Finder:
     @cached_property
     def _has_table(self) -> bool:
         """Whether a layer stores a table of integers: in a twin they are no experts' numbers, and no proof sees it."""
-        stored = (each for layer in self.layers for each in layer.state_dict().values())
-        return any(each.ndim > 1 and not each.is_floating_point() for each in stored)
+        stored = (tensor for layer in self.layers for tensor in layer.state_dict().values())
+        return any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in stored)
 
     def _expert_offers(self, index: int) -> Iterator[Group]:
         if self._has_table:
@@ -445,22 +449,22 @@ class _Finder:
         layer, calls = self.layers[index], self.calls[index]
         for place, module in layer.named_modules():
             own = dict(module.named_parameters())
-            stacks = {name: each for name, each in own.items() if each.ndim == 3}
-            sizes = {len(each) for each in own.values()}
+            stacks = {name: tensor for name, tensor in own.items() if tensor.ndim == 3}
+            sizes = {len(tensor) for tensor in own.values()}
             if place not in calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
                 continue
-            shapes = [tuple(each.shape) for each in calls[place].args if isinstance(each, Tensor)]
+            shapes = [tuple(tensor.shape) for tensor in calls[place].args if isinstance(tensor, Tensor)]
             weighted = len(shapes) == 1 and shapes[0][0] == min(sizes) * token_ids(self.twin).numel()
             if not weighted and (len(shapes) != 3 or calls[place].args[1].is_floating_point()):
                 self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
                 continue
-            for found in stack_guesses(stacks, own, module):
-                channels = expert_channels_in(place, found)
-                if (weighted or self._reads(index, place, found)) and self._holds(index, place, channels):
+            for guess in stack_guesses(stacks, own, module):
+                channels = expert_channels_in(place, guess)
+                if (weighted or self._reads(index, place, guess)) and self._holds(index, place, channels):
                     adds = weighted or self._adds(index, channels)
                     if not weighted:
                         yield replace(channels, adds_directly=adds)
-                    yield replace(experts_in(place, found, weighted=weighted), adds_directly=adds)
+                    yield replace(experts_in(place, guess, weighted=weighted), adds_directly=adds)
                     break
             else:
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
@@ -469,7 +473,7 @@ class _Finder:
     def _reads(self, index: int, place: str, stacks: Stacks) -> bool:
         """Say whether an expert's output is the reader times `channel_inputs`, up to a constant."""
         module: Any = self.layers[index].get_submodule(place)
-        hidden, chosen, weights = (each[:6] for each in self.calls[index][place].args)
+        hidden, chosen, weights = (tensor[:6] for tensor in self.calls[index][place].args)
         try:
             one = torch.ones_like(weights[:, :1])
             given = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
@@ -484,7 +488,7 @@ class _Finder:
             linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
             for guess in head_guesses(place, linears, config):
                 key, count = HEAD_KEYS[guess.name]
-                counts = tuple(f"{place}.{each}" for each in (count, "config") if hasattr(module, each))
+                counts = tuple(f"{place}.{key}" for key in (count, "config") if hasattr(module, key))
                 offer = replace(guess, config_key=key, counts=counts)
                 # None of one head can go, which needs no proof.
                 if sized(offer, layer, index, config).num_units == 1 or self._holds(index, place, offer):
@@ -597,13 +601,15 @@ class _Finder:
     def _reloads(self, offers: dict[int, Group], built: Any, name: str) -> bool:
         """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
         inside = {parameter for layer in self.layers for parameter in layer.parameters()}
-        shared = {id(each): each for each in self.twin.parameters() if each not in inside}  # a tower may be large
+        shared = {
+            id(parameter): parameter for parameter in self.twin.parameters() if parameter not in inside
+        }  # a tower may be large
         whole, masked = (copy.deepcopy(self.twin, dict(shared)) for _ in range(2))
         unrouted: list[tuple[Tensor, Tensor]] = []
         for index, offer in offers.items():
             theirs, group = built.get_submodule(self.names[1])[index], self._sized(offer, index)
             keep = some_units(group, group.parts.num_units_left(theirs))
-            cut_layer, masked_layer = (each.get_submodule(self.names[1])[index] for each in (whole, masked))
+            cut_layer, masked_layer = (layer.get_submodule(self.names[1])[index] for layer in (whole, masked))
             try:
                 cut(cut_layer, group, keep)
             except WRONG_GUESS:
@@ -665,12 +671,12 @@ def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: tuple(each.shape) for name, each in tensors}
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
 def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
     """Return what tells kinds of layers apart: the class, and the names of parameters, with shapes or not."""
-    tensors = ((name, tuple(each.shape) if shapes else ()) for name, each in layer.named_parameters())
+    tensors = ((name, tuple(tensor.shape) if shapes else ()) for name, tensor in layer.named_parameters())
     return (type(layer).__name__, *tensors)
 
 

@@ -35,7 +35,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError if there are no safetensors weights, or a shard is missing or damaged.
     """
-    return {name: each for file in _weight_files(directory) for name, each in _read_header(file).items()}
+    return {name: tensor for file in _weight_files(directory) for name, tensor in _read_header(file).items()}
 
 
 def read_tensor(stored: StoredTensor, *, mapped: bool = False) -> torch.Tensor:
@@ -62,9 +62,9 @@ def _weight_files(directory: Path) -> list[Path]:
         return [whole]
     if not index.is_file():
         pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
-        found = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
+        there = f"only pickle files ({', '.join(pickles[:3])}), which can run code when opened" if pickles else "none"
         raise CheckpointError(
-            f"{directory}: needs safetensors weights (model.safetensors or its index), found {found}; convert pickle "
+            f"{directory}: needs safetensors weights (model.safetensors or its index), found {there}; convert pickle "
             'weights where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
             "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" and copy the tokenizer files."
         )

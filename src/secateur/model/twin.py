@@ -61,7 +61,7 @@ def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator
                     if number < 3:  # the last ones need not be read back by transformers
                         small = type(small).from_dict(small.to_dict())
                     with torch.device("meta"):
-                        size = sum(each.numel() for each in stock._from_config(small).parameters())
+                        size = sum(parameter.numel() for parameter in stock._from_config(small).parameters())
                     if size > LARGEST:
                         continue
                     built = randomised(stock._from_config(small, dtype=torch.float32).eval())
@@ -96,7 +96,7 @@ def shrunk(config: Any, num_layers: int, in_towers: int, tokens: int | float, by
     own = config.to_dict()["per_layer_config"] if config.is_heterogeneous else {}
     for key, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            holds_text = any(each is text for each in (value, *vars(value).values()))
+            holds_text = any(part is text for part in (value, *vars(value).values()))
             scales = (by_heads, by_width) if holds_text or tokens < math.inf else (1, 1)
             values[key] = shrunk(value, num_layers if holds_text else in_towers, in_towers, tokens, *scales)
         elif isinstance(value, dict):

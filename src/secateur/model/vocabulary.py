@@ -83,13 +83,13 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
 
 def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
     """Return `ids`, those that never go, and all that these are merged from."""
-    found, left = set(), [*ids, *vocabulary.fixed]
+    needed, left = set(), [*ids, *vocabulary.fixed]
     while left:
         index = left.pop()
-        if index not in found:
-            found.add(index)
+        if index not in needed:
+            needed.add(index)
             left += vocabulary.parts.get(index, ()) if vocabulary.needs_parts else ()
-    return found
+    return needed
 
 
 # Words in the Unicode names of letters; the first word is the script, if it is none of these.
@@ -98,7 +98,7 @@ _LETTERS, _NO_SCRIPTS = {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"}, {"MODI
 
 def scripts_of(text: str) -> set[str]:
     """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
-    names = ([*unicodedata.name(each, "?").replace("-", " ").split()] for each in text if each.isalpha())
+    names = ([*unicodedata.name(letter, "?").replace("-", " ").split()] for letter in text if letter.isalpha())
     return {words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)}
 
 
@@ -166,13 +166,13 @@ def _merged_from(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, 
     has before the last merge. Tokens that no merge makes are left out.
     """
     merges: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
-    for rank, each in enumerate(model["merges"]):
-        left, right = each.split(" ") if isinstance(each, str) else each
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
         merges[left + right].append((rank, left, right))
-    pairs = {text: each[0][1:] for text, each in merges.items() if len(each) == 1}
+    pairs = {text: pairs[0][1:] for text, pairs in merges.items() if len(pairs) == 1}
     unclear = defaultdict(list)
-    for text, each in merges.items():
-        if len(each) > 1:
+    for text, merge in merges.items():
+        if len(merge) > 1:
             unclear[len(text)].append(text)
     for texts in unclear.values():  # of one length, so none is merged from another
         bpe = _shorter_merges(texts, merges, pieces)
@@ -207,8 +207,10 @@ def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int,
     Where the byte fallback does not cover a character, it is left out.
     """
     scores = dict(model["vocab"])
-    least = min(scores.items(), key=lambda each: each[1])  # by which the library prices unknown characters
-    found: dict[int, tuple[int, ...]] = {}
+    least = min(
+        scores.items(), key=lambda piece_score: piece_score[1]
+    )  # by which the library prices unknown characters
+    parts_of: dict[int, tuple[int, ...]] = {}
     for piece in (piece for piece in pieces if len(piece) > 1):
         known = _within(piece) & pieces.keys() - {piece}
         library = models.Unigram([least, *((part, scores[part]) for part in sorted(known))], 0)
@@ -218,8 +220,8 @@ def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int,
                 parts.append(pieces[token.value])
             else:
                 parts += [byte for symbol in token.value for byte in _in_bytes(symbol, model, pieces) or ()]
-        found[pieces[piece]] = tuple(parts)
-    return found
+        parts_of[pieces[piece]] = tuple(parts)
+    return parts_of
 
 
 def _within(text: str) -> set[str]:
@@ -230,48 +232,48 @@ def _within(text: str) -> set[str]:
 def _without_cover(model: Parsed, pieces: dict[str, int]) -> set[int]:
     """Return the tokens that hold a character which neither a token nor the byte fallback spells."""
     symbols = set().union(*pieces)
-    unspelt = {each for each in symbols if each not in pieces and not _in_bytes(each, model, pieces)}
+    unspelt = {symbol for symbol in symbols if symbol not in pieces and not _in_bytes(symbol, model, pieces)}
     return {index for text, index in pieces.items() if not unspelt.isdisjoint(text)}
 
 
 def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int, ...]]) -> set[int]:
     """Return the tokens whose parts do not decode to the same text, at the start of a text or within it."""
     text_of = {index: text for text, index in pieces.items()}
-    decode, found = backend.decoder.decode, set[int]()
+    decode, differing = backend.decoder.decode, set[int]()
     for index, those in parts.items():
-        one, more = [text_of[index]], [text_of[each] for each in those]
-        found |= {index} if decode(one) != decode(more) or decode(one * 3) != decode(one + more + one) else set()
-    return found
+        one, more = [text_of[index]], [text_of[part] for part in those]
+        differing |= {index} if decode(one) != decode(more) or decode(one * 3) != decode(one + more + one) else set()
+    return differing
 
 
 def _named(tokenizer: Tokenizer, backend: Any, parsed: Parsed) -> set[int]:
     """Return special and added tokens, those of the post-processor and of the chat template's own text."""
     special: Any = tokenizer.all_special_ids
-    found = {token["id"] for token in parsed["added_tokens"]} | set(special)
+    named = {token["id"] for token in parsed["added_tokens"]} | set(special)
     processor = parsed["post_processor"] or {}
     for step in processor.get("processors", [processor]):
-        found |= {index for each in step.get("special_tokens", {}).values() for index in each["ids"]}
-        found |= {step[key][1] for key in ("sep", "cls") if key in step}
+        named |= {index for special_token in step.get("special_tokens", {}).values() for index in special_token["ids"]}
+        named |= {step[key][1] for key in ("sep", "cls") if key in step}
     if (unknown := parsed["model"].get("unk_id")) is not None:
-        found.add(unknown)
+        named.add(unknown)
     if unknown := parsed["model"].get("unk_token"):
-        found.add(backend.token_to_id(unknown))
+        named.add(backend.token_to_id(unknown))
     for text in _template_texts(tokenizer.chat_template):
-        found |= set(backend.encode(text, add_special_tokens=False).ids)
-    return found - {None}
+        named |= set(backend.encode(text, add_special_tokens=False).ids)
+    return named - {None}
 
 
 def _template_texts(template: Any) -> set[str]:
     """Return the text that chat templates write themselves: what is outside of tags, and strings in them."""
-    found = set()
+    texts = set()
     for source in template.values() if isinstance(template, dict) else [template] if template else []:
         try:
             tokens = list(Environment(trim_blocks=True, lstrip_blocks=True).lex(source))
         except TemplateSyntaxError:
             continue  # nor can transformers write text with it
-        found |= {text for _, kind, text in tokens if kind == "data"}
-        found |= {text[1:-1].replace("\\n", "\n") for _, kind, text in tokens if kind == "string"}
-    return found
+        texts |= {text for _, kind, text in tokens if kind == "data"}
+        texts |= {text[1:-1].replace("\\n", "\n") for _, kind, text in tokens if kind == "string"}
+    return texts
 
 
 def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens, config: Any = None) -> Tokenizer:
@@ -291,15 +293,15 @@ def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens, config: Any = None
             if file.is_file() and file.name not in ("tokenizer_config.json", "chat_template.jinja"):
                 file.unlink()
         _write_json(Path(scratch) / "tokenizer.json", _trimmed(parsed, kept))
-        gone = {token["content"] for token in parsed["added_tokens"]} - expected.keys()
+        removed = {token["content"] for token in parsed["added_tokens"]} - expected.keys()
         settings = Path(scratch) / "tokenizer_config.json"
-        _write_json(settings, _without(json.loads(settings.read_text(encoding="utf-8")), gone))
-        found: Any = type(tokenizer).from_pretrained(scratch)
-        _check_tokens(found, expected)
+        _write_json(settings, _without(json.loads(settings.read_text(encoding="utf-8")), removed))
+        trimmed: Any = type(tokenizer).from_pretrained(scratch)
+        _check_tokens(trimmed, expected)
         if config is not None:
             _check_tokens(AutoTokenizer.from_pretrained(scratch, config=config, trust_remote_code=False), expected)
-    found.name_or_path = found.init_kwargs["name_or_path"] = tokenizer.name_or_path
-    return found
+    trimmed.name_or_path = trimmed.init_kwargs["name_or_path"] = tokenizer.name_or_path
+    return trimmed
 
 
 def _check_tokens(loaded: Any, expected: dict[str, int]) -> None:
@@ -316,18 +318,18 @@ def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def _without(value: Any, gone: set[str]) -> Any:
+def _without(value: Any, removed: set[str]) -> Any:
     """Return the tokenizer's config without tokens that are gone."""
     if isinstance(value, dict):
-        return {key: _without(each, gone) for key, each in value.items() if not _names(each, gone)}
+        return {key: _without(item, removed) for key, item in value.items() if not _names(item, removed)}
     if isinstance(value, list):
-        return [_without(each, gone) for each in value if not _names(each, gone)]
+        return [_without(item, removed) for item in value if not _names(item, removed)]
     return value
 
 
-def _names(value: Any, gone: set[str]) -> bool:
+def _names(value: Any, removed: set[str]) -> bool:
     text = value.get("content") if isinstance(value, dict) else value
-    return isinstance(text, str) and text in gone
+    return isinstance(text, str) and text in removed
 
 
 def _trimmed(parsed: Parsed, kept: KeptTokens) -> Parsed:
@@ -343,14 +345,14 @@ def _trimmed(parsed: Parsed, kept: KeptTokens) -> Parsed:
             [left, right] for left, right in model["merges"] if model["vocab"].keys() >= {left, right, left + right}
         ]
     else:
-        model["vocab"] = [each for index, each in enumerate(model["vocab"]) if new(index) is not None]
+        model["vocab"] = [piece for index, piece in enumerate(model["vocab"]) if new(index) is not None]
         model["unk_id"] = None if model["unk_id"] is None else new(model["unk_id"])
-    added = [{**each, "id": new(each["id"])} for each in parsed["added_tokens"] if new(each["id"]) is not None]
-    found = {**parsed, "model": model, "added_tokens": added}
-    found["post_processor"] = _renumbered(parsed["post_processor"], new)
-    if found["padding"]:
-        found["padding"] = {**found["padding"], "pad_id": new(found["padding"]["pad_id"])}
-    return found
+    added = [{**token, "id": new(token["id"])} for token in parsed["added_tokens"] if new(token["id"]) is not None]
+    trimmed = {**parsed, "model": model, "added_tokens": added}
+    trimmed["post_processor"] = _renumbered(parsed["post_processor"], new)
+    if trimmed["padding"]:
+        trimmed["padding"] = {**trimmed["padding"], "pad_id": new(trimmed["padding"]["pad_id"])}
+    return trimmed
 
 
 def _renumbered(step: Parsed | None, new: Any) -> Parsed | None:
@@ -359,10 +361,12 @@ def _renumbered(step: Parsed | None, new: Any) -> Parsed | None:
         return None
     step = dict(step)
     if "processors" in step:
-        step["processors"] = [_renumbered(each, new) for each in step["processors"]]
+        step["processors"] = [_renumbered(processor, new) for processor in step["processors"]]
     if step["type"] == "TemplateProcessing":
         named = step["special_tokens"].items()
-        step["special_tokens"] = {name: {**each, "ids": [new(index) for index in each["ids"]]} for name, each in named}
+        step["special_tokens"] = {
+            name: {**token, "ids": [new(index) for index in token["ids"]]} for name, token in named
+        }
     for key in {"sep", "cls"} & step.keys():
         step[key] = [step[key][0], new(step[key][1])]
     return step

@@ -64,15 +64,15 @@ def prune_together(runs: Sequence[Run]) -> list[Keeps]:
     a protected domain allows no further round.
     """
     run, num_rounds = runs[0], len(runs[0].resolved.plans)
-    assert len(runs) == 1 or {len(each.resolved.plans) for each in runs} == {1}, "several go in one round"
+    assert len(runs) == 1 or {len(run.resolved.plans) for run in runs} == {1}, "several go in one round"
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
     # A trim leaves embedding and head in memory.
     on_disk = run.weights_on_disk and run.dense_tokens is None
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
-        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member.of(each) for each in runs]
+        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member.of(run) for run in runs]
         for number in range(1, num_rounds + 1):
             # No width left to remove in this round: skip it.
-            if any(each.resolved.removals[number - 1] > 0 for each in runs):
+            if any(run.resolved.removals[number - 1] > 0 for run in runs):
                 _begin_round(members, number)
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
@@ -91,7 +91,7 @@ def _begin_round(members: list[_Member], number: int) -> None:
     for member in members:
         member.plan = plan_round(member.run, number, batches, member.watch.allowed_rise())
     # A round that the store has whole needs no stream, unless somebody waits for it.
-    steps = ((each.run, group) for each in members for group in each.run.resolved.groups)
+    steps = ((member.run, group) for member in members for group in member.run.resolved.groups)
     idle = all(run.services.store.has(_step_name(number, group)) for run, group in steps) and first.after_dense is None
     for member in members:
         dense = bool(member.target_mix) and member is members[0]

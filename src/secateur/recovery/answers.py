@@ -59,7 +59,7 @@ def in_steps(store: Store) -> Steps:
     """Return what does named steps: those that `store` has are read, the others shared out and kept."""
 
     def do(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
-        done = {name: found[0] for name, _ in steps if (found := store.find(name)) is not None}
+        done = {name: kept[0] for name, _ in steps if (kept := store.find(name)) is not None}
         missing = [step for step in steps if step[0] not in done]
         # So many at a time as there are ranks: what is finished is kept at once.
         for start in range(0, len(missing), size()):

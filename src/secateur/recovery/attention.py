@@ -100,7 +100,9 @@ class _Causal(torch.autograd.Function):
             of_query[:, :, rows] = of_query_NPD.unflatten(1, (-1, last - start))
             of_key[:, :last].baddbmm_(of_score_NPK.mT, query_NQTD[:, :, rows].flatten(1, 2))
         of_query.mul_(ctx.scale)
-        return *(each.view(batch, -1, length, each.shape[-1]) for each in (of_query, of_key, of_value)), None
+        return *(
+            gradient.view(batch, -1, length, gradient.shape[-1]) for gradient in (of_query, of_key, of_value)
+        ), None
 
 
 def _probabilities(query_NQTD: Tensor, key_NTD: Tensor, start: int, last: int) -> Tensor:

@@ -42,18 +42,20 @@ class Judge:
         asked: bool = True,
     ) -> None:
         """Ask the dense model; unless `asked`, `states` are to be filled before anything is judged."""
-        self.text = {domain: blocks_of(each) for domain, each in text.items()}
+        self.text = {domain: blocks_of(blocks) for domain, blocks in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
         self.states: dict[str, list[Tensor]] = {domain: [] for domain in self.text}
         if asked:
-            blocks = [block for each in self.text.values() for block in each]
+            blocks = [block for blocks in self.text.values() for block in blocks]
             states = head_inputs(dense, arch, blocks, progress, "judge dense")
-            self.states = {domain: list(islice(states, len(each))) for domain, each in self.text.items()}
+            self.states = {domain: list(islice(states, len(blocks))) for domain, blocks in self.text.items()}
 
     @property
     def answers(self) -> frozenset[str]:
         """The domains of which a mask names what counts: the dense model's answers."""
-        return frozenset(name for name, each in self.text.items() if any(block.counted_T is not None for block in each))
+        return frozenset(
+            name for name, blocks in self.text.items() if any(block.counted_T is not None for block in blocks)
+        )
 
     def own_head(self) -> None:
         """Copy the head, so that the dense model may be cut, freed or sharded."""
@@ -76,7 +78,7 @@ class Judge:
 
     @torch.no_grad()
     def _verdicts(self, logits_of: Callable[[str, int, Tensor], Tensor]) -> Verdicts:
-        found: Verdicts = {}
+        verdicts: Verdicts = {}
         for domain, blocks in self.text.items():
             divergences, agreements, reverse, sums = [], [], list[Tensor](), list[Sums]()
             for number, (block, states_PD) in enumerate(zip(blocks, self.states[domain], strict=True)):
@@ -93,7 +95,7 @@ class Judge:
             summary = summarise(domain, blocks, divergences, agreements)
             kl = max(summary.mean, 0.0)  # rounding may leave it a hair below zero
             nats = loss_of(sums, f"judge, domain {domain}").nats_per_token
-            found[domain] = Verdict(
+            verdicts[domain] = Verdict(
                 kl=kl,
                 standard_error=summary.standard_error,
                 nats_per_token=nats,
@@ -101,7 +103,7 @@ class Judge:
                 num_tokens=summary.num_tokens,
                 reverse_kl=max(float(torch.cat(reverse).double().mean()), 0.0),
             )
-        return found
+        return verdicts
 
 
 def unless_diverged(judged: Callable[[], Verdicts]) -> Verdicts | None:
@@ -128,8 +130,8 @@ def objective(
         return math.inf
     whole = answers if kl_share > 0 else ()
     values = [
-        each.both_ways if name in whole else kl_share * each.kl + (1 - kl_share) * each.nats_per_token
-        for name, each in verdicts.items()
+        verdict.both_ways if name in whole else kl_share * verdict.kl + (1 - kl_share) * verdict.nats_per_token
+        for name, verdict in verdicts.items()
     ]
     return sum(values) / len(values)
 

@@ -71,8 +71,8 @@ class _Distillation(torch.autograd.Function):
                 logits_SV.detach(), next_P[part], dense_SV, share, len(states_PD), reverse=reverse
             )
             total += nats
-            of_states_PD[part], *found = torch.autograd.grad(logits_SV, (states_SD, *trained), gradient_SV)
-            for gradient, more in zip(of_weights, found, strict=True):
+            of_states_PD[part], *gradients = torch.autograd.grad(logits_SV, (states_SD, *trained), gradient_SV)
+            for gradient, more in zip(of_weights, gradients, strict=True):
                 gradient += more
         ctx.save_for_backward(of_states_PD, *of_weights)
         ctx.is_trained = [weight.requires_grad for weight in weights]
@@ -82,8 +82,16 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scale the saved gradients, in place: autograd refuses a second call."""
         of_states_PD, *of_weights = (gradient.mul_(outer.to(gradient.dtype)) for gradient in ctx.saved_tensors)
-        found = iter(of_weights)
-        return of_states_PD, None, None, None, None, None, *(next(found) if each else None for each in ctx.is_trained)
+        gradients = iter(of_weights)
+        return (
+            of_states_PD,
+            None,
+            None,
+            None,
+            None,
+            None,
+            *(next(gradients) if is_trained else None for is_trained in ctx.is_trained),
+        )
 
 
 def _loss_and_gradient(

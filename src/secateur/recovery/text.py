@@ -70,8 +70,8 @@ def shared_out(
 
     `num_blocks`: of the text. A step has no more, but for a block of each rank.
     """
-    asked = blocks_per_step(settings.batch_tokens, length)
-    per_rank = -(-min(asked, num_blocks or asked) // num_ranks)
+    num_asked = blocks_per_step(settings.batch_tokens, length)
+    per_rank = -(-min(num_asked, num_blocks or num_asked) // num_ranks)
     at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
     return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
 

@@ -27,9 +27,9 @@ def weight_size(model: Any) -> float:
     """Return the root mean square of the weights in matrices, embedding and head left out."""
     words = (model.get_input_embeddings(), model.get_output_embeddings())
     left_out = {id(parameter) for module in words for parameter in module.parameters()}
-    matrices = [each for each in model.parameters() if each.dim() > 1 and id(each) not in left_out]
-    squares = sum(each.double().square().sum().item() for each in matrices)
-    return math.sqrt(squares / sum(each.numel() for each in matrices))
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in left_out]
+    squares = sum(matrix.double().square().sum().item() for matrix in matrices)
+    return math.sqrt(squares / sum(matrix.numel() for matrix in matrices))
 
 
 def wants_shards() -> bool:
@@ -56,7 +56,10 @@ def let_cpu_shard(arguments: TrainingArguments) -> None:
 
 def handed_over(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy that takes over the weights, so that sharding the copy frees them; frozen ones stay frozen."""
-    taken = {id(each): nn.Parameter(each.data, requires_grad=each.requires_grad) for each in model.parameters()}
+    taken = {
+        id(parameter): nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
     copied = copy.deepcopy(model, cast(dict[int, Any], taken))
     forget_weights(model)
     return copied

@@ -35,7 +35,7 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 def card_data(summary: Summary, recipe: Recipe | None) -> ModelCardData:
     """Return the hub's metadata. What is not known is left out; `unknown` says why."""
     lineage, domains = summary.lineage, {} if recipe is None else dict(recipe.calibration.domains)
-    base_model = next((each.hub_id for each in reversed(lineage) if each.hub_id), None)
+    base_model = next((checkpoint.hub_id for checkpoint in reversed(lineage) if checkpoint.hub_id), None)
     metadata: dict[str, Any] = {"tags": list(TAGS)}
     if lineage and lineage[-1].license:
         dense = lineage[-1]
@@ -44,7 +44,7 @@ def card_data(summary: Summary, recipe: Recipe | None) -> ModelCardData:
         metadata |= {"base_model": base_model, "base_model_relation": "finetune"}  # the hub knows no `pruned`
     if lineage and lineage[-1].languages and summary.vocabulary is None:
         metadata["language"] = list(lineage[-1].languages)
-    if datasets := [without_places(each.dataset) for each in domains.values() if each.dataset]:
+    if datasets := [without_places(domain.dataset) for domain in domains.values() if domain.dataset]:
         metadata["datasets"] = sorted(set(datasets))
     tag = "image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation"
     return ModelCardData(library_name="transformers", pipeline_tag=tag, **metadata)

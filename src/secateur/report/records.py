@@ -147,9 +147,9 @@ def change(dense: Loss, pruned: Loss) -> Change:
 
 def mean_change(changes: Collection[Change]) -> Change:
     """Return the mean over domains, which count equally and share no document: errors add as squares."""
-    errors = [each.standard_error for each in changes if each.standard_error is not None]
+    errors = [change.standard_error for change in changes if change.standard_error is not None]
     error = math.hypot(*errors) / len(changes) if len(errors) == len(changes) else None
-    return Change(statistics.mean(each.nats_per_token for each in changes), error)
+    return Change(statistics.mean(change.nats_per_token for change in changes), error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def quality_section(files: ResultFiles) -> Section | None:
         unit = f"nats per token{of_dense(summary)}"
         worst = max(changes, key=lambda domain: changes[domain].nats_per_token)
         about = "one standard error over the same documents"
-        if not any(each.standard_error for each in changes.values()):
+        if not any(change.standard_error for change in changes.values()):
             about = "unknown, as there is one document alone"
         text.append(
             f"In {unit}; lower is better. Worst change on text like what it was trained on: {changes[worst].text()} "

@@ -141,13 +141,13 @@ def beside_verdict(
 
     `speed_ups`: by phase, if `secateur bench` has measured them. `asked_tasks`: whether `evaluate` has.
     """
-    sentences, told = list[str](), list[str]()
+    sentences, others = list[str](), list[str]()
     if summary.own_answers is not None and summary.other_text is not None:
-        told.append(f"{_times(change(*summary.other_text).nats_per_token)} on {OTHER_TEXT}")
+        others.append(f"{_times(change(*summary.other_text).nats_per_token)} on {OTHER_TEXT}")
     if changes := loss_changes(summary):
-        told.append(f"{_times(mean_change(changes.values()).nats_per_token)} on text like what it was trained on")
-    if told:
-        sentences.append(f"Perplexity: {', '.join(told)}.")
+        others.append(f"{_times(mean_change(changes.values()).nats_per_token)} on text like what it was trained on")
+    if others:
+        sentences.append(f"Perplexity: {', '.join(others)}.")
     if speed_ups:
         sentences.append(f"{' and '.join(faster(*pair) for pair in speed_ups.items()).capitalize()}.")
     unknown = [*([] if asked_tasks else ["tasks"]), "other languages", "long text", *([] if speed_ups else ["speed"])]
@@ -279,7 +279,7 @@ def lineage_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     known = "not known" if dense.fingerprint is None else dense.fingerprint[:16]
     yield "dense model", f"{dense.name}, fingerprint {known}"
     if earlier:
-        first, names = earlier[0], " → ".join(each.name for each in summary.lineage)
+        first, names = earlier[0], " → ".join(checkpoint.name for checkpoint in summary.lineage)
         share = 1 - summary.pruned_size.num_params / first.num_params
         yield "lineage", f"{names} → this; {share:.1%} of all {first.num_params:,} parameters of {first.name} removed"
 
@@ -315,8 +315,8 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"weights once), widths in multiples of {inspection.align}; at most {inspection.largest_remove:.1%}",
     )
     if len(set(inspection.num_layers)) > 1:
-        each = f"each of {inspection.params_per_layer:,} parameters"
-        yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, each)
+        per_layer = f"each of {inspection.params_per_layer:,} parameters"
+        yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, per_layer)
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     weights = f"weights {human_bytes(memory.weights)}{' (they stay on disk)' * inspection.weights_on_disk}"
@@ -425,8 +425,8 @@ def vocabulary_notes(trim: VocabularyFacts) -> Iterator[tuple[str, str]]:
     yield "text growth", f"{growths} more tokens for the same held-out text"
     if trim.nats:
         more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in trim.nats.items())
-        told = "" if trim.foretold is None else f"; {trim.foretold:.3f} were foretold"
-        yield "trim alone", f"{more} nats per token of the dense tokenizer{told}"
+        foretold = "" if trim.foretold is None else f"; {trim.foretold:.3f} were foretold"
+        yield "trim alone", f"{more} nats per token of the dense tokenizer{foretold}"
 
 
 Row = tuple[str, ...]
@@ -484,14 +484,14 @@ def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
             cells.append(change.text())
         return label, *cells
 
-    yield row(OTHER_TEXT, [each.other_text for each in models], changes and changes.other_text)
+    yield row(OTHER_TEXT, [model.other_text for model in models], changes and changes.other_text)
     for domain in evaluation.pruned.domains:
-        yield row(domain, [each.domains[domain] for each in models], changes.domains[domain] if changes else None)
+        yield row(domain, [model.domains[domain] for model in models], changes.domains[domain] if changes else None)
 
 
 def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
     for domain in evaluation.pruned.domains:
-        bits = [each.domains[domain].bits_per_byte for each in evaluation.models.values()]
+        bits = [model.domains[domain].bits_per_byte for model in evaluation.models.values()]
         change = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) == 2 else []
         yield domain, *(f"{value:.4f}" for value in bits), *change
 
@@ -522,7 +522,7 @@ def bench_tables(result: BenchResult) -> list[Table]:
     work = result.workload
     caption = f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
     models = result.models
-    figures = [(label, *(cell(each) for each in models.values())) for label, cell in _ROWS.items()]
+    figures = [(label, *(cell(result) for result in models.values())) for label, cell in _ROWS.items()]
     speed_ups = []
     for label, speed_up in result.speed_ups.items():
         measured, ideal = speed_up.measured, speed_up.ideal
@@ -541,14 +541,14 @@ def _spread(figure: Spread, digits: int = 1) -> str:
 
 
 _ROWS: dict[str, Callable[[ModelFigures], str]] = {
-    "prefill, tokens/s": lambda each: _spread(each.speed.prefill),
-    "decode, tokens/s": lambda each: _spread(each.speed.decode),
-    "first token, s": lambda each: _spread(each.speed.first_token_seconds, 3),
-    "parameters": lambda each: f"{each.size.num_params:,}",
-    "weights": lambda each: human_bytes(each.size.num_bytes),
-    "cache per token": lambda each: human_bytes(each.costs.kv_cache_bytes_per_token),
-    "read per new token": lambda each: human_bytes(each.costs.decode_bytes_per_token),
-    "GFLOP per prompt token": lambda each: f"{each.costs.prefill_flops_per_token / 1e9:.4g}",
+    "prefill, tokens/s": lambda timed: _spread(timed.speed.prefill),
+    "decode, tokens/s": lambda timed: _spread(timed.speed.decode),
+    "first token, s": lambda timed: _spread(timed.speed.first_token_seconds, 3),
+    "parameters": lambda timed: f"{timed.size.num_params:,}",
+    "weights": lambda timed: human_bytes(timed.size.num_bytes),
+    "cache per token": lambda timed: human_bytes(timed.costs.kv_cache_bytes_per_token),
+    "read per new token": lambda timed: human_bytes(timed.costs.decode_bytes_per_token),
+    "GFLOP per prompt token": lambda timed: f"{timed.costs.prefill_flops_per_token / 1e9:.4g}",
 }
 
 
@@ -582,8 +582,8 @@ def judged_table(record: RecoveryRecord) -> Table:
         return Table("", (), [])
     dense, *others = record.judged.values()
     rows: list[Row] = []
-    if answers := [each.answers for each in others if each.answers is not None]:
-        rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *(lost_cell(each) for each in answers)))
+    if answers := [model.answers for model in others if model.answers is not None]:
+        rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *(lost_cell(answers_of) for answers_of in answers)))
     rows.append(
         (OTHER_TEXT, f"{dense.other.nats_per_token:.3f}", *(change(dense.other, s.other).text() for s in others))
     )

@@ -92,5 +92,5 @@ def _notes(measurement: Measurement) -> list[tuple[str, str]]:
         for name, share in marked(measurement).items()
     ]
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
-    told = f"without a polish, from models cut to {probes} and judged; the middle one is {measurement.band:.0%} off"
-    return [*marks, ("foretold", f"{told}, as a mean over texts, where the others foretell it")]
+    note = f"without a polish, from models cut to {probes} and judged; the middle one is {measurement.band:.0%} off"
+    return [*marks, ("foretold", f"{note}, as a mean over texts, where the others foretell it")]

@@ -109,7 +109,7 @@ def bring(
 
     `dtype`: a function of (module, name, parameter) that gives the parameter's dtype there.
     """
-    left = {id(module) for each in but for module in each.modules()}
+    left = {id(module) for root in but for module in root.modules()}
     moved: dict[int, nn.Parameter] = {}
     for module in root.modules():
         if id(module) in left:

@@ -132,7 +132,7 @@ def _nats(
     """Return the nats of each answer, and the share of all their tokens that are the model's first choice."""
     model, arch, num_words = speaker.model, speaker.arch, len(speaker.tokenizer)
     head, nats, num_same, num_tokens = head_of(model, arch), list[float](), 0, 0
-    text = [Block(each.ids_T, torch.zeros_like(each.ids_T)) for each in conversations]
+    text = [Block(conversation.ids_T, torch.zeros_like(conversation.ids_T)) for conversation in conversations]
     states = head_inputs(model, arch, text, progress, stage)
     for states_PD, each in zip(states, conversations, strict=True):
         # State t predicts token t + 1.
@@ -166,22 +166,24 @@ def _losses(states_AD: Tensor, head: nn.Module, answer_A: Int64[Tensor, " A"], n
 
 def _ended(conversations: Sequence[Conversation]) -> float:
     """Return the share of answers that are shorter than they might be: these ended by themselves."""
-    return sum(len(each.ids_T) - each.num_prompt < ANSWER_TOKENS for each in conversations) / len(conversations)
+    return sum(
+        len(conversation.ids_T) - conversation.num_prompt < ANSWER_TOKENS for conversation in conversations
+    ) / len(conversations)
 
 
 def _repeated(conversations: Sequence[Conversation]) -> float:
     """Return the share of the answers' runs of `REPEATED_TOKENS` tokens that the answer had before."""
     num_runs = num_repeated = 0
-    for each in conversations:
-        ids = each.ids_T[each.num_prompt :].tolist()
+    for conversation in conversations:
+        ids = conversation.ids_T[conversation.num_prompt :].tolist()
         runs = [tuple(ids[start : start + REPEATED_TOKENS]) for start in range(len(ids) - REPEATED_TOKENS + 1)]
         num_runs += len(runs)
         num_repeated += len(runs) - len(set(runs))
     return num_repeated / max(num_runs, 1)
 
 
-def _text(each: Conversation, tokenizer: Tokenizer) -> str:
-    return str(tokenizer.decode(each.ids_T[each.num_prompt :], skip_special_tokens=True)).strip()
+def _text(conversation: Conversation, tokenizer: Tokenizer) -> str:
+    return str(tokenizer.decode(conversation.ids_T[conversation.num_prompt :], skip_special_tokens=True)).strip()
 
 
 # Among the texts by their names; no domain's name ends with a space.

@@ -44,7 +44,7 @@ def domain_losses(
     as those of the dense tokenizer. Raises NumericsError naming the domain if a loss is not finite.
     """
     losses: dict[str, Loss] = {}
-    by_domain = {domain: blocks_of(each) for domain, each in text.items()}
+    by_domain = {domain: blocks_of(blocks) for domain, blocks in text.items()}
     blocks = [block for domain_blocks in by_domain.values() for block in domain_blocks]
 
     def sums(piece: list[Block], states: Iterator[Tensor]) -> list[Sums]:
@@ -72,8 +72,8 @@ def sums_of(values_P: Float[Tensor, " P"], block: Block) -> Sums:
 def merged(sums: Iterable[Sums]) -> Sums:
     """Return the sums of all blocks, in the order of documents."""
     all_sums: Sums = {}
-    for each in sums:
-        for document, (total, count) in each.items():
+    for of_block in sums:
+        for document, (total, count) in of_block.items():
             before, num_before = all_sums.get(document, (0.0, 0))
             all_sums[document] = (before + total, num_before + count)
     return dict(sorted(all_sums.items()))
@@ -89,7 +89,7 @@ def loss_of(sums: Iterable[Sums], where: str, num_tokens: Mapping[int, int] | No
     if not math.isfinite(math.fsum(nats_D)):
         raise NumericsError(f"{where}: the loss is {sum(nats_D)}; the model gives no finite logits.")
     counts = [count for _, count in by_document.values()]
-    return Loss.of(nats_D, counts if num_tokens is None else [num_tokens.get(each, 0) for each in by_document])
+    return Loss.of(nats_D, counts if num_tokens is None else [num_tokens.get(document, 0) for document in by_document])
 
 
 def predicted_tokens(text: Text) -> dict[int, int]:
@@ -103,8 +103,8 @@ def head_inputs(
 ) -> Iterator[Float[Tensor, "P D"]]:
     """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
     blocks = blocks_of(text)
-    found = _by_layers(model, arch, blocks, lambda _, states: [each.cpu() for each in states], progress, stage)
-    return chain.from_iterable(found)
+    by_block = _by_layers(model, arch, blocks, lambda _, states: [state.cpu() for state in states], progress, stage)
+    return chain.from_iterable(by_block)
 
 
 def _by_layers(
@@ -135,7 +135,7 @@ def _by_layers(
     def head_read(walk: Walk) -> Iterator[Tensor]:
         for number, pair in enumerate(zip(walk.batches, walk.hidden_BTD, strict=True)):
             yield states_for_head(model, arch, *pair)
-            before, after = (head_steps * each // len(walk.batches) for each in (number, number + 1))
+            before, after = (head_steps * step // len(walk.batches) for step in (number, number + 1))
             if after > before:
                 moved(after - before)
 
@@ -252,7 +252,9 @@ def summarise(domain: str, text: Text, divergences_NP: list[Tensor], agreements_
     all_tokens = counted(divergences_NP)
     if not bool(all_tokens.isfinite().all()):
         raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
-    sums = merged(sums_of(each.cpu(), block) for each, block in zip(divergences_NP, blocks, strict=True)).values()
+    sums = merged(
+        sums_of(divergences_P.cpu(), block) for divergences_P, block in zip(divergences_NP, blocks, strict=True)
+    ).values()
     return Divergence(
         mean=float(all_tokens.mean()),
         standard_error=standard_error([total for total, _ in sums], [count for _, count in sums]),

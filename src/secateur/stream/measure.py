@@ -61,7 +61,7 @@ def minimax_weights(
         tried.append((float(errors_D.max()), named))
         relative_D = errors_D / errors_D.mean().clamp_min(1e-30)
         weights_D = _at_least(weights_D * (STEP_SIZE * relative_D).exp(), floor)
-    return min(tried, key=lambda each: each[0])[1]
+    return min(tried, key=lambda trial: trial[0])[1]
 
 
 def removal_damage(
@@ -84,10 +84,12 @@ def removal_damage(
     reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
     stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
     stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
-    gone = columns_UW[~stays].flatten()
-    rows_CF = inverse[gone]
+    removed = columns_UW[~stays].flatten()
+    rows_CF = inverse[removed]
     del inverse
-    change_HF = (reader_HF[:, gone].to(rows_CF) @ torch.linalg.solve(rows_CF[:, gone], rows_CF)).float().to(device)
+    change_HF = (
+        (reader_HF[:, removed].to(rows_CF) @ torch.linalg.solve(rows_CF[:, removed], rows_CF)).float().to(device)
+    )
     errors = []
     for statistics in by_domain.values():
         energy = float(statistics.energy)

@@ -133,15 +133,15 @@ class LayersOnDevice:
     def _copies(self, index: int, but: Container[_Key] = ()) -> dict[_Key, _Copy]:
         """Copy the layer's parameters that are elsewhere; also runs in the prefetch thread."""
         context = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-        found: dict[_Key, _Copy] = {}
+        copies: dict[_Key, _Copy] = {}
         with context, torch.no_grad():
             for key, parameter in _parameters(self.layers[index]):
                 dtype = raised(parameter.dtype) if self.in_float32 else parameter.dtype
                 if key not in but and (parameter.device, parameter.dtype) != (self.device, dtype):
-                    found[key] = self._copy(parameter, dtype)
+                    copies[key] = self._copy(parameter, dtype)
             if self.stream is not None:
                 self.stream.synchronize()  # the pinned sources may be freed after it
-        return found
+        return copies
 
     def _copy(self, parameter: nn.Parameter, dtype: torch.dtype) -> _Copy:
         version, pointer = parameter._version, parameter.data_ptr()

@@ -253,9 +253,9 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
 
 def decided(compute: Callable[[], T], /) -> T:
     """Return on every rank what the first one computes, bit for bit, and give freed memory back to the system."""
-    found = from_first(compute)
+    value = from_first(compute)
     release_freed()
-    return found
+    return value
 
 
 def sum_over_ranks(*parts: Tensor | Gram) -> None:
