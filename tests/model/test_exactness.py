@@ -61,7 +61,7 @@ def prune_tiny(model: Any, calibration: LearningText, **recipe: Any) -> tuple[di
 @pytest.mark.parametrize(
     ("factory", "groups", "tied"),
     [(tiny_llama, HEADS, False), (tiny_qwen2, HEADS, True), (tiny_qwen2, ("query_heads", "ffn"), False)],
-    ids=str,
+    ids=["llama", "qwen2, tied", "qwen2, query heads"],
 )
 def test_groups_cut_together_saved_and_reloaded_by_stock_transformers_equal_a_mask(
     factory: Callable[..., Any], groups: tuple[str, ...], tied: bool, tmp_path: Path
