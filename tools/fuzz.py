@@ -386,7 +386,7 @@ def _journals(model: Path) -> Kind:
         ]
 
     def opened(place: Path) -> Any:
-        options: dict[str, Any] = {"resume": True, "overwrite": False, "protected": model}
+        options: dict[str, Any] = {"overwrite": False, "protected": model}
         return Store.open(place / "out", inputs, RunLog(), **options)
 
     if not place_beside(source).is_dir():
