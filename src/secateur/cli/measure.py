@@ -283,6 +283,6 @@ def demo(
     page = write_report(out)
     common.CONSOLE.print(secateur.table(speed))
     common.CONSOLE.print(
-        f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --preset best --remove 0.2, about an hour",
+        f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --remove 0.2 --preset best, an hour",
         soft_wrap=True,
     )
