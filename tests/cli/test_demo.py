@@ -20,7 +20,7 @@ def test_it_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recip
         "Written to",
         "prefill",
         "The page:",
-        "--preset best --remove 0.2",
+        "--remove 0.2 --preset best, an hour",
     )
     places = [told.index(part) for part in parts]
     assert places == sorted(places), "what it will do, size and quality, speed, the page, what is best"
