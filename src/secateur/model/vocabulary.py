@@ -169,7 +169,7 @@ def _merged_from(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, 
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         merges[left + right].append((rank, left, right))
-    pairs = {text: pairs[0][1:] for text, pairs in merges.items() if len(pairs) == 1}
+    pairs = {text: ways[0][1:] for text, ways in merges.items() if len(ways) == 1}
     unclear = defaultdict(list)
     for text, merge in merges.items():
         if len(merge) > 1:

@@ -64,15 +64,15 @@ def prune_together(runs: Sequence[Run]) -> list[Keeps]:
     a protected domain allows no further round.
     """
     run, num_rounds = runs[0], len(runs[0].resolved.plans)
-    assert len(runs) == 1 or {len(run.resolved.plans) for run in runs} == {1}, "several go in one round"
+    assert len(runs) == 1 or {len(sized.resolved.plans) for sized in runs} == {1}, "several go in one round"
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
     # A trim leaves embedding and head in memory.
     on_disk = run.weights_on_disk and run.dense_tokens is None
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
-        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member.of(run) for run in runs]
+        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member.of(sized) for sized in runs]
         for number in range(1, num_rounds + 1):
             # No width left to remove in this round: skip it.
-            if any(run.resolved.removals[number - 1] > 0 for run in runs):
+            if any(sized.resolved.removals[number - 1] > 0 for sized in runs):
                 _begin_round(members, number)
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.

@@ -71,4 +71,4 @@ def _ffn_width(config: Any) -> int:
     """Return the widest layer's FFN, or four hidden sizes where the config has another name for it."""
     sizes = config.to_dict()  # attributes that vary over layers cannot be read
     layers = [sizes, *(sizes.get("per_layer_config") or {}).values()]
-    return max(sizes.get("intermediate_size") or 0 for sizes in layers) or 4 * config.hidden_size
+    return max(of_layer.get("intermediate_size") or 0 for of_layer in layers) or 4 * config.hidden_size

@@ -522,7 +522,7 @@ def bench_tables(result: BenchResult) -> list[Table]:
     work = result.workload
     caption = f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
     models = result.models
-    figures = [(label, *(cell(result) for result in models.values())) for label, cell in _ROWS.items()]
+    figures = [(label, *(cell(timed) for timed in models.values())) for label, cell in _ROWS.items()]
     speed_ups = []
     for label, speed_up in result.speed_ups.items():
         measured, ideal = speed_up.measured, speed_up.ideal
