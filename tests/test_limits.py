@@ -149,6 +149,11 @@ def test_a_damaged_list_of_layers(text, model):
         _check_layers(checkpoint, 3, 3, "dense")
 
 
+def test_a_teacher_of_more_layers_than_any_list_names(model):
+    with pytest.raises(CheckpointError, match=r"has 4 layers and .* 3, and no keep.json says that any went; give"):
+        _check_layers(open_checkpoint(model), 3, 4, "dense")
+
+
 SIZES: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**7}, "num_hidden_layers is 1e+07, more than 2,000"),
     ({"num_hidden_layers": -3}, "num_hidden_layers is -3, less than 1"),

@@ -1,5 +1,6 @@
 """Every option, argument and field that has a default, with it: what a run does that nobody asked for."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -74,3 +75,38 @@ def test_every_field_that_may_be_left_out() -> None:
         fields = [each for each in dataclasses.fields(record) if each.default is not dataclasses.MISSING]
         lines += [f"{record.__module__}.{record.__qualname__}.{each.name}: {plain(each.default)}" for each in fields]
     assert_shown("fields", "\n".join(lines))
+
+
+# What a run fills while it goes, and what the trainer's own class or another base asks for.
+CHANGES = {
+    "Listener",
+    "RunText",
+    "Statistics",
+    "Subject",
+    "Wanted",
+    "Work",
+    "_Counter",
+    "_Domain",
+    "_Member",
+    "_Observed",
+    "_Redirect",
+    "_Tokens",
+}
+WITHOUT_SLOTS = {"KeptTokens", "Listener", "Work"}
+
+
+def test_records_cannot_be_changed_and_take_no_field_that_they_do_not_name() -> None:
+    records = list(_records())
+    assert {each.__name__ for each in records if not each.__dataclass_params__.frozen} == CHANGES
+    assert {each.__name__ for each in records if "__slots__" not in vars(each)} == WITHOUT_SLOTS
+
+
+def test_where_a_pair_may_be_dropped_is_known() -> None:
+    dropped, source = dict[str, int](), Path(secateur.__file__).parent
+    for file in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
+                if [ast.unparse(each.value) for each in node.keywords if each.arg == "strict"] != ["True"]:
+                    name = file.relative_to(source).as_posix()
+                    dropped[name] = dropped.get(name, 0) + 1
+    assert dropped == {"formats/save.py": 1, "model/group.py": 1, "model/structure.py": 4}

@@ -94,6 +94,15 @@ def only(name: str, content: str = "{}") -> Callable[[Path], object]:
     return damage
 
 
+def with_tensors(model: Path, **changes: torch.Tensor | None) -> None:
+    """Write the weights with these in the FFN of layer 1, or without them."""
+    place, tensors = "model.layers.1.mlp", load_file(model / "model.safetensors")
+    tensors |= {f"{place}.{name}.weight": tensor for name, tensor in changes.items() if tensor is not None}
+    gone = {f"{place}.{name}.weight" for name, tensor in changes.items() if tensor is None}
+    left = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    save_file(left, model / "model.safetensors", {"format": "pt"})
+
+
 def no_tokenizer(model: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
@@ -112,6 +121,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not a causal model": (
         lambda model: edit_config(model, model_type="bert", architectures=["BertForMaskedLM"]),
         "not a causal language model (got BertForMaskedLM)",
+    ),
+    "a type that nobody knows": (
+        lambda model: edit_config(model, model_type="xyzzy"),
+        "transformers knows no model_type 'xyzzy'; use a version of transformers that does.",
+    ),
+    "a weight less": (
+        lambda model: with_tensors(model, up_proj=None),
+        f"weights and config disagree, missing: {UP_PROJ}; use the config.json and the weights of the same model.",
+    ),
+    "two weights more": (
+        lambda model: with_tensors(model, a=torch.ones(2), b=torch.ones(2)),
+        "weights and config disagree, unexpected: model.layers.1.mlp.a.weight (and 1 more); use the",
     ),
     "layers that run in a loop": (
         save_looped,
@@ -161,6 +182,8 @@ def test_damaged_model(name, model, prune):
         ("--remove 1", "above 0 and below 1, got 1.0"),
         ("--to 0.4X", "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got"),
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
+        ("--remove 0.1,0.2 --like it", "--like it: gives one size; leave it out, or --remove and --to."),
+        ("--remove 0.1,0.2 --max-loss 0.5", "--max-loss 0.5: gives one size; leave it out"),
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
         ("--domain code --domain general", "--domain code: given twice"),
@@ -175,6 +198,7 @@ def test_bad_option(options, expected, prune):
     ("changes", "expected"),
     [
         ({"remvoe": 0.2}, "unknown key 'remvoe'; did you mean 'remove'?"),
+        ({"compute_dtype": "float32", "memory_budget": "1GB"}, "float32 does not go with memory_budget, which keeps"),
         ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
         ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),

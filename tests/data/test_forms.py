@@ -114,6 +114,8 @@ def test_a_chat_in_a_column_of_any_name(tmp_path: Path) -> None:
     rows = [{"text": "x", "dialog": SAID, "output": "y"}]
     assert told(rows, tmp_path, column="dialog") == ([HI], ())
     assert told(rows, tmp_path, column="output") == (["y"], ())
+    with pytest.raises(CalibrationError, match="line 1: no column 'words'; there are: messages;"):
+        told([{"messages": SAID}], tmp_path, column="words")  # a chat stands in for `text` alone
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -188,6 +190,7 @@ def test_what_is_no_chat_is_one_sentence(name: str, tmp_path: Path) -> None:
     ("rows", "sentence"),
     [
         ([{"id": 1, "text": None}] * 3, "line 1: its text is null; there are: id, text; set `column` to one that"),
+        ([None, None], "line 1: it is null."),
         ([{"id": 1, "body": "x"}], "line 1: no column 'text'; there are: id, body; set `column` to one of them."),
         ([{"instruction": "x", "output": None}], "line 1: its text is null; there are: instruction, output;"),
         ([{"text": " "}, {"text": ""}], "rows.jsonl: column 'text' is blank in every row; set `column`"),

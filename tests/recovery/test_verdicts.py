@@ -102,6 +102,7 @@ def test_answers_are_judged_in_both_directions_and_no_move_away_from_them_passes
     before = verdicts(text=0.3, answers=0.4)
     assert before["answers"].both_ways == pytest.approx(0.6)
     assert objective(before, 0.5, {"answers"}, before) == pytest.approx((0.5 * 0.3 + 0.5 * 3.0 + 0.6) / 2)
+    assert objective(before, 0.0, {"answers"}, before) == pytest.approx(3.5)  # no KL asked for: nats of both
     vaguer = {**before, "answers": replace(before["answers"], kl=0.35, reverse_kl=0.9)}
     surer = {**before, "answers": replace(before["answers"], kl=0.9, reverse_kl=0.6)}
     nearly = {**before, "answers": replace(before["answers"], kl=0.41, reverse_kl=0.81)}

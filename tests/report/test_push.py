@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from models import tiny_llama
 from recipes import grouped
 from run_cli import run_cli
@@ -186,6 +187,27 @@ def test_a_repository_that_is_public_already_gets_nothing_unless_that_is_meant(p
     assert not hub.place.exists()
     assert push(places["once"], "me/tiny-pruned", public=True).url == "https://hub/me/tiny-pruned"
     assert hub.place.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "the hub refuses with status 401; the token is not valid; run hf auth login."),
+        (403, "the hub refuses with status 403; the token may not write there."),
+        (500, "the hub refuses with status 500; it is down."),
+        (None, "the hub cannot be reached or the upload failed (it is down); run the same command again"),
+    ],
+)
+def test_what_the_hub_answers_is_told(status, said, places, hub, monkeypatch):
+    def refuses(**_: Any) -> None:
+        if status is None:
+            raise OSError("it is down")
+        answer: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise HfHubHTTPError("it is down", response=answer)
+
+    monkeypatch.setattr(hub, "upload_folder", refuses)
+    with pytest.raises(CheckpointError, match=re.escape(f"push me/tiny-pruned: {said}")):
+        push(places["once"], "me/tiny-pruned")
 
 
 def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(once, places, hub, tmp_path):
