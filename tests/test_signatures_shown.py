@@ -1,11 +1,13 @@
-"""Every option, argument and field that has a default, with it: what a run does that nobody asked for."""
+"""Every option, argument, field and number that has a value by default: what a run does that nobody asked for."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -56,15 +58,31 @@ def test_an_option_has_the_default_of_the_argument(name: str) -> None:
     assert {key: told[key] or None for key in shared} == {key: taken[key] or None for key in shared}
 
 
-def _records() -> Iterator[type]:
+def _modules() -> Iterator[tuple[ModuleType, ast.Module]]:
     source = Path(secateur.__file__).parent
     for file in sorted(source.rglob("*.py")):
         name = ".".join(("secateur", *file.relative_to(source).with_suffix("").parts))
-        if file.stem.startswith("__") or file.stem.endswith("_child"):
-            continue  # they run when they are imported
-        for found in vars(importlib.import_module(name)).values():
-            if dataclasses.is_dataclass(found) and isinstance(found, type) and found.__module__ == name:
+        if not file.stem.startswith("__") and not file.stem.endswith("_child"):  # they run when they are imported
+            yield importlib.import_module(name), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _records() -> Iterator[type]:
+    for module, _ in _modules():
+        for found in vars(module).values():
+            if dataclasses.is_dataclass(found) and isinstance(found, type) and found.__module__ == module.__name__:
                 yield found
+
+
+def test_every_number_that_a_module_is_headed_by() -> None:
+    """What was chosen, by a measurement in most cases, and no recipe changes."""
+    lines = list[str]()
+    for module, tree in _modules():
+        for each in (each for each in tree.body if isinstance(each, ast.Assign)):
+            parts = list(ast.walk(each.value))
+            has_numbers = any(isinstance(part, ast.Constant) and type(part.value) in (int, float) for part in parts)
+            if has_numbers and not any(isinstance(part, ast.Subscript | ast.Lambda) for part in parts):
+                lines.append(f"{module.__name__}: {ast.unparse(each)}")
+    assert_shown("numbers", "\n".join(lines))
 
 
 def test_every_field_that_may_be_left_out() -> None:
@@ -102,11 +120,10 @@ def test_records_cannot_be_changed_and_take_no_field_that_they_do_not_name() -> 
 
 
 def test_where_a_pair_may_be_dropped_is_known() -> None:
-    dropped, source = dict[str, int](), Path(secateur.__file__).parent
-    for file in sorted(source.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    dropped = Counter[str]()
+    for module, tree in _modules():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
                 if [ast.unparse(each.value) for each in node.keywords if each.arg == "strict"] != ["True"]:
-                    name = file.relative_to(source).as_posix()
-                    dropped[name] = dropped.get(name, 0) + 1
-    assert dropped == {"formats/save.py": 1, "model/group.py": 1, "model/structure.py": 4}
+                    dropped[module.__name__] += 1
+    assert dropped == {"secateur.formats.save": 1, "secateur.model.group": 1, "secateur.model.structure": 4}

@@ -81,6 +81,9 @@ def test_the_stages_of_every_verb(
         "prune, two rounds, trained": prune(out="out", rounds=2, remove=0.3, polish=TRAINING),
         "prune, layers and widths by layer": prune(out="layers", depth=1, remove=0.45, budget="curve"),
         "prune, tokens": prune(out="tokens", model=place / "words", vocabulary="auto", remove=0.3),
+        "prune, two sizes": lambda **heard: secateur.prune_sizes(
+            model, grouped(recipe), (0.1, 0.2), out=place / "sizes of it", **heard
+        ),
         "evaluate": lambda **heard: secateur.evaluate(out, model, **heard),
         "bench": lambda progress, tell: secateur.bench(
             out, model, prompt_tokens=8, new_tokens=2, repeats=2, progress=progress

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DoryConfig, DoryForCausalLM
 
 from secateur.cli.common import last_word, stoppable
+from secateur.errors import CheckpointError
+from secateur.files import disk_errors
 from secateur.result_directory import check_replaceable
 from secateur.store import HOW, place_beside
 
@@ -359,6 +361,20 @@ def test_disk_full_in_export(error, model, tmp_path, monkeypatch):
     file = tmp_path / "out.gguf"
     refused(run_cli("export", model, file, "--no-check"), f"{file}: the disk is full; free ")
     assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((), "out: the disk is full; "),
+        (("there",), "there: the disk is full; "),
+        (("from", None, "to"), "to: the disk is full; "),  # of a copy
+        ((".out.partial-7/model",), "out/model: the disk is full; "),  # as it will be called
+    ],
+)
+def test_a_full_disk_is_that_of_the_file_which_was_written(names, said):
+    with pytest.raises(CheckpointError, match=f"^{said}"), disk_errors(Path("out")):
+        raise OSError(errno.ENOSPC, "No space left on device", *names)
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,15 @@ def test_a_real_process_with_its_options(checkpoints, recipe, texts, tmp_path):
     assert (saved.seed, saved.remove.share, file.name) == (7, 0.3, "r.yaml")
 
 
+def test_a_mistake_of_our_own_is_a_plain_traceback(monkeypatch, capsys):
+    """Without the values of variables, which may hold text of the user's."""
+    monkeypatch.setattr("secateur.verify", lambda *_, **__: 1 // 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_cli("verify", "x")
+    sys.excepthook(raised.type, raised.value, raised.tb)
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
+
+
 def test_help_has_an_example_and_the_console_script_is_main():
     alone, commands = run_cli(), typer.main.get_command(app).commands
     assert alone.status == 2 and all(command in alone.stdout for command in commands)

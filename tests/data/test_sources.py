@@ -142,6 +142,7 @@ def test_broken_rows_name_the_place(tmp_path: Path) -> None:
     assert "line 1: the text must be a string, got list" in sentence(put(tmp_path / "c.jsonl", "[1]"))
     assert "row 2: the text must be a string, got bool" in sentence(put(tmp_path / "d.json", '["x", true]'))
     assert "line 1: the text holds half of a surrogate" in sentence(put(tmp_path / "e.jsonl", '{"text": "\\ud800"}'))
+    assert "row 1: the text must be a string, got int" in sentence(put_rows(tmp_path / "h.parquet", [{"text": 3}]))
     assert "needs one list" in sentence(put(tmp_path / "f.json", '{"a": [], "b": []}'))
     assert "not valid JSON" in sentence(put(tmp_path / "g.json", "[1,"))
     assert "not valid CSV" in sentence(put(tmp_path / "i.csv", 'text\n"open\n'))

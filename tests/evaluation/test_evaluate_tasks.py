@@ -5,12 +5,24 @@ import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import pyarrow
 import pytest
 from run_cli import run_cli
 
+from secateur.errors import RecipeError
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.tasks import TaskOptions, _code_found, load_tasks, passes, quiet_harness, task_manager
+from secateur.evaluation.tasks import (
+    TaskOptions,
+    _code_found,
+    load_metric,
+    load_tasks,
+    passes,
+    quiet_harness,
+    saved_rows,
+    task_manager,
+)
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -213,6 +225,17 @@ def test_mistakes_are_one_sentence(arguments, expected, checkpoints, saved, out)
     outcome = run_cli("evaluate", checkpoints["llama"], *arguments, "--tasks-data", saved, "--out", out)
     assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
     assert expected in outcome.stderr
+
+
+def test_what_a_task_may_ask_for_and_is_not_there(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="the metric bleu is on the hub alone"):
+        load_metric("bleu")
+    with pytest.raises(ValueError, match=r"pass@k is measured for k = 1 alone, got \[2\]"):
+        load_metric("code_eval").compute(references=[], predictions=[], k=(2,))
+    for error in (ValueError("no rows"), OSError("no rows"), pyarrow.ArrowInvalid("no rows")):
+        monkeypatch.setattr("datasets.load_from_disk", Mock(side_effect=error))
+        with pytest.raises(RecipeError, match=r"task data .*: cannot be read \(no rows\); write or download it again"):
+            saved_rows(tmp_path)
 
 
 def test_without_the_harness_the_extra_is_named(checkpoints, out, monkeypatch):

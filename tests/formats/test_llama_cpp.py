@@ -1,8 +1,14 @@
-"""llama.cpp runs pruned models of every family that GGUF export knows and gives their logits (slow; needs it)."""
+"""llama.cpp runs pruned models of every family that GGUF export knows and gives their logits (slow; needs it).
 
+Where it is not installed, transformers' own reader of the file stands in its place, so that the check is a check.
+"""
+
+import sys
 from collections.abc import Callable
 from contextlib import closing
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
@@ -10,18 +16,20 @@ import numpy as np
 import pytest
 import torch
 from recipes import grouped
+from run_cli import run_cli
 
+from secateur.errors import CheckpointError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_tensors import gguf_tensors, planned_tensors
-from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.formats.save import TEXT, check_gguf, have_llama_cpp, open_llama_cpp, save_checkpoint
 from secateur.formats.serving import gguf_family, gguf_specs
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.checkpoint import load_model, meta_model, open_checkpoint
+from secateur.model.checkpoint import load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.per_layer import record_widths
 from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from tests.families import tiny_family
 from tests.model.test_families import cut_units, kept_of
-from tests.models import tiny_ids
+from tests.models import tiny_ids, tiny_llama
 
 GGUF_FAMILIES = gguf_specs()
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
@@ -145,3 +153,78 @@ def test_llama_cpp_gives_the_pruned_models_logits(
         got = torch.from_numpy(np.array(model.scores[: len(ids)]))
     difference = (got - expected).norm() / expected.norm()
     assert difference < TOLERANCE, f"{difference:.2e}"
+
+
+class ReadByTransformers:
+    """Reads a GGUF file as `llama_cpp.Llama` does, as far as the check asks, by other code than wrote it."""
+
+    def __init__(self, file: str, *, n_ctx: int, logits_all: bool, **_: Any) -> None:
+        link = Path(file).with_suffix(".gguf")  # what is not finished yet has another name
+        if link != Path(file):
+            link.symlink_to(file)
+        checkpoint = open_checkpoint(link)
+        if not logits_all or n_ctx > checkpoint.config.max_position_embeddings:
+            raise ValueError("no logits for so many tokens")
+        self.model, self.tokenizer = load_model(checkpoint, dtype=torch.float32), load_tokenizer(checkpoint)
+        if link != Path(file):
+            link.unlink()
+
+    def tokenize(self, text: bytes, *, add_bos: bool, special: bool) -> list[int]:
+        assert add_bos and not special
+        return self.tokenizer.encode(text.decode())
+
+    def eval(self, ids: list[int]) -> None:
+        self.scores = self.model(torch.tensor([ids])).logits[0].numpy()
+
+    def close(self) -> None:
+        del self.model
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A model whose export is checked."""
+    module: Any = ModuleType("llama_cpp")
+    module.Llama, module.__spec__ = ReadByTransformers, ModuleSpec("llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    model = tiny_llama(vocab_size=400, max_position_embeddings=2048)
+    save_checkpoint(model, bpe_tokenizer(), tmp_path / "model", max_shard_size="5GB", carry_from=None)
+    return tmp_path / "model"
+
+
+def test_an_export_says_what_its_check_has_found(checked: Path) -> None:
+    file, steps = checked.with_name("a.gguf"), list[tuple[str, int, int]]()
+    done = export(checked, file, progress=lambda *step: steps.append(step))
+    assert done.check is not None and steps[-2:] == [("check", 0, 1), ("check", 1, 1)]
+    found, expected = done.check.perplexity_llama_cpp, done.check.perplexity_transformers
+    ids = torch.tensor(load_tokenizer(open_checkpoint(checked)).encode(TEXT))
+    with torch.inference_mode():
+        logits = load_model(open_checkpoint(checked))(ids[None], use_cache=False).logits[0, :-1]
+    assert expected == pytest.approx(float(torch.nn.functional.cross_entropy(logits, ids[1:]).exp()), rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-3) and done.check.num_tokens == len(ids)
+    outcome = run_cli("export", checked, checked.with_name("b.gguf"))
+    assert outcome.status == 0, outcome.stderr
+    assert " ".join(outcome.stdout.split()).endswith(
+        f" Checked: perplexity of {len(ids)} held-out tokens {found:.3f} in llama.cpp, {expected:.3f} in transformers."
+    )
+
+
+def test_a_file_that_llama_cpp_reads_otherwise_is_refused(checked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, file = open_checkpoint(checked), checked.with_name("a.gguf")
+    other = tiny_llama(vocab_size=400, max_position_embeddings=2048, seed=1)
+    save_checkpoint(other, bpe_tokenizer(), checked.with_name("other"), max_shard_size="5GB", carry_from=None)
+    export(checked.with_name("other"), file, check=False)
+    with pytest.raises(
+        CheckpointError,
+        match=r"llama.cpp's perplexity \d+\.\d{3} is \d+\.\d% from .*, allowed is 1%; export with a more",
+    ):
+        check_gguf(file, checkpoint, "f16")
+    assert check_gguf(file, checkpoint, "q2_k").num_tokens > 100  # as much as two bits may cost
+
+    plain = ReadByTransformers.tokenize
+    monkeypatch.setattr(
+        ReadByTransformers, "tokenize", lambda *text, **how: [*(ids := plain(*text, **how))[:7], ids[7] + 1, *ids[8:]]
+    )
+    with pytest.raises(CheckpointError, match="splits text into other tokens than transformers, first at token 7 of"):
+        check_gguf(file, checkpoint, "f16")
+    with pytest.raises(CheckpointError, match=r"a.gguf: llama.cpp cannot load it \(no logits for so many tokens\)"):
+        open_llama_cpp(file, 2049)

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError, RecipeError
@@ -143,6 +144,16 @@ class Tied(Plain):
         self.up_proj.weight = self.gate_proj.weight
 
 
+def of_a_key_times(number: int) -> type[Plain]:
+    """The config's key counts so many channels at once."""
+
+    class Several(Plain):
+        def __init__(self, config: Any) -> None:
+            super().__init__(LlamaConfig(**SIZES | {"intermediate_size": number * config.intermediate_size}))
+
+    return Several
+
+
 def model_with(ffn: type[nn.Module], change: Callable[[Any], None] = lambda _: None, **sizes: Any) -> Any:
     """Return a tiny Llama whose FFNs are of this class; `change` is applied to whatever it builds."""
 
@@ -239,6 +250,25 @@ def test_an_ffn_that_cannot_be_cut_is_refused_with_a_reason(name: str) -> None:
         arch.select(("ffn",))
 
 
+@pytest.mark.parametrize(("number", "is_cut"), [(4, True), (5, False)])
+def test_a_key_may_count_a_few_channels_at_once(number: int, is_cut: bool) -> None:
+    groups = bind(model_with(of_a_key_times(number), intermediate_size=64)).groups
+    assert {group.per_key for group in groups if group.name == "ffn"} == ({number} if is_cut else set())
+
+
+def test_a_model_that_never_runs_says_why() -> None:
+    class Blind(LlamaForCausalLM):
+        num_calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            Blind.num_calls += 1
+            raise ValueError("an image is needed")
+
+    with pytest.raises(ArchError, match=r"^model type 'llama': no small model of it .* \(an image is needed\)\.$"):
+        bind(Blind(LlamaConfig(**SIZES)))
+    assert Blind.num_calls < 20, "the same problem again and again ends it"
+
+
 def share_ffns(model: Any) -> None:
     model.model.layers[1].mlp = model.model.layers[0].mlp
 
@@ -273,6 +303,35 @@ class OfLoops(LlamaForCausalLM):
 def test_layers_that_run_twice_are_refused() -> None:
     with pytest.raises(ArchError, match="cannot be walked layer by layer: layers do not run once each, in order"):
         bind(randomised(OfLoops(LlamaConfig(**SIZES)), 0))
+
+
+class ByKeywords(LlamaModel):
+    """Calls its layers by keywords alone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            plain = layer.forward
+            layer.forward = lambda hidden_states, plain=plain, **others: plain(hidden_states, **others)
+
+    def forward(self, input_ids: Any, **_: Any) -> Any:
+        """Return the states behind all layers."""
+        hidden = self.embed_tokens(input_ids)
+        positions = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for layer in self.layers:
+            hidden = layer(hidden_states=hidden, position_embeddings=positions)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def test_layers_that_are_called_by_keywords_alone_are_refused() -> None:
+    class Odd(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = ByKeywords(config)
+            self.post_init()
+
+    with pytest.raises(ArchError, match="cannot be walked layer by layer: layers are called by keywords alone"):
+        bind(randomised(Odd(LlamaConfig(**SIZES)), 0))
 
 
 def test_a_second_reader_of_the_stream_between_layers_is_refused() -> None:

@@ -117,6 +117,14 @@ def test_the_dense_stream_runs_beside_where_drift_is_made_up_for(factory, asked,
     assert made == [expected]
 
 
+@pytest.mark.parametrize(("rounds", "num_kept"), [(1, 0), (2, 3)])
+def test_layers_as_they_were_are_kept_for_a_round_that_follows(rounds, num_kept, monkeypatch):
+    kept, save = list[int](), loop.LayersOnDisk.save
+    monkeypatch.setattr(loop.LayersOnDisk, "save", lambda layers, *what: kept.append(what[0]) or save(layers, *what))
+    prune_together([run_of(tiny_llama(), rounds=rounds)])
+    assert kept == list(range(num_kept))
+
+
 DENSE = {"d0": 2.0, "d1": 4.0}
 
 

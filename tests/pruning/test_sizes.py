@@ -198,6 +198,8 @@ def test_a_limit_needs_no_measurement(taught, recipe, texts, cut_to, tmp_path):
     # Some cut was beyond the limit, or near it, and of those within the largest is written.
     tried = [float(note.split(" loses ")[1].split()[0]) for note in cuts(made.summary)]
     assert max(tried) > 0.9 * limit and f"{max(each for each in tried if each <= limit):.3f}" == f"{lost:.3f}"
+    with pytest.raises(RecipeError, match=r"of 0\.0001 that it may; allow more, or polish with more tokens"):
+        secateur.prune(taught, asked, out=tmp_path / "none", max_loss=1e-4)
 
 
 def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stopped(taught, prose, tmp_path):

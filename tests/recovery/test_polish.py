@@ -64,7 +64,7 @@ def lesson_of(recipe: dict[str, Any], model: Any, **amounts: int) -> tuple[Lesso
     assert resolved.calibration.num_tokens is not None
     amounts["num_training_tokens"] = resolved.polish.num_tokens or 0
     text = learning_text(resolved.calibration, resolved.calibration.num_tokens, tokenizer, resolved.seed, **amounts)
-    lesson = learn(model, bind(model), text, resolved, Services())
+    lesson = learn(model, bind(model), text, resolved, Services(), walked=False)
     assert lesson is not None
     return lesson, resolved
 
@@ -132,7 +132,8 @@ def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
     trainer.settings, trainer.judge, trainer.teacher = lesson.settings, lesson.judge, None
     ids_BT = torch.stack([block.ids_T for block in lesson.text.blocks[:2]])
     inputs = {"input_ids": ids_BT, "weight": torch.ones(2), "states": torch.stack(lesson.states[:2])}
-    with loss_in_forward(student, bind(student), lesson.settings.kl_share), teacher_in_forward(dense, bind(dense)):
+    inside = loss_in_forward(student, bind(student), lesson.settings.kl_share, in_shards=False)
+    with inside, teacher_in_forward(dense, bind(dense), in_shards=False):
         found = float(trainer.compute_loss(student, inputs).detach())
         trainer.teacher = dense
         del inputs["states"]

@@ -77,7 +77,8 @@ def test_the_loss_of_a_batch_is_the_formula(kl_share):
     trainer.judge = SimpleNamespace(head=teacher.lm_head)  # type: ignore[assignment]
     teacher.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
     asked: list[bool] = []
-    with loss_in_forward(student, bind(student), kl_share), teacher_in_forward(teacher, bind(teacher)):
+    inside = loss_in_forward(student, bind(student), kl_share, in_shards=False)
+    with inside, teacher_in_forward(teacher, bind(teacher), in_shards=False):
         found = trainer.compute_loss(student, {"input_ids": ids_BT})
     assert asked == ([False] if kl_share else []), "nothing is kept for gradients that nobody reads"
     with torch.no_grad():

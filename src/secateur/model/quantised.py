@@ -100,7 +100,7 @@ def note_on(settings: Settings) -> str:
     )
 
 
-def deferred_tensors(directory: Path, settings: Settings | None, *, mapped: bool = False) -> dict[str, Deferred]:
+def deferred_tensors(directory: Path, settings: Settings | None, *, mapped: bool) -> dict[str, Deferred]:
     """Return the model's tensors by name; each is read, and dequantised to bfloat16, when it is sliced.
 
     `mapped`: those that are not quantised stay in their files.

@@ -233,7 +233,7 @@ def nearest(opened: Opened) -> Opened:
     return _of_share(opened, max(share, least))
 
 
-def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int = 0) -> int:
+def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int) -> int:
     """Return the recipe's `align`, or the default for the widths that are left.
 
     `gone`: what layers and tokens take of the share.

@@ -22,7 +22,7 @@ from secateur.stream.losses import predicted_tokens
 MOST_NATS, MOST_TIMES, LEAST_NATS = 0.5, 2.0, 0.05
 
 
-def without_tokens(run: Run, trim: Trim, *, force: bool = False) -> Run:
+def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     """Cut the tokens that go out of the model, in place, and judge that alone on the guard's text.
 
     Raises RecipeError, unless `force`, if it costs too much: see `MOST_NATS`.

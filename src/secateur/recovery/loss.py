@@ -167,7 +167,7 @@ def masked_loss(
 
 
 @contextmanager
-def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool = False) -> Iterator[None]:
+def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool) -> Iterator[None]:
     """Inside, `model(ids, learns=True, teacher=...)` returns its loss; without `learns`, what it did.
 
     With a mask, `counted`, and `answers` by block it is `masked_loss`.
@@ -204,7 +204,7 @@ def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_s
 
 
 @contextmanager
-def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool = False) -> Iterator[None]:
+def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool) -> Iterator[None]:
     """Inside, `model(ids)` returns a `Teacher`.
 
     `in_shards`: one of whole logits, whose head does nothing. FSDP gathers the head's weights

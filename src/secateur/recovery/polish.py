@@ -70,7 +70,7 @@ def learn(
     recipe: Recipe,
     services: Services,
     *,
-    walked: bool = False,
+    walked: bool,
 ) -> Lesson | None:
     """Ask the dense model for all that the polish needs; None if the recipe asks for no polish.
 

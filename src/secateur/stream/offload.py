@@ -221,7 +221,7 @@ def _parameters(root: nn.Module) -> Iterator[tuple[_Key, nn.Parameter]]:
 
 
 @contextmanager
-def embeddings_on_disk(model: CausalLM, directory: Path, *, are_there: bool = False) -> Iterator[Callable[[], None]]:
+def embeddings_on_disk(model: CausalLM, directory: Path, *, are_there: bool) -> Iterator[Callable[[], None]]:
     """Map embedding and head from a file inside the context, so that only their use costs memory.
 
     Yields a function that frees the memory after use. Does nothing on devices other than the CPU,
