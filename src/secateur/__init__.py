@@ -23,11 +23,12 @@ from secateur.log import bars
 from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
-    from secateur.api import Result, prune, prune_sizes, recover, table
+    from secateur.api import Result, prune, prune_sizes, recover
     from secateur.evaluation.bench import bench
     from secateur.evaluation.compare import compare
     from secateur.evaluation.evaluate import evaluate
     from secateur.evaluation.measure import foretell_measure, measure
+    from secateur.evaluation.tables import table
     from secateur.formats.gguf import Exporter, export
     from secateur.formats.save import verify
     from secateur.methods.scores import Score
@@ -67,11 +68,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("Result", "prune", "prune_sizes", "recover", "table"),
+    "api": ("Result", "prune", "prune_sizes", "recover"),
     "evaluation.bench": ("bench",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.measure": ("foretell_measure", "measure"),
+    "evaluation.tables": ("table",),
     "pruning.inspect": ("inspect",),
     "formats.save": ("verify",),
     "formats.gguf": ("Exporter", "export"),

@@ -1,11 +1,9 @@
-"""`prune`: a run. `recover`: a training of its result. `table`: what a verb returned, as tables."""
+"""`prune`: a run. `recover`: a training of its result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from secateur.errors import RecipeError
-from secateur.evaluation.study import Comparison, comparison_table
 from secateur.log import Progress, Tell, mute, silent
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.prune import prune_run
@@ -13,12 +11,10 @@ from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
 from secateur.recipe import AnyRecipe, Keys, Remove, as_recipe
 from secateur.recovery import recover as recovery
-from secateur.report.records import BenchResult, Evaluation, Inspection, Measurement, RecoveryRecord, Summary
+from secateur.report.records import RecoveryRecord
 from secateur.report.report import write_pages, write_recovered_pages
-from secateur.report.rows import Tables, bench_table, evaluation_table, inspection_table, recovery_table, summary_table
-from secateur.report.size_curve import measurement_table
 
-__all__ = ["Result", "prune", "prune_sizes", "recover", "table"]
+__all__ = ["Result", "prune", "prune_sizes", "recover"]
 
 
 @joined()
@@ -169,29 +165,3 @@ def recover(
         progress=progress,
         tell=tell,
     )
-
-
-_TABLES: dict[type, Callable[[Any], Tables]] = {
-    Summary: summary_table,
-    Inspection: inspection_table,
-    Measurement: measurement_table,
-    Evaluation: evaluation_table,
-    BenchResult: bench_table,
-    RecoveryRecord: recovery_table,
-    Comparison: comparison_table,
-}
-
-
-def table(result: Any) -> Tables:
-    """Return the tables that the command line prints of a result; a notebook draws them.
-
-    `result`: what `prune`, `measure`, `inspect`, `evaluate`, `bench`, `recover` or `compare` returned. Raises
-    RecipeError for anything else.
-    """
-    record = result.summary if isinstance(result, Result) else result
-    kind = next((kind for kind in _TABLES if isinstance(record, kind)), None)
-    if kind is None:
-        raise RecipeError(
-            f"table: takes what prune, measure, inspect, evaluate, bench, recover or compare returned, got {record!r}."
-        )
-    return _TABLES[kind](record)

@@ -184,7 +184,7 @@ def test_a_config_alone_says_what_measuring_takes(checkpoints, recipe, recipe_fi
 def test_more_tokens_and_wider_models_take_longer(checkpoints, recipe):
     def seconds(**asked: Any) -> float:
         opened = _opened(checkpoints["llama"], as_recipe(grouped({**recipe, **asked})), weights=False)
-        with patch("secateur.pruning.cost.Timer") as timer:
+        with patch("torch.utils.benchmark.Timer") as timer:
             timer.return_value.timeit.return_value.median = 1024**3
             return walk_seconds(opened, resolve(opened), COPIES)
 

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from secateur.formats.gguf_tensors import (
     OWN_TYPES,
     TYPES,
     GgufTensor,
-    file_bytes,
     gguf_tensors,
     num_gguf_bytes,
+    padded_bytes,
     planned_tensors,
     read_gguf_arrays,
     stored_types,
@@ -197,7 +197,7 @@ def export_gguf(
         return
     family = gguf_family(checkpoint)
     tensors = gguf_tensors(checkpoint, family, type_name)
-    with _begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name) as writer:
+    with closing(_begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name)) as writer:
         _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
 
 
@@ -207,46 +207,30 @@ def require_gguf(what: str) -> None:
         raise CheckpointError(f'{what} needs the gguf package; run: pip install "secateur[gguf]"')
 
 
-def metadata_bytes(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str) -> int:
-    """Return the bytes that a model's shape, tokenizer and template take in a file.
+def gguf_bytes(model: Any, type_name: str, reference: str) -> int:
+    """Return the bytes of a file of `model`, which may be on meta, without its tokenizer and other words.
 
-    Raises as `check_exportable` for what cannot be written.
-    """
-    with _begun(config, tokenizer, reference, "f16") as writer, tempfile.TemporaryDirectory() as scratch:
-        writer.write_header_to_file(Path(scratch) / "metadata")
-        writer.write_kv_data_to_file()
-        return writer.fout[0].tell()
-
-
-def gguf_bytes(model: Any, type_name: str, metadata: int, reference: str) -> int:
-    """Return the bytes of a file of `model`, which may be on meta.
-
-    `metadata`: see `metadata_bytes`; 0 without a tokenizer. Raises ArchError for what llama.cpp does
-    not run, CheckpointError if the package gguf is missing.
+    Raises ArchError for what llama.cpp does not run, CheckpointError if the package gguf is missing.
     """
     require_gguf("the size of a GGUF file")
-    return file_bytes(planned_tensors(model, gguf_family_of(model.config, reference), type_name), metadata)
+    return padded_bytes(planned_tensors(model, gguf_family_of(model.config, reference), type_name))
 
 
-@contextmanager
-def _begun(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str, type_name: str) -> Iterator[Any]:
-    """Yield a writer that has all but the tensors, and close it."""
+def _begun(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str, type_name: str) -> Any:
+    """Return a writer that has all but the tensors."""
     import gguf
 
     family = gguf_family_of(config, reference)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)
     writer = gguf.GGUFWriter(None, family.architecture)
-    try:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(Path(reference).name)
-        file_type = "ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"
-        writer.add_file_type(gguf.LlamaFileType[file_type])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_metadata(writer, config, family)
-        add_tokenizer(writer, tokenizer, config.get_text_config().vocab_size, reference)
-        yield writer
-    finally:
-        writer.close()
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(reference).name)
+    file_type = "ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_metadata(writer, config, family)
+    add_tokenizer(writer, tokenizer, config.get_text_config().vocab_size, reference)
+    return writer
 
 
 def _write(

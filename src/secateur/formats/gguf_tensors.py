@@ -221,18 +221,12 @@ def num_gguf_bytes(tensor: GgufTensor) -> int:
     return math.prod(tensor.shape) // block_size * block_bytes
 
 
-_PADDED = 32  # GGUF starts every tensor, and the first one, at a multiple of this
+_PADDED = 32  # GGUF starts every tensor at a multiple of this
 
 
-def file_bytes(tensors: list[GgufTensor], metadata: int) -> int:
-    """Return the bytes of a file with these tensors after `metadata` bytes of other facts.
-
-    Of each tensor it holds its name with a length of 8 bytes, the number of dimensions in 4, 8 bytes
-    for each, 4 for the type, 8 for its place, and its padded data.
-    """
-    infos = sum(24 + len(tensor.gguf_name) + 8 * len(tensor.shape) for tensor in tensors)
-    parts = [metadata + infos, *map(num_gguf_bytes, tensors)]
-    return sum(-(-part // _PADDED) * _PADDED for part in parts)
+def padded_bytes(tensors: list[GgufTensor]) -> int:
+    """Return the bytes of these tensors in a file, each padded."""
+    return sum(-(-part // _PADDED) * _PADDED for part in map(num_gguf_bytes, tensors))
 
 
 def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:

@@ -4,7 +4,6 @@ import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.benchmark import Timer
 
 from secateur.errors import RecipeError
 from secateur.files import parse_size
@@ -255,6 +254,8 @@ def walk_seconds(opened: Opened, resolved: Resolved, num_copies: int) -> float:
     is left of its FFN. A reader of F inputs takes F^2 for each token and 9 F^3 for its units and its fit. The
     speed is that of a float32 product that is timed now.
     """
+    from torch.utils.benchmark import Timer
+
     num_tokens = HELD_OUT_FACTOR * resolved.num_tokens
     once = num_tokens * sum(opened.arch.params_per_layer)
     fits = sum(group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups)

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from secateur.errors import CheckpointError, RecipeError, SecateurError
-from secateur.formats.gguf import gguf_bytes, metadata_bytes
+from secateur.errors import RecipeError, SecateurError
+from secateur.formats.gguf import gguf_bytes
 from secateur.formats.gguf_types import TOLD
 from secateur.log import Progress, silent
 from secateur.methods.budget import align_of, token_prices
@@ -18,7 +18,7 @@ from secateur.model.checkpoint import meta_model, notes_on
 from secateur.model.group import Group
 from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
 from secateur.pruning.group_step import model_left
-from secateur.pruning.open import Opened, open_model, tokenizer_of
+from secateur.pruning.open import Opened, open_model
 from secateur.pruning.resolve import Resolved, checked, nearest, resolve
 from secateur.pruning.trim import trim_to
 from secateur.recipe import AnyRecipe, as_recipe
@@ -30,19 +30,14 @@ FILE_TYPES = ("bf16", "q8_0", TOLD)
 
 def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int, int]], str | None]:
     """Return `files` and `files_problem`."""
-    config, name, problem = opened.model.config, opened.name, None
-    steps = {group.key: align_of(group, resolved.align) for group in resolved.groups}
+    config, steps = opened.model.config, {group.key: align_of(group, resolved.align) for group in resolved.groups}
     widths = {key: steps[key] * max(1, round(kept / steps[key])) for key, kept in resolved.plans[-1].num_keep.items()}
     try:
-        try:
-            metadata = metadata_bytes(config, tokenizer_of(opened), name)
-        except CheckpointError as error:
-            metadata, problem = 0, f"without the tokenizer ({str(error).removesuffix('.')})"
         models = meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left)
-        dense, left = ([gguf_bytes(each, kind, metadata, name) for kind in FILE_TYPES] for each in models)
+        dense, left = ([gguf_bytes(model, kind, opened.name) for kind in FILE_TYPES] for model in models)
     except SecateurError as error:
         return {}, str(error).removesuffix(".")
-    return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), problem
+    return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), None
 
 
 def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:

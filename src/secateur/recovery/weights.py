@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from secateur.errors import RecipeError
 from secateur.model.stock import quiet_transformers
@@ -42,8 +42,8 @@ def wants_shards() -> bool:
     return True
 
 
-def let_cpu_shard(arguments: TrainingArguments) -> None:
-    """Let accelerate shard over processes without GPUs too.
+def let_cpu_shard(arguments: Any) -> None:
+    """Let accelerate shard over processes without GPUs too. `arguments`: the Trainer's.
 
     It looks for FSDP only in a state of several GPUs; gloo has every collective that FSDP2 needs.
     """

@@ -352,9 +352,9 @@ class Inspection(Record):
     `remove_asked`, `remove_reached`, `largest_remove`: shares of all parameters. `groups`: over the
     unprotected layers that stay. `possible`, `impossible`: groups that the family has, and those it
     cannot have, with the reason. `disk_bytes`: the most written. `num_token_params`: of all rows of
-    embedding and head, tied ones once. `files`: bytes of a GGUF file by type,
+    embedding and head, tied ones once. `files`: bytes of a GGUF file by type without its tokenizer,
     of the dense model and of the result, by the widths that `uniform` gives; where a run measures widths
-    they are rounded, and the bytes are near. `files_problem`: why there are none, or what they leave out.
+    they are rounded, and the bytes are near. `files_problem`: why there are none.
     """
 
     model: str
