@@ -55,14 +55,21 @@ def bars() -> Progress:
 
 
 LOG_FILE = "run.jsonl"
+# What a stage takes is told once the first share of it is done, as its first step may cost as much as a hundred
+# others; anew behind the second one, two layers of 32; and in the end.
+TELLING_SHARES = (0.01, 1 / 16, 1.0)
 
 
 class RunLog:
-    """Lines in memory and, from `append_to` on, in a directory's `run.jsonl`."""
+    """Lines in memory and, from `append_to` on, in a directory's `run.jsonl`.
+
+    `foretold`: by stage of the progress, seconds as told at first, as told anew, and as it took.
+    """
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.foretold: dict[str, list[float]] = {}
         self._path: Path | None = None
 
     def append_to(self, directory: Path) -> None:
@@ -74,8 +81,23 @@ class RunLog:
     def part(self) -> "RunLog":
         """Return a log that goes on from these lines by itself, with the same clock."""
         log = RunLog()
-        log.lines, log.seconds = list(self.lines), self.seconds
+        log.lines, log.seconds, log.foretold = list(self.lines), self.seconds, self.foretold
         return log
+
+    def watched(self, progress: Progress) -> Progress:
+        """Return a listener that also notes what stages are to take, at the speed that they have."""
+        begun: dict[str, tuple[float, int]] = {}
+
+        def listen(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)
+            if done == 0 or stage not in begun:  # a training may go on from the middle
+                begun[stage], self.foretold[stage] = (time.perf_counter(), done), []
+            (start, before), told = begun[stage], self.foretold[stage]
+            share = (done - before) / max(1, total - before)
+            if len(told) < len(TELLING_SHARES) and share >= TELLING_SHARES[len(told)]:
+                told.append(round((time.perf_counter() - start) / share, 2))
+
+        return listen
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one line."""

@@ -340,8 +340,9 @@ def begun(
         steps = Store.open(place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell)
     else:
         steps = nullcontext(Store(log=log, label=str(place)))
+    told = tell if is_first() else mute
     with steps as store, target as directory:
-        yield Services(progress=progress, log=log, store=store, scratch=directory, tell=tell if is_first() else mute)
+        yield Services(progress=log.watched(progress), log=log, store=store, scratch=directory, tell=told)
 
 
 def _is_of_others(label: str, changes: str) -> CheckpointError:

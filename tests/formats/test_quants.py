@@ -118,16 +118,12 @@ def test_llama_cpp_writes_as_many_bytes_as_were_told(name: str, tmp_path: Path) 
 
 
 @needs_llama_cpp
-def test_the_command_tells_types(tmp_path: Path) -> None:
+def test_the_command_writes_what_the_function_writes(tmp_path: Path) -> None:
     source, file = saved("narrow", tmp_path / "source"), tmp_path / "model.gguf"
     outcome = run_cli("export", source, file, "--type", "q4_k_m")
     assert outcome.status == 0, outcome.stderr
-    done = export(source, tmp_path / "again.gguf", type_name="q4_k_m", check=False)
+    export(source, tmp_path / "again.gguf", type_name="q4_k_m", check=False)
     assert file.read_bytes() == (tmp_path / "again.gguf").read_bytes()
-    tensors = gguf.GGUFReader(file).tensors
-    assert sum(done.num_params.values()) == sum(int(each.n_elements) for each in tensors)
-    share = done.num_params["q5_0"] / sum(done.num_params.values())
-    assert f"q5_0 {share:.1%}" in outcome.stdout and "Parameters by type: " in outcome.stdout
     assert "Checked: perplexity" in outcome.stdout and sorted(each.name for each in tmp_path.iterdir()) == [
         "again.gguf",
         "model.gguf",

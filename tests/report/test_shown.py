@@ -256,7 +256,6 @@ INSPECTION = records.Inspection(
     dtype="bfloat16",
     size=Size(134_500_000, 269_000_000),
     num_layers=(30, 28),
-    params_per_layer=3_540_000,
     groups=(FFN,),
     remove_asked=0.2,
     remove_reached=0.1973,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,14 +23,12 @@ from rich.progress import Progress as RichProgress
 import secateur
 from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
-from secateur.log import Progress, Tell, mute, silent
+from secateur.log import TELLING_SHARES, Progress, Tell, mute, silent
 from secateur.plugins import mixtures
 from secateur.recipe import INSTALLED_DOMAINS, Keys, merged, parse_recipe, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
-# What is left is told once this share of a stage is done: its first step may cost as much as a hundred others.
-TELLING_SHARE = 0.01
 
 
 @contextmanager
@@ -82,7 +80,7 @@ def _lines(clock: Callable[[], float] = time.monotonic) -> Progress:
             return
         since, before = begun[stage]
         text = stage if is_new else f"{stage}: {done:,} of {total:,}"
-        if done - before >= max(1, TELLING_SHARE * total):
+        if done - before >= max(1, TELLING_SHARES[0] * total):
             text += f", about {_clock((now - since) * (total - done) / (done - before))} left"
         last = now
         tell(f"{_clock(now - start)} {text}")
@@ -289,23 +287,16 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Listeners(NamedTuple):
-    """What a command reports to: steps done, and lines of text."""
-
-    progress: Progress
-    tell: Tell
-
-
 @contextmanager
-def listeners() -> Iterator[Listeners]:
+def listeners() -> Iterator[tuple[Progress, Tell]]:
     """Yield `progress` and `tell` for a command that ranks may share: those of other ranks print nothing."""
     from secateur.ranks import is_first
 
     if not is_first():
-        yield Listeners(silent, mute)
+        yield silent, mute
         return
     with progress_bar() as progress:
-        yield Listeners(progress, tell)
+        yield progress, tell
 
 
 def show(record: Any, written: str = "", *, as_json: bool = False) -> None:

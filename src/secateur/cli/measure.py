@@ -39,7 +39,7 @@ def evaluate(
         calibration = {"calibration": {"domains": common.parse_domains(domain)}}
         domains = parse_recipe(calibration, "--domain").calibration.domains
     names = common.task_names(tasks, tasks_data)
-    with common.listeners() as listeners:
+    with common.listeners() as (progress, tell):
         result = secateur.evaluate(
             model,
             against,
@@ -55,8 +55,8 @@ def evaluate(
             device=device,
             other_dense=other_dense,
             out=out,
-            progress=listeners.progress,
-            tell=listeners.tell,
+            progress=progress,
+            tell=tell,
         )
     common.show(result, f"{(out or Path(model)) / 'evaluation.json'}", as_json=as_json)
 
@@ -158,10 +158,6 @@ def export(
     # What the file holds.
     context = "" if done.context_length is None else f", context {done.context_length:,}"
     common.CONSOLE.print(f"Written to {out}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.", soft_wrap=True)
-    if done.num_params:
-        total = sum(done.num_params.values())
-        types = ", ".join(f"{kind} {num / total:.1%}" for kind, num in done.num_params.items())
-        common.CONSOLE.print(f"Parameters by type: {types}.", soft_wrap=True)
     if done.importance_tokens:
         domains = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
         common.CONSOLE.print(f"Importance of channels: measured on {domains} tokens.", soft_wrap=True)
@@ -220,10 +216,8 @@ def compare(
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    with common.listeners() as listeners:
-        comparison = secateur.compare(
-            study, out, model=model, small=small, progress=listeners.progress, tell=listeners.tell
-        )
+    with common.listeners() as (progress, tell):
+        comparison = secateur.compare(study, out, model=model, small=small, progress=progress, tell=tell)
     common.show(comparison, f"{out}: table.md, results.json")
 
 

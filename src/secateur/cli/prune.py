@@ -137,15 +137,15 @@ def measure(
     if dry_run:
         print(secateur.foretell_measure(model, parsed))
         return
-    with common.listeners() as listeners:
+    with common.listeners() as (progress, tell):
         measurement = secateur.measure(
             model,
             parsed,
             out=out,
             overwrite=overwrite,
             command=common.command_line(out),
-            progress=listeners.progress,
-            tell=listeners.tell,
+            progress=progress,
+            tell=tell,
         )
     common.show(measurement, f"{out}: result.json, report.html")
 
@@ -205,7 +205,7 @@ def prune(
     for option, given in (("--like", like), ("--max-loss", max_loss)):
         if given is not None:
             raise RecipeError(f"{option} {given}: gives one size; leave it out, or --remove and --to.")
-    with common.listeners() as listeners:
+    with common.listeners() as (progress, tell):
         results = secateur.prune_sizes(
             model,
             parsed,
@@ -214,8 +214,8 @@ def prune(
             from_=from_,
             overwrite=overwrite,
             command=common.command_line(out),
-            progress=listeners.progress,
-            tell=listeners.tell,
+            progress=progress,
+            tell=tell,
         )
     for made in results:
         common.show(made.summary, str(made.out))
@@ -233,7 +233,7 @@ def prune_and_tell(
     force: bool = False,
 ) -> None:
     """Prune, and print the result."""
-    with common.listeners() as listeners:
+    with common.listeners() as (progress, tell):
         made = secateur.prune(
             model,
             recipe,
@@ -244,8 +244,8 @@ def prune_and_tell(
             overwrite=overwrite,
             force=force,
             command=common.command_line(out),
-            progress=listeners.progress,
-            tell=listeners.tell,
+            progress=progress,
+            tell=tell,
         )
     summary = made.summary
     loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
@@ -326,7 +326,7 @@ def recover(
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
     changes = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
-    with common.listeners() as listeners:
+    with common.listeners() as (progress, tell):
         record = secateur.recover(
             pruned,
             teacher,
@@ -335,7 +335,7 @@ def recover(
             overwrite=overwrite,
             other_dense=other_dense,
             command=common.command_line(out),
-            progress=listeners.progress,
-            tell=listeners.tell,
+            progress=progress,
+            tell=tell,
         )
     common.show(record, str(out))

@@ -25,7 +25,6 @@ from secateur.formats.gguf_tensors import (
     padded_bytes,
     planned_tensors,
     read_gguf_arrays,
-    stored_types,
 )
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.gguf_types import QUANTISED, quantise
@@ -271,8 +270,7 @@ EXPORTERS = {"gguf": Exporter(check_exportable, export_gguf)}
 class Export(Record):
     """The written file. `context_length`: up to how many tokens it is right, None if unknown.
 
-    `num_params`: of the file, by the type that llama.cpp's quantiser gave them. `check`: None if it was
-    not run. `importance_tokens`: on which the importance of channels was measured, by domain.
+    `check`: None if it was not run. `importance_tokens`: on which the importance of channels was measured, by domain.
     """
 
     file: str
@@ -280,7 +278,6 @@ class Export(Record):
     num_bytes: int
     context_length: int | None
     check: GgufCheck | None
-    num_params: dict[str, int] = field(default_factory=dict)
     importance_tokens: dict[str, int] = field(default_factory=dict)
 
 
@@ -324,8 +321,7 @@ def export(
     checkpoint = open_checkpoint(model)
     _check_old_file(file, checkpoint, is_gguf=is_gguf)
     type_name = exporter.check(checkpoint, type_name)
-    by_llama_cpp = is_gguf and type_name in QUANTISED
-    if importance and not by_llama_cpp:
+    if importance and not (is_gguf and type_name in QUANTISED):
         raise RecipeError(
             f"export importance: is for {', '.join(QUANTISED)}, got {type_name}; choose one of these or leave it out."
         )
@@ -338,13 +334,12 @@ def export(
     with staged_file(file, overwrite=overwrite) as staged:
         write(checkpoint, staged, type_name, progress)
         num_bytes, compared = staged.stat().st_size, None
-        stored = stored_types(staged) if by_llama_cpp else {}
         if is_gguf and check is not False and have_llama_cpp():
             progress("check", 0, 1)
             compared = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
     length = context_length(checkpoint.config, gguf_family(checkpoint)) if is_gguf else None
-    return Export(str(file), type_name, num_bytes, length, compared, stored, tokens)
+    return Export(str(file), type_name, num_bytes, length, compared, tokens)
 
 
 def _check_old_file(file: Path, checkpoint: Checkpoint, *, is_gguf: bool) -> None:

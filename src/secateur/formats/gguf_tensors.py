@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,16 +176,6 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
         else replace(tensor, type_name=stored_type(tensor.gguf_name, tensor.shape[-1]))
         for tensor in tensors
     ]
-
-
-def stored_types(file: Path) -> dict[str, int]:
-    """Return the numbers in a file, by type."""
-    import gguf
-
-    counts: Counter[str] = Counter()
-    for tensor in gguf.GGUFReader(file).tensors:
-        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
-    return dict(counts.most_common())
 
 
 def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec, type_name: str) -> list[GgufTensor]:

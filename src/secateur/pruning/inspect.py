@@ -115,7 +115,6 @@ def _inspection(opened: Opened, progress: Progress) -> Inspection:
         dtype=str(opened.model.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
-        params_per_layer=arch.params_per_layer[0],
         groups=tuple(_facts(name, resolved.groups, plan.num_keep) for name in recipe.remove.group_names if name in cut),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,

@@ -101,6 +101,7 @@ def summary_of(
         widths=group_widths(run.arch.select(recipe.remove.group_names), keeps),
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
+        foretold={stage: told for stage, told in log.foretold.items() if told[2:]},
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         loaded_by=proof.loaded_by if proof else None,
         sample_text=proof.generated_text if proof else None,

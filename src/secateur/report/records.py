@@ -362,7 +362,6 @@ class Inspection(Record):
     dtype: str
     size: Size
     num_layers: tuple[int, int]  # before, after
-    params_per_layer: int  # of the first one
     groups: tuple[GroupFacts, ...]
     remove_asked: float
     remove_reached: float
@@ -458,6 +457,8 @@ class Summary(Record):
     like: Ancestor | None = None
     lineage: tuple[Ancestor, ...] = ()  # the original model first
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
+    # By stage of the progress: seconds as foretold at first, as foretold anew, and taken.
+    foretold: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
     @property
     def has_layers_of_different_widths(self) -> bool:

@@ -241,8 +241,6 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     text = summary.calibration
     tokens = ", ".join(f"{name} {count:,}" for name, count in text.num_tokens.items())
     yield "calibration", f"{tokens} tokens in blocks of {text.sequence_length}; sha256 {text.content_hash[:16]}"
-    shares = ", ".join(f"{name} {overlap_cell(share)}" for name, share in text.held_out_overlap.items())
-    yield "overlap", f"{NGRAM_TOKENS}-grams of the held-out text that the calibration text has too: {shares}"
     if summary.dense_losses:
         judged = ", ".join(f"{name} {count:,}" for name, count in text.num_judged_tokens.items())
         yield (
@@ -262,8 +260,7 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.polish is not None:
         yield "polish", summary.polish.headline
     if summary.guard_refusals:
-        many = "s" if summary.guard_refusals > 1 else ""
-        yield "guard", f"compensation refused by held-out text in {summary.guard_refusals} group{many}"
+        yield "guard", f"groups whose compensation held-out text refused: {summary.guard_refusals}"
     if summary.reload_max_abs_difference is not None:
         difference = summary.reload_max_abs_difference
         yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
@@ -315,8 +312,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
         f"weights once), widths in multiples of {inspection.align}; at most {inspection.largest_remove:.1%}",
     )
     if len(set(inspection.num_layers)) > 1:
-        per_layer = f"each of {inspection.params_per_layer:,} parameters"
-        yield "layers", "{} -> {}, {}; a run measures which".format(*inspection.num_layers, per_layer)
+        yield "layers", "{} -> {}; a run measures which".format(*inspection.num_layers)
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
     weights = f"weights {human_bytes(memory.weights)}{' (they stay on disk)' * inspection.weights_on_disk}"
@@ -562,8 +558,7 @@ def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
 
 
 def _run(result: BenchResult) -> str:
-    many = "s" if result.num_threads > 1 else ""
-    threads = f", {result.num_threads} thread{many}" if result.device == "cpu" else ""
+    threads = f", threads: {result.num_threads}" if result.device == "cpu" else ""
     return f"transformers on {result.device}{threads}"
 
 
@@ -601,7 +596,6 @@ def verdict_table(record: Trained, caption: str = "", name: str = "recovered") -
         for domain in record.dense
     ]
     rows.append(("mean", *(f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values())))
-    rows.append(("geometric-mean perplexity", *(f"{math.exp(mean_nats(of)):.2f}" for of in columns.values())))
     return Table(caption, ("nats/token, KL to dense", *columns), rows)
 
 
@@ -612,9 +606,7 @@ def _kl_cell(verdict: Verdict) -> str:
 def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
     """Yield what the recovery took (tokens, seconds, memory), reload and notes."""
     ours = record.training
-    rate = ours.num_tokens / ours.seconds if ours.seconds else 0.0
-    took = f"{ours.seconds:,.1f} s, {rate:,.0f} tokens/s"
-    yield "training", f"{ours.num_tokens:,} tokens, {took}"
+    yield "training", f"{ours.num_tokens:,} tokens, {ours.seconds:,.1f} s"
     yield "guarded by", f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
     yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
     yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
