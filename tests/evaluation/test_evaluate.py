@@ -98,6 +98,11 @@ def test_named_domains_give_the_blocks_asked_for_whatever_their_shares(texts):
         assert len({tuple(ids) for ids in blocks["prose"].ids_NT.tolist()}) == num_blocks
 
 
+def test_blocks_are_no_longer_than_the_model_reads(copy, texts):
+    found = evaluate(copy, domains={"prose": Domain(files=(str(texts["prose"]),))}, num_blocks=2)
+    assert found.pruned.domains["prose"].num_tokens == 2 * (256 - 1)  # the first of its 256 positions predicts nothing
+
+
 def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
     domains = [f"--domain={name}={file}" for name, file in texts.items()]
     arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]

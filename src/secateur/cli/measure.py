@@ -19,7 +19,9 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="The dense model: differences, and KL per domain.")] = None,
     domain: common.Domains = None,
     num_blocks: Annotated[int, typer.Option(min=1, help="Blocks per --domain.")] = 16,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per block of --domain.")] = 512,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens per block of --domain; 512, or the model's positions if fewer.")
+    ] = None,
     tasks: common.Tasks = None,
     limit: common.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,

@@ -33,7 +33,7 @@ def evaluate(
     *,
     domains: dict[str, Domain] | None = None,
     num_blocks: int = 16,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     tasks: tuple[str, ...] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -51,9 +51,9 @@ def evaluate(
     `model`: a result of `prune`, or any other model. `against`: the dense model, for differences,
     KL by domain and its own answers; `other_dense`: it is meant to be another one than `model` was pruned from.
     `domains`: text by name; None: what judged the run, by the model's own
-    recipe.yaml. `num_blocks`, `sequence_length`: of `domains`. `tasks`: names of
-    lm-evaluation-harness. `limit`: questions per task. `num_fewshot`: examples in each prompt.
-    `batch_size`: questions at a time. `run_code`: tasks may run code that the models write, in a
+    recipe.yaml. `num_blocks`, `sequence_length`: of `domains`; None: 512 tokens, or the model's positions
+    if fewer. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`: examples
+    in each prompt. `batch_size`: questions at a time. `run_code`: tasks may run code that the models write, in a
     process without network. `tasks_data`: a directory searched first for rows. `device`: as in a recipe.
     `out`: a directory, by default `model` if that is a result. `progress`:
     called with (stage, done, total). `tell`: gets a line about every finished part that is damaged

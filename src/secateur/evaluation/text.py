@@ -43,7 +43,7 @@ def text_to_judge(
     checkpoint: Checkpoint,
     domains: dict[str, Domain] | None,
     num_blocks: int,
-    sequence_length: int,
+    sequence_length: int | None,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
     *,
@@ -57,9 +57,8 @@ def text_to_judge(
     directory = checkpoint.directory
     if domains is None:
         return recipe_blocks(directory, tokenizer, progress) if is_needed or has_recipe(directory) else ({}, ())
-    text = named_blocks(domains, num_blocks, sequence_length, tokenizer, progress, directory)
-    block_length(sequence_length, checkpoint.config, "--sequence-length")
-    return text
+    sequence_length = block_length(sequence_length, checkpoint.config, "--sequence-length")
+    return named_blocks(domains, num_blocks, sequence_length, tokenizer, progress, directory)
 
 
 def has_recipe(directory: Path) -> bool:
@@ -127,10 +126,9 @@ def _run_learnt(
 
     Only its domains of the sources of `domains` are looked at. None if there are none, or no run.
     """
-    path = directory / RECIPE_FILE
     if text_facts(directory) is None or not has_recipe(directory):
         return None
-    recipe = as_recipe(path)
+    recipe = as_recipe(directory / RECIPE_FILE)
     sources = [domain.source for domain in domains.values()]
     files = any(key == "files" for key, _ in sources)
     same = {
@@ -164,8 +162,9 @@ def losses_of_dense_tokens(
 def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
     known = text_facts(directory)
     if known is None:
-        path = directory / RESULT_FILE
-        return (f"{path} is missing, so it is not known whether this text is what the run held out.",)
+        return (
+            f"{directory / RESULT_FILE} is missing, so it is not known whether this text is what the run held out.",
+        )
     if known.judged_hash == judged.content_hash:
         return ()
     return (
