@@ -15,7 +15,9 @@ import typer
 from shown import assert_shown
 
 import secateur
+from secateur import Result
 from secateur.cli import app
+from secateur.facts import Record
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -117,6 +119,10 @@ def test_records_cannot_be_changed_and_take_no_field_that_they_do_not_name() -> 
     records = list(_records())
     assert {each.__name__ for each in records if not each.__dataclass_params__.frozen} == CHANGES
     assert {each.__name__ for each in records if "__slots__" not in vars(each)} == WITHOUT_SLOTS
+    # Those with more numbers than a screen shows say so where Python prints them.
+    large = {each.__name__ for each in records if each.__repr__ in (Record.__repr__, Result.__repr__)}
+    named = "BenchResult Comparison Evaluation Inspection Measurement RecoveryRecord Result Summary"
+    assert large - {"Record"} == set(named.split())
 
 
 def test_where_a_pair_may_be_dropped_is_known() -> None:

@@ -175,7 +175,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damaged_model(name, model, prune):
     damage, expected = DAMAGES[name]
     damage(model)
-    refused(prune(), expected)
+    outcome = prune()
+    refused(outcome, expected)
+    assert outcome.stderr.splitlines()[-1].count(str(model)) <= 1, "a sentence is not put into another"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from models import tiny_ids, tiny_llama
 
 from secateur.errors import NumericsError
+from secateur.log import silent
 from secateur.methods import depth
 from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers
 from secateur.model.bind import bind
@@ -160,7 +161,8 @@ def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, m
         return found
 
     monkeypatch.setattr(depth, "layer_kl", layer_costs)
-    return choose_layers(model, bind(model), [], num_remove, **options), calls
+    asked = {"readers": None, "protected": (), "progress": silent} | options
+    return choose_layers(model, bind(model), [], num_remove, **asked), calls
 
 
 def test_of_equal_layers_the_first_goes(monkeypatch) -> None:

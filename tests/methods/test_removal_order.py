@@ -14,6 +14,7 @@ from models import tiny_ids, tiny_llama
 
 from secateur.data.blocks import Block, TokenCounts, count_tokens
 from secateur.errors import RecipeError
+from secateur.log import silent
 from secateur.methods import vocabulary as module
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.vocabulary import (
@@ -166,7 +167,7 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     )
     ids = [60, 50, 7, 70, 51, 60, 50, 6, 61, 50, 61, 7, 60, 51, 50, 60, 30]  # the first is context alone
     blocks = [torch.tensor([[7] * len(ids), ids]), torch.tensor([[9, 50, 9, 9, 51, 9, 50, *[9] * 10]] * 2)]
-    found = piece_nats(model, arch, vocabulary, blocks)
+    found = piece_nats(model, arch, vocabulary, blocks, silent)
 
     def surprise(text: list[int]) -> list[float]:
         with torch.no_grad():
@@ -195,7 +196,7 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     assert found.token == pytest.approx(tokens / further, rel=1e-4)
     assert found.character == pytest.approx(sum(characters) / 2, rel=1e-4)
     monkeypatch.setattr(module, "FEWEST_CHARACTERS", 3)
-    few = piece_nats(model, arch, vocabulary, blocks)
+    few = piece_nats(model, arch, vocabulary, blocks, silent)
     assert few.character == few.token == found.token
 
 
@@ -272,7 +273,7 @@ def test_answers_count_what_the_model_is_likely_to_say_where_they_count():
     ids_T = tiny_ids(batch=1, length=24)[0]
     is_answer_T = torch.arange(24) >= 10
     block = Block(ids_T, torch.zeros_like(ids_T), is_answer_T)
-    counts = expected_counts(model, bind(model), [block], model.config.vocab_size)
+    counts = expected_counts(model, bind(model), [block], model.config.vocab_size, silent)
     with torch.no_grad():
         probabilities_TV = model(ids_T[None]).logits[0].float().softmax(dim=-1)
     # What stands before an answer's tokens foretells them: those from 9 on, and none behind the last.
@@ -398,7 +399,7 @@ def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
 
 def test_the_law_goes_through_both_measured_points(narrow):
     model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"]
-    law = channel_law(model, arch, batches, {"d": 1.0}, 0.6, 1e-3)
+    law = channel_law(model, arch, batches, {"d": 1.0}, 0.6, 1e-3, silent)
     # Batches have two blocks: the first block judges, the next ones are fitted to.
     num_fit = math.ceil(4 * 112 / 32)
     blocks_N = [block for batch in batches for block in batch.ids_BT.split(1)]

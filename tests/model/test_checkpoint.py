@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from models import tiny_ids, tiny_llama, tiny_qwen2
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
@@ -18,6 +21,7 @@ from secateur.errors import ArchError, CheckpointError
 from secateur.model.checkpoint import (
     check_rows,
     check_weights,
+    load,
     load_model,
     load_tokenizer,
     meta_model,
@@ -175,6 +179,33 @@ def test_hub_id_is_found_in_the_cache_and_offline_is_said(directory, tmp_path, m
     (repository / "refs" / "main").write_text(commit)
     checkpoint = open_checkpoint("owner/name")
     assert torch.equal(load_model(checkpoint)(tiny_ids()).logits, tiny_llama()(tiny_ids()).logits)
+
+
+ANSWER: Any = SimpleNamespace(headers={}, status_code=403, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (GatedRepoError("no", response=ANSWER), "its authors ask for consent first; accept its terms on its hub page"),
+        (RepositoryNotFoundError("no", response=ANSWER), "the hub has no such model, or it is private; check"),
+        (LocalEntryNotFoundError("no"), "it is not in the local hub cache and the hub cannot be reached or HF_HUB"),
+        (HTTPError("cut off"), r"the download failed \(cut off\)\.$"),
+        (OSError("cut off"), r"the download failed \(cut off\)\.$"),
+    ],
+)
+def test_what_the_hub_answers_is_told(error, said, monkeypatch):
+    monkeypatch.setattr("secateur.model.config.snapshot_download", Mock(side_effect=error))
+    with pytest.raises(CheckpointError, match=f"^model owner/name: no local directory of that name, and as .*: {said}"):
+        open_checkpoint("owner/name")
+
+
+def test_what_is_wrong_with_a_model_is_no_reason_of_another_sentence(directory):
+    edit_tensor(directory, "model.norm.weight", None)
+    with pytest.raises(
+        CheckpointError, match=f"^{directory}: weights and config disagree, missing: model.norm.weight;"
+    ):
+        load(directory)
 
 
 def test_a_directory_beats_a_hub_id(directory, monkeypatch):

@@ -17,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.log import silent
 from secateur.methods.depth import choose_layers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import bind, decoder_layers
@@ -133,7 +134,7 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
     readers = _narrow_readers(run, run.batches())
     # Nothing is left to the widths here.
     assert readers == {}
-    expected = choose_layers(model, run.arch, batches, 3)
+    expected = choose_layers(model, run.arch, batches, 3, readers=None, protected=(), progress=silent)
     by_choice = sorted(lines, key=lambda line: line["chosen"])
     assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
     # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.

@@ -35,7 +35,7 @@ def step(run: Run, number: int = 0, num_keep: int = 64) -> tuple[torch.Tensor, d
     walk = Walk(run.model, run.arch, run.batches(), dense=bool(run.resolved.target_mix))
     if run.resolved.target_mix:
         walk.advance_dense(0)
-    keep, line = prune_group(walk, group, num_keep, run.resolved.recipe, run.shares, 0)
+    keep, line = prune_group(walk, group, num_keep, run.resolved.recipe, run.shares, 0, None)
     return keep, line, walk
 
 

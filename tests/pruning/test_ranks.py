@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -194,6 +195,28 @@ def check_against_one(jobs: tuple[Path, Path], num_ranks: int, launch: Callable[
 
 def test_two_ranks_make_what_one_makes(jobs, warm):
     check_against_one(jobs, 2, partial(run_forked_ranks, warm))
+
+
+def test_a_process_is_alive_until_it_ends_though_nobody_has_asked_how(monkeypatch):
+    assert ranks.is_alive(psutil.Process().pid)
+    process = subprocess.Popen(["true"])
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not ranks.is_alive(process.pid)
+    process.wait()
+    assert not ranks.is_alive(process.pid)
+    monkeypatch.setattr(psutil, "Process", Mock(side_effect=psutil.AccessDenied()))
+    assert ranks.is_alive(1), "another user's"
+
+
+@pytest.mark.parametrize(("reason", "why"), [("", " (the launcher is gone too)"), ("no answer", " (no answer)")])
+def test_a_lost_rank_that_nobody_can_name_is_told_too(reason, why, monkeypatch):
+    def gone(*_: Any) -> Any:
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(ranks, "_groups", [ranks._Group(torch.distributed.HashStore(), 0, 3)])
+    monkeypatch.setattr(ranks, "lost_ranks", gone)
+    assert ranks.lost_text(reason).startswith(f"rank one of 3 no longer answers was lost{why}, so all ranks end")
 
 
 @pytest.mark.slow

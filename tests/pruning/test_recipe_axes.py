@@ -155,7 +155,7 @@ def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_pat
 
     def num_bytes(more: int) -> int:
         kept = {key: kept + more for key, kept in found.plans[-1].num_keep.items()}
-        return 2 * num_params(model_left(config, found.layers, kept))
+        return 2 * num_params(model_left(config, found.layers, kept, None))
 
     step = 1 if shape == "mixture" else found.align
     assert num_bytes(0) <= room < num_bytes(step), (num_bytes(0), room, num_bytes(step))

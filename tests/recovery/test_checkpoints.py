@@ -1,5 +1,6 @@
 """Checkpoints of an interrupted training: one with a byte changed counts as absent, and the result is the same."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -7,12 +8,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from damage import flip_a_bit_of, truncate
 from recipes import grouped
 from run_cli import run_cli
 
 import secateur
+from secateur.errors import CheckpointError
 from secateur.recovery import train
 from secateur.recovery.train import Checkpoints
 
@@ -32,6 +35,16 @@ def saved_often() -> Iterator[None]:
     """Save every second step."""
     with patch.object(train, "SAVED_STEPS", 2):
         yield
+
+
+def test_a_write_of_torch_that_fails_is_a_full_disk_and_no_other_error_is(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "polish", lambda _: None)
+    with pytest.raises(CheckpointError, match="a checkpoint could not be written whole; free some space"):
+        with checkpoints.errors_told():
+            torch.save({}, tmp_path / "nowhere" / "optimizer.pt")
+    with pytest.raises(RuntimeError, match="shapes") as raised, checkpoints.errors_told():
+        raise RuntimeError("shapes")
+    assert type(raised.value) is RuntimeError
 
 
 def killed_at_second_checkpoint(command: tuple[object, ...]) -> None:
@@ -102,6 +115,15 @@ def test_a_damaged_checkpoint_counts_as_absent(verb, name, damage, commands, run
     label = "polish" if verb == "prune" else "recover"
     told = f"{label}: checkpoint-4, finished by an earlier run, is damaged on disk, so it is done again."
     assert (told in done.stderr) == (damage is not None)
+
+
+def test_the_lines_of_a_training_that_was_whole_are_those_of_the_run_that_goes_on(commands, tmp_path):
+    command = with_out(commands["prune"], tmp_path / "out")
+    with patch("secateur.pruning.result.save_pruned", side_effect=Killed), pytest.raises(Killed):
+        run_cli(*command)
+    assert run_cli(*command).status == 0
+    lines = map(json.loads, (tmp_path / "out" / "run.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["event"] == "polish_step"] == list(range(1, 7))
 
 
 def saved(folder: Path, steps: Sequence[int]) -> Checkpoints:

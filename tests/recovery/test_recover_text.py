@@ -9,6 +9,7 @@ from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CalibrationError, RecipeError
+from secateur.log import silent
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery.text import RecoveryText, blocks_per_step, shared_out
 from secateur.recovery.work import recovery_text
@@ -28,7 +29,7 @@ def settings(**changes) -> RecoverySettings:
 
 
 def drawn(recipe: Recipe, directory: Path = Path("none"), **changes) -> RecoveryText:
-    return recovery_text(directory, recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1))
+    return recovery_text(directory, recipe, settings(**changes), TOKENIZER, tiny_llama(num_layers=1), silent)
 
 
 def rows(blocks) -> set[tuple[int, ...]]:

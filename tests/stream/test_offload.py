@@ -199,7 +199,7 @@ def test_bringing_keeps_ties_and_leaves_out_what_it_is_told_to() -> None:
     assert root["a"].bias.dtype == torch.half and root["a"].weight.dtype == torch.float32
     assert root["a"].mask.is_meta and not root["c"].weight.is_meta
     same = root["a"].weight
-    bring(root, torch.device("meta"), but=[root["c"]])
+    bring(root, torch.device("meta"), but=[root["c"]], dtype=None)
     assert root["a"].weight is same
 
 
@@ -208,7 +208,7 @@ def test_parameters_made_in_inference_mode_can_be_changed() -> None:
         made = parameter_on(CPU, nn.Parameter(torch.ones(2), requires_grad=False), torch.float64)
     made.add_(1)
     assert made.tolist() == [2, 2] and made.dtype == torch.float64 and not made.requires_grad
-    assert parameter_on(CPU, nn.Parameter(torch.ones(2))).requires_grad
+    assert parameter_on(CPU, nn.Parameter(torch.ones(2)), None).requires_grad
 
 
 def test_half_precision_is_raised_where_it_is_multiplied_in_software(monkeypatch: pytest.MonkeyPatch) -> None:

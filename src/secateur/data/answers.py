@@ -259,7 +259,7 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
 
 
 def greedy_answers(
-    speaker: Speaker, prompts: Sequence[str], num_tokens: int, stage: str, progress: Progress = silent
+    speaker: Speaker, prompts: Sequence[str], num_tokens: int, stage: str, progress: Progress
 ) -> list[Conversation]:
     """Return what the speaker answers to each prompt of a user, its first choice at every token.
 

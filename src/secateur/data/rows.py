@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 from secateur.data.forms import NoText
 from secateur.errors import CalibrationError, one_line
 from secateur.files import json_of
+from secateur.log import human_bytes
 
 MIN_TXT_DOCUMENT_CHARACTERS = 8000
 # Parts of a file that can only be read whole. A few bytes of a compressed file may stand for any number.
@@ -103,7 +104,7 @@ def _lines(path: Path, where: str) -> Iterator[str]:
             # Blank lines without end are no text either, and nobody would see the first document.
             num_blank_bytes = 0 if line.strip() else num_blank_bytes + len(line)
             if max(len(line), num_blank_bytes) > MAX_LINE_BYTES:
-                limit = f"{MAX_LINE_BYTES / 1e6:,.0f} MB"
+                limit = human_bytes(MAX_LINE_BYTES)
                 raise CalibrationError(f"{where}, line {number}: {limit} without a line of text; break it into lines.")
             yield _decoded(line, where, start)
             start += len(line)
@@ -138,7 +139,7 @@ def _json_rows(path: Path, where: str) -> Iterator[Row]:
     with _opened(path, where) as stream:
         content = stream.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
-        limit = f"{MAX_JSON_BYTES / 1e6:,.0f} MB"
+        limit = human_bytes(MAX_JSON_BYTES)
         raise CalibrationError(f"{where}: is longer than {limit}; write it as .jsonl, which is read line by line.")
     text = _decoded(content, where)
     data = _parse_json(text, where) if text.strip() else []
@@ -202,8 +203,8 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
                 num_bytes = max(about.total_byte_size, BYTES_PER_VALUE * (num_values - about.num_rows))
                 if num_bytes > MAX_ROW_GROUP_BYTES:
                     raise CalibrationError(
-                        f"{where}, row group {group + 1}: holds {num_bytes / 1e9:,.1f} GB, more than "
-                        f"{MAX_ROW_GROUP_BYTES / 1e9:,.1f} GB; write the file with smaller row groups."
+                        f"{where}, row group {group + 1}: holds {human_bytes(num_bytes)}, more than "
+                        f"{human_bytes(MAX_ROW_GROUP_BYTES)}; write the file with smaller row groups."
                     )
                 for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], use_threads=False):
                     yield from (Row(f"{where}, row {next(numbers)}", row) for row in batch.to_pylist())

@@ -140,7 +140,7 @@ class Subject:
         self.loaded = None
 
 
-def open_subject(which: str, reference: Any, device: str | None = None) -> Subject:
+def open_subject(which: str, reference: Any, device: str | None) -> Subject:
     """Check a model without its weights. Raises CheckpointError, ArchError or RecipeError."""
     checkpoint = open_checkpoint(reference)
     return subject_of(which, checkpoint, bind(meta_model(checkpoint.config)), device_called(device))

@@ -85,7 +85,7 @@ def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str
 
 
 def quantise(
-    source: Path, file: Path, type_name: str, reference: str, importance: Mapping[str, np.ndarray] | None = None
+    source: Path, file: Path, type_name: str, reference: str, importance: Mapping[str, np.ndarray] | None
 ) -> None:
     """Write the GGUF file `source`, in f32, f16 or bf16, as `file` by llama.cpp's quantiser.
 

@@ -251,9 +251,9 @@ def choose_layers(
     batches: list[Batch],
     num_remove: int,
     *,
-    readers: Mapping[int, Tensor] | None = None,
-    protected: Collection[int] = (),
-    progress: Progress = silent,
+    readers: Mapping[int, Tensor] | None,
+    protected: Collection[int],
+    progress: Progress,
 ) -> dict[int, float]:
     """Return the layers to remove, in order, and the KL then: each time the cheapest one now.
 

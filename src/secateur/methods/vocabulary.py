@@ -60,9 +60,7 @@ def token_use(
 
 
 @torch.inference_mode()
-def expected_counts(
-    model: nn.Module, arch: Arch, text: Text, num_rows: int, progress: Progress = silent
-) -> TokenCounts:
+def expected_counts(model: nn.Module, arch: Arch, text: Text, num_rows: int, progress: Progress) -> TokenCounts:
     """Return how often the model itself would say each token where the text's tokens count.
 
     counts_v = sum_t p(v | tokens before t). A draw names one token of those that are likely there, and few
@@ -131,7 +129,7 @@ class PieceNats:
 
 @torch.inference_mode()
 def piece_nats(
-    model: nn.Module, arch: Arch, vocabulary: Vocabulary, text: Sequence[Text], progress: Progress = silent
+    model: nn.Module, arch: Arch, vocabulary: Vocabulary, text: Sequence[Text], progress: Progress
 ) -> PieceNats:
     """Return what tokens cost in pieces, by a block of each domain in which some are spelt in theirs.
 
@@ -365,7 +363,7 @@ def channel_law(
     shares: Mapping[str, float],
     most: float,
     damping: float,
-    progress: Progress = silent,
+    progress: Progress,
 ) -> Law:
     """Return what a share of the FFN channels costs: a share^b through `most` and half of it.
 

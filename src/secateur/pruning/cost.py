@@ -7,6 +7,7 @@ import torch
 
 from secateur.errors import RecipeError
 from secateur.files import parse_size
+from secateur.log import human_bytes
 from secateur.methods.budget import params_gone
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
@@ -60,7 +61,7 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     on_disk = host is not None and needed > host
     if on_disk and not _can_map(opened):
         raise RecipeError(
-            f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the {needed / 1e9:.2f} GB "
+            f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the {human_bytes(needed)} "
             f"that are needed with this model's weights in memory; only safetensors weights, not quantised and given "
             f"by their path, can stay on disk."
         )
@@ -102,7 +103,7 @@ def _too_little(least: MemoryEstimate, budget: int, *, on_cpu: bool) -> RecipeEr
         remedy = "name layers that go in remove.layers or give depth: 0"
     key, how = ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
     return RecipeError(
-        f"machine.{key}: {budget / 1e9:.2f} GB cannot work; with {how} the run still needs {least.peak / 1e9:.2f} GB; "
+        f"machine.{key}: {human_bytes(budget)} cannot work; with {how} the run still needs {human_bytes(least.peak)}; "
         f"allow that, or {remedy}."
     )
 

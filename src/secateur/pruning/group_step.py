@@ -59,7 +59,7 @@ def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, 
 
 @torch.no_grad()
 def model_left(
-    config: Any, layers: Collection[int], num_keep: Mapping[GroupKey, int], num_tokens: int | None = None
+    config: Any, layers: Collection[int], num_keep: Mapping[GroupKey, int], num_tokens: int | None
 ) -> CausalLM:
     """Return, on meta, the model of `config` with only these layers, units and so many tokens, or all."""
     model = meta_model(copy.deepcopy(config))
@@ -106,7 +106,7 @@ def prune_group(
     recipe: Recipe,
     shares: dict[str, float],
     seed: int,
-    keep: Tensor | None = None,
+    keep: Tensor | None,
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
     """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before."""
     with walk.layer(group.layer):

@@ -166,7 +166,7 @@ def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
     """Return notes for people on how the run keeps within memory."""
     notes: tuple[str, ...] = ()
     if plan.one_layer_at_a_time and plan.budget_bytes is not None:
-        limit = f"{plan.budget_bytes / 1e9:.2f} GB"
+        limit = human_bytes(plan.budget_bytes)
         notes += (f"layers came to {opened.device} one at a time to keep within {limit}.",)
     if plan.in_float32:
         stored = str(opened.model.dtype).removeprefix("torch.")

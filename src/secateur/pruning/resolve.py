@@ -13,6 +13,7 @@ from typing import Any
 from secateur.data.blocks import block_length
 from secateur.errors import RecipeError
 from secateur.files import is_size, parse_count, parse_size
+from secateur.log import human_bytes
 from secateur.methods.budget import (
     Plan,
     Prices,
@@ -191,7 +192,7 @@ def share_of_size(opened: Opened) -> Opened:
     if not 0 < stays < size.num_params:
         raise RecipeError(
             f"remove.to: {remove.to} leaves {stays:,} parameters, and the model has {size.num_params:,} "
-            f"({size.num_bytes / 1e9:.3g} GB); give a smaller model's size that is above 0."
+            f"({human_bytes(size.num_bytes)}); give a smaller model's size that is above 0."
         )
     plain = _of_share(opened, 1 - stays / size.num_params)
     run = _unplanned(plain)

@@ -13,7 +13,7 @@ import secateur.stream.judge as stream_judge
 from secateur.data.answers import with_answers
 from secateur.facts import Judgement
 from secateur.formats.run_text import run_text_again
-from secateur.log import Progress, silent
+from secateur.log import Progress
 from secateur.model.bind import bind
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.answers import answers_of
@@ -65,7 +65,7 @@ def recovery_text(
     settings: RecoverySettings,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel,
-    progress: Progress = silent,
+    progress: Progress,
 ) -> RecoveryText:
     """Draw the text: domains by their shares, shuffled by the seed, in whole steps.
 

@@ -103,7 +103,7 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def bring(
-    root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None = None
+    root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None
 ) -> None:
     """Move all weights and buffers to the device, except those of the modules `but`; ties stay.
 
@@ -140,7 +140,7 @@ def raised(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW else dtype
 
 
-def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
+def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
     """Return the parameter as a new one on the device, in this dtype if given."""
     # Parameters made in inference mode could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():

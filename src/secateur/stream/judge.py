@@ -54,7 +54,7 @@ class AnswerSheet:
         return [Conversation(ids_T=torch.tensor(ids), num_prompt=number) for ids, number in pairs]
 
 
-def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress = silent) -> AnswerSheet:
+def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress) -> AnswerSheet:
     """Return what the dense model answers to the prompts, and its nats for that.
 
     All ranks call this, and the first one writes. Raises NumericsError if a logit is not finite.
@@ -288,7 +288,7 @@ class Judge:
         return self._kept(stage, measured, model, depends_on, kind=dict[str, Loss])
 
     def _kept(
-        self, name: str, compute: Callable[[], Any], model: ToJudge, depends_on: Mapping[str, Any], kind: Any = Any
+        self, name: str, compute: Callable[[], Any], model: ToJudge, depends_on: Mapping[str, Any], kind: Any
     ) -> Any:
         """Return the value from the store, or compute and keep it."""
         if model.depends_on is None:

@@ -99,7 +99,7 @@ def predicted_tokens(text: Text) -> dict[int, int]:
 
 
 def head_inputs(
-    model: nn.Module, arch: Arch, text: Text, progress: Progress = silent, stage: str = "evaluate"
+    model: nn.Module, arch: Arch, text: Text, progress: Progress, stage: str
 ) -> Iterator[Float[Tensor, "P D"]]:
     """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
     blocks = blocks_of(text)
