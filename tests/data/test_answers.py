@@ -334,3 +334,9 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
         f"f|{system}<user>hi{end}",
     }
     assert noted == ["chats left out, since no user says anything in them"]
+
+
+def test_prompts_that_leave_no_room_in_the_tokens_of_another_tokenizer_fill_nothing():
+    short, long = (Conversation(torch.arange(size), num_prompt) for size, num_prompt in ((6, 2), (14, 9)))
+    found = answers._filled([long, short, long, short], 1, 8, 0)
+    assert found is not None and found.ids_NT.tolist() == answers._filled([short, short], 1, 8, 0).ids_NT.tolist()

@@ -397,6 +397,12 @@ def test_narrow_kl_is_that_of_the_model_with_these_readers(narrow):
     assert alone[0] != alone[1] and both == [pytest.approx(0.75 * alone[0] + 0.25 * alone[1], rel=1e-6)]
 
 
+def test_channels_that_cost_nothing_have_a_law_too(narrow, monkeypatch):
+    monkeypatch.setattr(module, "narrow_kl", lambda *_: [0.0, -1e-12])
+    law = channel_law(narrow["model"], narrow["arch"], narrow["batches"], {"d": 1.0}, 0.6, 1e-3, silent)
+    assert law(torch.tensor([0.3, 0.6])).tolist() == pytest.approx([1e-9, 1e-9])
+
+
 def test_the_law_goes_through_both_measured_points(narrow):
     model, arch, batches = narrow["model"], narrow["arch"], narrow["batches"]
     law = channel_law(model, arch, batches, {"d": 1.0}, 0.6, 1e-3, silent)

@@ -245,7 +245,7 @@ def gptq(directory: Path, model: Any, version: str, in_order: bool, bits: int, e
     return written(directory, model, said, replace)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_gptq_is_read_by_the_formats_definition(version: str, in_order: bool, bits: int, tmp_path: Path) -> None:
@@ -300,6 +300,7 @@ def edited(directory: Path, **said: Any) -> Path:
         ({"quant_method": "hqq"}, "the method hqq cannot be read; known are fp8, mxfp8, mxfp4, compressed-tensors"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ's version gemv cannot be read"),
         ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits cannot be read"),
+        ({"quant_method": "gptq", "bits": 1}, "GPTQ with 1 bits cannot be read"),
         (
             {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},
             "rotations .transform_config. cannot be read",

@@ -24,7 +24,7 @@ from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery import attention, train
-from secateur.recovery.cost import training_bytes
+from secateur.recovery.cost import num_trained, training_bytes
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.polish import Lesson, learn, polish
 from secateur.recovery.train import training_folder
@@ -307,6 +307,7 @@ def test_the_best_weights_at_the_end_may_be_the_most():
     low_rank = settings.model_copy(update={"train": "lora", "lora_rank": 2})
     step = 32 * (4 * activations + 2 * (3 * 4 * 112 + words) + 16 * model.config.vocab_size)
     step += 4 * 32 * 3 * (6 * 48 + 112) + 16 * 2 * 3 * (11 * 48 + 3 * 112)  # what linears read; the additions
+    assert num_trained(low, low_rank) == 0, "of the model's own"
     assert training_bytes(low, 10, 0, low_rank, 32, on_cpu=False) == 2 * 10 + step
     assert training_bytes(low, 10**8, 0, low_rank, 32, on_cpu=False) == 2 * 2 * 10**8, "stored, and merged at the end"
 
