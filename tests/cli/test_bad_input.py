@@ -205,6 +205,10 @@ def test_bad_option(options, expected, prune):
         ({"compute_dtype": "float32", "memory_budget": "1GB"}, "float32 does not go with memory_budget, which keeps"),
         ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
+        (
+            {"calibration": {"answers": 0, "domains": {"mine": {"files": ["a.jsonl"], "answers": True}}}},
+            "calibration.answers: 0, but domain 'mine' is of answers; leave out one of them.",
+        ),
         ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
     ],
 )

@@ -340,3 +340,11 @@ def test_prompts_that_leave_no_room_in_the_tokens_of_another_tokenizer_fill_noth
     short, long = (Conversation(torch.arange(size), num_prompt) for size, num_prompt in ((6, 2), (14, 9)))
     found = answers._filled([long, short, long, short], 1, 8, 0)
     assert found is not None and found.ids_NT.tolist() == answers._filled([short, short], 1, 8, 0).ids_NT.tolist()
+
+
+def test_what_a_tokenizer_puts_before_each_text_is_in_no_prompt_and_no_end() -> None:
+    plain = speaker(talkative())
+    begun = replace(plain, tokenizer=tiny_tokenizer(begins=True))
+    begun.tokenizer.chat_template = TEMPLATE
+    assert torch.equal(written(plain).ids_NT, written(begun).ids_NT)
+    assert closing_of_turn(plain.tokenizer) == closing_of_turn(begun.tokenizer)

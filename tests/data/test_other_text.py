@@ -9,7 +9,6 @@ import torch
 import yaml
 from models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
-from tokenizers.processors import TemplateProcessing
 
 import secateur
 from secateur.data import sources
@@ -31,11 +30,8 @@ def test_there_are_documents_of_several_kinds():
 
 @pytest.mark.parametrize("begins", [False, True])
 def test_blocks_are_of_one_document_and_hold_all_of_it(begins):
-    tokenizer, config = tiny_tokenizer(), tiny_llama().config
-    if begins:  # each text with a token, as Llama's does
-        backend, start = tokenizer.backend_tokenizer, tokenizer.eos_token
-        backend.post_processor = TemplateProcessing(f"{start} $A", None, [(start, tokenizer.eos_token_id)])
-        assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
+    tokenizer, config = tiny_tokenizer(begins=begins), tiny_llama().config
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id) == begins
     blocks = other_text(DOCUMENTS[:3], tokenizer, config)
     assert all(2 <= len(block.ids_T) <= config.max_position_embeddings for block in blocks)
     for number, text in enumerate(DOCUMENTS[:3]):

@@ -344,3 +344,13 @@ def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(
     texts = _Texts("mine", Domain(installed="code"), TOKENIZER, 0, LENGTH, lambda *_: None)
     assert [texts.has(number) for number in (0, 1, 2, 3, 4)] == [True, True, True, True, False]
     assert len(read) == 4 + MOST_REPEATS and len(texts.pieces) == len(texts.digests) == 4
+
+
+def test_what_a_tokenizer_puts_before_each_text_is_none_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"line {number} of a text" for number in range(60)))
+    calibration = Calibration(domains={"mine": Domain(files=(str(tmp_path / "a.txt"),))}, sequence_length=LENGTH)
+    plain, begun = (
+        split_text(calibration, 200, tokenizer).learning.counts(len(TOKENIZER))["mine"].tokens_V
+        for tokenizer in (TOKENIZER, tiny_tokenizer(begins=True))
+    )
+    assert plain.tolist() == begun.tolist()
