@@ -225,6 +225,7 @@ def test_what_a_recipe_decides_for_a_model(name: str) -> None:
 
 def test_what_it_decides_once_tokens_are_gone() -> None:
     cases = [{}, {"remove": 0.02}, {"remove": 0.5}, {"remove": 0.3, "depth": 1}, {"groups": [], "vocabulary": 192}]
+    cases += [{"polish": {"num_tokens": 4096, "train": train}} for train in ("full", "layers")]
     lines = [f"{short}\n{shown_plan('llama', {'vocabulary': 192, **short}, 128)}" for short in cases]
     assert_shown("plans/fewer-tokens", "\n".join(lines))
 
