@@ -97,6 +97,20 @@ def test_a_step_copies_its_own_keys_and_values_alone() -> None:
     assert torch.equal(roomy.values[..., 3:, :], -roomy.keys[..., 3:, :])
 
 
+def test_reading_prompts_and_steps_of_few_rows_move_the_progress_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first token, behind all prompts, and the last ones, of one long answer, take for ever."""
+    monkeypatch.setattr(answers, "CPU_ROWS", answers.LEAST_ROWS)
+    of, heard = speaker(tiny_llama()), list[tuple[int, int]]()
+    asked = ["one", "another one", "two", "three", "four"]
+    written = answers.greedy_answers(of, asked, 5, "ask", lambda _, done, total: heard.append((done, total)))
+    in_prompts = [conversation.num_prompt for conversation in written]
+    steps = [[max(0, len(c.ids_T) - c.num_prompt - step) > 0 for c in written] for step in range(6)]
+    total = sum(in_prompts) + 5 * (5 + 2 * answers.STEP_TOKENS)
+    assert {of_all for _, of_all in heard} == {total} and [done for done, _ in heard] == sorted(d for d, _ in heard)
+    first = sum(in_prompts[:4]) + answers.STEP_TOKENS + sum(steps[1][:4])
+    assert [heard[0], heard[1], heard[-1]] == [(0, total), (first, total), (total, total)]
+
+
 def test_the_first_token_has_the_models_distribution() -> None:
     model = tiny_llama()
     prompt = [9, 8, 7]

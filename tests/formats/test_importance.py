@@ -52,10 +52,9 @@ def result(tmp_path_factory) -> Path:
 
 def test_every_domain_has_the_same_say(result: Path) -> None:
     checkpoint = open_checkpoint(result)
-    found, num_tokens = importance_of(checkpoint, silent)
+    found = importance_of(checkpoint, silent)
     recipe = parse_recipe(load_recipe(result / "recipe.yaml"))
     text = learning_text(recipe.calibration, NUM_TOKENS, load_tokenizer(checkpoint), 0)
-    assert num_tokens == {"prose": NUM_TOKENS // 2, "code": NUM_TOKENS // 2}
     model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float64)
     expected: dict[str, Any] = {}
     for domain in text.domains:
@@ -110,9 +109,8 @@ def test_llama_cpp_rounds_loud_columns_more_exactly(result: Path, tmp_path: Path
     export(result, files["whole"], type_name="f32", check=False)
     plain = export(result, files["plain"], type_name="q2_k", check=False)
     outcome = run_cli("export", result, files["weighed"], "--type", "q2_k", "--importance", "--no-check")
-    assert "Importance of channels: measured on prose 8,192, code 8,192 tokens." in outcome.stdout
-    assert files["weighed"].stat().st_size == plain.num_bytes and plain.importance_tokens == {}
-    weights, _ = importance_of(open_checkpoint(result), silent)
+    assert outcome.status == 0 and files["weighed"].stat().st_size == plain.num_bytes
+    weights = importance_of(open_checkpoint(result), silent)
     before, after = (loss(files[name], files["whole"], weights) for name in ("plain", "weighed"))
     assert all(after[name] < 0.9 * before[name] for name in weights), {
         name: after[name] / before[name] for name in weights

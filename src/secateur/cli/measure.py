@@ -160,9 +160,6 @@ def export(
     # What the file holds.
     context = "" if done.context_length is None else f", context {done.context_length:,}"
     common.CONSOLE.print(f"Written to {out}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.", soft_wrap=True)
-    if done.importance_tokens:
-        domains = ", ".join(f"{domain} {num:,}" for domain, num in done.importance_tokens.items())
-        common.CONSOLE.print(f"Importance of channels: measured on {domains} tokens.", soft_wrap=True)
 
     # Whether llama.cpp agrees.
     compared = done.check

@@ -42,6 +42,8 @@ ROOM = 64
 TEMPERATURE = 0.7
 # Of so many conversations at least this share differs from those before, or there are too few prompts.
 PATIENCE, LEAST_FRESH = 100, 1 / 20
+# What a step costs beside its rows, in tokens, as measured on a processor: so progress is even.
+STEP_TOKENS = 32
 NOT_FINITE = "answers: the model gives no finite logits; use it in bfloat16 or float32 and check its weights."
 # A gap at a block's end is filled with a part of a conversation if it is longer than this share of it.
 LARGEST_GAP = 1 / 8
@@ -123,21 +125,24 @@ class Answers:
         few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
         """
         prompt_ids: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
-        stage, num_tokens = f"answers, {domain}", sum(num_blocks.values()) * self.speaker.length
-        self.progress(stage, 0, num_tokens)
+        # Batches whose longest answers are cut, of which the last one fills what is missing.
+        stage, length = f"answers, {domain}", self.speaker.length
+        num_batches = 1 + -(-2 * sum(num_blocks.values()) // self.speaker.rows)
+        total = sum(num_blocks.values()) * length + num_batches * STEP_TOKENS * (length // 2)
+        tell = _Counter(self.progress, stage, 0, total)
+        self.progress(stage, 0, total)
         while True:
-            filled: dict[Part, Blocks | None] = {
-                part: self._filled(domain, part, number, told) for part, number in num_blocks.items()
-            }
             blocks: dict[Part, Blocks] = {
-                part: part_blocks for part, part_blocks in filled.items() if part_blocks is not None
+                part: filled
+                for part, number in num_blocks.items()
+                if (filled := self._filled(domain, part, number, told)) is not None
             }
             if len(blocks) == len(num_blocks):
-                self.progress(stage, num_tokens, num_tokens)
+                self.progress(stage, total, total)
                 return blocks
             missing: dict[Part, int] = {part: number for part, number in num_blocks.items() if part not in blocks}
-            done = sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
-            self._write_on(domain, missing, prompt_ids, _Counter(self.progress, stage, done, num_tokens))
+            tell.done = max(tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks))
+            self._write_on(domain, missing, prompt_ids, tell)
 
     def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks | None:
         """Return the part's blocks; None if what is written does not fill them."""
@@ -265,11 +270,13 @@ def greedy_answers(
 
     An answer ends by itself, or behind `num_tokens`. Raises NumericsError if a logit is not finite.
     """
-    conversations, ends, total = list[Conversation](), speaker.ends, len(prompts) * num_tokens
+    conversations, ends, rows = list[Conversation](), speaker.ends, speaker.rows
+    all_ids = [_prompt(text, speaker) for text in prompts]
+    batches = [all_ids[start : start + rows] for start in range(0, len(all_ids), rows)]
+    total = sum(map(len, all_ids)) + num_tokens * (len(prompts) + STEP_TOKENS * len(batches))
+    tell = _Counter(progress, stage, 0, total)
     progress(stage, 0, total)
-    for start in range(0, len(prompts), speaker.rows):
-        prompt_ids = [_prompt(text, speaker) for text in prompts[start : start + speaker.rows]]
-        tell = _Counter(progress, stage, start * num_tokens, total)
+    for prompt_ids in batches:
         written = _continued(speaker, prompt_ids, None, lambda ids: ids[-1] in ends or len(ids) >= num_tokens, tell)
         conversations += [
             Conversation(ids_T=torch.tensor([*prompt, *answer]), num_prompt=len(prompt))
@@ -343,7 +350,7 @@ def _continued(
     width = max(map(len, prompts))
     fed_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    rows, cache = list(range(len(prompts))), dict[str, Any]()
+    rows, cache, num_read = list(range(len(prompts))), dict[str, Any](), sum(map(len, prompts))
     with eval_mode(model):
         while True:
             # Positions count from each prompt's own first token.
@@ -358,7 +365,8 @@ def _continued(
                 if not (drawn[row] and is_over(drawn[row])):
                     drawn[row].append(token)
             open_rows = [place for place, row in enumerate(rows) if not is_over(drawn[row])]
-            tell(len(open_rows))
+            tell(num_read + STEP_TOKENS + len(open_rows))
+            num_read = 0
             if not open_rows:
                 return drawn
 
@@ -489,7 +497,7 @@ def _once(conversations: list[Conversation]) -> Iterator[Conversation]:
 
 @dataclass(slots=True)
 class _Counter:
-    """Moves a progress by the tokens written. `done`: before this batch."""
+    """Moves a progress by the tokens read and written, and by `STEP_TOKENS` a step. `done`: so far."""
 
     progress: Progress
     stage: str

@@ -5,7 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ EXPORTERS = {"gguf": Exporter(check_exportable, export_gguf)}
 class Export(Record):
     """The written file. `context_length`: up to how many tokens it is right, None if unknown.
 
-    `check`: None if it was not run. `importance_tokens`: on which the importance of channels was measured, by domain.
+    `check`: None if it was not run.
     """
 
     file: str
@@ -278,7 +278,6 @@ class Export(Record):
     num_bytes: int
     context_length: int | None
     check: GgufCheck | None
-    importance_tokens: dict[str, int] = field(default_factory=dict)
 
 
 def export(
@@ -327,10 +326,9 @@ def export(
         )
 
     # Write the file; it appears once llama.cpp agrees.
-    write, tokens = exporter.write, dict[str, int]()
+    write = exporter.write
     if importance:
-        weights, tokens = importance_of(checkpoint, progress)
-        write = partial(export_gguf, importance=weights)
+        write = partial(export_gguf, importance=importance_of(checkpoint, progress))
     with staged_file(file, overwrite=overwrite) as staged:
         write(checkpoint, staged, type_name, progress)
         num_bytes, compared = staged.stat().st_size, None
@@ -339,7 +337,7 @@ def export(
             compared = check_gguf(staged, checkpoint, type_name)
             progress("check", 1, 1)
     length = context_length(checkpoint.config, gguf_family(checkpoint)) if is_gguf else None
-    return Export(str(file), type_name, num_bytes, length, compared, tokens)
+    return Export(str(file), type_name, num_bytes, length, compared)
 
 
 def _check_old_file(file: Path, checkpoint: Checkpoint, *, is_gguf: bool) -> None:

@@ -26,10 +26,8 @@ NUM_TOKENS = 16_384  # of all domains together
 
 
 @torch.inference_mode()
-def importance_of(
-    checkpoint: Checkpoint, progress: Progress
-) -> tuple[dict[str, Float[np.ndarray, " C"]], dict[str, int]]:
-    """Return the importance of the columns of the layers' matrices, by their names in a file, and tokens by domain.
+def importance_of(checkpoint: Checkpoint, progress: Progress) -> dict[str, Float[np.ndarray, " C"]]:
+    """Return the importance of the columns of the layers' matrices, by their names in a file.
 
     importance_c = mean over domains d of E_d[x_c^2] / mean_c' E_d[x_c'^2], x the matrix's input: a domain
     counts alike however loud it is. Experts, and matrices that a file holds joined or in halves, have
@@ -79,5 +77,4 @@ def importance_of(
     # By the names that the file has.
     tensors = gguf_tensors(checkpoint, gguf_family(checkpoint), "f32")
     columns = {tensor.gguf_name: importance.get(tensor.name.removesuffix(".weight")) for tensor in tensors}
-    matched = {name: means.float().numpy() for name, means in columns.items() if means is not None}
-    return matched, {name: block.numel() for name, block in blocks.items()}
+    return {name: means.float().numpy() for name, means in columns.items() if means is not None}

@@ -19,7 +19,6 @@ from secateur.recovery.weights import autocasts
 from secateur.report.records import MemoryEstimate
 from secateur.stream.device import free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
-from secateur.stream.threads import fastest_threads
 
 HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
 
@@ -261,6 +260,5 @@ def walk_seconds(opened: Opened, resolved: Resolved, num_copies: int) -> float:
     once = num_tokens * sum(opened.arch.params_per_layer)
     fits = sum(group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups)
     square = torch.ones(1024, 1024, device=opened.device)
-    threads = fastest_threads(lambda: square @ square)
-    timer = Timer("square @ square", globals={"square": square}, num_threads=threads)
+    timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
     return (once + num_copies * (1.7 * once + fits)) * timer.timeit(4).median / 1024**3

@@ -97,7 +97,7 @@ def learn(
         judge.own_head()  # the model's own is trained, or cut
         with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
             ids = [block.ids_T for block, number in zip(blocks, numbers, strict=True) if number is None]
-            dense_states = head_inputs(dense, arch, ids, progress, "ask the dense model") if ids else iter(())
+            dense_states = head_inputs(dense, arch, ids, progress, "ask for the polish") if ids else iter(())
             states = [next(dense_states) if number is None else torch.empty(0) for number in numbers]
     return Lesson(lesson, judge, states, settings, places)
 
