@@ -106,8 +106,8 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
     """Multiply float32 copies of bfloat16 values on bfloat16 units, accumulating in float32.
 
-    The conversion loses nothing, so only the order of float32 additions differs. About twice as
-    fast on processors with such units. Other dtypes multiply in full float32.
+    The conversion loses nothing, so only the order of float32 additions differs. On a processor without AMX
+    oneDNN has a float32 kernel for this, which is hardly faster. Other dtypes multiply in full float32.
     """
     if dtype != torch.bfloat16:
         yield
