@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import secateur
 from secateur.data.answers import Speaker
+from secateur.log import silent
 from secateur.model.bind import bind
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.stream import judge as judge_module
@@ -34,7 +35,7 @@ def pruned(checkpoints, recipe, tmp_path_factory):
 def test_the_figures_are_those_of_the_two_saved_models(checkpoints, pruned):
     found = pruned.summary.own_answers
     dense = speaker(checkpoints["llama"])
-    expected = judge(speaker(pruned.out), ask(dense, PROMPTS), dense.tokenizer)
+    expected = judge(speaker(pruned.out), ask(dense, PROMPTS, silent), dense.tokenizer)
     # The run's tokenizer is the dense one: saved and read again it is another object.
     assert found.num_tokens == expected.num_tokens and found.ended == expected.ended
     assert found.nats == pytest.approx(expected.nats, rel=1e-4)

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from secateur.data.answers import Conversation, Speaker
 from secateur.data.sources import shipped
+from secateur.log import silent
 from secateur.model.bind import bind
 from secateur.store import Store
 from secateur.stream import judge as judging
@@ -31,7 +32,7 @@ def short(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dense_model_loses_nothing_on_its_own_answers(short, dtype):
     dense = speaker(0, dtype=dtype)
-    found = judge(dense, ask(dense, PROMPTS), dense.tokenizer)
+    found = judge(dense, ask(dense, PROMPTS, silent), dense.tokenizer)
     assert found.nats_lost == 0 and found.standard_error == 0
     assert found.ended[0] == found.ended[1] and found.repeated[0] == found.repeated[1]
     assert found.num_prompts == 3 and found.num_tokens <= 27
@@ -41,7 +42,7 @@ def test_the_dense_model_loses_nothing_on_its_own_answers(short, dtype):
 
 def test_nats_are_those_of_a_forward_pass_and_the_error_is_over_prompts(short):
     dense, other = speaker(0), speaker(1)
-    sheet = ask(dense, PROMPTS)
+    sheet = ask(dense, PROMPTS, silent)
     found = judge(other, sheet, other.tokenizer)
 
     lost, tokens, same = [], [], 0
@@ -64,7 +65,7 @@ def test_nats_are_those_of_a_forward_pass_and_the_error_is_over_prompts(short):
 
 def test_prompts_do_not_count(short):
     dense, other = speaker(0), speaker(1)
-    sheet = ask(dense, PROMPTS)
+    sheet = ask(dense, PROMPTS, silent)
     # Only the first token of an answer is told apart from what the prompt ends with.
     shorter = tuple(ids[: number + 1] for ids, number in zip(sheet.ids, sheet.num_prompt, strict=True))
     found = judge(other, AnswerSheet(PROMPTS, shorter, sheet.num_prompt, (0.0,) * 3), other.tokenizer)
