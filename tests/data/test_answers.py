@@ -163,6 +163,7 @@ def test_only_answers_count() -> None:
     blocks = written(of)
     assert blocks.ids_NT.shape == (4, LENGTH) and int(blocks.ids_NT.max()) < 257 and not blocks.ids_NT.is_inference()
     assert closing_of_turn(of.tokenizer) == "<eos><assistant>~"  # where it is asked to, a model reasons
+    assert [answers._first_added(text, of.tokenizer) for text in (" <eos>a", "a<eos>", " ")] == [256, None, None]
     for ids_T, counted_T in zip(blocks.ids_NT, blocks.counted_NT, strict=True):
         text = of.tokenizer.decode(ids_T)
         assert text.startswith("<user>") and "<eos><assistant>" in text

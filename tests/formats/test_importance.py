@@ -52,7 +52,10 @@ def result(tmp_path_factory) -> Path:
 
 def test_every_domain_has_the_same_say(result: Path) -> None:
     checkpoint = open_checkpoint(result)
-    found = importance_of(checkpoint, silent)
+    steps = list[tuple[str, int, int]]()
+    found = importance_of(checkpoint, lambda *step: steps.append(step))
+    counted = [(done, total) for stage, done, total in steps if stage == "importance"]
+    assert counted[0][0] == counted[1][0] - counted[0][0] and counted[-1] == (NUM_TOKENS // LENGTH,) * 2
     recipe = parse_recipe(load_recipe(result / "recipe.yaml"))
     text = learning_text(recipe.calibration, NUM_TOKENS, load_tokenizer(checkpoint), 0)
     model: Any = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float64)
