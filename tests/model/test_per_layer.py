@@ -31,6 +31,7 @@ from secateur.model.checkpoint import (
 from secateur.model.group import cut
 from secateur.model.per_layer import record_widths, split_widths
 from secateur.model.stock import quiet_transformers
+from tests.families import tiny_family
 
 FFN_WIDTHS = 112, 72, 40, 72
 HEADS = (6, 2), (6, 1), (4, 2), (3, 3)  # query heads, key-value heads; all divide the hidden size, as llama wants
@@ -206,6 +207,18 @@ def test_the_decoder_alone_loads_too(family, saved, tmp_path, monkeypatch):
     with torch.inference_mode():
         states, expected = (each(tiny_ids(), use_cache=False).last_hidden_state for each in (decoder, model.base_model))
     assert torch.equal(states, expected)
+
+
+def test_a_model_whose_class_is_no_for_causal_lm_is_opened_again(tmp_path):
+    """GPT-2's is called GPT2LMHeadModel, and has its maps the other way round."""
+    model = tiny_family("gpt2")
+    arch = bind(model)
+    for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
+        cut(layer, group, torch.arange(40 + 8 * group.layer))
+    record_widths(model, arch)
+    again = secateur.load(save(model, tmp_path / "out"))
+    assert config_of(tmp_path / "out")["architectures"] == ["PerLayerGPT2LMHeadModel"]
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_head_dim_is_pinned_where_the_family_would_derive_it_from_the_heads(saved, tmp_path):

@@ -492,6 +492,9 @@ def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> Non
 
 def test_no_expert_goes_where_the_config_does_not_say_how_many_are_chosen() -> None:
     model = randomised(AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4)).eval(), 0)
-    layer, guess = model.model.layers[0], experts_in("experts", Stacks("gate_up_proj", None, "down_proj", False, False))
+    layer, guess = (
+        model.model.layers[0],
+        experts_in("experts", Stacks("gate_up_proj", None, "down_proj", False, False), weighted=False),
+    )
     assert sized(guess, layer, 0, model.config).allows(4)
     assert not any(sized(guess, layer, 0, LlamaConfig()).allows(count) for count in range(1, 6))

@@ -233,7 +233,8 @@ def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
     # An image-text model is allowed: its language model is what gets pruned.
     tables = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     known = [table[model_type] for table in tables if model_type in table]
-    names = architectures if isinstance(architectures, list) else []
-    if not known or (names and not any(str(name).endswith("ForCausalLM") or name in known for name in names)):
-        got = ", ".join(str(name) for name in names) or f"model_type '{model_type}'"
+    # A model whose widths differ per layer has a class of its own, named after its family's.
+    names = [str(name).removeprefix(PREFIX) for name in architectures] if isinstance(architectures, list) else []
+    if not known or (names and not any(name.endswith("ForCausalLM") or name in known for name in names)):
+        got = ", ".join(names) or f"model_type '{model_type}'"
         raise ArchError(f"{path}: not a causal language model (got {got}); secateur prunes ...ForCausalLM models only.")

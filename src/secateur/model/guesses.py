@@ -147,7 +147,7 @@ def expert_channels_in(place: str, stacks: Stacks) -> Group:
     return Group(EXPERT_CHANNELS, "expert_channels", "channel of each expert", parts)
 
 
-def experts_in(place: str, stacks: Stacks, *, weighted: bool = False) -> Group:
+def experts_in(place: str, stacks: Stacks, *, weighted: bool) -> Group:
     """Return the experts of the module at `place`. `weighted`: each gets all tokens, weighted."""
     return Group(EXPERTS, "experts", "expert", Experts(place, stacks, weighted_inputs=weighted))
 

@@ -73,7 +73,7 @@ class Candidates:
         return teacher
 
 
-def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool = False) -> Candidates:
+def open_pair(pruned: str | Path, teacher: str | Path, *, other_dense: bool) -> Candidates:
     """Open both models and check that one can teach the other.
 
     Raises CheckpointError if either cannot be opened, if the teacher is not the model that was
