@@ -1,6 +1,7 @@
 """Measuring: what is foretold rests on models that were cut and judged, and holds for those that `prune` writes."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.evaluation.measure import COPIES, PROBES, _opened
+from secateur.evaluation.measure import COPIES, PROBES, _band, _opened
 from secateur.log import human_bytes
 from secateur.pruning.cost import walk_seconds
 from secateur.pruning.resolve import resolve
 from secateur.recipe import as_recipe
 from secateur.report.page import render
-from secateur.report.records import Measurement, SizeCost, nats_at
+from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import marked, measurement_page
 from tests.pruning.test_resume import Stopped, stopped_after
 
@@ -155,6 +156,16 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
     assert {k: v for k, v in again.items() if k not in of_the_clock} == {
         k: v for k, v in first.items() if k not in of_the_clock
     }
+
+
+def test_the_band_is_how_far_off_the_middle_probe_is_foretold_by_the_others():
+    """One domain to the digit, one by half; what lost next to nothing says nothing."""
+
+    def probe(removed: float, factor: float) -> SizeCost:
+        nats = -math.log1p(-removed)
+        return SizeCost(removed, 1, {"exact": nats, "half": factor * nats, "noise": LEAST_NATS / 10})
+
+    assert _band([probe(0.2, 1), probe(0.4, 2), probe(0.6, 1)], 1.0) == pytest.approx((0 + 0.5) / 2)
 
 
 def test_a_config_alone_says_what_measuring_takes(checkpoints, recipe, recipe_file, tmp_path):

@@ -136,6 +136,12 @@ def saved(folder: Path, steps: Sequence[int]) -> Checkpoints:
     return made
 
 
+def test_of_two_whole_checkpoints_the_later_one_is_taken(tmp_path):
+    with patch.object(Checkpoints, "_remove"):  # killed before the first one went
+        made = saved(tmp_path / "trainer", (4, 8))
+    assert made.last() == made.path(8) and not made.path(4).exists()
+
+
 @pytest.mark.parametrize(
     ("steps", "damaged", "last", "left"),
     [((4, 8, 12), None, 12, [12]), ((4, 8), 8, None, [])],

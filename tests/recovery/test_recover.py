@@ -76,6 +76,7 @@ def test_training_lowers_the_held_out_kl(recovered):
     assert record.training.held and record.after == record.training.after
     assert 0 < record.training.num_tokens <= 2048
     assert record.training.seconds > 0 and record.peak_bytes > 0
+    assert all(seconds == round(seconds, 2) for seconds in record.seconds.values())
 
 
 def test_the_directory_is_complete_and_loads_in_stock_transformers(recovered, pruned):
