@@ -1,6 +1,7 @@
 """What GGUF files say of well-known checkpoints, key by key, and the types of their tensors."""
 
 import json
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def keys_of(file: Path) -> list[str]:
     config: Any = CONFIG_MAPPING[sizes.pop("model_type")](**sizes)
     try:
         gguf_family_of(config, file.stem)
-        with _begun(config, TOKENIZER, file.stem, "q4_k_m") as writer:
+        with closing(_begun(config, TOKENIZER, file.stem, "q4_k_m")) as writer:
             found = [(key, value.value) for part in writer.kv_data for key, value in part.items()]
     except ArchError as error:
         return [f"    refused: {error}"]
