@@ -58,6 +58,7 @@ INSTEAD = {
     "300000": "640",
     "chat=~/sharegpt.json": "chat=sharegpt.json",
     "benchmarks/equal_bytes.yaml": "recipe.yaml",  # its text is beside the repository
+    "tasks.yaml": "recipe.yaml",
 }
 # Sizes of the tiny model in place of a large one's; the first that occurs.
 SIZES = {
