@@ -3,7 +3,7 @@
 Times the parts of a step as a polish takes it: the layers' forward; the loss, with the heads of both
 models and the gradient of what the trained one's reads; the layers' backward; the update. The model
 teaches itself, so that nothing is pruned. Prints
-a Markdown table: medians over the steps, operations by `recovery.cost`, and what share they are of
+a Markdown table: medians over the steps, operations by `recovery.weights`, and what share they are of
 what one large product in the same dtype would do. The last line has the tokens per second.
 
     python benchmarks/training.py [--model smollm2-135m] [--length 512] [--blocks 1] [--steps 7]
@@ -30,7 +30,6 @@ from secateur.model.checkpoint import load
 from secateur.recipe import PolishSettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.loss import distillation_loss, loss_in_forward, states_of
-from secateur.recovery.text import blocks_per_step
 from secateur.recovery.weights import autocasts, prepare_weights
 from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
 from secateur.stream.losses import final_states
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--torch-attention", action="store_true")
     options = parser.parse_args()
     settings = PolishSettings()
-    blocks = options.blocks or min(settings.blocks_per_device, blocks_per_step(settings.batch_tokens, options.length))
+    blocks = options.blocks or min(settings.blocks_per_device, settings.blocks_per_step(options.length))
     model: Any = load(options.model)
     dtype = torch.float32 if multiplies_in_software(CPU, model.dtype) else model.dtype
     shape, generator = (blocks, options.length), torch.Generator().manual_seed(0)

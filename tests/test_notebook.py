@@ -100,7 +100,7 @@ def test_names_are_found_by_completion():
 WRONG: dict[str, tuple[type[Strict], dict[str, Any], str]] = {
     "key": (secateur.Recipe, {"remov": 0.2}, "Recipe: unknown key 'remov'; did you mean 'remove'?"),
     "part": (secateur.Recipe, {"remove": {"shar": 0.2}}, "Recipe: unknown key 'remove.shar'; did you mean 'share'?"),
-    "value": (Remove, {"share": 2}, "Remove: the share of total parameters to remove must be a number above"),
+    "value": (Remove, {"share": 2}, "Remove: share: Input should be less than 1, got 2."),
     "name": (
         Choose,
         {"budget": "curv"},

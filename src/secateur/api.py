@@ -9,7 +9,7 @@ from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
 from secateur.ranks import is_first, joined
-from secateur.recipe import AnyRecipe, Keys, Remove, as_recipe
+from secateur.recipe import AnyRecipe, RecoverySettings, Remove, as_recipe
 from secateur.recovery import recover as recovery
 from secateur.report.records import RecoveryRecord
 from secateur.report.report import write_pages, write_recovered_pages
@@ -124,7 +124,7 @@ def prune_sizes(
 def recover(
     pruned: str | Path,
     teacher: str | Path,
-    recipe: Keys | Path | str | None = None,
+    recipe: AnyRecipe = None,
     *,
     out: str | Path,
     tokens: int | None = None,
@@ -136,8 +136,8 @@ def recover(
 ) -> RecoveryRecord | None:
     """Train `pruned` to win back what pruning took from the dense `teacher`; write it to `out`.
 
-    `recipe`: changes to the recipe.yaml of `pruned`, as keys or a YAML file. Its key `recover` says
-    how to train, and on how many tokens.
+    `recipe`: the keys given here go over the recipe.yaml of `pruned`. Its key `recover` says how to train, and on how
+    many tokens.
     `tokens`: to train on, all domains together. `overwrite`: replace `out` if it is a result.
     `other_dense`: the teacher is meant to be another model than `pruned` was pruned from.
     `command`: how to repeat the run, for the model card. `progress`: called with
@@ -152,13 +152,16 @@ def recover(
     Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for
     the recipe and for missing packages, CheckpointError for models that do not fit each other.
     """
+    changes = as_recipe(recipe)
+    if tokens is not None:
+        settings = (changes.recover or RecoverySettings()).model_copy(update={"num_tokens": tokens})
+        changes = changes.model_copy(update={"recover": settings})
     return recovery.recover(
         pruned,
         teacher,
-        recipe,
+        changes,
         out=out,
         finish=write_recovered_pages,
-        tokens=tokens,
         overwrite=overwrite,
         other_dense=other_dense,
         command=command,

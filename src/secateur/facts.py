@@ -70,16 +70,6 @@ def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
     return math.exp(sum(loss.nats_per_token for loss in losses.values()) / len(losses))
 
 
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """KL(dense || pruned) in nats per token. The error is over documents."""
-
-    mean: float
-    standard_error: float | None
-    top1_agreement: float
-    num_tokens: int
-
-
 Kind = TypeVar("Kind")
 
 

@@ -4,7 +4,7 @@ In: a group of entry points, and what is built in. Out: names, or the objects, w
 package. Installing a package is enough: docs/extend.md. And where general text comes from.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import metadata, resources
 from importlib.metadata import EntryPoint, PackageNotFoundError
@@ -89,8 +89,8 @@ def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
     return points
 
 
-def load(point: EntryPoint, is_right: Callable[[Any], bool], expected: str) -> Any:
-    """Return an entry point's object. Raises PluginError if it fails or is not as `expected`."""
+def load(point: EntryPoint, kind: type[Kind]) -> Kind:
+    """Return an entry point's object. Raises PluginError if it fails or is not of this kind."""
     try:
         loaded = point.load()
     except Exception as error:  # whatever another package's import raises
@@ -98,18 +98,13 @@ def load(point: EntryPoint, is_right: Callable[[Any], bool], expected: str) -> A
         raise PluginError(
             f"{where(point)}: cannot be loaded ({reason}); correct, update or uninstall {_package(point)}."
         ) from error
-    if not is_right(loaded):
-        raise PluginError(f"{where(point)}: must be {expected}, got {type(loaded).__name__}; see docs/extend.md.")
+    if not isinstance(loaded, kind):
+        wanted, got = kind.__name__, type(loaded).__name__
+        raise PluginError(f"{where(point)}: must be a secateur.{wanted}, got {got}; see docs/extend.md.")
     return loaded
 
 
-def look_up(
-    group: str,
-    name: str,
-    built_in: Mapping[str, Kind],
-    is_right: Callable[[Any], bool],
-    expected: str,
-) -> Kind:
+def look_up(group: str, name: str, built_in: Mapping[str, Kind], kind: type[Kind]) -> Kind:
     """Return what `name` stands for, built in or registered.
 
     Raises RecipeError for an unknown name, listing the known ones; PluginError as above.
@@ -120,7 +115,7 @@ def look_up(
     if name not in others:
         names = [*built_in, *sorted(others)]
         raise RecipeError(f"unknown {_what(group)} '{name}'; allowed: {', '.join(names)}; {advice(name, names)}")
-    return load(others[name], is_right, expected)
+    return load(others[name], kind)
 
 
 def where(point: EntryPoint) -> str:

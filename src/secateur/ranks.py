@@ -245,20 +245,6 @@ def sum_tensors(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def sum_by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sums over ranks of numbers or small tensors by name; ranks may lack some names.
-
-    Every rank adds in the order of ranks, so that all get the same bits.
-    """
-    if size() == 1:
-        return dict(values)
-    total: dict[str, Any] = {}
-    for part in gathered(dict(values)):
-        for name, value in part.items():
-            total[name] = total[name] + value if name in total else value
-    return total
-
-
 def gathered(value: T) -> list[T]:
     """Return every rank's value, by rank."""
     if size() == 1:

@@ -3,7 +3,6 @@
 What depends on the model is None here; `pruning.resolve` fills it in, and that copy is saved.
 """
 
-import math
 from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
@@ -64,6 +63,10 @@ class Training(Strict):
     """of these."""
     gradient_checkpointing: bool = False
     """computes activations again in place of storing them."""
+
+    def blocks_per_step(self, length: int) -> int:
+        """Return how many blocks of `length` tokens make a step, at least one."""
+        return max(1, self.batch_tokens // length)
 
 
 class PolishSettings(Training):
@@ -370,10 +373,6 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
         return f"unknown {key} {shown(got)}; allowed: {', '.join(names)}; {advice(str(got), names)}"
     message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
-    if key == "remove.share" or (model.__name__ == "Remove" and key == "share"):
-        share = "NaN" if isinstance(got, float) and math.isnan(got) else got
-        message = "the share of total parameters to remove must be a number above 0 and below 1"
-        return f"remove: {message}, got {share}."
     if location[:2] == ["remove", "vocabulary"]:  # a number or a name, so pydantic says two things
         key, message = "remove.vocabulary", "must be auto, or how many tokens stay, a multiple of 64"
     return f"{key}: {message}, got {shown(got)}."

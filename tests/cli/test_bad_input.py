@@ -183,7 +183,7 @@ def test_damaged_model(name, model, prune):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--remove 1", "above 0 and below 1, got 1.0"),
+        ("--remove 1", "remove.share: Input should be less than 1, got 1.0"),
         ("--to 0.4X", "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got"),
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
         ("--remove 0.1,0.2 --like it", "--like it: gives one size; leave it out, or --remove and --to."),

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from secateur.data import answers
 from secateur.data.answers import Answers, Conversation, Speaker, packed, with_answers
 from secateur.data.blocks import Blocks, JudgedText, LearningDomain, LearningText
-from secateur.data.chat import closing_of_turn
+from secateur.data.forms import closing_of_turn
 from secateur.data.sources import documents, shipped
 from secateur.errors import CalibrationError, NumericsError
 from secateur.model.bind import bind

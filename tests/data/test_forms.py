@@ -10,8 +10,7 @@ import pytest
 from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.chat import chat_text
-from secateur.data.forms import Notes, content_of
+from secateur.data.forms import Notes, chat_text, content_of
 from secateur.data.sources import SOURCES, documents
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain

@@ -254,7 +254,7 @@ def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, re
     assert run.stdout.count("removed (asked") == 2
     for wrong, said in (
         ("0.1,x", "--remove 0.1,x: give a share such as 0.2"),
-        ("0.1,2", "must be a number above 0 and below 1, got 2"),
+        ("0.1,2", "share: Input should be less than 1, got 2"),
         ("0.1,0.9", "remove: 0.9 of all"),
     ):
         run = run_cli("prune", checkpoints["llama"], tmp_path / "no", "--remove", wrong, *asked)

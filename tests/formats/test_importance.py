@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.errors import CalibrationError, RecipeError
 from secateur.formats.gguf import export
-from secateur.formats.gguf_tensors import planned_tensors
-from secateur.formats.gguf_types import TOLD
+from secateur.formats.gguf_tensors import TOLD, planned_tensors
 from secateur.formats.importance import NUM_TOKENS, importance_of
 from secateur.formats.save import save_checkpoint
 from secateur.formats.serving import gguf_family

@@ -15,8 +15,7 @@ from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, Mixtral
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.gguf import export, gguf_bytes
-from secateur.formats.gguf_tensors import TYPES, planned_tensors
-from secateur.formats.gguf_types import QUANTISED, TOLD, fitting_type
+from secateur.formats.gguf_tensors import QUANTISED, TOLD, TYPES, fitting_type, planned_tensors
 from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.formats.serving import gguf_family
 from secateur.model.checkpoint import meta_model, open_checkpoint

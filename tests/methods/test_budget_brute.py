@@ -280,17 +280,12 @@ def profiles_of(case: Case, seed: int) -> dict:
     return profiles
 
 
-WEIGHTS = st.sampled_from([None, {"prose": 1.0, "code": 1.0}, {"prose": 3.0, "code": 1.0}, {"prose": 0.0, "code": 1.0}])
-
-
 class Brute:
     """The same groups, every choice of levels tried."""
 
-    def __init__(self, case: Case, profiles: dict, weights: dict[str, float] | None, least: dict) -> None:
-        weights = weights or {"prose": 1.0, "code": 1.0}
-        total = sum(weights.values())
+    def __init__(self, case: Case, profiles: dict, least: dict) -> None:
         self.profiles = [profiles[case.key(group)] for group in case.groups]
-        self.weights = {name: weight / total for name, weight in weights.items()}
+        self.weights = {"prose": 0.5, "code": 0.5}
         self.levels = []
         for group, profile in zip(case.groups, self.profiles, strict=True):
             enough = [level for level in profile.levels if level >= least.get(case.key(group), 0)]
@@ -314,22 +309,22 @@ class Brute:
         return {key: levels[o] for key, levels, o in zip(self.keys, self.levels, options, strict=True)}
 
 
-@given(cases(max_layers=2), st.integers(0, 999), SHARE, WEIGHTS, st.floats(0, 0.7), st.booleans())
+@given(cases(max_layers=2), st.integers(0, 999), SHARE, st.floats(0, 0.7), st.booleans())
 @settings(max_examples=80)
 def test_curve_has_the_least_loss_of_all_choices(
-    case: Case, seed: int, remove: float, weights: dict[str, float] | None, min_keep: float, scaled: bool
+    case: Case, seed: int, remove: float, min_keep: float, scaled: bool
 ) -> None:
     profiles = profiles_of(case, seed)
     least = least_keep(case.groups, case.align, min_keep)
-    brute = Brute(case, profiles, weights, least)
+    brute = Brute(case, profiles, least)
     if scaled:  # exactly what some choice removes, up to all that can go
         remove = brute.largest() * round(remove * 4) / 4 / case.prices.total
     target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
     if target > brute.largest():
         with pytest.raises(RecipeError, match=f"at most {round_down(brute.largest() / case.prices.total)} with each"):
-            curve_plan(case.groups, profiles, case.prices, remove, min_keep=least, domain_weights=weights)
+            curve_plan(case.groups, profiles, case.prices, remove, min_keep=least)
         return
-    plan = curve_plan(case.groups, profiles, case.prices, remove, min_keep=least, domain_weights=weights)
+    plan = curve_plan(case.groups, profiles, case.prices, remove, min_keep=least)
     loss, choices = brute.best(target)
     assert plan.num_keep in [brute.counts(options) for options in choices], loss
     assert plan.cost_before - plan.cost_after >= target
@@ -343,7 +338,7 @@ def test_a_limited_curve_keeps_its_limits_and_is_no_better_than_brute_force(
     case: Case, seed: int, remove: float, tight: float, names: tuple[str, ...]
 ) -> None:
     profiles = profiles_of(case, seed)
-    brute = Brute(case, profiles, None, {})
+    brute = Brute(case, profiles, {})
     remove = remove * brute.largest() / case.prices.total
     assume(remove > 0)
     target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -44,11 +45,11 @@ def weighted_rise(profiles, plan, weights=(0.5, 0.5)) -> float:
 
 def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
     """Return the predicted rises of the plan that serves one domain alone, by that domain."""
-    others = {"prose": 0.0, "code": 0.0}
-    plans = {
-        name: curve_plan(groups, profiles, prices_of(), remove, domain_weights=others | {name: 1.0}) for name in others
-    }
-    return {name: predicted_rise(profiles, plan.num_keep) for name, plan in plans.items()}
+    ends = {}
+    for name in ("prose", "code"):
+        alone = {key: replace(each, slopes={name: each.slopes[name]}) for key, each in profiles.items()}
+        ends[name] = predicted_rise(profiles, curve_plan(groups, alone, prices_of(), remove).num_keep)
+    return ends
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -18,7 +18,7 @@ from secateur.evaluation.text import recipe_blocks
 from secateur.log import silent
 from secateur.pruning.text import with_share_of_answers
 from secateur.recipe import Recipe
-from secateur.recovery import answers
+from secateur.recovery.text import in_steps
 from secateur.store import Store
 
 TOKENIZER = tiny_tokenizer()
@@ -188,8 +188,8 @@ def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path)
 
     steps = [(name, lambda name=name: step(name)) for name in ("a", "b", "c")]
     with pytest.raises(KeyboardInterrupt):
-        answers.in_steps(store)(steps)
+        in_steps(store)(steps)
     assert done == ["a", "b", "c"]
     with pytest.raises(KeyboardInterrupt):
-        answers.in_steps(Store(tmp_path))(steps)
+        in_steps(Store(tmp_path))(steps)
     assert done == ["a", "b", "c", "c"]

@@ -18,7 +18,10 @@ from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
 from secateur.model.kept_units import read_keeps, write_keeps
 from secateur.pruning import group_step
+from secateur.pruning.cut import Cut
 from secateur.pruning.group_step import prune_group
+from secateur.pruning.open import onload
+from secateur.pruning.prepare import Prepared
 from secateur.pruning.result import group_widths, summary_of
 from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
@@ -129,10 +132,11 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     run.services.log.seconds["prune"] = 1.236
     cut_down = tiny_llama(intermediate_size=64)
     after = dataclasses.replace(run, model=cut_down)
-    none: dict[str, Any] = {"dense": None, "pruned": None, "polish": None, "device_peak": None}
-    none |= {"peak": 1, "command": ""}
-    none["calibration"] = Drawn(run.text, JudgedText(run.text.held_out), {}).facts()
-    found = summary_of(first, after, keeps, None, **none)
+    none: dict[str, Any] = {"dense": None, "pruned": None, "device_peak": None, "peak": 1, "command": ""}
+    drawn = Drawn(run.text, JudgedText(run.text.held_out), {})
+    placement = onload(first, one_at_a_time=False, in_float32=False)
+    ready, cut = Prepared(first, run, drawn, placement), Cut(after, keeps, None)
+    found = summary_of(ready, cut, None, **none)
     assert found.guard_refusals == 2
     assert found.widths == {"ffn": (112, 64, 64)} and found.num_layers == (3, 3)
     dense, pruned = (sum(p.numel() for p in each.parameters()) for each in (model, cut_down))
@@ -141,7 +145,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     assert (found.remove_asked, found.device, found.family) == (0.3, "cpu", "llama")
     assert "noted." in found.warnings and found.seconds["prune"] == 1.24
     assert (found.reload_max_abs_difference, found.loaded_by, found.sample_text) == (None, None, None)
-    proved = summary_of(first, after, keeps, Verification(0.5, "It was."), **none)
+    proved = summary_of(ready, cut, Verification(0.5, "It was."), **none)
     assert (proved.reload_max_abs_difference, proved.sample_text) == (0.5, "It was.")
     assert (proved.like, proved.vocabulary) == (None, None)
 

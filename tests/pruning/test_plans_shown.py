@@ -16,7 +16,7 @@ from shown import assert_shown
 
 from secateur.errors import SecateurError
 from secateur.model.kept_tokens import KeptTokens, Trim
-from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
+from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.open import Opened
 from secateur.pruning.prepare import foretold
@@ -174,7 +174,7 @@ def planned(found: Opened) -> str:
     files.pop("q8_0", None)
     told = {
         "share": f"{run.recipe.remove.share:.6g}",
-        "after": params_after(run),
+        "after": run.plans[-1].cost_after,
         "layers": f"{len(run.layers)} of {run.arch.num_layers}, the last {run.layers[-1]}",
         "align": run.align,
         "rounds": " then ".join(shortly(dict(each.num_keep)) for each in run.plans),

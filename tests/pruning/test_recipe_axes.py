@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 import secateur
 from secateur.files import parse_size
-from secateur.pruning.cost import params_after
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
@@ -173,6 +172,6 @@ def test_the_least_size_that_is_named_is_one_that_a_cut_leaves(small):
         asking(1000)
     least = int(re.search(r"leave ([\d,]+) parameters", str(caught.value))[1].replace(",", ""))
     started = asking(least)
-    assert params_after(resolve(started)) == least
+    assert resolve(started).plans[-1].cost_after == least
     with pytest.raises(secateur.SecateurError, match=rf"remove\.to: {least - 1} is less than a cut can leave"):
         asking(least - 1)

@@ -104,7 +104,7 @@ def seen(place: Path) -> Seen:
         watch(trim, "make_batches", lambda _, ids_NT, **__: note("price of tokens", "dense", ids_NT))
         watch(run, "make_batches", batches)
         watch(judge, "domain_losses", losses)
-        watch(polish, "whole_steps", lambda blocks, *_: note("polish", "trimmed", [block.ids_T for block in blocks]))
+        watch(polish, "whole_steps", lambda blocks, *_: note("polish", "trimmed", [block.ids_T for block, _ in blocks]))
         domains = [f"--domain={name}={place / name}.jsonl" for name in DOMAINS]
         sets = [option for each in SET for option in ("--set", each)]
         outcome = run_cli("prune", place / "model", place / "out", *OPTIONS, *domains, *sets)

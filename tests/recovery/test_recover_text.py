@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from models import tiny_llama
 from recipes import grouped
-from texts import split_text
+from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 
+from secateur.data.pool import judging_tokens
 from secateur.errors import CalibrationError, RecipeError
 from secateur.log import silent
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
-from secateur.recovery.text import RecoveryText, blocks_per_step, shared_out
+from secateur.recovery.text import RecoveryText, shared_out
 from secateur.recovery.work import recovery_text
 
 TOKENIZER = tiny_tokenizer()
@@ -39,8 +40,13 @@ def rows(blocks) -> set[tuple[int, ...]]:
 def test_the_domains_have_their_shares_and_are_mixed(asked):
     text = drawn(asked)
     assert text.num_tokens == 4096
-    assert [sum(block.domain == domain for block in text.blocks) for domain in ("prose", "code")] == [96, 32]
-    assert len({block.domain for block in text.blocks[:16]}) == 2, "domains are mixed"
+    assert asked.calibration.num_tokens is not None
+    amounts = {"num_training_tokens": 4096, "num_judged_tokens": judging_tokens(True), "least_held_out": 8}
+    whole = learning_text(asked.calibration, asked.calibration.num_tokens, TOKENIZER, asked.seed, **amounts)
+    prose, code = (rows(domain.blocks.ids_NT) for domain in whole.domains)
+    is_prose = [tuple(block.ids_T.tolist()) in prose for block in text.blocks]
+    assert is_prose.count(True) == 96 and rows(block.ids_T for block in text.blocks) <= prose | code
+    assert len(set(is_prose[:16])) == 2, "domains are mixed"
 
 
 def test_blocks_that_do_not_fill_a_step_are_left_out(asked):
@@ -84,7 +90,7 @@ def test_ranks_share_out_whole_blocks_of_a_step(asked, num_ranks, num_blocks, to
 
 
 def test_a_step_is_at_least_one_block():
-    assert [blocks_per_step(tokens, 32) for tokens in (1, 32, 63, 64, 512)] == [1, 1, 1, 2, 16]
+    assert [settings(batch_tokens=tokens).blocks_per_step(32) for tokens in (1, 32, 63, 64, 512)] == [1, 1, 1, 2, 16]
 
 
 def test_too_little_text_names_the_key_that_asked_for_it(asked):

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur import recover
 from secateur.facts import mean_kl
 from secateur.model.kept_tokens import kept_tokens_of
+from secateur.recipe import as_recipe
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
-from secateur.recovery.open import inputs_of, open_job, open_pair
+from secateur.recovery.open import inputs_of, open_job
 from secateur.report.records import RecoveryRecord
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
@@ -40,16 +41,16 @@ def log_q(model: Any, ids_T: torch.Tensor) -> torch.Tensor:
         return model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
 
 
-def test_the_teacher_s_predictions_are_the_dense_ones_of_the_kept_tokens(pair):
-    candidates = open_pair(pair.pruned, pair.dense, other_dense=False)
-    assert candidates.trim is not None and candidates.trim.kept == pair.kept
+def test_the_teacher_s_predictions_are_the_dense_ones_of_the_kept_tokens(pair, changes):
+    job = open_job(pair.pruned, pair.dense, as_recipe(changes))
+    assert job.trim is not None and job.trim.kept == pair.kept
     dense, pruned = pair.models()
-    teacher = candidates.load_teacher()
+    teacher = job.load_teacher()
     ids_BT = torch.randint(len(pair.kept.dense_ids), (2, 20), generator=torch.Generator().manual_seed(1))
     expected = torch.cat([pair.dense_log_p(dense, ids_T) for ids_T in ids_BT])
-    judge = Judge(teacher, candidates.teacher_arch, {"mine": ids_BT})
+    judge = Judge(teacher, job.teacher_arch, {"mine": ids_BT})
     with torch.no_grad():
-        logits_PV = judge.head(states_of(teacher, candidates.teacher_arch, ids_BT))
+        logits_PV = judge.head(states_of(teacher, job.teacher_arch, ids_BT))
     torch.testing.assert_close(logits_PV.double().log_softmax(-1), expected, rtol=1e-5, atol=1e-5)
     verdict = judge.verdicts(lambda ids_BT: pruned(ids_BT).logits)["mine"]
     others = torch.cat([log_q(pruned, ids_T) for ids_T in ids_BT])
@@ -83,7 +84,7 @@ def test_a_run_on_other_tokens_does_not_go_on(changes, tmp_path):
     assert pair.kept.dense_ids[-2:] == (first, second)
 
     def inputs() -> dict[str, Any]:
-        return inputs_of(open_job(pair.pruned, pair.dense, changes))
+        return inputs_of(open_job(pair.pruned, pair.dense, as_recipe(changes)))
 
     before = inputs()
     assert inputs() == before

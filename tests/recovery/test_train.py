@@ -12,13 +12,14 @@ from models import tiny_llama
 from torch.nn.functional import cross_entropy
 from transformers import TrainerControl, TrainerState
 
+from secateur.data.blocks import Block
 from secateur.errors import RecipeError
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RecoverySettings
 from secateur.recovery import train
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.text import Block, RecoveryText
+from secateur.recovery.text import RecoveryText
 from secateur.recovery.train import Checkpoints, Distiller, Listener, Work, _arguments, log_lines
 from secateur.recovery.weights import handed_over, merge, prepare_weights, wants_shards, weight_size, with_lora
 from secateur.store import Services
@@ -198,7 +199,8 @@ def test_words_stay_and_all_else_moves_in_the_weights_own_dtype(monkeypatch, tmp
         work = work_with(tmp_path, batch_tokens=64, **settings)
         work.services = Services()
         work.pruned, work.teacher, work.states = tiny_llama().to(torch.bfloat16), tiny_llama(), None
-        work.text = RecoveryText((Block("a", torch.zeros(32, dtype=torch.long)),) * 8, {}, 32, "")
+        zeros_T = torch.zeros(32, dtype=torch.long)
+        work.text = RecoveryText((Block(zeros_T, zeros_T),) * 8, {}, 32, "")
         before = {name: each.detach().clone() for name, each in work.pruned.named_parameters()}
         assert train.recover_logits(work) == 3 * 2 * 32
         assert (work.teacher is not None) == has_teacher

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import logits_of, tiny_llama
 from torch import nn
 
+from secateur.data.blocks import blocks_of
 from secateur.errors import NumericsError
-from secateur.facts import Divergence, Verdict, mean_kl, mean_nats
+from secateur.facts import Verdict, mean_kl, mean_nats
 from secateur.model.bind import bind
-from secateur.recovery import judge as module
-from secateur.recovery.judge import Judge, moved_away, objective
+from secateur.recovery.judge import Judge, moved_away, objective, verdict_of
 from tests.families import tiny_family
 
 TEXT = {
@@ -117,8 +119,32 @@ def test_the_head_is_the_familys():
     assert not isinstance(judge.head, nn.Linear)
 
 
-def test_rounding_leaves_no_divergence_below_zero(monkeypatch):
-    monkeypatch.setattr(module, "summarise", lambda *_: Divergence(-1e-9, 0.0, 1.0, 3))
-    dense = tiny_llama()
-    found = Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT))
-    assert {verdict.kl for verdict in found.values()} == {0.0}
+def test_rounding_leaves_no_divergence_below_zero():
+    below, nats = torch.full((2,), -1e-9), torch.ones(2)
+    found = verdict_of("mine", blocks_of(torch.zeros(1, 3, dtype=torch.int64)), [(below, below, nats, nats)])
+    assert (found.kl, found.reverse_kl, found.standard_error) == (0.0, 0.0, None)
+
+
+@settings(max_examples=50)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [torch.rand(size, generator=generator) for size in sizes]
+    agree = [torch.rand(size, generator=generator) < 0.6 for size in sizes]
+    ids = [torch.zeros(size + 1, dtype=torch.int64) for size in sizes]
+    found = verdict_of("mine", blocks_of(ids), [(kl, 2 * kl, same, kl) for kl, same in zip(blocks, agree, strict=True)])
+    values = [float(value) for block in blocks for value in block]
+    assert found.kl == pytest.approx(sum(values) / len(values), rel=1e-12)
+    rest = sum((sum(block.tolist()) - found.kl * len(block)) ** 2 for block in blocks)
+    error = math.sqrt(rest * len(sizes) / (len(sizes) - 1)) / sum(sizes) if len(sizes) > 1 else None
+    assert found.standard_error == (error if error is None else pytest.approx(error, rel=1e-9, abs=1e-12))
+    hits = [bool(value) for block in agree for value in block]
+    assert found.top1_agreement == pytest.approx(sum(hits) / len(hits), rel=1e-12)
+    assert found.num_tokens == sum(sizes)
+    assert (found.reverse_kl, found.nats_per_token) == pytest.approx((2 * found.kl, found.kl), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(NumericsError, match=r"^KL, domain legal: .*\.$"):
+        verdict_of("legal", blocks_of(torch.zeros(1, 3, dtype=torch.int64)), [(torch.tensor([1.0, value]),) * 4])

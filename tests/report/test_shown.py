@@ -162,7 +162,7 @@ def spread(middle: float, part: float) -> Spread:
 
 
 def figures(name: str, scale: float) -> ModelFigures:
-    speed = Speed(spread(1234.5 * scale, 0.1), spread(12.34 * scale, 0.1), spread(0.5 / scale, 0.1))
+    speed = Speed(spread(1234.5 * scale, 0.1), spread(12.34 * scale, 0.1))
     costs = Costs(2.5e8 / scale, 3.21e9 / scale, 11_520)
     return ModelFigures(name, "bfloat16", Size(int(1e8 / scale), int(2e8 / scale)), costs, speed)
 

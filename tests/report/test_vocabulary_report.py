@@ -12,6 +12,7 @@ from models import tiny_llama
 from page_checks import PageChecks
 from test_card import HOSTILE, READER, shown, summary, tokens
 
+from secateur.data.retokenised import retokenised
 from secateur.facts import Loss
 from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
@@ -21,6 +22,7 @@ from secateur.report.card import model_card
 from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
 from secateur.report.report import removed_section
+from secateur.stream.losses import predicted_tokens
 
 RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
 LEARNT = [
@@ -47,7 +49,12 @@ def facts(trim: Trim) -> VocabularyFacts:
     texts = {"prose": CORPUS[0] * 4, "море": "Паром море " * 9}
     blocks = {name: torch.tensor([trim.tokenizer(text)["input_ids"]]) for name, text in texts.items()}
     losses = {"prose": (Loss(3.0, 0.1, 9), Loss(3.25, 0.1, 9))}
-    return vocabulary_facts(dataclasses.replace(trim, foretold=0.2), blocks, losses)
+    dense = retokenised(blocks, trim.tokenizer, trim.dense_tokenizer)
+    num_tokens = {
+        name: (sum(predicted_tokens(dense[name]).values()), sum(predicted_tokens(text).values()))
+        for name, text in blocks.items()
+    }
+    return vocabulary_facts(dataclasses.replace(trim, foretold=0.2), num_tokens, losses)
 
 
 def test_tokens_are_counted_in_both_tokenizers(trim, facts):

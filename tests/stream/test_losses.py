@@ -35,7 +35,6 @@ from secateur.stream.losses import (
     final_states,
     loss_of,
     predicted_tokens,
-    summarise,
     token_divergences,
 )
 
@@ -150,7 +149,6 @@ def test_blocks_of_one_document_say_nothing_of_others() -> None:
     assert change(found["one"], found["one"]).text() == "+0.000"
     assert mean_change([Change(0.1, 0.2), Change(0.3, None)]).text() == "+0.200"
     assert (Change(0.1, 0.2).text(), Change(-0.1, 1e-5).text()) == ("+0.100 ± 0.200", "-0.100")
-    assert summarise("one", one, [torch.ones(19)] * 4, [torch.ones(19)] * 4).standard_error is None
 
 
 @settings(max_examples=20)
@@ -218,12 +216,15 @@ def degenerate_logits(seed: int, positions: int, words: int, scale: float, kind:
 @given(pair=logits)
 def test_divergences_are_those_of_the_formula(pair: tuple[Tensor, Tensor]) -> None:
     dense, pruned = pair
-    found, agree = compare_tokens(dense, nn.Identity(), pruned, nn.Identity())
+    next_P = torch.arange(len(dense)) % dense.shape[1]
+    found, reverse, agree, nats = compare_tokens(dense, nn.Identity(), pruned, next_P)
     expected = kl_per_token(dense, pruned)
     # log p rounds to a step of its own size, and p sums to one.
     size = dense.abs().amax() + pruned.abs().amax() + 10
     assert bool(((found.double() - expected).abs() <= 8 * FLOAT32_STEP * size).all())
     assert torch.equal(found, token_divergences(dense, nn.Identity(), pruned, nn.Identity()))
+    assert torch.equal(reverse, token_divergences(pruned, nn.Identity(), dense, nn.Identity()))
+    assert torch.equal(nats, nn.functional.cross_entropy(pruned.float(), next_P, reduction="none"))
     best = [int(row.argmax()) for row in dense], [int(row.argmax()) for row in pruned]
     assert agree.tolist() == [a == b for a, b in zip(*best, strict=True)]
 
@@ -238,31 +239,9 @@ def test_slices_of_positions_and_rows_lose_nothing(monkeypatch: pytest.MonkeyPat
     found = token_divergences(dense, heads[0], pruned, heads[1])
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=40 * FLOAT32_STEP)
     assert not bool(token_divergences(dense, heads[0], dense, heads[0]).any())
-    assert torch.equal(compare_tokens(dense, heads[0], pruned, heads[1])[0], found)
-
-
-@settings(max_examples=50)
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    blocks = [torch.rand(size, generator=generator) for size in sizes]
-    agree = [torch.rand(size, generator=generator) < 0.6 for size in sizes]
-    ids = [torch.zeros(size + 1, dtype=torch.int64) for size in sizes]
-    found = summarise("mine", ids, blocks, agree)
-    values = [float(value) for block in blocks for value in block]
-    assert found.mean == pytest.approx(sum(values) / len(values), rel=1e-12)
-    rest = sum((sum(block.tolist()) - found.mean * len(block)) ** 2 for block in blocks)
-    error = math.sqrt(rest * len(sizes) / (len(sizes) - 1)) / sum(sizes) if len(sizes) > 1 else None
-    assert found.standard_error == (error if error is None else pytest.approx(error, rel=1e-9, abs=1e-12))
-    hits = [bool(value) for block in agree for value in block]
-    assert found.top1_agreement == pytest.approx(sum(hits) / len(hits), rel=1e-12)
-    assert found.num_tokens == sum(sizes)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
-    with pytest.raises(NumericsError, match=r"^KL, domain legal: .*\.$"):
-        summarise("legal", torch.zeros(1, 3, dtype=torch.int64), [torch.tensor([1.0, value])], [torch.ones(2)])
+    with torch.no_grad():
+        logits_PV = torch.cat([heads[1](part) for part in pruned.split(7)])
+    assert torch.equal(compare_tokens(dense, heads[0], logits_PV, torch.zeros(50, dtype=torch.int64))[0], found)
 
 
 def test_the_heads_input_is_where_a_token_follows() -> None:

@@ -10,7 +10,7 @@ from recipes import grouped
 
 import secateur
 from secateur.cli import give_way
-from secateur.stream.threads import fastest_threads, threads_kept
+from secateur.stream.device import fastest_threads, threads_kept
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_a_run_has_its_own_number_unless_the_user_says_one(said, recipe, checkpo
     if not said:
         monkeypatch.delenv("OMP_NUM_THREADS")
     torch.set_num_threads(2)
-    monkeypatch.setattr("secateur.stream.threads.fastest_threads", lambda _: 1)
+    monkeypatch.setattr("secateur.pruning.prepare.fastest_threads", lambda _: 1)
     seen: list[int] = []
 
     def note(stage: str, *_: int) -> None:

@@ -325,7 +325,8 @@ def recover(
     overwrite: common.Overwrite = False,
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
-    changes = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
+    keys = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
+    changes = parse_recipe(keys, "command line")
     with common.listeners() as (progress, tell):
         record = secateur.recover(
             pruned,

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from secateur.data.blocks import Block, Blocks, JudgedText, LearningText
-from secateur.data.chat import chat_text, closing_of_turn
+from secateur.data.forms import chat_text, closing_of_turn
 from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent

@@ -29,8 +29,7 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
 )
 
-from secateur.data.chat import chat_text
-from secateur.data.forms import Note, NoText, content_of, prompt_of, unheard
+from secateur.data.forms import Note, NoText, chat_text, content_of, prompt_of, unheard
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.errors import CalibrationError, one_line, web_address
 from secateur.model.stock import Tokenizer

@@ -5,6 +5,7 @@ the configs can tell is checked before any weights are read.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,8 +84,7 @@ def _bench(
     for checkpoint in steps(progress, "load", checkpoints):
         models.append(load_model(checkpoint))
         nn.Module.to(models[-1], device)
-    runners = [transformers_runner(model, workload) for model in models]
-    runs = take_turns(runners, workload.repeats, progress)
+    runs = take_turns([runner_of(model, workload) for model in models], workload.repeats, progress)
 
     figures = [
         ModelFigures(
@@ -168,11 +168,7 @@ def take_turns(runners: list[Runner], repeats: int, progress: Progress) -> list[
 
 def speed(runs: list[list[float]], workload: Workload) -> Speed:
     """Return medians and ranges of `runs` (seconds to each token, per repeat)."""
-    return Speed(
-        prefill=Spread.of(prefill_rates(runs, workload)),
-        decode=Spread.of(decode_rates(runs, workload)),
-        first_token_seconds=Spread.of([run[0] for run in runs]),
-    )
+    return Speed(Spread.of(prefill_rates(runs, workload)), Spread.of(decode_rates(runs, workload)))
 
 
 def prefill_rates(runs: list[list[float]], workload: Workload) -> list[float]:
@@ -190,16 +186,10 @@ def paired_ratio(rates: list[float], against: list[float]) -> Spread:
     return Spread.of([rate / other for rate, other in zip(rates, against, strict=True)])
 
 
-def prompt_ids(workload: Workload, vocab_size: int) -> list[int]:
-    """Return the prompt's token ids, the same for all models; timing needs no real text."""
-    return [position * 7919 % vocab_size for position in range(workload.prompt_tokens)]
-
-
-def transformers_runner(model: PreTrainedModel, workload: Workload) -> Runner:
-    """Return a runner of `generate`."""
-    row = torch.tensor(prompt_ids(workload, model.config.get_text_config().vocab_size), device=model.device)
-    ids_BT = row.expand(workload.batch, -1).contiguous()
-    return lambda: _generate(model, ids_BT, workload.new_tokens)
+def runner_of(model: PreTrainedModel, workload: Workload) -> Runner:
+    """Return a runner of `generate`. Prompts are numbers, the same for all models; timing needs no real text."""
+    row_T = torch.arange(workload.prompt_tokens, device=model.device) * 7919 % model.config.get_text_config().vocab_size
+    return partial(_generate, model, row_T.expand(workload.batch, -1).contiguous(), workload.new_tokens)
 
 
 class _Clock(StoppingCriteria):

@@ -4,13 +4,13 @@ In: a dense model. Out: a `Measurement`, and the error curves of its groups. Cop
 to a few sizes in one walk and judged; between these sizes losses are interpolated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from secateur.log import Progress, human_bytes, silent, versions
+from secateur.log import Progress, Tell, human_bytes, mute, silent, versions
 from secateur.methods.curve import Profiles
 from secateur.pruning.cost import disk_bytes, memory_for, walk_seconds
 from secateur.pruning.cut import cut_and_polish
@@ -43,7 +43,7 @@ def measure(
     overwrite: bool = False,
     command: str = "",
     progress: Progress = silent,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Tell = mute,
 ) -> Measurement:
     """Foretell what each size of a model would cost, before anything is cut.
 
@@ -92,7 +92,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     services, judge = run.services, judge_of(ready)
     dense = judged_dense(ready, judge)
     sizes = {f"probe-{number}": {"share": part * opened.recipe.remove.share} for number, part in enumerate(PROBES)}
-    even = opened.asking(opened.recipe.filled(choose={"budget": "uniform"}))
+    even = opened.filled(choose={"budget": "uniform"})
     members = [*of_sizes(ready, even.recipe, sizes).values()]
 
     # Slopes are those of a cut of middle size.

@@ -18,16 +18,17 @@ from secateur.facts import Record
 from secateur.files import check_file, staged_file
 from secateur.formats.gguf_tensors import (
     OWN_TYPES,
+    QUANTISED,
     TYPES,
     GgufTensor,
     gguf_tensors,
     num_gguf_bytes,
     padded_bytes,
     planned_tensors,
+    quantise,
     read_gguf_arrays,
 )
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
-from secateur.formats.gguf_types import QUANTISED, quantise
 from secateur.formats.importance import importance_of
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
 from secateur.formats.serving import GgufSpec, gguf_family, gguf_family_of, layer_widths, num_experts, rotary
@@ -309,8 +310,7 @@ def export(
     """
     # Check all that was asked before a weight is read.
     file = Path(out)
-    usable = "a secateur.Exporter"
-    exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, lambda plugin: isinstance(plugin, Exporter), usable)
+    exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, Exporter)
     is_gguf = format == "gguf"
     if check and not is_gguf:
         raise RecipeError(f"export --check: format {format} has nothing that checks it; leave --check out.")

@@ -78,26 +78,22 @@ def curve_plan(
     remove: float,
     *,
     min_keep: Mapping[GroupKey, int] | None = None,
-    domain_weights: Mapping[str, float] | None = None,
     max_rise: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Return the plan with the least predicted rise, averaged over domains by `domain_weights`.
+    """Return the plan with the least predicted rise, averaged over domains.
 
     At least `remove` of the whole model's cost goes, counted from the groups' full widths, and less
-    than one level more if every level costs something. Groups keep at least `min_keep`.
-    `domain_weights`: equal by default. `max_rise`: the highest predicted rise of some domains, in
-    nats per token; if the best plan breaks a limit, limited domains weigh more, but no more than
-    needed. Raises RecipeError if the groups, with the largest possible `remove`, or `max_rise` do not
-    allow it.
+    than one level more if every level costs something. Groups keep at least `min_keep`. `max_rise`: the
+    highest predicted rise of some domains, in nats per token; if the best plan breaks a limit, limited
+    domains weigh more, but no more than needed. Raises RecipeError if the groups, with the largest possible
+    `remove`, or `max_rise` do not allow it.
     """
     problem = _problem(groups, profiles, min_keep or {})
     largest = sum(max(options) for options in problem.removals) / prices.total
     if remove > largest:
         raise out_of_reach(remove, prices, largest)
     domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
-    given = domain_weights or dict.fromkeys(domains, 1.0)
-    weights = {domain: given[domain] / sum(given.values()) for domain in domains}
-    limits = dict(max_rise or {})
+    weights, limits = dict.fromkeys(domains, 1 / len(domains)), dict(max_rise or {})
     num_keep = _within_limits(problem, weights, prices.to_remove(remove), limits)
     if num_keep is None:
         names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))

@@ -425,21 +425,16 @@ def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str
     # In float32: the Gram matrices take most of the memory.
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
-    domains = InOrder(shares)
-
-    def pool_ended(begins: str) -> None:
-        for domain in domains.begin(begins):
-            _pool_domain(seen, current, domain, group, weighting, shares[domain])
-
+    domains = InOrder(shares, lambda domain: _pool_domain(seen, current, domain, group, weighting, shares[domain]))
     for batch, _, call, _ in expert_calls(walk, group):
         domain = batch.domain
         if batch.held_out:
             seen.held_out.setdefault(domain, []).append(call)
             continue
-        pool_ended(domain)
+        domains.begin(domain)
         seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
         seen.energy[domain] = seen.energy.get(domain, 0.0) + _add_tokens(module, stacks, call, current, seen)
-    pool_ended("")
+    domains.begin("")
     sum_over_ranks(seen.num_tokens_E)
     return seen
 

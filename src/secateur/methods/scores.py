@@ -202,7 +202,7 @@ SCORES: dict[str, Score] = {
 
 def find_score(name: str) -> Score:
     """Return a score. Raises RecipeError if there is none, PluginError if it is unusable."""
-    return look_up(SCORE_GROUP, name, SCORES, lambda plugin: isinstance(plugin, Score), "a secateur.Score")
+    return look_up(SCORE_GROUP, name, SCORES, Score)
 
 
 def needs_gram(name: str) -> bool:

@@ -8,14 +8,12 @@ import torch
 from secateur.errors import RecipeError
 from secateur.files import parse_size
 from secateur.log import human_bytes
-from secateur.methods.budget import params_gone
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
 from secateur.model.bind import decoder_layers, text_config
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, Resolved
-from secateur.recovery.cost import num_trained, polish_settings, training_bytes
-from secateur.recovery.weights import autocasts
+from secateur.recovery.weights import autocasts, num_trained, polish_settings, training_bytes
 from secateur.report.records import MemoryEstimate
 from secateur.stream.device import free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
@@ -182,17 +180,12 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     return max(needs, default=0)
 
 
-def params_after(resolved: Resolved) -> int:
-    """Return the parameters that the last plan leaves."""
-    return resolved.prices_left.total - params_gone(resolved.groups, resolved.plans[-1].num_keep)
-
-
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:
     """Return the bytes of the polish: weights before it that train, what the dense model leaves, training."""
     settings, model = polish_settings(resolved.recipe), opened.model
     if settings is None:
         return 0
-    hidden_size, num_params = text_config(model).hidden_size, params_after(resolved)
+    hidden_size, num_params = text_config(model).hidden_size, resolved.plans[-1].cost_after
     removed = opened.size.num_params - num_params - (0 if settings.train == "full" else resolved.prices.tokens)
     trained, on_cpu = max(0, num_trained(model, settings) - removed), opened.device.type != "cuda"
     numbers = trained if autocasts(model.dtype, on_cpu=on_cpu) else num_params  # the rest has no copy

@@ -11,12 +11,12 @@ from typing import Any
 
 from secateur.errors import RecipeError, SecateurError
 from secateur.formats.gguf import gguf_bytes
-from secateur.formats.gguf_types import TOLD
+from secateur.formats.gguf_tensors import TOLD
 from secateur.log import Progress, silent
 from secateur.methods.budget import align_of, token_prices
 from secateur.model.checkpoint import meta_model, notes_on
 from secateur.model.group import Group
-from secateur.pruning.cost import disk_bytes, memory_for, params_after, with_polish_that_fits
+from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.resolve import Resolved, checked, nearest, resolve
@@ -104,7 +104,7 @@ def _inspection(opened: Opened, progress: Progress) -> Inspection:
     # What it leaves, and takes.
     arch, size, memory = opened.arch, opened.size, memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
-    num_params = params_after(resolved)
+    num_params = plan.cost_after
     embedding: Any = opened.model.get_input_embeddings()
     num_tokens: int = embedding.num_embeddings
     files, files_problem = gguf_files(opened, resolved)

@@ -35,7 +35,7 @@ from secateur.model.kept_tokens import KeptTokens, Trim
 from secateur.model.kept_units import Keeps
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import check_same, device_called, size
-from secateur.recipe import Recipe, dump_recipe
+from secateur.recipe import Keys, Recipe, dump_recipe
 from secateur.stream.device import CPU, LOW, multiplies_in_software
 from secateur.stream.offload import Placement
 
@@ -117,6 +117,10 @@ class Opened:
     def asking(self, recipe: Recipe) -> "Opened":
         """Return the same model with another recipe, not checked yet."""
         return replace(self, recipe=recipe, device=_device_for(recipe, self.checkpoint, self.model))
+
+    def filled(self, **groups: Keys) -> "Opened":
+        """Return the same model with other values in groups of its recipe, see `Recipe.filled`."""
+        return replace(self, recipe=self.recipe.filled(**groups))
 
 
 def open_model(

@@ -3,12 +3,15 @@
 In: an opened model. Out: a `Prepared` run.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from secateur.log import Progress, Tell, human_bytes
 from secateur.model.stock import eval_mode
@@ -27,11 +30,13 @@ from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, size
 from secateur.store import Services, begun
-from secateur.stream.device import keeping_freed
+from secateur.stream.device import fastest_threads, keeping_freed, threads_kept
 from secateur.stream.judge import Judge, Judgement, ToJudge
 from secateur.stream.offload import Placement
-from secateur.stream.threads import choose_threads, threads_kept
+from secateur.stream.walk import CPU_BATCH_TOKENS, Batch, Walk
 
+# The user's own number of threads, which stands.
+THREADS = "OMP_NUM_THREADS"
 # A run that names the tokens of a domain that judge it gets a share of prompts and documents, all with so many.
 TOKENS_BESIDE_ALL = 1024
 
@@ -107,7 +112,7 @@ def prepared(
         check_same_run(opened.model, resolved.recipe)
         placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
         if opened.device.type == "cpu" and size() == 1:
-            choose_threads(opened.model, opened.arch, services)
+            choose_threads(opened, services)
         services.progress("load", 1, 1)
     model = opened.model
     with log.time("calibration"), eval_mode(model):
@@ -127,6 +132,25 @@ def prepared(
         kept={} if opened.like is None else opened.like.keeps,
     )
     return Prepared(opened, run, drawn, placement, notes)
+
+
+def choose_threads(opened: Opened, services: Services) -> None:
+    """Let torch compute with as many threads as make a layer fastest now; a run that goes on has those it began with.
+
+    Nothing changes if the environment says how many.
+    """
+    if THREADS in os.environ or torch.get_num_threads() == 1:
+        return
+
+    def timed() -> int:
+        blocks = Batch("", True, torch.zeros(1, CPU_BATCH_TOKENS, dtype=torch.int64))
+        walk = Walk(opened.model, opened.arch, [blocks])
+        with walk.layer(0):
+            return fastest_threads(partial(walk.through, 0, walk.hidden_BTD[0]))
+
+    count = services.store.value("threads", timed, is_input=True)
+    torch.set_num_threads(count)
+    services.log.write({"event": "threads", "count": count})
 
 
 def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, num_models: int) -> str:

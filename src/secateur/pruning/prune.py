@@ -106,8 +106,9 @@ def _pruned(
     if ready.run.resolved.recipe.output.evaluate:
         judge = judge_of(ready)
         dense = judged_dense(ready, judge)
-    for name, (member, (run, keeps, polished)) in cuts:
-        opened, directory, log = member.opened, run.services.scratch, run.services.log
+    for name, (member, cut) in cuts:
+        opened, (run, keeps, _) = member.opened, cut
+        directory = run.services.scratch
 
         # Judge it, then write it.
         peak, pruned = peak_bytes(), None if judge is None else judged(run, f"pruned {name}".strip(), judge.pruned)
@@ -116,12 +117,9 @@ def _pruned(
         member.placement.offload()
         proof = None if directory is None else save_and_prove(opened, run, keeps, directory)
         summary = summary_of(
-            opened,
-            run,
-            keeps,
+            member,
+            cut,
             proof,
-            calibration=ready.drawn.facts(),
-            polish=polished,
             dense=dense,
             pruned=pruned,
             command=command,
@@ -129,6 +127,6 @@ def _pruned(
             device_peak=device_peak,
         )
         if directory is not None:
-            log.write({"event": "seconds", **summary.seconds})
+            run.services.log.write({"event": "seconds", **summary.seconds})
             summary = finish(directory, summary, run.resolved.recipe)
         yield Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)

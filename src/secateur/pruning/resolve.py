@@ -153,7 +153,7 @@ def checked(opened: Opened) -> Opened:
     if opened.recipe.remove.groups is None:
         has_experts = any(group.name == EXPERTS for group in opened.arch.groups)
         groups = (EXPERTS,) if has_experts else ("ffn",)
-        opened = replace(opened, recipe=opened.recipe.filled(remove={"groups": groups}))
+        opened = opened.filled(remove={"groups": groups})
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
@@ -206,8 +206,7 @@ def share_of_size(opened: Opened) -> Opened:
 
     # Beyond the last step there is none; half a step beyond it is met.
     possible = nearest(sized)
-    run = resolve(possible)
-    left = run.prices_left.total - params_gone(run.groups, run.plans[-1].num_keep)
+    left = resolve(possible).plans[-1].cost_after
     if left > stays:
         num_bytes = left * size.num_bytes // size.num_params
         raise RecipeError(
@@ -219,9 +218,7 @@ def share_of_size(opened: Opened) -> Opened:
 
 def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
     """Return `opened` with this share in place of a size. `align`: None for the recipe's."""
-    align = align or opened.recipe.remove.align
-    remove = {"to": None, "share": share, "align": align}
-    return replace(opened, recipe=opened.recipe.filled(remove=remove))
+    return opened.filled(remove={"to": None, "share": share, "align": align or opened.recipe.remove.align})
 
 
 def nearest(opened: Opened) -> Opened:

@@ -13,11 +13,13 @@ from secateur.log import versions
 from secateur.model.group import Group
 from secateur.model.kept_units import Keeps, write_keeps
 from secateur.model.stock import CausalLM, Tokenizer
+from secateur.pruning.cut import Cut
 from secateur.pruning.open import Opened, tokenizer_of
+from secateur.pruning.prepare import Prepared
 from secateur.pruning.run import Run
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
-from secateur.report.records import CalibrationFacts, PolishRecord, Summary
+from secateur.report.records import Summary
 
 
 def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> tuple[str, ...]:
@@ -71,20 +73,18 @@ def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> V
 
 
 def summary_of(
-    opened: Opened,
-    run: Run,
-    keeps: Keeps,
+    ready: Prepared,
+    cut: Cut,
     proof: Verification | None,
     *,
-    calibration: CalibrationFacts,
-    polish: PolishRecord | None,
     dense: Judgement | None,
     pruned: Judgement | None,
     command: str,
     peak: int,
     device_peak: int | None,
 ) -> Summary:
-    """Return the run's summary. `dense`, `pruned`: as both were judged; None if they were not."""
+    """Return the summary of a cut. `dense`, `pruned`: as both were judged; None if they were not."""
+    opened, (run, keeps, polish) = ready.opened, cut
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = log.notes + ill_conditioned(log.lines, recipe)
@@ -109,9 +109,9 @@ def summary_of(
         versions=versions(),
         device=str(opened.device),
         like=opened.like and opened.like.result,
-        vocabulary=opened.trim and vocabulary_facts(opened.trim, run.held_out, run.trimmed),
+        vocabulary=opened.trim and vocabulary_facts(opened.trim, run.num_predicted, run.trimmed),
         command=command,
-        calibration=calibration,
+        calibration=ready.drawn.facts(),
         lineage=opened.lineage,
         polish=polish,
         dense_losses=dense.domains if dense else {},

@@ -66,6 +66,13 @@ class Run:
         """Each domain's held-out blocks, domains x blocks x tokens."""
         return self.text.held_out
 
+    @property
+    def num_predicted(self) -> dict[str, tuple[int, int]]:
+        """The predicted tokens of each domain's held-out text, in the dense tokenizer and, if it was trimmed, now."""
+        now = {name: sum(predicted_tokens(text).values()) for name, text in self.held_out.items()}
+        dense = {name: sum(counts.values()) for name, counts in (self.dense_tokens or {}).items()}
+        return {name: (dense.get(name, count), count) for name, count in now.items()}
+
     def batches(self) -> list[Batch]:
         """Return this rank's part of the batches of a round, held-out text too."""
         device = self.device
@@ -113,9 +120,8 @@ class LossWatch:
             if domain.protect is None:
                 continue
             allowed[name] = self.dense[name] * (1 + domain.protect) - self.now[name]
-            if self.run.dense_tokens is not None:
-                own = predicted_tokens(self.run.held_out[name])
-                allowed[name] *= sum(self.run.dense_tokens[name].values()) / sum(own.values())
+            dense, own = self.run.num_predicted[name]
+            allowed[name] *= dense / own
             if allowed[name] <= 0:
                 raise RecipeError(
                     f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "

@@ -37,7 +37,7 @@ GUESSED_NATS = 2.0
 
 def sized(opened: Opened, remove: dict[str, Any]) -> Opened:
     """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
-    return checked(opened.asking(opened.recipe.filled(remove=remove)))
+    return checked(opened.filled(remove=remove))
 
 
 def with_most(opened: Opened, given: Recipe, verb: str) -> Opened:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from secateur.data.answers import Answers, Written, in_tokens_of, with_answers
+from secateur.data.answers import Answers, Speaker, Written, in_tokens_of, with_answers
 from secateur.data.blocks import JudgedText, LearningText, ngram_overlap
 from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, judging_tokens
 from secateur.data.rows import read_rows
@@ -18,7 +18,7 @@ from secateur.model.stock import Tokenizer
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved, text_for
 from secateur.recipe import Domain, Recipe
-from secateur.recovery.answers import answers_of
+from secateur.recovery.text import answers_of
 from secateur.report.records import CalibrationFacts
 from secateur.store import Services
 
@@ -85,17 +85,8 @@ class RunText:
         """
         tokenizer = tokenizer_of(replace(dense, trim=None))
         num_tokens = 3 * self.num_tokens + (self.recipe.polish.num_tokens or 0)
-        return answers_of(
-            self.recipe,
-            self.pool.length,
-            dense.model,
-            dense.arch,
-            tokenizer,
-            num_tokens,
-            self._written,
-            services.store,
-            services.progress,
-        )
+        speaker = Speaker(dense.model, dense.arch, tokenizer, str(self.recipe.seed), self.pool.length)
+        return answers_of(self.recipe, speaker, num_tokens, services.store, services.progress, self._written)
 
     def learning(self) -> Learning:
         """Return what a dense model may learn by before it is trimmed, and hold those documents to that."""
@@ -153,7 +144,7 @@ def with_share_of_answers(opened: Opened) -> Opened:
                 f"calibration.answers: 0, but domain '{(given or list(answers))[0]}' is of answers; leave out one of "
                 "them."
             )
-        return replace(opened, recipe=opened.recipe.filled(calibration={"domains": text}))
+        return opened.filled(calibration={"domains": text})
     if tokenizer_of(opened).chat_template is None:
         if share is None and not answers:
             return opened
@@ -174,7 +165,7 @@ def with_share_of_answers(opened: Opened) -> Opened:
     factor = share / (1 - share) * of_text / of_answers if share < 1 and text else 1.0
     scaled = {name: domain.model_copy(update={"share": domain.share * factor}) for name, domain in answers.items()}
     domains = {**(text if share < 1 else {}), **scaled}
-    return replace(opened, recipe=opened.recipe.filled(calibration={"domains": domains, "answers": share}))
+    return opened.filled(calibration={"domains": domains, "answers": share})
 
 
 def without_answers(opened: Opened) -> Opened:
@@ -189,7 +180,7 @@ def without_answers(opened: Opened) -> Opened:
             f"calibration.domains.{next(iter(answers))}: the model's weights are not all in memory, and for each token "
             "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
         )
-    return replace(opened, recipe=opened.recipe.filled(calibration={"domains": text, "answers": None}))
+    return opened.filled(calibration={"domains": text, "answers": None})
 
 
 def ids_in(files: Sequence[str], tokenizer: Tokenizer) -> set[int]:

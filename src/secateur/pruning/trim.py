@@ -124,7 +124,7 @@ def _read(opened: Opened, services: Services) -> _Dense:
     """Read the vocabulary and what is to stay of it."""
     tokenizer, recipe = tokenizer_of(opened), opened.recipe
     text, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
-    opened, vocabulary = opened.asking(recipe.filled(calibration=text)), read_vocabulary(tokenizer, opened.model)
+    opened, vocabulary = opened.filled(calibration=text), read_vocabulary(tokenizer, opened.model)
     stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts)
     stay |= from_first(partial(ids_in, recipe.remove.keep_text, tokenizer))
     return _Dense(opened, services, tokenizer, vocabulary, stay)
@@ -229,13 +229,13 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
 
     If not all weights are in memory the model answers nothing, here as in the run.
     """
-    opened, recipe = dense.opened, dense.opened.recipe
+    opened = dense.opened
     # A recipe that every model can meet: memory depends on its text.
     layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
     remove = {"vocabulary": None, "share": 0.05, "align": 1, "min_keep": 0.0, **layers}
-    plain = recipe.filled(remove=remove, choose={"rounds": 1})
-    resolved = resolve(opened.asking(plain))
-    plan = memory_for(opened.asking(plain), resolved)
+    plain = opened.filled(remove=remove, choose={"rounds": 1})
+    resolved = resolve(plain)
+    plan = memory_for(plain, resolved)
     domains = from_first(lambda: text.learning().text).domains
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)

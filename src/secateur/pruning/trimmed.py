@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.data.blocks import Text
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Loss
@@ -65,14 +64,13 @@ def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None
 
 
 def vocabulary_facts(
-    trim: Trim, held_out: Mapping[str, Text], trimmed: Mapping[str, tuple[Loss, Loss]]
+    trim: Trim, num_tokens: Mapping[str, tuple[int, int]], trimmed: Mapping[str, tuple[Loss, Loss]]
 ) -> VocabularyFacts:
     """Return what the trim did.
 
-    `held_out`: the domains' blocks in the trimmed tokenizer. `trimmed`: each domain's losses before and
-    behind the trim, before anything else goes.
+    `num_tokens`: those predicted of each domain's held-out text, in both tokenizers. `trimmed`: each domain's losses
+    before and behind the trim, before anything else goes.
     """
-    dense = retokenised(held_out, trim.tokenizer, trim.dense_tokenizer)
     kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
     lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
     before = Counter(script for text in texts.values() for script in scripts_of(text))
@@ -80,7 +78,7 @@ def vocabulary_facts(
     return VocabularyFacts(
         num_before=kept.num_dense,
         num_after=len(kept.dense_ids),
-        by_domain={name: (_predicted(dense[name]), _predicted(text)) for name, text in held_out.items()},
+        by_domain=dict(num_tokens),
         scripts={script: (left + removed[script], left) for script, left in sorted(before.items())},
         nats={name: (dense.nats_per_token, cut.nats_per_token) for name, (dense, cut) in trimmed.items()},
         foretold=trim.foretold,
@@ -92,7 +90,3 @@ def _texts(tokenizer: Tokenizer, num_rows: int) -> dict[int, str]:
     backend: Any = tokenizer.backend_tokenizer
     ids = sorted(index for index in backend.get_vocab().values() if index < num_rows)
     return dict(zip(ids, backend.decode_batch([[index] for index in ids], skip_special_tokens=False), strict=True))
-
-
-def _predicted(text: Text) -> int:
-    return sum(predicted_tokens(text).values())

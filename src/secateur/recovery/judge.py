@@ -2,28 +2,20 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.data.blocks import Text, blocks_of
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.errors import NumericsError
-from secateur.facts import Verdict, Verdicts
+from secateur.facts import Verdict, Verdicts, standard_error
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of
-from secateur.recovery.loss import CACHED_POSITIONS
-from secateur.stream.losses import (
-    Sums,
-    compare_tokens,
-    head_inputs,
-    loss_of,
-    summarise,
-    sums_of,
-    token_divergences,
-)
+from secateur.stream.losses import compare_tokens, head_inputs, loss_of, merged, sums_of
 
 # So much further from the dense model, over few held-out answers, is no move.
 LEAST_MOVE = 0.02
@@ -80,30 +72,35 @@ class Judge:
     def _verdicts(self, logits_of: Callable[[str, int, Tensor], Tensor]) -> Verdicts:
         verdicts: Verdicts = {}
         for domain, blocks in self.text.items():
-            divergences, agreements, reverse, sums = [], [], list[Tensor](), list[Sums]()
+            figures = list[tuple[Tensor, ...]]()
             for number, (block, states_PD) in enumerate(zip(blocks, self.states[domain], strict=True)):
-                logits_PV = logits_of(domain, number, block.ids_T).to(self._device())
-                states_PD = states_PD.to(self._device())
-                divergence_P, agrees_P = compare_tokens(states_PD, self.head, logits_PV, nn.Identity())
-                divergences.append(divergence_P)
-                agreements.append(agrees_P)
-                reverse.append(block.counted(token_divergences(logits_PV, nn.Identity(), states_PD, self.head)))
-                next_P = block.ids_T[1:].to(logits_PV.device)
-                slices = zip(logits_PV.split(CACHED_POSITIONS), next_P.split(CACHED_POSITIONS), strict=True)
-                losses = [nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in slices]
-                sums.append(sums_of(torch.cat(losses), block))
-            summary = summarise(domain, blocks, divergences, agreements)
-            kl = max(summary.mean, 0.0)  # rounding may leave it a hair below zero
-            nats = loss_of(sums, f"judge, domain {domain}").nats_per_token
-            verdicts[domain] = Verdict(
-                kl=kl,
-                standard_error=summary.standard_error,
-                nats_per_token=nats,
-                top1_agreement=summary.top1_agreement,
-                num_tokens=summary.num_tokens,
-                reverse_kl=max(float(torch.cat(reverse).double().mean()), 0.0),
-            )
+                logits_PV, next_P = logits_of(domain, number, block.ids_T), block.ids_T[1:]
+                there = (tensor.to(self._device()) for tensor in (logits_PV, next_P))
+                figures.append(compare_tokens(states_PD.to(self._device()), self.head, *there))
+            verdicts[domain] = verdict_of(domain, blocks, figures)
         return verdicts
+
+
+def verdict_of(domain: str, blocks: Sequence[Block], figures: Sequence[tuple[Tensor, ...]]) -> Verdict:
+    """Return what `compare_tokens` gives over a domain's blocks. Raises NumericsError if it is not finite."""
+    kl_NP, reverse_NP, same_NP, nats_NP = zip(*figures, strict=True)
+
+    def counted(values_NP: Sequence[Tensor]) -> Float[Tensor, " K"]:
+        parts = [block.counted(values_P) for values_P, block in zip(values_NP, blocks, strict=True)]
+        return torch.cat(parts).cpu().double()
+
+    kl_K = counted(kl_NP)
+    if not bool(kl_K.isfinite().all()):
+        raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
+    of_documents = merged(map(sums_of, kl_NP, blocks)).values()
+    return Verdict(
+        kl=max(float(kl_K.mean()), 0.0),  # rounding may leave it a hair below zero
+        standard_error=standard_error([total for total, _ in of_documents], [count for _, count in of_documents]),
+        nats_per_token=loss_of(map(sums_of, nats_NP, blocks), f"judge, domain {domain}").nats_per_token,
+        top1_agreement=float(counted(same_NP).mean()),
+        num_tokens=kl_K.numel(),
+        reverse_kl=max(float(counted(reverse_NP).mean()), 0.0),
+    )
 
 
 def unless_diverged(judged: Callable[[], Verdicts]) -> Verdicts | None:

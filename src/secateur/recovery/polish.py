@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.data.blocks import LearningText
+from secateur.data.blocks import Block, LearningText
 from secateur.model.bind import Arch
 from secateur.model.stock import CausalLM
 from secateur.ranks import size
 from secateur.recipe import Recipe, RecoverySettings
 from secateur.recovery.attention import attention_in_training
-from secateur.recovery.cost import polish_settings
 from secateur.recovery.judge import Judge
-from secateur.recovery.text import RecoveryText, blocks_of, shared_out, whole_steps
+from secateur.recovery.text import RecoveryText, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded, training_folder
+from secateur.recovery.weights import polish_settings
 from secateur.report.records import PolishRecord
 from secateur.store import Services
 from secateur.stream.losses import head_inputs, states_for_head
@@ -81,35 +81,31 @@ def learn(
     settings, progress = polish_settings(recipe), services.progress
     if settings is None:
         return None
-    order = list(zip(blocks_of(text.training(settings.num_tokens)), _numbers(text, settings), strict=True))
+    order = _to_train_on(text, settings.num_tokens)
     random.Random(f"{recipe.seed}:{STAGE}").shuffle(order)
     settings = shared_out(settings, text.sequence_length, size(), len(order))
-    blocks = list(whole_steps([block for block, _ in order], settings, text.sequence_length, STAGE))
-    numbers = [number if walked else None for _, number in order[: len(blocks)]]
-    places = {
-        (block.domain, number): place
-        for place, (block, number) in enumerate(zip(blocks, numbers, strict=True))
-        if number is not None
-    }
-    lesson = RecoveryText(tuple(blocks), text.held_out, text.sequence_length, text.content_hash)
+    order = whole_steps(order, settings, text.sequence_length, STAGE)
+    places = {number: place for place, (_, number) in enumerate(order) if walked and number is not None}
+    blocks, in_walk = tuple(block for block, _ in order), set(places.values())
+    lesson = RecoveryText(blocks, text.held_out, text.sequence_length, text.content_hash)
     with services.log.time(STAGE):
         judge = Judge(dense, arch, text.held_out, progress, asked=not walked)
         judge.own_head()  # the model's own is trained, or cut
         with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
-            ids = [block.ids_T for block, number in zip(blocks, numbers, strict=True) if number is None]
-            dense_states = head_inputs(dense, arch, ids, progress, "ask for the polish") if ids else iter(())
-            states = [next(dense_states) if number is None else torch.empty(0) for number in numbers]
+            asked = [block for place, block in enumerate(blocks) if place not in in_walk]
+            dense_states = head_inputs(dense, arch, asked, progress, "ask for the polish") if asked else iter(())
+            states = [torch.empty(0) if place in in_walk else next(dense_states) for place in range(len(blocks))]
     return Lesson(lesson, judge, states, settings, places)
 
 
-def _numbers(text: LearningText, settings: RecoverySettings) -> list[int | None]:
-    """Return the number of each training block among its domain's calibration blocks; None if it is none."""
-    numbers: list[int | None] = []
-    for domain, blocks in zip(text.domains, text.training(settings.num_tokens).values(), strict=True):
-        first = 0 if blocks.counted_NT is None else domain.num_calibration  # see `LearningDomain.training`
-        places = range(first, first + len(blocks))
-        numbers += [place if place < domain.num_calibration else None for place in places]
-    return numbers
+def _to_train_on(text: LearningText, num_tokens: int) -> list[tuple[Block, tuple[str, int] | None]]:
+    """Return the training blocks, each with its domain and its number among the calibration's; None if it is none."""
+    blocks = []
+    for domain, of_domain in zip(text.domains, text.training(num_tokens).values(), strict=True):
+        first = 0 if of_domain.counted_NT is None else domain.num_calibration  # see `LearningDomain.training`
+        for number, block in enumerate(of_domain, start=first):
+            blocks.append((block, (domain.name, number) if number < domain.num_calibration else None))
+    return blocks
 
 
 def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:

@@ -9,12 +9,12 @@ from pathlib import Path
 from secateur.facts import Judgement, TrainingRecord, Verdicts
 from secateur.files import without_places
 from secateur.formats.save import has_own, prove_reload, save_checkpoint
-from secateur.log import LOG_FILE, Progress, Tell, mute, silent, versions
+from secateur.log import LOG_FILE, Progress, Tell, silent, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.ranks import alone, is_first, meet
-from secateur.recipe import RECIPE_FILE, Keys, as_recipe, dump_recipe
-from secateur.recovery.open import Job, changes_of, inputs_of, open_job
+from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
+from secateur.recovery.open import Job, inputs_of, open_job
 from secateur.recovery.train import Work, train_guarded, training_folder
 from secateur.recovery.work import judged_first, judged_last, prepare
 from secateur.report.records import RECOVERY_FILE, RecoveryRecord
@@ -34,40 +34,39 @@ Finish = Callable[[Path, RecoveryRecord], None]
 def recover(
     pruned: str | Path,
     teacher: str | Path,
-    recipe: Keys | Path | str | None = None,
+    changes: Recipe,
     *,
     out: str | Path,
     finish: Finish,
-    tokens: int | None = None,
-    overwrite: bool = False,
-    other_dense: bool = False,
-    command: str = "",
-    progress: Progress = silent,
-    tell: Tell = mute,
+    overwrite: bool,
+    other_dense: bool,
+    command: str,
+    progress: Progress,
+    tell: Tell,
 ) -> RecoveryRecord | None:
     """Recover. `finish`: writes what people read. The rest: see `api.recover`."""
-    job = open_job(pruned, teacher, changes_of(recipe, tokens), other_dense=other_dense)
-    candidates, record = job.candidates, None
-    check_replaceable(Path(out), overwrite=overwrite, protected=candidates.teacher.directory)
+    job, record = open_job(pruned, teacher, changes, other_dense=other_dense), None
+    check_replaceable(Path(out), overwrite=overwrite, protected=job.teacher.directory)
     services_of_job = begun(
         out,
         partial(inputs_of, job),
         overwrite=overwrite,
-        protected=candidates.pruned.directory,
+        protected=job.pruned.directory,
         progress=progress if is_first() else silent,
         tell=tell,
     )
     with services_of_job as services:
         with training_folder(services, job.settings, "recover") as folder:
             work = prepare(job, folder, services)
-            judgements = judged_first(job, work)
+            judge, judged = judged_first(job, work)
             services.store.value("training begun", lambda: True)  # or a store of a training alone would count as empty
             with services.log.time("recover"):
                 before, training = train_guarded(work)
         meet("trained")  # nobody reads any more what is removed in the end
         if services.scratch is not None:
             with alone():  # the others ask nothing
-                judged = judged_last(work, judgements, held=training.held)
+                if judge is not None:
+                    judged["recovered"] = judged_last(work, judge, judged["pruned"], held=training.held)
                 record = write_result(work, job, before, training, judged, services.scratch, command, finish)
     return record
 
@@ -91,11 +90,10 @@ def write_result(
     with work.services.log.time("verify"):
         ids_NT = next(iter(work.text.held_out.values())).ids_NT
         proof = prove_reload(work.pruned, directory, ids_NT, work.services.progress)
-    pruned, teacher = job.candidates.pruned, job.candidates.teacher
     record = RecoveryRecord(
-        name_of(pruned),
-        name_of(teacher),
-        command,
+        pruned=name_of(job.pruned),
+        teacher=name_of(job.teacher),
+        command=command,
         calibration=without_places(job.recipe.calibration.model_dump(mode="json", exclude_none=True)),
         settings=work.settings.model_dump(mode="json"),
         seed=work.seed,
@@ -112,7 +110,7 @@ def write_result(
         versions=versions(),
         judged=judged,
     )
-    _write_record(record, work, job.candidates.pruned.directory, directory)
+    _write_record(record, work, job.pruned.directory, directory)
     finish(directory, record)
     return record
 
@@ -123,13 +121,11 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     The recipe is the pruned model's own, which still describes it, with `recover` added. Where the
     recovery used other text, recovery.json says which.
     """
-    source, recipe = job.candidates.pruned.directory, job.recipe
+    source, recipe = job.pruned.directory, job.recipe
     if (path := source / RECIPE_FILE).is_file():
         recipe = as_recipe(path).model_copy(update={"recover": recipe.recover})
     size = recipe.output.max_shard_size
-    for sentence in save_checkpoint(
-        work.pruned, job.candidates.tokenizer, directory, max_shard_size=size, carry_from=source
-    ):
+    for sentence in save_checkpoint(work.pruned, job.tokenizer, directory, max_shard_size=size, carry_from=source):
         work.services.log.note(sentence)
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:

@@ -42,7 +42,7 @@ from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
 from secateur.recovery.judge import Judge, moved_away, objective, unless_diverged
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
-from secateur.recovery.text import Block, RecoveryText, blocks_per_step
+from secateur.recovery.text import RecoveryText
 from secateur.recovery.weights import (
     autocasts,
     handed_over,
@@ -281,7 +281,7 @@ def recover_logits(work: Work) -> int:
     dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
     settings, dtype, length = work.settings, work.pruned.dtype, work.text.sequence_length
     use_cache = getattr(work.pruned.config, "use_cache", None)
-    size = blocks_per_step(settings.batch_tokens, length)
+    size = settings.blocks_per_step(length)
     num_steps = len(work.text.blocks) // size
     faster = FASTER_IN_LORA if settings.train == "lora" else 1
     rate = settings.learning_rate or faster * RELATIVE_RATE * weight_size(work.pruned)
@@ -320,9 +320,10 @@ def _trainer(
     work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
 ) -> Distiller:
     listener = Listener(work.name, checkpoints, tokens_per_step, work.services.progress)
-    items = [{"input_ids": ids_T} for _, ids_T, _ in work.text.blocks]
+    items: list[dict[str, Any]] = [{"input_ids": block.ids_T} for block in work.text.blocks]
     if work.text.is_masked:
-        items = [{**item, **_mask_of(block)} for item, block in zip(items, work.text.blocks, strict=True)]
+        for item, block in zip(items, work.text.blocks, strict=True):
+            item |= {"counted": block.mask_T, "answers": block.counted_T is not None}
     if work.states is not None:
         items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
     data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items}
@@ -351,13 +352,6 @@ def _trainer(
         teacher = teacher.to(arguments.device)
     trainer.teacher = teacher
     return trainer
-
-
-def _mask_of(block: Block) -> dict[str, Any]:
-    """Return which of the block's tokens count, and whether the dense model says them."""
-    _, ids_T, counted_T = block
-    is_text = counted_T is None
-    return {"counted": torch.ones_like(ids_T, dtype=torch.bool) if is_text else counted_T, "answers": not is_text}
 
 
 def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:

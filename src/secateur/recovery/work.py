@@ -5,23 +5,21 @@ In: a `Job`. Out: a `Work` to train.
 
 import random
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secateur.stream.judge as stream_judge
-from secateur.data.answers import with_answers
+from secateur.data.answers import Speaker, with_answers
 from secateur.facts import Judgement
 from secateur.formats.run_text import run_text_again
 from secateur.log import Progress
 from secateur.model.bind import bind
 from secateur.recipe import Recipe, RecoverySettings
-from secateur.recovery.answers import answers_of
-from secateur.recovery.cost import scratch_bytes
 from secateur.recovery.judge import Judge
 from secateur.recovery.open import Job
-from secateur.recovery.text import RecoveryText, blocks_of, whole_steps
+from secateur.recovery.text import RecoveryText, answers_of, whole_steps
 from secateur.recovery.train import Work
+from secateur.recovery.weights import scratch_bytes
 from secateur.store import Services, Store
 
 
@@ -32,28 +30,27 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
 
     Raises CalibrationError for too little text, CheckpointError for too little disk.
     """
-    candidates, recipe, settings = job
-    log, progress = services.log, services.progress
-    dense = candidates.load_teacher()
-    text = recovery_text(candidates.pruned.directory, recipe, settings, candidates.tokenizer, dense, progress)
+    settings, log, progress = job.settings, services.log, services.progress
+    dense = job.load_teacher()
+    text = recovery_text(job.pruned.directory, job.recipe, settings, job.tokenizer, dense, progress)
     services.store.check_input("text", text.content_hash)
-    services.check_space(scratch_bytes(candidates.pruned_shape, settings))
-    for note in candidates.notes:
+    services.check_space(scratch_bytes(job.pruned_shape, settings))
+    for note in job.notes:
         log.note(note)
-    if candidates.trim is not None:
-        text_of = f"{len(candidates.trim.kept.dense_ids):,} of its {candidates.trim.kept.num_dense:,} tokens"
+    if job.trim is not None:
+        text_of = f"{len(job.trim.kept.dense_ids):,} of its {job.trim.kept.num_dense:,} tokens"
         log.note(f"recover: the teacher predicts {text_of}, those that the model has.")
     for sentence in text.notes:
         log.note(sentence)
     with log.time("judge"):
-        judge = Judge(dense, candidates.teacher_arch, text.held_out, progress)
+        judge = Judge(dense, job.teacher_arch, text.held_out, progress)
     return Work(
-        pruned=candidates.load_pruned(),
+        pruned=job.load_pruned(),
         teacher=dense,
         text=text,
         judge=judge,
         settings=settings,
-        seed=recipe.seed,
+        seed=job.recipe.seed,
         directory=directory,
         services=services,
     )
@@ -85,11 +82,12 @@ def recovery_text(
         key="recover.num_tokens",
     )
     length = split.learning.text.sequence_length
-    answers = answers_of(recipe, length, teacher, bind(teacher), tokenizer, settings.num_tokens, {}, Store(), progress)
+    speaker = Speaker(teacher, bind(teacher), tokenizer, str(recipe.seed), length)
+    answers = answers_of(recipe, speaker, settings.num_tokens, Store(), progress, {})
     # Questions of their own judge answers.
     judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
     text, _ = with_answers(split.learning.text, split.judged, answers)
-    blocks = blocks_of(text.training(settings.num_tokens))
+    blocks = [block for of_domain in text.training(settings.num_tokens).values() for block in of_domain]
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
     return RecoveryText(
         tuple(whole_steps(blocks, settings, length, "recover")),
@@ -101,36 +99,25 @@ def recovery_text(
     )
 
 
-class Judgements(NamedTuple):
-    """What judges models by the text that judged the pruning, None if nothing is to; what it said of each so far."""
-
-    judge: stream_judge.Judge | None
-    by_model: dict[str, Judgement]
-
-
-def judged_first(job: Job, work: Work) -> Judgements:
-    """Judge the dense and the pruned model."""
-    candidates, teacher, length = job.candidates, work.teacher, work.text.sequence_length
+def judged_first(job: Job, work: Work) -> tuple[stream_judge.Judge | None, dict[str, Judgement]]:
+    """Judge the dense and the pruned model by the text that judged the pruning; return what judges, None if nothing."""
+    teacher, length = work.teacher, work.text.sequence_length
     if not job.recipe.output.evaluate or teacher is None:
-        return Judgements(None, {})
-    services, trim = work.services, candidates.trim
+        return None, {}
+    services = work.services
     judge = stream_judge.Judge(
-        work.text.judged, candidates.tokenizer, work.pruned.config, services.store, services.progress, trim=trim
+        work.text.judged, job.tokenizer, work.pruned.config, services.store, services.progress, trim=job.trim
     )
-    dense = teacher if trim is None else candidates.load_teacher(whole=True)
+    dense = teacher if job.trim is None else job.load_teacher(whole=True)
     with services.log.time("judge"):
-        by_model = {"dense": judge.dense(stream_judge.ToJudge.of(dense, "dense", length))}
-        by_model["pruned"] = judge.pruned(stream_judge.ToJudge.of(work.pruned, "pruned", length))
-    return Judgements(judge, by_model)
+        judged = {"dense": judge.dense(stream_judge.ToJudge.of(dense, "dense", length))}
+        judged["pruned"] = judge.pruned(stream_judge.ToJudge.of(work.pruned, "pruned", length))
+    return judge, judged
 
 
-def judged_last(work: Work, judgements: Judgements, *, held: bool) -> dict[str, Judgement]:
-    """Judge the model that is written, too, if models are judged. `held`: whether the training changed it."""
-    judge, by_model = judgements
-    if judge is None:
-        return by_model
-    after = by_model["pruned"]
+def judged_last(work: Work, judge: stream_judge.Judge, before: Judgement, *, held: bool) -> Judgement:
+    """Judge the model that is written: as it was `before`, unless the training changed it and was `held`."""
     with work.services.log.time("judge"):
-        if held:
-            after = judge.pruned(stream_judge.ToJudge.of(work.pruned, "recovered", work.text.sequence_length))
-    return {**by_model, "recovered": after}
+        if not held:
+            return before
+        return judge.pruned(stream_judge.ToJudge.of(work.pruned, "recovered", work.text.sequence_length))

@@ -210,14 +210,13 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second, of all of a batch, and seconds.
+    """Tokens per second, of all of a batch.
 
     `prefill`: prompt tokens up to the first new token. `decode`: new tokens after the first.
     """
 
     prefill: Spread
     decode: Spread
-    first_token_seconds: Spread
 
 
 @dataclass(frozen=True, slots=True)

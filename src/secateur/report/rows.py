@@ -530,8 +530,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
     ]
 
 
-def _spread(figure: Spread, digits: int = 1) -> str:
-    digits = 0 if figure.median >= 100 else digits  # or two models' numbers are wider than 80 columns
+def _spread(figure: Spread) -> str:
+    digits = 0 if figure.median >= 100 else 1  # or two models' numbers are wider than 80 columns
     low, middle, high = (f"{value:,.{digits}f}" for value in (figure.lowest, figure.median, figure.highest))
     return f"{middle} ({low} to {high})"
 
@@ -539,7 +539,6 @@ def _spread(figure: Spread, digits: int = 1) -> str:
 _ROWS: dict[str, Callable[[ModelFigures], str]] = {
     "prefill, tokens/s": lambda timed: _spread(timed.speed.prefill),
     "decode, tokens/s": lambda timed: _spread(timed.speed.decode),
-    "first token, s": lambda timed: _spread(timed.speed.first_token_seconds, 3),
     "parameters": lambda timed: f"{timed.size.num_params:,}",
     "weights": lambda timed: human_bytes(timed.size.num_bytes),
     "cache per token": lambda timed: human_bytes(timed.costs.kv_cache_bytes_per_token),

@@ -1,4 +1,8 @@
-"""The device that a run computes on, and the memory of the device and of this process."""
+"""The device that a run computes on: its memory and that of this process, and threads.
+
+Products are shared out over threads, so that another number of them may change the last bits of a result; with the
+same number they are the same.
+"""
 
 import ctypes
 import resource
@@ -153,3 +157,43 @@ def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     return time.perf_counter()
+
+
+# Timed runs of each number of threads, by turns with the others.
+REPEATS = 4
+# Half of the threads may take so much longer before fewer are not tried.
+SLOWER = 1.2
+
+
+def fastest_threads(compute: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Return with how many threads `compute` takes least: all that torch has, a half, a quarter, ... or one.
+
+    On cores that others use, threads that wait for each other are slower than fewer ones.
+    """
+    most = torch.get_num_threads()
+    chosen, count = most, most // 2
+    with threads_kept():
+        while count >= 1:
+            seconds = dict.fromkeys((chosen, count), 0.0)
+            for number in [*seconds] * REPEATS:
+                torch.set_num_threads(number)
+                compute()  # so that its threads exist
+                start = clock()
+                compute()
+                seconds[number] += clock() - start
+            if seconds[count] > SLOWER * seconds[chosen]:
+                break
+            if seconds[count] < seconds[chosen]:
+                chosen = count
+            count //= 2
+    return chosen
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give torch the number of threads behind the block that it has before it."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,12 +6,12 @@ from itertools import chain, islice
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.data.blocks import Block, Text, blocks_of
 from secateur.errors import NumericsError
-from secateur.facts import Divergence, Loss, standard_error
+from secateur.facts import Loss
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, decoder_layers, head_of
 from secateur.model.modules import forwards_replaced
@@ -209,55 +209,31 @@ def token_divergences(
 
     The softmax runs in float32 on the models' logits. A model against itself gives 0 everywhere.
     """
-    pairs = _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head)
-    return torch.cat([_divergences(*pair) for pair in pairs])
+    divergences: list[Tensor] = []
+    for dense_SD, pruned_SD in zip(dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True):
+        rows = zip(dense_head(dense_SD).split(CACHED_ROWS), pruned_head(pruned_SD).split(CACHED_ROWS), strict=True)
+        divergences += [_kl(*(logits_RV.float().log_softmax(-1) for logits_RV in pair)) for pair in rows]
+    return torch.cat(divergences)
 
 
 @torch.inference_mode()
 def compare_tokens(
-    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
-) -> tuple[Float[Tensor, " P"], Bool[Tensor, " P"]]:
-    """Return `token_divergences`, and whether both models rank the same token first."""
-    divergences, agreements = [], []
-    for dense_SV, pruned_SV in _logit_slices(dense_PD, dense_head, pruned_PD, pruned_head):
-        divergences.append(_divergences(dense_SV, pruned_SV))
-        agreements.append(dense_SV.argmax(-1) == pruned_SV.argmax(-1))
-    return torch.cat(divergences), torch.cat(agreements)
+    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, logits_PV: Float[Tensor, "P V"], next_P: Int64[Tensor, " P"]
+) -> tuple[Tensor, ...]:
+    """Return, by position, KL(p || q), KL(q || p), whether both models rank the same token first, and -log q(next).
+
+    p: the dense model, of which `dense_PD` is what its head reads; q: the model that gives the logits.
+    """
+    figures: list[tuple[Tensor, ...]] = []
+    pieces = zip(*(values.split(KL_POSITIONS) for values in (dense_PD, logits_PV, next_P)), strict=True)
+    for dense_SD, logits_SV, next_S in pieces:
+        rows = zip(*(values.split(CACHED_ROWS) for values in (dense_head(dense_SD), logits_SV, next_S)), strict=True)
+        for dense_RV, logits_RV, next_R in rows:
+            log_p, log_q = dense_RV.float().log_softmax(-1), logits_RV.float().log_softmax(-1)
+            same_R, nats_R = dense_RV.argmax(-1) == logits_RV.argmax(-1), -log_q.gather(1, next_R[:, None])[:, 0]
+            figures.append((_kl(log_p, log_q), _kl(log_q, log_p), same_R, nats_R))
+    return tuple(map(torch.cat, zip(*figures, strict=True)))
 
 
-def _logit_slices(
-    dense_PD: Tensor, dense_head: nn.Module, pruned_PD: Tensor, pruned_head: nn.Module
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for dense_SD, pruned_SD in zip(dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True):
-        yield dense_head(dense_SD), pruned_head(pruned_SD)
-
-
-def _divergences(dense_SV: Tensor, pruned_SV: Tensor) -> Tensor:
-    """Return the divergence per row of logits, in pieces that fit the CPU's cache."""
-    divergences = []
-    for dense_RV, pruned_RV in zip(dense_SV.split(CACHED_ROWS), pruned_SV.split(CACHED_ROWS), strict=True):
-        log_p, log_q = dense_RV.float().log_softmax(-1), pruned_RV.float().log_softmax(-1)
-        divergences.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-    return torch.cat(divergences)
-
-
-def summarise(domain: str, text: Text, divergences_NP: list[Tensor], agreements_NP: list[Tensor]) -> Divergence:
-    """Return the figures over a domain's blocks. Raises NumericsError if one is not finite."""
-    blocks = blocks_of(text)
-
-    def counted(values_NP: list[Tensor]) -> Float[Tensor, " K"]:
-        parts = [block.counted(values_P) for values_P, block in zip(values_NP, blocks, strict=True)]
-        return torch.cat(parts).cpu().double()
-
-    all_tokens = counted(divergences_NP)
-    if not bool(all_tokens.isfinite().all()):
-        raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
-    sums = merged(
-        sums_of(divergences_P.cpu(), block) for divergences_P, block in zip(divergences_NP, blocks, strict=True)
-    ).values()
-    return Divergence(
-        mean=float(all_tokens.mean()),
-        standard_error=standard_error([total for total, _ in sums], [count for _, count in sums]),
-        top1_agreement=float(counted(agreements_NP).mean()),
-        num_tokens=all_tokens.numel(),
-    )
+def _kl(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
+    return torch.linalg.vecdot(log_p_RV.exp(), log_p_RV - log_q_RV)

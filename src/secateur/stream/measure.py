@@ -3,6 +3,7 @@
 Also computes the domain weights that depend on a cut's effect on each domain (`minimax`).
 """
 
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from secateur.stream.statistics import (
     pool,
     removal_errors,
 )
-from secateur.stream.walk import Batch, Walk
+from secateur.stream.walk import Walk
 
 NUM_STEPS = 5
 STEP_SIZE = 0.5
@@ -118,62 +119,6 @@ def _at_least(weights_D: Float[Tensor, " D"], floor: float) -> Float[Tensor, " D
     return (high * weights_D).clamp(floor, 1)
 
 
-class _Gatherer:
-    """Collects reader inputs batch by batch, and pools a domain as soon as the next one begins."""
-
-    def __init__(
-        self, group: Group, reader: nn.Linear, weighting: str, shares: dict[str, float], gram: bool, drift: bool
-    ) -> None:
-        self.group, self.reader, self.weighting, self.shares = group, reader, weighting, shares
-        sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
-        self.empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
-        self.pooled, self.current = self.empty(dtype=torch.float32), self.empty()
-        self.domains = InOrder(shares)
-        self.energy: dict[str, float] = {}
-        self.held_out: dict[str, list[Tensor]] = {}
-        self.held_out_drift: dict[str, list[Tensor]] = {}
-        self.by_domain: dict[str, Statistics] = {}
-
-    def add(self, batch: Batch, x: Tensor, y: Tensor, drift: Tensor | None) -> None:
-        """Add the tokens of a batch that count: their statistics, or their inputs if it is held out."""
-        x_TF, y_TH = batch.counted(x), batch.counted(y)
-        drift_TH = None if drift is None else batch.counted(drift)
-        if batch.held_out:
-            self.held_out.setdefault(batch.domain, []).append(x_TF)
-            if drift_TH is not None:
-                self.held_out_drift.setdefault(batch.domain, []).append(drift_TH)
-            return
-        self.pool_ended(batch.domain)
-        self.current.update(x_TF, y_TH if self.reader.bias is None else y_TH - self.reader.bias, drift_TH)
-
-    def pool_ended(self, begins: str) -> None:
-        """Pool the domains that end where this one begins."""
-        for domain in self.domains.begin(begins):
-            self.fold(domain)
-
-    def fold(self, domain: str) -> None:
-        """Pool the domain that has ended. Raises NumericsError if an input is not finite."""
-        self.current.sum_over_ranks()
-        if not self.current.is_finite():
-            where = f"layer {self.group.layer}, {self.group.reader.module}, domain {domain}"
-            advice = "use the model in bfloat16 or float32 and check its weights"
-            raise NumericsError(f"{where}: the input holds NaN or infinite numbers; {advice}.")
-        self.energy[domain] = float(self.current.energy)
-        self.pooled.merge(self.current, domain_weight(self.weighting, self.shares[domain], self.energy[domain]))
-        if self.weighting in BY_DOMAIN:
-            self.by_domain[domain] = self.empty(dtype=torch.float32)
-            self.by_domain[domain].merge(self.current)
-        self.current.clear()
-
-    def finish(self) -> Measurement:
-        """Pool the last domain and return the measurement."""
-        self.pool_ended("")
-        # Concatenate one domain at a time to bound peak memory.
-        both = self.held_out, self.held_out_drift
-        held_out, drift = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
-        return Measurement(self.pooled, self.energy, held_out, drift, self.by_domain)
-
-
 @torch.no_grad()
 def measure(
     walk: Walk,
@@ -198,15 +143,45 @@ def measure(
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append((inputs[0], output))
 
+    energy, by_domain = dict[str, float](), dict[str, Statistics]()
+    held_out, held_out_drift = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
     with walk.layer(group.layer) as layer:
         reader = linear(layer, group.reader.module)
-        gatherer = _Gatherer(group, reader, weighting, shares, gram, drift)
-        handle = reader.register_forward_hook(note)
-        try:
+        sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
+        empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
+        pooled, current = empty(dtype=torch.float32), empty()
+
+        def fold(domain: str) -> None:
+            """Pool the domain that has ended."""
+            current.sum_over_ranks()
+            if not current.is_finite():
+                where = f"layer {group.layer}, {group.reader.module}, domain {domain}"
+                advice = "use the model in bfloat16 or float32 and check its weights"
+                raise NumericsError(f"{where}: the input holds NaN or infinite numbers; {advice}.")
+            energy[domain] = float(current.energy)
+            pooled.merge(current, domain_weight(weighting, shares[domain], energy[domain]))
+            if weighting in BY_DOMAIN:
+                by_domain[domain] = empty(dtype=torch.float32)
+                by_domain[domain].merge(current)
+            current.clear()
+
+        # A domain's statistics are of the tokens that count; of held-out text the inputs themselves are kept.
+        domains = InOrder(shares, fold)
+        with reader.register_forward_hook(note):
             for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
+                x_TF, y_TH = map(batch.counted, seen.pop())
                 # Both streams have their dtype's precision, so their difference needs no more.
-                after = walk.dense_BTD[position] - output if drift else None
-                gatherer.add(batch, *seen.pop(), after)
-        finally:
-            handle.remove()
-        return gatherer.finish()
+                drift_TH = batch.counted(walk.dense_BTD[position] - output) if drift else None
+                if not batch.held_out:
+                    domains.begin(batch.domain)
+                    current.update(x_TF, y_TH if reader.bias is None else y_TH - reader.bias, drift_TH)
+                    continue
+                held_out[batch.domain].append(x_TF)
+                if drift_TH is not None:
+                    held_out_drift[batch.domain].append(drift_TH)
+        domains.begin("")
+
+        # One domain at a time, to bound peak memory.
+        both = held_out, held_out_drift
+        held_out_TF, drift_TH = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
+        return Measurement(pooled, energy, held_out_TF, drift_TH, by_domain)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from secateur.errors import NumericsError
-from secateur.ranks import domains_ended, from_first, gathered, sum_by_name, sum_tensors
+from secateur.ranks import domains_ended, from_first, gathered, sum_tensors
 from secateur.stream.device import float64_device, release_freed
 
 # Block rows up to the diagonal cost (1 + 1/8) / 2 of the whole product.
@@ -264,8 +264,15 @@ def sum_over_ranks(*parts: Tensor | Gram) -> None:
 
 
 def totals(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sums over all ranks of numbers or small tensors by name; ranks may lack names."""
-    return sum_by_name(values)
+    """Return the sums over all ranks of numbers or small tensors by name; ranks may lack names.
+
+    Every rank adds in the order of ranks, so that all get the same bits.
+    """
+    total: dict[str, Any] = {}
+    for part in gathered(dict(values)):
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
 
 
 def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
@@ -274,19 +281,20 @@ def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
 
 
 class InOrder:
-    """Says which domains are done, in the same order on every rank.
+    """Calls `end` with each domain that is done, in the same order on every rank.
 
     A rank also hears of domains of which it has no batch, since all ranks sum up together.
     """
 
-    def __init__(self, domains: Iterable[str]) -> None:
-        self.domains, self.current = list(domains), ""
+    def __init__(self, domains: Iterable[str], end: Callable[[str], None]) -> None:
+        self.domains, self.end, self.current = list(domains), end, ""
 
-    def begin(self, domain: str) -> list[str]:
-        """Return the domains that end as the next batch belongs to this one; "" ends the last."""
-        ended = domains_ended(self.current, domain, self.domains) if domain != self.current or not domain else []
+    def begin(self, domain: str) -> None:
+        """End the domains before this one, to which the next batch belongs; "" ends the last."""
+        if domain != self.current or not domain:
+            for ended in domains_ended(self.current, domain, self.domains):
+                self.end(ended)
         self.current = domain
-        return list(ended)
 
 
 @dataclass(frozen=True, slots=True)
