@@ -93,6 +93,8 @@ BudgetName = Literal["uniform", "curve"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
 # The built-in names of `scores.SCORES`, which imports torch. Packages add others, see `plugins`.
 SCORE_NAMES = ("random", "magnitude", "wanda", "flap", "obs", "paper", "reap")
+# Of the text of a run, where nothing else is said.
+SHARE_OF_ANSWERS = 0.5
 # A domain has exactly one of these keys, its source.
 SOURCE_NAMES = ("installed", "files", "dataset")
 

@@ -5,11 +5,13 @@ import re
 
 import pytest
 import yaml
+from models import tiny_llama
 from run_cli import run_cli
+from tiny_tokenizer import tiny_tokenizer
 
-from secateur.cli.common import parse_domains, parse_sets
+from secateur.cli.common import parse_domains, parse_sets, with_answers
 from secateur.cli.prune import about, meaning
-from secateur.plugins import mixtures
+from secateur.plugins import default_domains, mixtures
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
 
 
@@ -35,6 +37,43 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
     assert saved.repair.damping_factors == (1, 10) and saved.polish.num_tokens == 0
     domain = saved.calibration.domains["prose"]
     assert (domain.share, domain.files) == (3, (str(texts["prose"]),))
+
+
+def test_prompts_of_a_file_are_answered_beside_the_text(recipe_file, texts, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "chat")
+    tiny_tokenizer().save_pretrained(tmp_path / "chat")
+    (tmp_path / "asked.csv").write_text("question\n" + "".join(f"q{number}\n" for number in range(40)))
+    run = run_cli(
+        *("prune", tmp_path / "chat", tmp_path / "out", "--recipe", recipe_file, "--polish", "0"),
+        *("--answers", f"{tmp_path / 'asked.csv'}:question"),
+    )
+    assert run.status == 0, run.stderr
+    saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())).calibration
+    assert set(saved.of_text) == {"prose", "code"} and list(saved.answered) == ["answers"]
+    asked = saved.domains["answers"]
+    assert (asked.files, asked.column) == ((str(tmp_path / "asked.csv"),), "question")
+    num_tokens = json.loads((tmp_path / "out" / "result.json").read_text())["calibration"]["num_tokens"]
+    assert num_tokens["answers"] == num_tokens["prose"] + num_tokens["code"] > 0
+
+
+def test_the_default_text_is_beside_the_prompts_of_a_file(texts):
+    keys = with_answers({}, str(texts["prose"]))["calibration"]
+    assert keys["answers"] == 0.5
+    assert keys["domains"].pop("answers") == {"files": [str(texts["prose"])], "answers": True}
+    assert keys["domains"] == default_domains()
+    assert with_answers({"calibration": {"answers": 0.75}}, str(texts["prose"]))["calibration"]["answers"] == 0.75
+    mixed = with_answers({"calibration": {"domains": "general"}}, str(texts["prose"]))["calibration"]["domains"]
+    assert list(mixed) == [*mixtures()["general"], "answers"]
+
+
+def test_answers_are_a_share_or_a_file(recipe_file, texts, tmp_path):
+    asking = ("prune", "model", tmp_path / "out", "--answers")
+    refused = run_cli(*asking, "half")
+    assert refused.status == 2
+    assert "--answers half: is no share and no file; give a share from 0 to 1, or a file" in refused.stderr
+    refused = run_cli(*asking, texts["prose"], "--domain", f"answers={texts['code']}")
+    assert refused.status == 2
+    assert "a domain of text is called 'answers'; call it by another name." in refused.stderr
 
 
 def test_the_same_keys_for_inspect_and_recover(checkpoints, recipe_file):

@@ -1,5 +1,6 @@
 """The command line's application: shared options, the progress bar, how a process ends."""
 
+import glob
 import importlib.metadata
 import os
 import re
@@ -24,8 +25,8 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
 from secateur.log import TELLING_SHARES, Progress, Tell, mute, silent
-from secateur.plugins import mixtures
-from secateur.recipe import INSTALLED_DOMAINS, Keys, merged, parse_recipe, preset_texts
+from secateur.plugins import default_domains, mixture, mixtures
+from secateur.recipe import INSTALLED_DOMAINS, SHARE_OF_ANSWERS, Keys, merged, parse_recipe, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
@@ -236,9 +237,9 @@ From = Annotated[
 Answers = Annotated[
     str | None,
     typer.Option(
-        metavar="SHARE|prompts",
-        help="Share of the text that the dense model answers itself; 0 for none. prompts: it answers the files of "
-        "--domain.",
+        metavar="SHARE|FILE",
+        help="Share of the text that the dense model answers itself; 0 for none. FILE[:COLUMN]: half of the text is "
+        "what it answers to these prompts.",
     ),
 ]
 Domains = Annotated[
@@ -348,26 +349,26 @@ def parse_domains(texts: list[str]) -> dict[str, Keys]:
     return domains
 
 
-# What `--answers` says in place of a share.
-PROMPTS = "prompts"
-
-
-def with_answers(data: Keys, answers: str | None, domains: list[str] | None) -> Keys:
-    """Return a recipe's keys with `--answers`: a share of the text, or that the files of `--domain` are prompts."""
+def with_answers(data: Keys, answers: str | None) -> Keys:
+    """Return a recipe's keys with `--answers`: a share of the text, or the file whose prompts are answered."""
     if answers is None:
         return data
     calibration = dict(data.get("calibration", {}))
-    if answers == PROMPTS:
-        named = {name: dict(domain) for name, domain in calibration.get("domains", {}).items()} if domains else {}
-        files = [name for name, domain in named.items() if "files" in domain]
-        if not files:
-            raise RecipeError("--answers prompts: no --domain has a file; give one, as --domain chat=prompts.jsonl.")
-        calibration["domains"] = named | {name: {**named[name], "answers": True} for name in files}
-        return {**data, "calibration": calibration}
     try:
         calibration["answers"] = float(answers)
     except ValueError:
-        raise RecipeError(f"--answers {answers}: give a share from 0 to 1, or {PROMPTS}.") from None
+        source = _of_file(answers)
+        place = Path(source["files"][0]).expanduser()
+        if not (place.exists() or glob.glob(str(place), recursive=True)):
+            raise RecipeError(
+                f"--answers {answers}: is no share and no file; give a share from 0 to 1, or a file of prompts."
+            ) from None
+        domains = calibration.get("domains", default_domains())
+        domains = mixture(domains) if isinstance(domains, str) else domains
+        if not domains.get("answers", {"answers": True}).get("answers"):
+            raise RecipeError(f"--answers {answers}: a domain of text is called 'answers'; call it by another name.")
+        calibration["domains"] = {**domains, "answers": {**source, "answers": True}}
+        calibration.setdefault("answers", SHARE_OF_ANSWERS)
     return {**data, "calibration": calibration}
 
 

@@ -269,7 +269,7 @@ def _keys(
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
-    return common.with_sets(common.with_answers(data, answers, domains), sets)
+    return common.with_sets(common.with_answers(data, answers), sets)
 
 
 def _without_none(options: Keys) -> Keys:

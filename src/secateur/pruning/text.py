@@ -17,13 +17,13 @@ from secateur.log import Progress
 from secateur.model.stock import Tokenizer
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved, text_for
-from secateur.recipe import Domain, Recipe
+from secateur.recipe import SHARE_OF_ANSWERS, Domain, Recipe
 from secateur.recovery.text import answers_of
 from secateur.report.records import CalibrationFacts
 from secateur.store import Services
 
-# Of the text of a run, where nothing else is said; and the domain's name.
-SHARE_OF_ANSWERS, ANSWERS = 0.5, "answers"
+# The domain of what the dense model answers to prompts that come with secateur.
+ANSWERS = "answers"
 
 
 class Drawn(NamedTuple):
