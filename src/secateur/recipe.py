@@ -295,8 +295,8 @@ class Machine(Strict):
     memory_budget: str | None = None
     """such as 6GB, beyond interpreter and page cache; weights that do not fit stay on disk."""
     compute_dtype: Literal["stored", "float32"] | None = None
-    """`float32` computes so one layer at a time, and stores the weights as they were. None:
-    `stored`, and `float32` on CPUs that multiply bfloat16 in software.
+    """`float32` computes so, and stores the weights as they were. None: `stored`, and `float32` on
+    CPUs that have no instructions for bfloat16.
     """
 
 

@@ -6,7 +6,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from models import tiny_llama
 from recipes import grouped
+from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 import secateur
@@ -46,6 +48,22 @@ def test_a_run_that_names_its_tokens_is_asked_the_prompts_that_go_with_them(chec
     found = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2, "evaluate": 32})).summary
     assert (found.own_answers.num_prompts, pruned.summary.own_answers.num_prompts) == (1, 2)
     assert set(found.calibration.num_judged_tokens.values()) == {32}
+
+
+def test_a_run_in_float32_is_judged_the_same_with_and_without_room_for_all_layers(recipe, monkeypatch, tmp_path):
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "low")
+    tiny_tokenizer().save_pretrained(tmp_path / "low")
+    asked = grouped({**recipe, "remove": 0.2, "compute_dtype": "float32"})
+    roomy = secateur.prune(tmp_path / "low", asked, out=tmp_path / "roomy")
+    told = secateur.inspect(tmp_path / "low", asked)
+    monkeypatch.setattr("secateur.pruning.cost.FREE_SHARE", 0.0)
+    by_layer = secateur.prune(tmp_path / "low", asked, out=tmp_path / "by_layer")
+    assert roomy.summary.own_answers == by_layer.summary.own_answers is not None
+    # All layers are in float32 there, not two of the three.
+    one_layer = sum(p.numel() for p in tiny_llama().model.layers[0].parameters())
+    assert told.memory.weights - secateur.inspect(tmp_path / "low", asked).memory.weights == 4 * one_layer
+    name = "model.safetensors"
+    assert (tmp_path / "roomy" / name).read_bytes() == (tmp_path / "by_layer" / name).read_bytes()
 
 
 def test_text_of_other_sources_is_the_second_figure_and_of_the_two_saved_models(checkpoints, pruned):

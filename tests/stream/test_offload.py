@@ -82,8 +82,23 @@ def test_one_layer_at_a_time_is_in_float32_and_unchanged_ones_return_as_they_wer
     assert not layers[0]._forward_pre_hooks and weights(layers)[0] is hosts[0]
 
 
-def test_changes_survive_in_the_stored_dtype(layers: list[nn.Module]) -> None:
-    owner = LayersOnDevice(layers, CPU, in_float32=True)
+def test_kept_layers_stay_in_float32_until_the_end(layers: list[nn.Module]) -> None:
+    hosts, owner = weights(layers), LayersOnDevice(layers, CPU, in_float32=True, keeps=True)
+    passes = []
+    for _ in range(2):
+        x = torch.ones(1, 4)
+        for layer in layers:
+            x = layer(x)
+        passes.append(weights(layers))
+    assert [weight.dtype for weight in weights(layers)] == [torch.float32] * 3
+    assert all(now is then for now, then in zip(*passes, strict=True)), "nothing was copied again"
+    owner.end()
+    assert all(now is host for now, host in zip(weights(layers), hosts, strict=True))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_changes_survive_in_the_stored_dtype(layers: list[nn.Module], keeps: bool) -> None:
+    owner = LayersOnDevice(layers, CPU, in_float32=True, keeps=keeps)
     fetch(layers[1])
     weights(layers)[1].fill_(THIRD)  # in place
     settle(layers[1])
@@ -218,6 +233,7 @@ def test_half_precision_is_raised_where_it_is_multiplied_in_software(monkeypatch
         torch.float32,
         torch.float64,
     ]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert multiplies_in_software(CPU, torch.bfloat16) and multiplies_in_software(CPU, torch.float16)
     assert not multiplies_in_software(CPU, torch.float32)
@@ -228,6 +244,18 @@ def test_half_precision_is_raised_where_it_is_multiplied_in_software(monkeypatch
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     operator = torch.ops.mkldnn._is_mkldnn_bf16_supported
     assert multiplies_in_software(CPU, torch.bfloat16) is not operator()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "in_software"),
+    [({"avx512"}, True), ({"avx512", "avx512_bf16"}, False), ({"avx512", "amx_tile"}, False)],
+)
+def test_avx512_alone_multiplies_bfloat16_in_software(
+    instructions: set[str], in_software: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("avx512", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+    assert multiplies_in_software(CPU, torch.bfloat16) is in_software
 
 
 def test_a_part_of_the_free_memory_is_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -366,7 +366,9 @@ def with_answers(data: Keys, answers: str | None) -> Keys:
         domains = calibration.get("domains", default_domains())
         domains = mixture(domains) if isinstance(domains, str) else domains
         if not domains.get("answers", {"answers": True}).get("answers"):
-            raise RecipeError(f"--answers {answers}: a domain of text is called 'answers'; call it by another name.")
+            raise RecipeError(
+                f"--answers {answers}: a domain of text is called 'answers'; call it by another name."
+            ) from None
         calibration["domains"] = {**domains, "answers": {**source, "answers": True}}
         calibration.setdefault("answers", SHARE_OF_ANSWERS)
     return {**data, "calibration": calibration}

@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from secateur.errors import RecipeError
@@ -18,6 +19,8 @@ from secateur.report.records import MemoryEstimate
 from secateur.stream.device import free_bytes
 from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
 
+# Of the host's free memory, what all layers in float32 may take.
+FREE_SHARE = 0.5
 HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
 
 
@@ -26,6 +29,7 @@ class MemoryPlan:
     """A run's memory, whether weights stay on disk, and whether layers are onloaded one at a time.
 
     `budget_bytes`: the device's limit, if known. `in_float32`: compute in it, store the own dtype.
+    `keeps_layers`: all of them in float32 beside those that are stored.
     """
 
     estimate: MemoryEstimate
@@ -33,6 +37,7 @@ class MemoryPlan:
     one_layer_at_a_time: bool = False
     budget_bytes: int | None = None
     in_float32: bool = False
+    keeps_layers: bool = False
 
 
 def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
@@ -46,9 +51,11 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     on_cpu, in_float32 = opened.device.type == "cpu", computes_in_float32(opened)
     stored = size.num_bytes // size.num_params
     outside, two_layers = size.num_params - sum(per_layer), 2 * max(per_layer)
-    if on_cpu and in_float32:  # stored weights, and what computes: what is in no layer, and two layers
-        weights = size.num_bytes + 4 * (outside + two_layers) - outside * stored
-        return MemoryPlan(estimate_memory(opened, resolved, weights, 4), False, in_float32=True)
+    if on_cpu and in_float32:  # stored weights, and what computes: what is in no layer, and two layers or all
+        keeps = 4 * size.num_params <= FREE_SHARE * psutil.virtual_memory().available
+        computing = 4 * (outside + (sum(per_layer) if keeps else two_layers))
+        estimate = estimate_memory(opened, resolved, size.num_bytes + computing - outside * stored, 4)
+        return MemoryPlan(estimate, False, in_float32=True, keeps_layers=keeps)
 
     item = 4 if in_float32 else stored
     whole = estimate_memory(opened, resolved, 4 * size.num_params if in_float32 else size.num_bytes, item)

@@ -201,10 +201,10 @@ def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
     return replace(opened, model=model, size=Size.of(model), on_disk=on_disk), aside
 
 
-def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool) -> Placement:
-    """Bring the loaded model to the run's device; a model in memory stays where it is."""
+def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool, keeps: bool = False) -> Placement:
+    """Bring the loaded model to the run's device; a model in memory stays where it is. Arguments: of `Placement`."""
     layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
-    placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32)
+    placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32, keeps=keeps)
     placement.onload()
     return placement
 

@@ -110,7 +110,9 @@ def prepared(
         notes = text_notes + notes + _notes(opened, plan)
         resolved = replace(resolved, warnings=resolved.warnings + notes)
         check_same_run(opened.model, resolved.recipe)
-        placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+        placement = onload(
+            opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32, keeps=plan.keeps_layers
+        )
         if opened.device.type == "cpu" and size() == 1:
             choose_threads(opened, services)
         services.progress("load", 1, 1)

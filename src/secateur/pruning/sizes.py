@@ -77,7 +77,7 @@ def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = Fal
     weights do not fit the device.
     """
     opened, dense, drawn, placement, notes = ready
-    if placement.one_at_a_time and not placement.in_float32:
+    if placement.one_at_a_time:
         raise RecipeError("remove: several sizes at once need all weights on the device; prune to one size at a time.")
     with placement.on_host():
         models = [] if stays else [opened.model]

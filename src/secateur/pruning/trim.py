@@ -238,7 +238,9 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     plan = memory_for(plain, resolved)
     domains = from_first(lambda: text.learning().text).domains
     opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
-    placement = onload(opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32)
+    placement = onload(
+        opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32, keeps=plan.keeps_layers
+    )
     read = [domain for domain in domains if not domain.blocks.is_meta]
     written = {domain.name: domain.calibration for domain in read}
     held_out = {domain.name: domain.held_out for domain in read}

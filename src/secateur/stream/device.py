@@ -88,10 +88,13 @@ def peak_bytes_on(device: torch.device) -> int | None:
 def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether matmuls of this dtype are many times slower than those of float32.
 
-    True on CPUs without AVX-512 or an equivalent, where torch multiplies bfloat16 in software.
+    True on CPUs without instructions for it: below AVX-512 torch has no such products, and AVX-512
+    alone takes them apart, which oneDNN calls supported.
     """
     if device.type != "cpu" or dtype not in LOW:
         return False
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_supported():
+        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
 

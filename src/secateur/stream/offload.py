@@ -48,11 +48,14 @@ class _Copy:
 class LayersOnDevice:
     """Onloads `layers` to `device`, one at a time, from its construction until `end`.
 
-    `in_float32`: they compute in float32 there, whatever dtype they are stored in.
+    `in_float32`: they compute in float32 there, whatever dtype they are stored in. `keeps`: a layer that
+    came stays, since text that is generated reads each of them at every token.
     """
 
-    def __init__(self, layers: list[nn.Module], device: torch.device, *, in_float32: bool = False) -> None:
-        self.layers, self.in_float32 = layers, in_float32
+    def __init__(
+        self, layers: list[nn.Module], device: torch.device, *, in_float32: bool = False, keeps: bool = False
+    ) -> None:
+        self.layers, self.in_float32, self.keeps = layers, in_float32, keeps
         self.device = torch.empty(1, device=device).device  # with its index, as tensors report it
         self.dtypes = {key: p.dtype for layer in layers for key, p in _parameters(layer)}
         self.onloaded: dict[int, dict[_Key, _Copy]] = {}
@@ -73,7 +76,8 @@ class LayersOnDevice:
             return
         with torch.inference_mode(False), torch.no_grad():
             if index not in self.onloaded:
-                self.offload()
+                if not self.keeps:
+                    self.offload()
                 self.onloaded[index] = self._fresh_copies(index)
                 if index + 1 < len(self.layers):
                     self.prefetched = index + 1, self.thread.submit(self._copies, index + 1)
@@ -173,15 +177,23 @@ def offload(layer: nn.Module) -> None:
 class Placement:
     """Moves a model to a device and back: whole, or with its layers onloaded one at a time.
 
-    `in_float32`: it computes in float32, one layer at a time. Otherwise a CPU run moves nothing.
+    `in_float32`: it computes in float32, one layer at a time, of which those that came stay if it `keeps`
+    them. Otherwise a CPU run moves nothing.
     """
 
     def __init__(
-        self, root: nn.Module, layers: list[nn.Module], device: torch.device, *, one_at_a_time: bool, in_float32: bool
+        self,
+        root: nn.Module,
+        layers: list[nn.Module],
+        device: torch.device,
+        *,
+        one_at_a_time: bool,
+        in_float32: bool,
+        keeps: bool = False,
     ) -> None:
-        self.root, self.device, self.in_float32 = root, device, in_float32
+        self.root, self.device, self.in_float32, self.keeps = root, device, in_float32, keeps
         self.stays = device.type == "cpu" and not in_float32
-        self.one_at_a_time = one_at_a_time or in_float32
+        self.one_at_a_time = one_at_a_time
         # A model that stays is not referenced, so that removed layers are freed.
         self.layers = [] if self.stays else layers
         self.dtypes = {} if self.stays else {key: parameter.dtype for key, parameter in _parameters(root)}
@@ -192,9 +204,12 @@ class Placement:
         if self.stays:
             return
         to_float32 = (lambda _, __, parameter: raised(parameter.dtype)) if self.in_float32 else None
-        bring(self.root, self.device, but=self.layers if self.one_at_a_time else (), dtype=to_float32)
-        if self.one_at_a_time:
-            self.layers_on_device = LayersOnDevice(self.layers, self.device, in_float32=self.in_float32)
+        by_layer = self.one_at_a_time or self.in_float32
+        bring(self.root, self.device, but=self.layers if by_layer else (), dtype=to_float32)
+        if by_layer:
+            self.layers_on_device = LayersOnDevice(
+                self.layers, self.device, in_float32=self.in_float32, keeps=self.keeps
+            )
 
     def offload(self) -> None:
         """Move the model back to host memory, in its stored dtypes."""
