@@ -69,7 +69,7 @@ def study(model: Path, recipe: Any, place: Path) -> Path:
 def test_the_stages_of_every_verb(
     place: Path, checkpoints: dict[str, Path], recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, ""))
+    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
     model, out = checkpoints["llama"], place / "out"
 
     def prune(*, model: Path = model, out: str | None = None, **changes: Any) -> Callable[..., Any]:

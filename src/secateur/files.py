@@ -263,21 +263,11 @@ def remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
-def make_hidden(directory: Path, out: Path) -> None:
-    """Make a directory beside `out`, and its parents. Raises CheckpointError if it cannot."""
+def make_directory(directory: Path, out: Path, *, exist_ok: bool = False) -> None:
+    """Make a directory, and its parents. Raises CheckpointError, naming `out`, if it cannot."""
     # Trying is the only sure check: for root every permission looks fine.
     try:
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
         reason = f"no directory can be made there ({error.strerror})"
         raise CheckpointError(f"OUT {out}: {reason}; choose another place.") from None
-
-
-def make_lasting(directory: Path) -> None:
-    """Make a directory that may exist, and its parents. Raises CheckpointError if it cannot."""
-    try:
-        with disk_errors(directory.parent):
-            directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"no directory can be made there ({error.strerror})"
-        raise CheckpointError(f"OUT {directory.parent}: {reason}; choose another place.") from None

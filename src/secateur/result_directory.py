@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from secateur.errors import CheckpointError
 from secateur.facts import Record
-from secateur.files import disk_errors, make_hidden, missing_parents, remove_empty, sha256_of, sync
+from secateur.files import disk_errors, make_directory, missing_parents, remove_empty, sha256_of, sync
 from secateur.log import Progress, Tell, mute, steps
 from secateur.ranks import from_first, is_alive, is_first, size
 
@@ -125,7 +125,7 @@ def staging(
     shutil.rmtree(staged, ignore_errors=True)  # from a killed process with this id
     done = False
     try:
-        make_hidden(staged, out)
+        make_directory(staged, out)
         with disk_errors(out):
             yield staged
             for root, _, files in os.walk(staged):

@@ -34,8 +34,7 @@ from secateur.files import (
     check_free_space,
     disk_errors,
     json_of,
-    make_hidden,
-    make_lasting,
+    make_directory,
     missing_parents,
     remove_empty,
     sha256_of,
@@ -84,7 +83,7 @@ class Store:
     @classmethod
     def lasting(cls, directory: Path, tell: Tell, label: str = "") -> "Store":
         """Return a store that stays in its directory; steps say what they `depends_on`."""
-        make_lasting(directory)
+        make_directory(directory, directory.parent, exist_ok=True)
         return cls(directory, label=label, tell=tell)
 
     @classmethod
@@ -115,7 +114,7 @@ class Store:
         restore(out, tell)
         check_replaceable(out, overwrite=overwrite, protected=protected)
         if not os.path.isdir(directory):  # where Path raises if a name is too long
-            make_hidden(directory, out)
+            make_directory(directory, out)
         lock, store, ours = _lock(directory, out), cls(directory, log=log, label=str(out), tell=tell), False
         try:
             with disk_errors(out):

@@ -137,7 +137,7 @@ def test_code_that_a_source_names_neither_runs_nor_travels(source, results, mark
 @pytest.fixture
 def unproved(monkeypatch) -> None:
     """Runs without the reload, which takes a process of its own."""
-    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, ""))
+    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
 
 
 def test_a_result_of_equal_widths_names_no_code(place, recipe, unproved, tmp_path):

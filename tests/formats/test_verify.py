@@ -16,7 +16,7 @@ from secateur.model.kept_tokens import KeptTokens, keep_tokens
 from secateur.model.vocabulary import trimmed_tokenizer
 
 # What the fresh process says beside the logits.
-SAID = {"problem": "", "text": "and so on", "class": "AutoModelForImageTextToText"}
+SAID = {"problem": "", "class": "AutoModelForImageTextToText"}
 
 
 def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
@@ -32,7 +32,6 @@ def test_a_saved_model_reloads_exactly(fresh_processes, tmp_path):
     logits = save(tmp_path / "out", load_model(open_checkpoint(tmp_path / "source")))
     verification = verify_reload(tmp_path / "out", tiny_ids(), logits)
     assert verification.max_abs_difference == 0
-    assert isinstance(verification.generated_text, str) and verification.generated_text
 
 
 def test_other_weights_are_refused(tmp_path):
@@ -75,7 +74,7 @@ def test_the_figures_are_those_of_the_largest_difference(monkeypatch, tmp_path):
             other = logits.clone()
             other[place] = sign * 0.25
             found = verify_reload(tmp_path, IDS, other, tolerance=0.25)
-            assert found.max_abs_difference == 0.25 and found.generated_text == "and so on"
+            assert found.max_abs_difference == 0.25
             assert found.loaded_by == "AutoModelForImageTextToText"
             with pytest.raises(CheckpointError, match=r"differ from those in memory by 0\.25, allowed is 0\.249"):
                 verify_reload(tmp_path, IDS, other, tolerance=0.249)
@@ -127,4 +126,4 @@ def test_a_model_without_some_tokens_reloads_exactly(tmp_path):
         logits_BTV = model(ids_BT, use_cache=False).logits
     assert logits_BTV.shape[-1] == len(kept.dense_ids) == 130
     verification = verify_reload(tmp_path, ids_BT, logits_BTV)
-    assert verification.max_abs_difference == 0 and verification.generated_text
+    assert verification.max_abs_difference == 0

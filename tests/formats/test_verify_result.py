@@ -27,7 +27,7 @@ def results(checkpoints, recipe, tmp_path_factory) -> dict[str, Path]:
     """A whole result, and one in shards of tied weights."""
     place, found = tmp_path_factory.mktemp("verify"), {}
     with pytest.MonkeyPatch.context() as patched:  # what is reloaded below
-        patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, ""))
+        patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
         for name, source, changes in (("whole", "llama", {}), ("sharded", "qwen2-tied", SHARDED)):
             asked = grouped({**recipe, **changes, "evaluate": False})
             found[name] = place / name
@@ -44,7 +44,7 @@ def copy(request, results, tmp_path) -> Path:
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
     """Files alone; the reload takes a process of its own."""
-    monkeypatch.setattr("secateur.formats.save.prove_reload", lambda *_: Verification(0.0, ""))
+    monkeypatch.setattr("secateur.formats.save.prove_reload", lambda *_: Verification(0.0))
 
 
 def files_of(directory: Path) -> list[str]:

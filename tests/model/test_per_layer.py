@@ -168,7 +168,7 @@ def test_load_gives_the_model_in_memory(name, saved):
 def test_the_reload_check_runs_the_carried_file(saved):
     model, directory = saved["llama"]
     verification = verify_reload(directory, tiny_ids(), logits(model))
-    assert verification.max_abs_difference == 0 and verification.generated_text
+    assert verification.max_abs_difference == 0
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2"])

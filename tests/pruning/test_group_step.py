@@ -144,9 +144,9 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     assert found.remove_reached == pytest.approx(1 - pruned / dense, rel=1e-12)
     assert (found.remove_asked, found.device, found.family) == (0.3, "cpu", "llama")
     assert "noted." in found.warnings and found.seconds["prune"] == 1.24
-    assert (found.reload_max_abs_difference, found.loaded_by, found.sample_text) == (None, None, None)
-    proved = summary_of(ready, cut, Verification(0.5, "It was."), **none)
-    assert (proved.reload_max_abs_difference, proved.sample_text) == (0.5, "It was.")
+    assert (found.reload_max_abs_difference, found.loaded_by) == (None, None)
+    proved = summary_of(ready, cut, Verification(0.5), **none)
+    assert (proved.reload_max_abs_difference, proved.loaded_by) == (0.5, "AutoModelForCausalLM")
     assert (proved.like, proved.vocabulary) == (None, None)
 
 

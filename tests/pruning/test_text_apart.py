@@ -98,7 +98,7 @@ def seen(place: Path) -> Seen:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pool, "JUDGED_TOKENS", NUM_JUDGED * LENGTH)
-        patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, ""))
+        patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
         patched.setattr(pool, "count_tokens", counted)
         watch(pool, "documents", lambda name, *_: found.reads.update([name]))
         watch(trim, "make_batches", lambda _, ids_NT, **__: note("price of tokens", "dense", ids_NT))

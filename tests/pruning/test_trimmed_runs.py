@@ -42,7 +42,7 @@ from tests.trims import prose_file
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     """No reload, but of the result that several tests look at."""
-    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0, ""))
+    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
 
 
 CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")

@@ -101,7 +101,6 @@ FULL = records.Summary(
     peak_bytes=1_500_000_000,
     reload_max_abs_difference=0.00123,
     loaded_by="AutoModelForCausalLM",
-    sample_text="Once upon\na time",
     warnings=("the text of code is short.",),
     versions=VERSIONS,
     polish=PolishRecord(
@@ -135,7 +134,6 @@ BARE = dataclasses.replace(
     pruned_losses={},
     guard_refusals=0,
     reload_max_abs_difference=None,
-    sample_text=None,
     warnings=(),
     calibration=dataclasses.replace(FACTS, held_out_overlap={"prose": 0.1, "code": None}),
     polish=None,

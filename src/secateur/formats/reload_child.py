@@ -1,11 +1,11 @@
 """Run by path in a fresh process: load a directory with plain transformers, write its logits.
 
 In (argv): directory, a safetensors file with `input_ids`, the file to write, device, threads.
-Out: that file, with `logits`; as metadata `problem` (the loader's complaints, empty if none),
-`text` (a greedy continuation) and `class` (of transformers, which loaded it). Imports nothing of
-secateur, as a user's program would not. Only the package's own modelling file is ever run, for
-per-layer widths: a directory that holds or names other code is loaded without any, and the
-tokenizer always is.
+Out: that file, with `logits`; as metadata `problem` (the loader's complaints, empty if none) and
+`class` (of transformers, which loaded it). It also has the model write, which needs a cache, and
+loads the tokenizer. Imports nothing of secateur, as a user's program would not. Only the package's
+own modelling file is ever run, for per-layer widths: a directory that holds or names other code is
+loaded without any, and the tokenizer always is.
 """
 
 import json
@@ -27,7 +27,7 @@ OWN_CODE = Path(__file__).parents[1] / "model" / "modeling_per_layer.py"
 
 
 def main(directory: str, ids_file: str, out_file: str, device: str, num_threads: str) -> None:
-    """Load the directory, compute logits, generate text and write both."""
+    """Load the directory, compute logits and write them."""
     torch.set_num_threads(int(num_threads))
     ids_BT = load_file(ids_file)["input_ids"].to(device)
     config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
@@ -46,22 +46,18 @@ def main(directory: str, ids_file: str, out_file: str, device: str, num_threads:
     language = [model, *(module for module in inner if model.get_input_embeddings() in set(module.modules()))][-1]
     with torch.inference_mode():
         logits_BTV = language(input_ids=ids_BT, use_cache=False).logits
-        generated_1T = language.generate(
-            ids_BT[:1], attention_mask=torch.ones_like(ids_BT[:1]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False
-        )
-    new_ids = generated_1T[0, ids_BT.shape[1] :].tolist()
+        first_1T = ids_BT[:1]
+        options = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False}
+        language.generate(first_1T, attention_mask=torch.ones_like(first_1T), **options)
     # The loader only warns if both of two tied tensors are stored, and differ.
     tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
     parameter = model.get_parameter_or_buffer
     info["untied"] = [name for name, source in tied.items() if parameter(name) is not parameter(source)]
     problem = "; ".join(f"{kind}: {sorted(map(str, names))}" for kind, names in info.items() if names)
-    text = " ".join(map(str, new_ids))
     if Path(directory, "tokenizer_config.json").is_file():
         # Without `config` it reads the model's, which stock config classes may refuse for per-layer heads.
-        tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
-        text = str(tokenizer.decode(new_ids))
-    metadata = {"problem": problem, "text": text, "class": auto.__name__}
-    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, metadata)
+        AutoTokenizer.from_pretrained(directory, config=model.config, trust_remote_code=False)
+    save_file({"logits": logits_BTV.contiguous().cpu()}, out_file, {"problem": problem, "class": auto.__name__})
 
 
 def runs_own_code(directory: str, config: dict[str, Any]) -> bool:

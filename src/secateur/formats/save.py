@@ -180,13 +180,9 @@ OWN_CODE = Path(modeling_per_layer.__file__)
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The reload's figures. `generated_text`: a greedy continuation (ids without a tokenizer).
-
-    `loaded_by`: the class of transformers whose `from_pretrained` made the model.
-    """
+    """The reload's figures. `loaded_by`: the class of transformers whose `from_pretrained` made the model."""
 
     max_abs_difference: float
-    generated_text: str
     loaded_by: str = "AutoModelForCausalLM"
 
 
@@ -220,7 +216,7 @@ def verify_reload(
             f"{directory}: the reloaded model's logits differ from those in memory by {difference:.3g}, allowed is "
             f"{tolerance:.3g}; the directory does not hold this model."
         )
-    return Verification(difference, metadata["text"], metadata["class"])
+    return Verification(difference, metadata["class"])
 
 
 def prove_reload(
@@ -423,7 +419,7 @@ class Verified(Record):
     """What was checked. `mismatches`: empty if all is as it was written.
 
     `num_bytes`: of the files that match. `max_abs_difference`: of logits, stock transformers
-    against `secateur.load`; None, as is the text, if files do not match, so that nothing is loaded.
+    against `secateur.load`; None if files do not match, so that nothing is loaded.
     """
 
     directory: str
@@ -431,7 +427,6 @@ class Verified(Record):
     num_bytes: int
     mismatches: tuple[Mismatch, ...]
     max_abs_difference: float | None
-    generated_text: str | None
 
 
 def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
@@ -450,7 +445,7 @@ def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
     digests = read_digests(directory)
     if digests is None:
         damaged = Mismatch(RESULT_FILE, "the bytes that were written", "others, so no digest can be trusted")
-        return Verified(str(result), 0, 0, (damaged,), None, None)
+        return Verified(str(result), 0, 0, (damaged,), None)
     wrong = tuple(mismatches(directory, digests, progress))
     whole = [directory / name for name in digests.keys() - {mismatch.what for mismatch in wrong}]
     proof = None
@@ -461,5 +456,5 @@ def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
             proof = prove_reload(model, directory, ids_1T, progress)
         except SecateurError as error:
             wrong = (Mismatch("reload", "the model that secateur.load gives", str(error)),)
-    figures = (proof.max_abs_difference, proof.generated_text) if proof else (None, None)
-    return Verified(str(result), len(whole), sum(file.stat().st_size for file in whole), wrong, *figures)
+    num_bytes, difference = sum(file.stat().st_size for file in whole), proof and proof.max_abs_difference
+    return Verified(str(result), len(whole), num_bytes, wrong, difference)

@@ -104,7 +104,6 @@ def summary_of(
         foretold={stage: told for stage, told in log.foretold.items() if told[2:]},
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         loaded_by=proof.loaded_by if proof else None,
-        sample_text=proof.generated_text if proof else None,
         warnings=(*run.resolved.warnings, *notes),
         versions=versions(),
         device=str(opened.device),

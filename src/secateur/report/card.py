@@ -84,7 +84,7 @@ def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
     ]
     lines += [*markdown(quality_and_size(summary)), "", *_calibrated_on(summary, recipe), "", "## How it was made", ""]
     lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
-    lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary) if label != "it writes"]
+    lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary)]
     lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
     files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
     lines += [f"- {files}"]

@@ -444,7 +444,6 @@ class Summary(Record):
     peak_bytes: int
     reload_max_abs_difference: float | None
     loaded_by: str | None
-    sample_text: str | None
     warnings: tuple[str, ...]
     versions: dict[str, str]
     device: str = "cpu"

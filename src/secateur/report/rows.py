@@ -233,7 +233,7 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
 
 
 def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Yield what else a reader wants to know: cost, calibration, proof of reload, a sample."""
+    """Yield what else a reader wants to know: cost, calibration, proof of reload."""
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
     yield "seconds", f"{seconds}; total {sum(summary.seconds.values()):.1f}"
     yield "peak memory", f"{human_bytes(summary.peak_bytes)} resident, interpreter included"
@@ -264,8 +264,6 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.reload_max_abs_difference is not None:
         difference = summary.reload_max_abs_difference
         yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
-    if summary.sample_text:
-        yield "it writes", "".join(c for c in " ".join(summary.sample_text.split()) if c.isprintable())
 
 
 def lineage_rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -550,15 +548,11 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
 def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
     for name, figures in result.models.items():
         yield name, f"{figures.model}, {figures.dtype}"
-    yield "run", _run(result)
+    threads = f", threads: {result.num_threads}" if result.device == "cpu" else ""
+    yield "run", f"transformers on {result.device}{threads}"
     if result.speed_ups:
         yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
         yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
-
-
-def _run(result: BenchResult) -> str:
-    threads = f", threads: {result.num_threads}" if result.device == "cpu" else ""
-    return f"transformers on {result.device}{threads}"
 
 
 def recovery_table(record: RecoveryRecord) -> Tables:

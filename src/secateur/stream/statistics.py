@@ -244,8 +244,8 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
     """Return sum_d q_d S_d / e_d as new statistics; q: the weights, e_d: the output energies."""
     first = next(iter(by_domain.values()))
     drift = 0 if first.cross_FH is None else first.cross_FH.shape[1]
-    size, device, gram = len(first.sum_F), first.sum_F.device, first.gram is not None
-    pooled = Statistics.empty(size, device, gram=gram, drift_size=drift, dtype=torch.float32)
+    size, device = len(first.sum_F), first.sum_F.device
+    pooled = Statistics.empty(size, device, gram=True, drift_size=drift, dtype=torch.float32)
     for name, statistics in by_domain.items():
         pooled.merge(statistics, domain_weight("energy", weights[name], float(statistics.energy)))
     return pooled
