@@ -51,8 +51,8 @@ class Vocabulary:
 def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     """Read the tokenizer's tokens and those that the model's configs name.
 
-    Raises CheckpointError for a tokenizer whose tokens cannot go: without a backend, of another
-    kind than BPE or Unigram, or with tokens that have no row in the model's embedding.
+    Raises CheckpointError for a tokenizer whose tokens cannot go: without a backend, or of another
+    kind than BPE or Unigram.
     """
     check_weights_by_token(model)
     embedding: Any = model.get_input_embeddings()
@@ -133,16 +133,8 @@ def _model_ids(parsed: Parsed) -> dict[str, int]:
 
 
 def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
-    """Return every token's id; special tokens without a row, which some multimodal families have, are left out."""
-    ids = dict(_model_ids(parsed))
-    special = {token["content"] for token in parsed["added_tokens"] if token["special"]}
-    ids |= {token["content"]: token["id"] for token in parsed["added_tokens"]}
-    lacking = [index for text, index in ids.items() if index >= num_rows and text not in special]
-    if lacking:
-        raise CheckpointError(
-            f"vocabulary: the tokenizer has id {max(lacking):,}, the model only {num_rows:,} rows; use the tokenizer "
-            "and the weights of one and the same model."
-        )
+    """Return every token's id. Those without a row are left out: added ones, as `check_rows` refuses others."""
+    ids = _model_ids(parsed) | {token["content"]: token["id"] for token in parsed["added_tokens"]}
     return {text: index for text, index in ids.items() if index < num_rows}
 
 
@@ -166,27 +158,20 @@ def _merged_from(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, 
     has before the last merge. Tokens that no merge makes are left out.
     """
     merges: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for rank, (left, right) in enumerate(model["merges"]):
         merges[left + right].append((rank, left, right))
-    pairs = {text: ways[0][1:] for text, ways in merges.items() if len(ways) == 1}
-    unclear = defaultdict(list)
-    for text, merge in merges.items():
-        if len(merge) > 1:
-            unclear[len(text)].append(text)
-    for texts in unclear.values():  # of one length, so none is merged from another
-        bpe = _shorter_merges(texts, merges, pieces)
-        pairs |= {text: tuple(token.value for token in bpe.tokenize(text)) for text in texts}
-    known = {text: pair for text, pair in pairs.items() if "".join(pair) == text and pieces.keys() >= {text, *pair}}
-    return {pieces[text]: (pieces[pair[0]], pieces[pair[1]]) for text, pair in known.items() if len(pair) == 2}
-
-
-def _shorter_merges(texts: list[str], merges: dict[str, list[tuple[int, str, str]]], pieces: dict[str, int]) -> Any:
-    """Return BPE with the merges that make what is within the texts, but not the texts themselves."""
-    within = set().union(*map(_within, texts)) & pieces.keys() - set(texts)
-    ranked = sorted(merge for text in within for merge in merges.get(text, ()))
-    known = [(left, right) for _, left, right in ranked if left in within and right in within]
-    return models.BPE({text: number for number, text in enumerate(sorted(within))}, known)
+    parts_of: dict[int, tuple[int, ...]] = {}
+    for text, ways in merges.items():
+        pair: tuple[str, ...] = ways[0][1:]
+        if len(ways) > 1:
+            within = _within(text, pieces)
+            ranked = sorted(way for part in within for way in merges.get(part, ()))
+            known = [way[1:] for way in ranked if within >= set(way[1:])]
+            bpe = models.BPE({part: number for number, part in enumerate(within)}, known)
+            pair = tuple(token.value for token in bpe.tokenize(text))
+        if len(pair) == 2 and "".join(pair) == text and pieces.keys() >= {text, *pair}:
+            parts_of[pieces[text]] = tuple(pieces[part] for part in pair)
+    return parts_of
 
 
 def _in_bytes(symbol: str, model: Parsed, pieces: dict[str, int]) -> tuple[int, ...] | None:
@@ -207,12 +192,11 @@ def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int,
     Where the byte fallback does not cover a character, it is left out.
     """
     scores = dict(model["vocab"])
-    least = min(
-        scores.items(), key=lambda piece_score: piece_score[1]
-    )  # by which the library prices unknown characters
+    # By the least score the library prices unknown characters.
+    least = min(scores.items(), key=lambda piece_score: piece_score[1])
     parts_of: dict[int, tuple[int, ...]] = {}
     for piece in (piece for piece in pieces if len(piece) > 1):
-        known = _within(piece) & pieces.keys() - {piece}
+        known = _within(piece, pieces)
         library = models.Unigram([least, *((part, scores[part]) for part in sorted(known))], 0)
         parts: list[int] = []
         for token in library.tokenize(piece):
@@ -224,9 +208,10 @@ def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int,
     return parts_of
 
 
-def _within(text: str) -> set[str]:
-    """Return all parts of the text."""
-    return {text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)}
+def _within(text: str, pieces: dict[str, int]) -> set[str]:
+    """Return the pieces that are parts of the text, without itself."""
+    parts = {text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)}
+    return (parts - {text}) & pieces.keys()
 
 
 def _without_cover(model: Parsed, pieces: dict[str, int]) -> set[int]:
@@ -250,10 +235,7 @@ def _named(tokenizer: Tokenizer, backend: Any, parsed: Parsed) -> set[int]:
     """Return special and added tokens, those of the post-processor and of the chat template's own text."""
     special: Any = tokenizer.all_special_ids
     named = {token["id"] for token in parsed["added_tokens"]} | set(special)
-    processor = parsed["post_processor"] or {}
-    for step in processor.get("processors", [processor]):
-        named |= {index for special_token in step.get("special_tokens", {}).values() for index in special_token["ids"]}
-        named |= {step[key][1] for key in ("sep", "cls") if key in step}
+    _renumbered(parsed["post_processor"], named.add)
     if (unknown := parsed["model"].get("unk_id")) is not None:
         named.add(unknown)
     if unknown := parsed["model"].get("unk_token"):
