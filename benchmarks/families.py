@@ -36,12 +36,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from secateur.model.bind import Arch, bind, decoder_layers, head_of
+from secateur.model.bind import Arch, bind, decoder_layers, head_of, places
 from secateur.model.group import Group, cut
 from secateur.model.guesses import Unrouted, close_to, mask, some_units
 from secateur.model.per_layer import record_widths
 from secateur.model.stock import quiet_transformers
-from secateur.model.structure import places
 from secateur.model.twin import run, token_ids, twins
 from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches

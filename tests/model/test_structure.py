@@ -23,12 +23,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError, RecipeError
-from secateur.model.bind import Arch, bind, decoder_layers, head_of
-from secateur.model.group import Stacks, cut, linear
-from secateur.model.guesses import Unrouted, close_to, experts_in, mask, sized, some_units
+from secateur.model.bind import Arch, bind, decoder_layers, head_of, places
+from secateur.model.group import cut, linear
+from secateur.model.guesses import Unrouted, close_to, mask, some_units
 from secateur.model.modules import Logits
 from secateur.model.per_layer import record_widths
-from secateur.model.structure import places
 from secateur.pruning.resolve import layers_to_expect
 from secateur.recipe import parse_recipe
 from secateur.stream.losses import states_for_head
@@ -488,13 +487,3 @@ def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> Non
     check_walk(model, arch, 1e-5)
     with pytest.raises(RecipeError, match=r"^remove.depth: layers of glm_moe_dsa are given more than hidden states"):
         layers_to_expect(parse_recipe({"remove": {"share": 0.2, "depth": 1}}), arch, config)
-
-
-def test_no_expert_goes_where_the_config_does_not_say_how_many_are_chosen() -> None:
-    model = randomised(AutoModelForCausalLM.from_config(Gemma4TextConfig(**GEMMA4)).eval(), 0)
-    layer, guess = (
-        model.model.layers[0],
-        experts_in("experts", Stacks("gate_up_proj", None, "down_proj", False, False), weighted=False),
-    )
-    assert sized(guess, layer, 0, model.config).allows(4)
-    assert not any(sized(guess, layer, 0, LlamaConfig()).allows(count) for count in range(1, 6))

@@ -1,7 +1,7 @@
 """What llama.cpp needs to run a result, and what it computes for a model type: YAML files in `families/`.
 
 In: a checkpoint or its config. Out: a sentence with the problem, or llama.cpp's facts of the family
-and the widths by layer. What a model consists of, `model.structure` finds in the modules.
+and the widths by layer. What a model consists of, `model.bind` finds in the modules.
 """
 
 from collections.abc import Iterator

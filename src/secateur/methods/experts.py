@@ -298,7 +298,7 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     `routed_share_kept`: by domain, the share of the router's choices that fell on kept experts.
     """
     walk, method, layer, experts = task.walk, task.method, task.layer, task.group.experts
-    num_units, num_keep = experts.num_units_left(layer), task.num_keep
+    num_units, num_keep = task.group.num_units_left(layer), task.num_keep
     group = dataclasses.replace(task.group, num_units=num_units)
 
     def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:

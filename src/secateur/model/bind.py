@@ -1,47 +1,210 @@
-"""A model's architecture: its decoder layers, head and groups, as `structure` finds them."""
+"""What can be cut, found in the modules themselves: structure proposes, proof disposes.
 
-from dataclasses import replace
+In: a model, which may be on meta. Out: its architecture, and what each layer offers. Shapes propose
+groups, one guess after another. Each guess is cut in a random twin of the model (see `twin`), and stays
+only if the module gives what it gives with the removed units silenced. The config key of a width is the
+one that changes exactly the group's tensors when the twin is built anew. What fails is not offered, and
+`omits` says why.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from inspect import signature
+from itertools import combinations
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
-from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS, sized
-from secateur.model.modules import ScaledHead, head_at, linears_for_conv, text_model
-from secateur.model.structure import Arch, structure_of, text_config
-from secateur.model.twin import of_layer
+from secateur.errors import ArchError, advice
+from secateur.model.group import Experts, Group, Stacks, channel_inputs, cut, reader_of
+from secateur.model.guesses import (
+    EXPERT_CHANNELS,
+    EXPERTS,
+    FFN,
+    KV_HEADS,
+    QUERY_HEADS,
+    SHARED,
+    Unrouted,
+    channel_guesses,
+    close_to,
+    expert_channels_in,
+    head_guesses,
+    heads_of,
+    mask,
+    sized,
+    some_of,
+    some_units,
+    stack_guesses,
+)
+from secateur.model.modeling_per_layer import PerLayerModel
+from secateur.model.modules import (
+    Logits,
+    ScaledHead,
+    forwards_replaced,
+    head_at,
+    linears_for_conv,
+    silent_attention,
+    text_model,
+)
+from secateur.model.stock import BAD_VALUE, quiet_transformers
+from secateur.model.twin import run, token_ids, twin
 
-__all__ = [
-    "EXPERTS",
-    "EXPERT_CHANNELS",
-    "Arch",
-    "bind",
-    "decoder_layers",
-    "head_of",
-    "head_width",
-    "layer_configs",
-    "num_kv_heads",
-    "text_config",
-    "text_model",
-]
+# In which a layer's groups are cut: each reads what is left of those before.
+ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
+# The config's key, and what modules call the number of units.
+HEAD_KEYS = {
+    KV_HEADS: ("num_key_value_heads", "num_key_value_heads"),
+    QUERY_HEADS: ("num_attention_heads", "num_key_value_groups"),
+}
+# A key that counts more units at once, as the number of shared experts does, leaves no choice of widths.
+MOST_PER_KEY = 4
+# What torch and transformers raise where a guess makes shapes that do not fit.
+WRONG_GUESS = (*BAD_VALUE, NotImplementedError)
+CLOSE = 1e-4
 
 
-def head_width(config: Any) -> int:
-    """Return head_dim; it follows from hidden_size if the config does not state it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A module's call in the twin: what it was given, and what it gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def again(self, module: nn.Module) -> list[Tensor]:
+        """Return the tensors that the module gives for the same arguments."""
+        args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
+        with torch.no_grad():
+            return _tensors(module.forward(*args, **kwargs))
 
 
-def num_kv_heads(config: Any) -> int:
-    """Return the heads of keys and values; those of queries in families without grouped queries."""
-    if config.model_type == "falcon" and not config.new_decoder_architecture:
-        return 1 if config.multi_query else config.num_attention_heads
-    counts = (getattr(config, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
-    return next(count for count in counts if count)
+@dataclass(frozen=True, slots=True)
+class Arch:
+    """A model's architecture. `groups` lists every layer's groups, layer by layer.
+
+    `family`: the model type. `attention`, `middle`: within a layer, and None if layers differ.
+    `mlp_adds_directly`: what MLPs give is added to the stream as it is. `params_per_layer`: all
+    parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if it
+    gives hidden states alone. `carried`: arguments of a layer that are outputs of the layer before it,
+    and which ones. `by_text`: arguments that depend on the text.
+    """
+
+    family: str
+    backbone: str
+    layers: str
+    head: str = ""
+    attention: str | None = None
+    middle: str | None = None
+    mlp_adds_directly: bool = True
+    groups: tuple[Group, ...] = ()
+    num_layers: int = 0
+    params_per_layer: tuple[int, ...] = ()
+    logits: Logits | None = None
+    omits: dict[str, str] = field(default_factory=dict[str, str])
+    num_outputs: int = 0
+    carried: tuple[tuple[str, int], ...] = ()
+    by_text: frozenset[str] = frozenset()
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether all that a layer is given besides hidden states follows from the shape of a text."""
+        return not self.carried and not self.by_text
+
+    def layer_output(self, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which the backbone expects a layer's output."""
+        return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
+
+    def enter(self, layers: list[nn.Module], run: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """Return what layers are given if none computes: the first one's hidden states, and all else by name.
+
+        What depends on the text goes with the hidden states, see `step`. `run`: runs the backbone.
+        Raises ValueError if layers do not run once each.
+        """
+        entered: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+        def bypass(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entered.append((hidden, args, kwargs))
+            return self.layer_output(hidden)
+
+        with forwards_replaced(layers, bypass):
+            run()
+        given = [
+            dict(zip(list(signature(layer.forward).parameters)[1:], args, strict=False)) | kwargs
+            for layer, (_, args, kwargs) in zip(layers, entered, strict=True)
+        ]
+        hidden = entered[0][0]
+        if self.by_text:
+            hidden.own = {i: {key: each[key] for key in self.by_text & each.keys()} for i, each in enumerate(given)}
+        return hidden, given
+
+    def step(self, layer: nn.Module, index: int, hidden: Any, given: dict[str, Any]) -> Any:
+        """Return the hidden states that layer `index` gives; `own`: what later layers get of this text."""
+        own: dict[int, dict[str, Any]] = getattr(hidden, "own", {})
+        output = layer(hidden, **given | own.get(index, {}))
+        states: Any = output[0] if isinstance(output, tuple) else output
+        if not self.is_chain:
+            later = {number: each for number, each in own.items() if number > index}
+            passed_on = {key: output[place] for key, place in self.carried}
+            states.own = later | {index + 1: later.get(index + 1, {}) | passed_on}
+        return states
+
+    def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
+        """Return the groups of these names. Raises ArchError if the model has no such group, or none at all."""
+        known = {group.name for group in self.groups}
+        if names and not known:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.omits.items())
+            raise ArchError(f"a model of type {self.family} has no units that can go: {why}; trim its tokens.")
+        for name in names:
+            if name in self.omits and name not in known:
+                raise ArchError(f"remove.groups: a model of type {self.family} cannot lose {name}: {self.omits[name]}.")
+            if name not in known:
+                raise ArchError(
+                    f"remove.groups: a model of type {self.family} has no group '{name}'; it has "
+                    f"{', '.join(sorted(known))}; {advice(name, known)}"
+                )
+        chosen = tuple(group for group in self.groups if group.name in names)
+        for name, other in combinations(names, 2):
+            first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
+            if first.parts.module == second.parts.module:
+                raise ArchError(f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one.")
+        return chosen
 
 
-def layer_configs(model: Any) -> list[Any]:
-    """Return each layer's config, which is the model's if all layers have one."""
-    config: Any = model.config.get_text_config()
-    return list(config.per_layer_config) if config.is_heterogeneous else [config] * config.num_hidden_layers
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model, which may be part of a larger model."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def places(model: Any) -> tuple[str, str]:
+    """Return the names of the backbone and its list of decoder layers.
+
+    The backbone is the innermost module that holds both the embedding of tokens and such a list; of the lists
+    in it that lie in no other the least deep one (towers of images are modules of their own), then that with
+    most parameters. Raises ArchError without one, or without a head.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = (
+        names.get(part) for part in (model.get_input_embeddings(), text_model(model).get_output_embeddings())
+    )
+    lists = {name: module for module, name in names.items() if isinstance(module, nn.ModuleList) and len(module)}
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer or not head or not embedding:
+        missing = "head" if outer and embedding else "list of decoder layers"
+        raise ArchError(f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}.")
+    backbone, inside = embedding, list[str]()
+    while not inside:
+        backbone = backbone.rpartition(".")[0]
+        inside = [name for name in outer if not backbone or name.startswith(f"{backbone}.")]
+    return backbone, max(inside, key=lambda name: (-name.count("."), sizes[name]))
 
 
 def bind(model: Any) -> Arch:
@@ -57,7 +220,7 @@ def bind(model: Any) -> Arch:
         arch,
         mlp_adds_directly=all(offer.adds_directly for layer in offers for offer in layer),
         groups=tuple(
-            sized(offer, layer, index, of_layer(config, index))
+            sized(offer, layer, index, config.per_layer_config[index])
             for index, layer in enumerate(layers)
             for offer in offers[index]
         ),
@@ -66,12 +229,518 @@ def bind(model: Any) -> Arch:
     )
 
 
+def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
+    """Return the model's decoder layers in order."""
+    return list(model.get_submodule(arch.layers).children())
+
+
 def head_of(model: nn.Module, arch: Arch) -> nn.Module:
     """Return what maps the last hidden state to logits: the head and the model's scaling."""
     head = head_at(model, arch.head)
     return head if arch.logits is None else ScaledHead(head, arch.logits)
 
 
-def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
-    """Return the model's decoder layers in order."""
-    return list(model.get_submodule(arch.layers).children())
+def layer_configs(model: Any) -> list[Any]:
+    """Return each layer's config, which is the model's if all layers have one."""
+    return list(model.config.get_text_config().per_layer_config)
+
+
+def head_width(config: Any) -> int:
+    """Return head_dim; it follows from hidden_size if the config does not state it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def num_kv_heads(config: Any) -> int:
+    """Return the heads of keys and values; those of queries in families without grouped queries."""
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else config.num_attention_heads
+    counts = (getattr(config, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(count for count in counts if count)
+
+
+_KNOWN: dict[tuple[type, str], tuple[Arch, list[list[Group]]]] = {}
+
+
+def structure_of(model: PreTrainedModel) -> tuple[Arch, list[list[Group]]]:
+    """Return the model's architecture without its groups, and what each layer offers.
+
+    The same config is looked at once in a process.
+
+    Raises ArchError if the model cannot be run layer by layer.
+    """
+    stock, config = type(model), model.config
+    if isinstance(model, PerLayerModel):  # what its layers are does not depend on their widths
+        stock, config = stock.__bases__[1], copy.deepcopy(config)
+        config.__class__, config.per_layer_config = type(config).__bases__[0], None
+    key = stock, str({**config.to_dict(), "_name_or_path": ""})
+    if key not in _KNOWN:
+        _KNOWN[key] = _Finder(model, stock, config).find()
+    return _KNOWN[key]
+
+
+class _Finder:
+    """Looks at one model's twin."""
+
+    def __init__(self, model: PreTrainedModel, stock: Any, config: Any) -> None:
+        self.backbone, self.place = places(model)
+        kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(self.place).children()]
+        self.arch = Arch(model.config.model_type, self.backbone, self.place)
+        self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
+        num_params = sum(parameter.numel() for parameter in model.parameters())
+        self.twin: Any = twin(stock, config, num_params, max(2, max(self.twin_layer) + 1))
+        linears_for_conv(self.twin)
+        self.config = text_config(self.twin)
+        self.layers = list(self.twin.get_submodule(self.place).children())
+        self.why: dict[str, str] = {}
+
+    def find(self) -> tuple[Arch, list[list[Group]]]:
+        """Return what is proved."""
+        self._run()
+        self._find_walk()
+        self._find_logits()
+        self._find_middle()
+        offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
+        names = {offer.name for layer in offers for offer in layer}
+        omits = {name: why for name, why in self.why.items() if name not in names}
+        if not names:
+            omits.setdefault(FFN, "no channels between two linears stand alone")
+        return replace(self.arch, omits=omits), [offers[index] for index in self.twin_layer]
+
+    # What runs, and how.
+
+    def _run(self) -> None:
+        """Run the twin, and note the calls of every module of its layers."""
+        self.calls: list[dict[str, Call]] = [{} for _ in self.layers]
+
+        def note(module: nn.Module, *call: Any) -> None:
+            calls, name = places[module]
+            calls.setdefault(name, Call(*tree_map(_cloned, call)))
+
+        layers = zip(self.layers, self.calls, strict=True)
+        places = {module: (calls, name) for layer, calls in layers for name, module in layer.named_modules()}
+        with ExitStack() as stack:
+            for module in places:
+                stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+            self.logits = run(self.twin)
+
+    @torch.no_grad()
+    def _find_walk(self) -> None:
+        """Find what layers are given by the text, and what they pass on, each to the next.
+
+        Raises ArchError unless one after the other, by turns on two texts as in `stream.walk`, they are the model.
+        """
+        texts, first = (token_ids(self.twin), token_ids(self.twin).flip(0)), self.calls[0][""].output
+        self.arch = replace(self.arch, num_outputs=len(first) if isinstance(first, (tuple, list)) else 0)
+
+        def entered(ids: Tensor) -> tuple[Any, list[dict[str, Any]]]:
+            return self.arch.enter(self.layers, partial(run, self.twin, ids))
+
+        try:
+            (_, given), (_, others) = map(entered, texts)
+        except TypeError:
+            raise self._refused("layers are called by keywords alone") from None
+        except ValueError:
+            raise self._refused("layers do not run once each, in order") from None
+        by_text = (
+            key for one, other in zip(given, others, strict=True) for key in one if not _equal(one[key], other[key])
+        )
+        self.arch = replace(self.arch, by_text=frozenset(by_text))
+
+        # What the layer before it gave, a layer is not given where none computes anything.
+        carried: dict[str, int] = {}
+        calls = [calls[""] for calls in self.calls]
+        for bypassed, call, before in zip(given[1:], calls[1:], calls, strict=False):
+            own = dict(zip(bypassed, call.args[1:], strict=False)) | call.kwargs
+            carried |= {
+                key: place
+                for place, output in enumerate(before.output if self.arch.num_outputs else ())
+                for key, value in own.items()
+                if not _equal(value, bypassed[key]) and _equal(value, output)
+            }
+        self.arch = replace(self.arch, carried=tuple(carried.items()))
+
+        # Walk.
+        streams = [entered(ids)[0] for ids in texts]
+        with suppress(*WRONG_GUESS):
+            for index, layer in enumerate(self.layers):
+                streams = [self.arch.step(layer, index, hidden, given[index]) for hidden in streams]
+        for ids, hidden in zip(texts, streams, strict=True):
+            with forwards_replaced(self.layers, partial(_given, self.arch.layer_output(hidden))):
+                walked = run(self.twin, ids)
+            if hidden.shape[:2] != ids.shape or not _near([walked], [run(self.twin, ids)]):
+                raise self._refused("layers pass on more than one hidden state")
+
+    def _refused(self, why: str) -> ArchError:
+        return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
+
+    @torch.no_grad()
+    def _find_logits(self) -> None:
+        """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a), a tanh(b x / a)."""
+        backbone = self.twin.get_submodule(self.backbone)
+        states = getattr(backbone(token_ids(self.twin), use_cache=False), "last_hidden_state", None)
+        numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
+        scales = [scale for number in (1.0, *numbers) for scale in ((number, 1.0), (1.0, number))]
+        forms = [Logits(*scale, cap) for cap in (None, *map(abs, numbers)) for scale in scales]
+        with suppress(*WRONG_GUESS):
+            name = self._behind()
+            plain = head_at(self.twin, name)(states)
+            for form in forms:
+                if torch.allclose(ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5):
+                    self.arch = replace(self.arch, head=name, logits=form if form != forms[0] else None)
+                    return
+        raise self._refused("what follows the head is not known")
+
+    def _behind(self) -> str:
+        """Return the names of the modules that the language model calls beside the one with the backbone."""
+        called: list[str] = []
+        names = {module: name for name, module in self.twin.named_modules()}
+        backbone = self.twin.get_submodule(self.backbone)
+        with ExitStack() as stack:
+            for child in (child for child in text_model(self.twin).children() if backbone not in child.modules()):
+                hook = child.register_forward_hook(lambda module, *_: called.append(names[module]))
+                stack.callback(hook.remove)
+            run(self.twin)
+        return "+".join(called)
+
+    def _find_middle(self) -> None:
+        """Find the attention, and the module that reads the stream behind it, if all layers have them."""
+        if not self.arch.is_chain:  # a silent attention has nothing to pass on
+            return
+        pairs = [list(_middles(*pair)) for pair in zip(self.layers, self.calls, strict=True)]
+        attention, middle = next(
+            (pair for pair in pairs[0] if all(pair in of_layer for of_layer in pairs)), (None, None)
+        )
+        self.arch = replace(self.arch, attention=attention, middle=middle)
+
+    # What can be cut.
+
+    def _offers(self, index: int) -> list[Group]:
+        """Return what the layer's modules can lose without changing more than the units' own part."""
+        layer, calls = self.layers[index], self.calls[index]
+        offers = list(self._expert_offers(index))
+        inside = [f"{offer.experts.module}." for offer in offers]
+        by_module = _linears(layer)
+        linears = {name: linear for own in by_module.values() for name, linear in own.items()}
+        wide = {name: linear for name, linear in linears.items() if linear.in_features != linear.out_features}
+        # Writer and reader may lie in modules of their own, as in BERT.
+        for place, between in [*by_module.items(), ("", wide)]:
+            if place not in calls or f"{place}.".startswith(tuple(inside)) or (between is wide and offers):
+                continue
+            if place and len(_tensors((calls[place].args, calls[place].kwargs))) > 1:
+                continue  # FFNs are given hidden states alone
+            name = SHARED if offers or "shared" in place else FFN
+            proved = [guess for guess in channel_guesses(between, name) if self._holds(index, place, guess)]
+            if len(proved) > 1:
+                self.why[name] = f"layer {index}: {place or 'the layer'} has several pairs of linears that could be it"
+            elif proved:
+                offers.append(replace(proved[0], adds_directly=self._adds(index, proved[0])))
+        names = [offer.name for offer in offers]
+        for name in {name for name in names if names.count(name) > 1}:
+            self.why[name] = f"layer {index} has {names.count(name)} of them, side by side"
+            offers = [offer for offer, its in zip(offers, names, strict=True) if its != name]
+        return offers + list(self._head_offers(index))
+
+    def _holds(self, index: int, place: str, guess: Group) -> bool:
+        """Say whether the module at `place`, cut at random, gives what it gives with those units silent."""
+        if (call := self.calls[index].get(place)) is None:  # attention to what an encoder gives does not run
+            return False
+        others = {p for i, layer in enumerate(self.layers) if i != index for p in layer.parameters()}
+        if any(parameter in others for parameter in self.layers[index].get_submodule(place).parameters()):
+            return False  # weights that another layer has too
+        try:
+            whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
+            group = sized(guess, whole, index, self.config)
+            keep = some_of(group)
+            mask(masked, group, keep)
+            cut(whole, group, keep)
+            silent, without = (call.again(layer.get_submodule(place))[:1] for layer in (masked, whole))
+            return not _near(silent, _tensors(call.output)[:1]) and _near(without, silent)
+        except WRONG_GUESS:
+            return False
+
+    @torch.no_grad()
+    def _adds(self, index: int, group: Group) -> bool:
+        """Say whether what the group's module gives is added to the stream as it is."""
+        layer, call = self.layers[index], self.calls[index][""]
+        before = _tensors(call.output)[0]
+        step = torch.randn(before.shape, generator=torch.Generator().manual_seed(index))
+        module = layer.get_submodule(group.parts.module)
+        with module.register_forward_hook(lambda _, __, output: output + step.view_as(output)), suppress(*WRONG_GUESS):
+            return _near([call.again(layer)[0] - before], [step])
+        return False
+
+    @cached_property
+    def _has_table(self) -> bool:
+        """Whether a layer stores a table of integers: in a twin they are no experts' numbers, and no proof sees it."""
+        stored = (tensor for layer in self.layers for tensor in layer.state_dict().values())
+        return any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in stored)
+
+    def _expert_offers(self, index: int) -> Iterator[Group]:
+        if self._has_table:
+            self.why[EXPERTS] = "a stored table says which experts read a token"
+            return
+        layer, calls = self.layers[index], self.calls[index]
+        for place, module in layer.named_modules():
+            own = dict(module.named_parameters())
+            stacks = {name: tensor for name, tensor in own.items() if tensor.ndim == 3}
+            sizes = {len(tensor) for tensor in own.values()}
+            if place not in calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
+                continue
+            given = [tensor for tensor in calls[place].args if isinstance(tensor, Tensor)]
+            weighted = len(given) == 1 and len(given[0]) == min(sizes) * token_ids(self.twin).numel()
+            if not weighted and (len(given) != 3 or given[1].is_floating_point()):
+                self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
+                continue
+            for guess in stack_guesses(stacks, own, module):
+                channels = expert_channels_in(place, guess)
+                if (weighted or self._reads(index, place, guess)) and self._holds(index, place, channels):
+                    adds = weighted or self._adds(index, channels)
+                    if not weighted:
+                        yield replace(channels, adds_directly=adds)
+                    chosen = given[-1].shape[-1]
+                    if weighted:  # an expert that a token is not sent to reads zeros
+                        chosen = int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max())
+                    experts = Experts(place, guess, num_chosen=chosen, weighted_inputs=weighted)
+                    yield replace(Group(EXPERTS, "experts", "expert", experts), adds_directly=adds)
+                    break
+            else:
+                self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
+
+    @torch.no_grad()
+    def _reads(self, index: int, place: str, stacks: Stacks) -> bool:
+        """Say whether an expert's output is the reader times `channel_inputs`, up to a constant."""
+        module: Any = self.layers[index].get_submodule(place)
+        hidden, chosen, weights = (tensor[:6] for tensor in self.calls[index][place].args)
+        try:
+            one = torch.ones_like(weights[:, :1])
+            given = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
+            rest = given - channel_inputs(module, stacks, 0, hidden) @ reader_of(module, stacks, 0).T
+            return _near([rest], [rest[:1].expand_as(rest)]) and not _near([given], [rest])
+        except WRONG_GUESS:
+            return False
+
+    def _head_offers(self, index: int) -> Iterator[Group]:
+        layer, config = self.layers[index], self.config.per_layer_config[index]
+        for place, linears in _linears(layer).items():
+            module = layer.get_submodule(place)
+            for guess in head_guesses(linears, config):
+                key, count = HEAD_KEYS[guess.name]
+                counts = tuple(f"{place}.{key}" for key in (count, "config") if hasattr(module, key))
+                offer = replace(guess, config_key=key, counts=counts)
+                # None of one head can go, which needs no proof.
+                if sized(offer, layer, index, config).num_units == 1 or self._holds(index, place, offer):
+                    yield offer
+                else:
+                    self.why[guess.name] = "the attention does not give the same without a head and with a silent one"
+        for name in (KV_HEADS, QUERY_HEADS):
+            self.why.setdefault(name, "no linears make queries, keys and values by heads of one width")
+
+    # What a config can say, and transformers reads back.
+
+    def _stored(self, offers: list[list[Group]]) -> list[list[Group]]:
+        """Return the offers that a config can say, with its keys, and that reload as what was cut."""
+        of_twin = [self.twin_layer[index] for index in range(len(self.layers))]
+        groups = [{offer.name: offer for offer in offers[index]} for index in of_twin]
+        kept: list[dict[str, Group]] = [{} for _ in groups]
+        for name in sorted({name for layer in groups for name in layer}):
+            left = {index: layer[name] for index, layer in enumerate(groups) if name in layer}
+            while left and (added := self._say(name, left)):
+                for index, offer in added.items():
+                    kept[index][name] = offer
+                    del left[index]
+        for layer in kept:
+            if QUERY_HEADS in layer and KV_HEADS not in layer:
+                del layer[QUERY_HEADS]
+                self.why.setdefault(QUERY_HEADS, self.why.get(KV_HEADS, ""))
+        return [[layer[name] for name in ORDER if name in layer] for layer in kept]
+
+    def _sized(self, offer: Group, index: int) -> Group:
+        return sized(offer, self.layers[index], index, self.config.per_layer_config[index])
+
+    def _say(self, name: str, offers: dict[int, Group]) -> dict[int, Group]:
+        """Return the offers whose numbers one key of the config says, by layer; empty if none does."""
+        first = self._sized(next(iter(offers.values())), next(iter(offers)))
+        self.why[name] = "no key of the config says how many there are"
+        if first.num_units == 1 and first.kind == "heads":
+            return dict(offers)
+        if len(some_of(first)) == first.num_units:
+            self.why[name] = f"the router needs all {first.num_units}"
+            return {}
+        for changes in self._changes(first):
+            if (built := self._built(changes)) is None:
+                continue
+            said = {index: self._said(offer, index, built, changes) for index, offer in offers.items()}
+            done = {index: offer for index, offer in said.items() if offer is not None}
+            if done and self._reloads(done, built, name):
+                return done
+        return {}
+
+    def _changes(self, group: Group) -> Iterator[dict[str, Any]]:
+        """Yield changes of the config that could give fewer units."""
+        values, units = vars(self.config), group.num_units
+        if group.kind == "heads" and (sizes := heads_of(self.config)):
+            queries, keys, width = sizes
+            counts = (queries // keys, 1) if group.name == KV_HEADS else (keys, keys)
+            yield dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), (*counts, width), strict=True))
+            return
+        fewer = len(some_of(group))
+        whole = {key: value for key, value in values.items() if type(value) is int and value > 1}
+        for key, value in sorted(whole.items(), key=lambda item: item[1] != units):  # the most likely ones first
+            if value in (units, 2 * units) or units % value == 0:
+                yield {key: max(1, value * fewer // units)}
+        named = [key for key in values if any(part in key for part in ("inner", "ffn", "intermediate"))]
+        yield from ({key: fewer} for key in named if values[key] is None)
+        switches = [key for key, value in values.items() if value is True]  # one may derive the width from the key
+        yield from ({key: fewer, switch: False} for key in named if key in whole for switch in switches)
+
+    def _built(self, changes: dict[str, Any]) -> Any:
+        """Return the model, on meta, of the changed config as transformers reads it back; None if it builds none."""
+        config = copy.deepcopy(self.twin.config)
+        inner: Any = config.get_text_config(decoder=True)
+        try:
+            for key, value in changes.items():
+                setattr(inner, key, value)
+            with quiet_transformers(), torch.device("meta"):
+                built = type(self.twin)._from_config(type(config).from_dict(config.to_dict()))
+        except WRONG_GUESS:
+            return None
+        linears_for_conv(built)
+        return built if len(built.get_submodule(self.place)) == len(self.layers) else None
+
+    def _said(self, offer: Group, index: int, built: Any, changes: dict[str, Any]) -> Group | None:
+        """Return the offer with what building from the changed config says of it; None if it says nothing."""
+        ours, theirs = self.layers[index], built.get_submodule(self.place)[index]
+        group = self._sized(offer, index)
+        try:
+            left = group.num_units_left(theirs)
+        except WRONG_GUESS:
+            return None
+        if left == group.num_units:
+            return None
+        key, value = next(iter(changes.items()))
+        if group.kind == "heads":
+            odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
+            refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
+            return replace(offer, divides=(1, 1) if refused else None)  # `sized` gives it the layer's numbers
+        before = getattr(self.config, key)
+        settings = tuple(changes.items())[1:]
+        per_key = (group.num_units - left) / (before - value) if type(before) is int and not settings else 1.0
+        if per_key > MOST_PER_KEY or (settings and left != value):
+            return None
+        if group.kind == "experts":
+            changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
+            rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]
+            counts = _attributes(ours, theirs, group.num_units, left)
+            parts = replace(group.experts, router_rows=tuple(rows))
+            return replace(offer, parts=parts, counts=counts, config_key=key, per_key=per_key)
+        return replace(offer, config_key=key, per_key=per_key, settings=settings)
+
+    def _reloads(self, offers: dict[int, Group], built: Any, name: str) -> bool:
+        """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
+        inside = {parameter for layer in self.layers for parameter in layer.parameters()}
+        shared = {
+            id(parameter): parameter for parameter in self.twin.parameters() if parameter not in inside
+        }  # a tower may be large
+        whole, masked = (copy.deepcopy(self.twin, dict(shared)) for _ in range(2))
+        unrouted: list[tuple[Tensor, Tensor]] = []
+        for index, offer in offers.items():
+            theirs, group = built.get_submodule(self.place)[index], self._sized(offer, index)
+            keep = some_units(group, group.num_units_left(theirs))
+            cut_layer, masked_layer = (layer.get_submodule(self.place)[index] for layer in (whole, masked))
+            try:
+                cut(cut_layer, group, keep)
+            except WRONG_GUESS:
+                return False
+            if group.kind == "experts":
+                unrouted += close_to(masked_layer, group, keep)
+            else:
+                mask(masked_layer, group, keep)
+        ours, theirs = _shapes(whole), _shapes(built)
+        if ours != theirs:
+            other = next(name for name in theirs if ours.get(name) != theirs[name])
+            self.why[name] = f"the config key that says it also says the size of {other.removeprefix(self.place + '.')}"
+            return False
+        self.why[name] = "loaded again, it is not the model that was cut"
+        try:
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
+                loaded: Any = type(self.twin)._from_config(built.config, dtype=torch.float32).eval()
+            loaded.load_state_dict(whole.state_dict())
+            with Unrouted(unrouted):
+                expected = run(masked)
+            again = run(loaded)
+            return not _near([expected], [self.logits]) and _near([again, run(whole)], [expected, expected])
+        except WRONG_GUESS:
+            return False
+
+
+def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, str]]:
+    """Yield (attention, middle): with the attention silent, middle's input instead of the layer's gives the same."""
+    whole = calls[""]
+    children = [name for name, _ in layer.named_children() if name in calls]
+    for middle in children:
+        args = calls[middle].args
+        if not args or not isinstance(hidden := args[0], Tensor):
+            continue
+        for attention in children:
+            if middle == attention or not isinstance(calls[attention].output, tuple):
+                continue
+            try:
+                with forwards_replaced([layer.get_submodule(attention)], silent_attention):
+                    moved = Call((hidden, *whole.args[1:]), whole.kwargs, None).again(layer)
+            except WRONG_GUESS:
+                continue
+            if not _equal(hidden, whole.args[0]) and _near(moved[:1], _tensors(whole.output)[:1]):
+                yield attention, middle
+
+
+def _linears(layer: nn.Module) -> dict[str, dict[str, nn.Linear]]:
+    """Return the linears in each module, by their names in the layer."""
+    linears: dict[str, dict[str, nn.Linear]] = defaultdict(dict)
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            linears[name.rpartition(".")[0]][name] = module
+    return linears
+
+
+def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> tuple[str, ...]:
+    """Return the attributes of the layer's modules that hold the number of units."""
+    others = dict(theirs.named_modules())
+    return tuple(
+        f"{name}.{key}".removeprefix(".")
+        for name, module in ours.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is int and value == before and vars(others[name]).get(key) == after
+    )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
+    """Return what tells kinds of layers apart: the class, and the names of parameters, with shapes or not."""
+    tensors = ((name, tuple(tensor.shape) if shapes else ()) for name, tensor in layer.named_parameters())
+    return (type(layer).__name__, *tensors)
+
+
+def _given(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    ours, theirs = _tensors(one), _tensors(other)
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def _near(one: list[Tensor], other: list[Tensor]) -> bool:
+    pairs = list(zip(one, other, strict=False))
+    return all(a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=CLOSE, rtol=CLOSE) for a, b in pairs)

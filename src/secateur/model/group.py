@@ -7,7 +7,7 @@ in each segment unit i owns a fixed number of consecutive rows.
 import copy
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -49,12 +49,20 @@ class Stacks:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """A tensor, dotted from the layer, and the axis of it on which the units' rows are."""
+
+    name: str
+    axis: int
+    segments: Segments
+
+
+@dataclass(frozen=True, slots=True)
 class Linears:
     """Where channels or heads are: rows of every writer, columns of the reader."""
 
     writers: tuple[Axis, ...]
     reader: Axis
-    buffers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def module(self) -> str:
@@ -66,36 +74,36 @@ class Linears:
         """Reader columns of one unit."""
         return sum(self.reader.segments)
 
-    def num_units_left(self, layer: nn.Module) -> int:
-        """Return how many units the layer has now."""
-        return linear(layer, self.reader.module).in_features // self.width
+    @property
+    def read(self) -> Rows:
+        """The tensor that reads the units."""
+        return Rows(f"{self.reader.module}.weight", 1, self.reader.segments)
 
-    def parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+    def rows(self, layer: nn.Module) -> list[Rows]:
         """Return what the units consist of, once each."""
-        writers = (linear(layer, axis.module) for axis in self.writers)
-        reader = linear(layer, self.reader.module).get_parameter("weight")
-        return [reader, *(parameter for writer in writers for parameter in writer.parameters())]
-
-    def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        """Return what compensation changes: the reader's weight."""
-        return {"weight": linear(layer, self.reader.module).get_parameter("weight")}
+        made = [
+            Rows(f"{axis.module}.{name}", 0, axis.segments)
+            for axis in self.writers
+            for name, _ in linear(layer, axis.module).named_parameters()
+        ]
+        return [*made, self.read]
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """Modules and numbers of one layer's experts.
 
-    `router_rows`: tensors of the layer with a row for each expert. `num_groups`: experts form this many
-    groups of equal size, which the router chooses first. `buffers`: the `router_rows` that are no parameters.
-    `unit_axis`: the units' axis of the stack
-    of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens, weighted.
+    `router_rows`: tensors of the layer with a row for each expert. `num_chosen`: to how many a token is sent.
+    `num_groups`: experts form this many groups of equal size, which the router chooses first. `unit_axis`:
+    the units' axis of the stack of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens,
+    weighted.
     """
 
     module: str
     stacks: Stacks
     router_rows: tuple[str, ...] = ()
+    num_chosen: int = 1
     num_groups: int = 1
-    buffers: tuple[str, ...] = ()
     unit_axis: int = 0
     weighted_inputs: bool = False
 
@@ -104,23 +112,23 @@ class Experts:
         """Reader columns of one unit; 0 for an expert, which has its own reader."""
         return int(self.unit_axis > 0)
 
-    def num_units_left(self, layer: nn.Module) -> int:
-        """Return how many units the layer has now."""
-        return layer.get_submodule(self.module).get_parameter(self.stacks.down).shape[self.unit_axis]
+    @property
+    def read(self) -> Rows:
+        """The tensor that reads the units: the stack of readers."""
+        return Rows(f"{self.module}.{self.stacks.down}", self.unit_axis, (1,))
 
-    def parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+    def rows(self, layer: nn.Module) -> list[Rows]:
         """Return what the units consist of, once each."""
-        module = layer.get_submodule(self.module)
+        stacks = self.stacks
         if self.unit_axis:
-            names = filter(None, (self.stacks.writer, self.stacks.writer_bias, self.stacks.down))
-            return [module.get_parameter(name) for name in names]
-        rows = (attribute_of(layer, name) for name in self.router_rows)
-        return [*module.parameters(), *(row for row in rows if isinstance(row, nn.Parameter))]
-
-    def refitted(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        """Return what compensation changes: the stack of readers."""
-        name = f"{self.module}.{self.stacks.down}"
-        return {name: layer.get_parameter(name)}
+            segments = (2,) if stacks.alternating else (1,) * (1 + stacks.gated)
+            made = [Rows(f"{self.module}.{stacks.writer}", 3 - self.unit_axis, segments)]
+            if stacks.writer_bias is not None:
+                made.append(Rows(f"{self.module}.{stacks.writer_bias}", 1, segments))
+            return [*made, self.read]
+        names = [f"{self.module}.{name}" for name, _ in layer.get_submodule(self.module).named_parameters()]
+        rows = {name: attribute_of(layer, name).shape for name in (*names, *self.router_rows)}
+        return [Rows(name, len(shape) - 1 if shape[0] == 1 else 0, (1,)) for name, shape in rows.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +180,6 @@ class Group:
         return self.parts
 
     @property
-    def attributes(self) -> tuple[str, ...]:
-        """What a cut sets besides parameters, dotted from the layer."""
-        return (*self.counts, *self.parts.buffers)
-
-    @property
     def key(self) -> GroupKey:
         """Its layer and name."""
         return self.layer, self.name
@@ -190,6 +193,20 @@ class Group:
     def width(self) -> int:
         """Reader columns of one unit."""
         return self.parts.width
+
+    def num_units_left(self, layer: nn.Module) -> int:
+        """Return how many units the layer has now."""
+        read = self.parts.read
+        return attribute_of(layer, read.name).shape[read.axis] // sum(read.segments)
+
+    def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the layer's tensors that the units consist of, by name."""
+        return {part.name: attribute_of(layer, part.name) for part in self.parts.rows(layer)}
+
+    def refitted(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return what compensation changes: the tensor that reads the units."""
+        name = self.parts.read.name
+        return {name: attribute_of(layer, name)}
 
     def allows(self, num_units: int) -> bool:
         """Say whether the family's config can state that many units."""
@@ -211,12 +228,12 @@ def attribute_of(layer: nn.Module, name: str) -> Any:
     return getattr(layer.get_submodule(module), attribute)
 
 
-def rows_of(keep: Int64[Tensor, " K"], segments: Segments, num_units: int) -> Int64[Tensor, " R"]:
+def rows_of(keep: Int64[Tensor, "*E K"], segments: Segments, num_units: int) -> Int64[Tensor, "*E R"]:
     """Return the rows of the units `keep`, segment by segment.
 
     Segment k starts after the previous ones and gives unit i the rows from `i * segments[k]` on.
     """
-    return torch.cat([rows.flatten() for rows in _rows(keep, segments, num_units)])
+    return torch.cat([rows.flatten(-2) for rows in _rows(keep, segments, num_units)], dim=-1)
 
 
 def unit_columns(segments: Segments, num_units: int, device: torch.device) -> Int64[Tensor, "U w"]:
@@ -224,10 +241,10 @@ def unit_columns(segments: Segments, num_units: int, device: torch.device) -> In
     return torch.cat(_rows(torch.arange(num_units, device=device), segments, num_units), dim=1)
 
 
-def _rows(units: Int64[Tensor, " U"], segments: Segments, num_units: int) -> list[Int64[Tensor, "U w"]]:
+def _rows(units: Int64[Tensor, "*E U"], segments: Segments, num_units: int) -> list[Int64[Tensor, "*E U w"]]:
     starts = (num_units * width for width in accumulate(segments, initial=0))
     widths = zip(starts, segments, strict=False)
-    return [start + units[:, None] * width + torch.arange(width, device=units.device) for start, width in widths]
+    return [start + units[..., None] * width + torch.arange(width, device=units.device) for start, width in widths]
 
 
 def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) -> Int64[Tensor, "*E K"]:
@@ -248,48 +265,42 @@ def cut(
     and heads, replaces the reader's remaining columns (compensation); without it they are unchanged, bit
     for bit.
     """
-    if group.kind == "experts":
-        _cut_experts(layer, group, keep)
-    elif group.kind == "expert_channels":
-        _cut_expert_channels(layer, group, keep)
-    else:
-        _cut_linears(layer, group, keep, reader_weight)
-
-
-def _cut_linears(layer: nn.Module, group: Group, keep: Tensor, reader_weight: Tensor | None) -> None:
-    num_units = group.parts.num_units_left(layer)
-    for axis in group.writers:
-        _cut_rows(linear(layer, axis.module), rows_of(keep, axis.segments, num_units))
-    reader = linear(layer, group.reader.module)
-    columns = rows_of(keep, group.reader.segments, num_units)
-    kept = reader.weight[:, columns] if reader_weight is None else reader_weight.to(reader.weight)
-    reader.weight = _parameter(kept, reader.weight)
-    reader.in_features = len(columns)
-    _set_counts(layer, group, len(keep))
-
-
-def _set_counts(layer: nn.Module, group: Group, count: int) -> None:
-    """Set the attributes of the layer's modules that hold the number of units; a config becomes the module's own."""
+    num_units = group.num_units_left(layer)
+    for rows in group.parts.rows(layer):
+        old = attribute_of(layer, rows.name)
+        index = rows_of(keep, rows.segments, num_units)
+        # Behind those of its experts a router may have rows of shared ones, which stay.
+        behind = torch.arange(num_units * sum(rows.segments), old.shape[rows.axis], device=keep.device)
+        index = torch.cat([index, behind.expand(*index.shape[:-1], -1)], dim=-1)
+        put(layer, rows.name, _taken(old, index.to(old.device), rows.axis))
+    if reader_weight is not None:
+        read = group.parts.read.name
+        put(layer, read, reader_weight.to(attribute_of(layer, read)))
     for name in group.counts:
-        place, _, attribute = name.rpartition(".")
-        module: Any = layer.get_submodule(place)
-        if attribute == "config":
-            module.config = copy.copy(module.config)
-            setattr(module.config, group.config_key, count)
-            module.config.num_attention_heads = linear(layer, group.reader.module).in_features // group.head_dim
-        else:
-            setattr(module, attribute, count)
+        count: Any = keep.shape[-1]
+        if name.endswith(".config"):  # becomes the module's own
+            count = copy.copy(attribute_of(layer, name))
+            setattr(count, group.config_key, keep.shape[-1])
+            count.num_attention_heads = linear(layer, group.reader.module).in_features // group.head_dim
+        put(layer, name, count)
 
 
-def _cut_rows(module: nn.Linear, rows: Int64[Tensor, " R"]) -> None:
-    module.weight = _parameter(module.weight[rows], module.weight)
-    if module.bias is not None:
-        module.bias = _parameter(module.bias[rows], module.bias)
-    module.out_features = len(rows)
+def _taken(old: Tensor, index: Int64[Tensor, "*E R"], axis: int) -> Tensor:
+    if index.ndim == 1:
+        return old.index_select(axis, index)
+    return torch.stack([_taken(*pair, axis - 1) for pair in zip(old, index, strict=True)])
 
 
-def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+def put(layer: nn.Module, name: str, value: Any) -> None:
+    """Set the layer's parameter or attribute of that name; the sizes of a linear are those of its weight."""
+    place, _, attribute = name.rpartition(".")
+    module: Any = layer.get_submodule(place)
+    old = getattr(module, attribute)
+    if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+    setattr(module, attribute, value)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
 
 
 def num_channels(module: nn.Module, stacks: Stacks) -> int:
@@ -315,41 +326,3 @@ def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Te
         return module._apply_gate(both)
     gate, up = both.chunk(2, dim=-1)
     return module.act_fn(gate) * up
-
-
-def _cut_experts(layer: nn.Module, group: Group, keep: Int64[Tensor, " K"]) -> None:
-    """Keep these experts: their entries of every stack, their router rows, and the counts.
-
-    Rows behind those of the experts, of shared ones, stay.
-    """
-    experts, before = group.experts, group.parts.num_units_left(layer)
-    names = [f"{experts.module}.{name}" for name, _ in layer.get_submodule(experts.module).named_parameters()]
-    for name in (*names, *experts.router_rows):
-        tensor, (parent, _, attribute) = attribute_of(layer, name), name.rpartition(".")
-        axis = -1 if len(tensor) == 1 else 0
-        rows = torch.cat([keep.to(tensor.device), torch.arange(before, tensor.shape[axis], device=tensor.device)])
-        kept = tensor.index_select(axis, rows).contiguous()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(layer.get_submodule(parent), attribute, _parameter(kept, tensor) if is_parameter else kept)
-    _set_counts(layer, group, len(keep))
-
-
-def _cut_expert_channels(layer: nn.Module, group: Group, keep: Int64[Tensor, "*E K"]) -> None:
-    """Keep these channels of each expert: rows of the writers, columns of the readers."""
-    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
-    keep_EK = keep.expand(len(module.get_parameter(stacks.down)), -1)
-    rows = keep_EK.unsqueeze(-1) * 2 + torch.arange(2, device=keep_EK.device)
-    halves = torch.cat([keep_EK, keep_EK + num_channels(module, stacks)], dim=1) if stacks.gated else keep_EK
-    rows_ER = rows.flatten(1) if stacks.alternating else halves
-    _take(module, stacks.writer, rows_ER, 2 if stacks.transposed else 1)
-    if stacks.writer_bias is not None:
-        _take(module, stacks.writer_bias, rows_ER, 1)
-    _take(module, stacks.down, keep_EK, 1 if stacks.transposed else 2)
-
-
-def _take(module: nn.Module, name: str, index_EK: Tensor, axis: int) -> None:
-    old = module.get_parameter(name)
-    shape = [1] * old.ndim
-    shape[0], shape[axis] = index_EK.shape
-    kept = torch.take_along_dim(old.data, index_EK.to(old.device).view(shape), dim=axis)
-    setattr(module, name, _parameter(kept, old))

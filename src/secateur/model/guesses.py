@@ -6,7 +6,7 @@ of any layer of that kind. Nothing here is proved: `structure` does that.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -29,19 +29,9 @@ FFN, SHARED, KV_HEADS, QUERY_HEADS = "ffn", "shared", "kv_heads", "query_heads"
 EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
 # Channels that fill 16 bytes in half precision, the alignment of transformers' grouped matmul.
 CHANNEL_STEP = 8
-# What a config calls the number of experts that a token is sent to.
-KEYS_OF_CHOSEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "top_k",
-    "experts_per_token",
-    "top_k_experts",
-)
 
 
-def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Iterator[Group]:
+def channel_guesses(linears: dict[str, nn.Linear], name: str) -> Iterator[Group]:
     """Yield pairs of writers, H -> F or H -> 2 F, and a reader, F -> H."""
     for reader, down in linears.items():
         width, hidden = down.in_features, down.out_features
@@ -49,22 +39,18 @@ def channel_guesses(place: str, linears: dict[str, nn.Linear], name: str) -> Ite
             n: module.out_features for n, module in linears.items() if n != reader and module.in_features == hidden
         }
         plain = [n for n, size in sizes.items() if size == width]
-        choices = (
-            [tuple(plain)]
-            if width != hidden
-            else [c for k in (1, 2) for c in permutations(plain, k) if list(c) == sorted(c, key=plain.index)]
-        )
-        for writers in choices:
-            if writers:
-                yield _channels(place, dict.fromkeys(writers, (1,)), reader, name)
+        # Where a width is the hidden size, other linears have these shapes too.
+        sizes_of_choices = (len(plain),) if width != hidden else (1, 2)
+        for writers in (choice for count in sizes_of_choices for choice in combinations(plain, count) if choice):
+            yield _channels(dict.fromkeys(writers, (1,)), reader, name)
         for writer in (n for n, size in sizes.items() if size == 2 * width):
-            yield _channels(place, {writer: (1, 1)}, reader, name)
-            yield _channels(place, {writer: (2,)}, reader, name)
+            yield _channels({writer: (1, 1)}, reader, name)
+            yield _channels({writer: (2,)}, reader, name)
 
 
-def _channels(place: str, writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Group:
-    axes = tuple(Axis(joined(place, writer), segments) for writer, segments in writers.items())
-    return Group(name, "channels", "channel", Linears(axes, Axis(joined(place, reader), (1,))))
+def _channels(writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Group:
+    axes = tuple(Axis(writer, segments) for writer, segments in writers.items())
+    return Group(name, "channels", "channel", Linears(axes, Axis(reader, (1,))))
 
 
 def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
@@ -76,22 +62,24 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
     if group.kind == "heads":
         parts, head_dim = _by_heads(group, layer, config)
     elif group.kind == "experts":
-        parts, at_least, multiple_of = _by_router(group.experts, layer, config)
+        parts, at_least = _by_router(group.experts, config)
+        multiple_of = parts.num_groups
     elif group.kind == "expert_channels":
         at_least, multiple_of = 1, CHANNEL_STEP
-    num_units = parts.num_units_left(layer)
+    group = replace(group, parts=parts)
+    num_units = group.num_units_left(layer)
     for axis in parts.writers if isinstance(parts, Linears) else ():
         if (num_rows := linear(layer, axis.module).out_features) != num_units * sum(axis.segments):
             raise ArchError(
                 f"layer {index}, group {group.name}: {axis.module} has {num_rows} rows for {num_units} units."
             )
+    parameters = (each.numel() for each in group.tensors(layer).values() if isinstance(each, nn.Parameter))
     return replace(
         group,
         layer=index,
-        parts=parts,
         head_dim=head_dim,
         num_units=num_units,
-        params_per_unit=sum(parameter.numel() for parameter in parts.parameters(layer)) // num_units,
+        params_per_unit=sum(parameters) // num_units,
         at_least=at_least,
         multiple_of=max(multiple_of, int(group.per_key)),
         divides=(config.num_attention_heads // num_units, config.hidden_size) if group.divides else None,
@@ -113,17 +101,11 @@ def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int
     return Linears(tuple(writers), reader), width
 
 
-def _by_router(experts: Experts, layer: nn.Module, config: Any) -> tuple[Experts, int, int]:
-    """Return the experts with their groups and buffers, the fewest that the router can do with, and the step."""
-    num_groups = getattr(config, "n_group", None) or 1
-    numbers = (getattr(config, key, None) for key in KEYS_OF_CHOSEN)
-    # No expert goes where the config does not say how many a token is sent to.
-    top_k = next((number for number in numbers if isinstance(number, int)), experts.num_units_left(layer))
-    chosen = getattr(config, "topk_group", None) or 1
-    rows = {name: attribute_of(layer, name) for name in experts.router_rows}
-    buffers = tuple(name for name, row in rows.items() if not isinstance(row, nn.Parameter))
-    at_least = top_k if num_groups == 1 else num_groups * max(2, -(-top_k // chosen))
-    return replace(experts, num_groups=num_groups, buffers=buffers), at_least, num_groups
+def _by_router(experts: Experts, config: Any) -> tuple[Experts, int]:
+    """Return the experts with their groups, and the fewest that the router can do with."""
+    num_groups, chosen = (getattr(config, key, None) or 1 for key in ("n_group", "topk_group"))
+    at_least = experts.num_chosen if num_groups == 1 else num_groups * max(2, -(-experts.num_chosen // chosen))
+    return replace(experts, num_groups=num_groups), at_least
 
 
 def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any) -> Iterator[Stacks]:
@@ -147,12 +129,7 @@ def expert_channels_in(place: str, stacks: Stacks) -> Group:
     return Group(EXPERT_CHANNELS, "expert_channels", "channel of each expert", parts)
 
 
-def experts_in(place: str, stacks: Stacks, *, weighted: bool) -> Group:
-    """Return the experts of the module at `place`. `weighted`: each gets all tokens, weighted."""
-    return Group(EXPERTS, "experts", "expert", Experts(place, stacks, weighted_inputs=weighted))
-
-
-def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
+def head_guesses(linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
     """Yield KV heads, and query heads if they can be told from the others."""
     sizes = heads_of(config)
     if sizes is None:
@@ -172,16 +149,15 @@ def head_guesses(place: str, linears: dict[str, nn.Linear], config: Any) -> Iter
         made = [queries * width, keys * width, keys * width]
         writers = sorted((n for n in rows if rows[n] in made), key=lambda n: -rows[n])  # that of queries first
         if set(rows.values()) == {sum(made)}:
-            yield _heads(place, KV_HEADS, list(rows), reader)
+            yield _heads(KV_HEADS, list(rows), reader)
         elif [rows[n] for n in writers] == made:
-            yield _heads(place, KV_HEADS, writers, reader)
-            yield _heads(place, QUERY_HEADS, writers[:1], reader)
+            yield _heads(KV_HEADS, writers, reader)
+            yield _heads(QUERY_HEADS, writers[:1], reader)
 
 
-def _heads(place: str, name: str, writers: list[str], reader: str) -> Group:
+def _heads(name: str, writers: list[str], reader: str) -> Group:
     unit = "KV head" if name == KV_HEADS else "query head per KV head"
-    axes = tuple(Axis(joined(place, writer), ()) for writer in writers)
-    return Group(name, "heads", unit, Linears(axes, Axis(joined(place, reader), ())))
+    return Group(name, "heads", unit, Linears(tuple(Axis(writer, ()) for writer in writers), Axis(reader, ())))
 
 
 def heads_of(config: Any) -> tuple[int, int, int] | None:
@@ -192,17 +168,12 @@ def heads_of(config: Any) -> tuple[int, int, int] | None:
     return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
 
 
+@torch.no_grad()
 def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
-    """Silence the units that do not stay: their reader columns are zero, or nothing is routed to them."""
-    others = _others(group, keep)
-    with torch.no_grad():
-        if group.kind == "expert_channels":
-            stacks = group.experts.stacks
-            down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
-            down.index_fill_(group.experts.unit_axis, others, 0.0)
-        elif group.kind != "experts":
-            weight = linear(layer, group.reader.module).weight
-            weight[:, rows_of(others, group.reader.segments, group.num_units)] = 0
+    """Silence the units that do not stay, channels or heads: what reads them is zero."""
+    read = group.parts.read
+    rows = rows_of(_others(group, keep), read.segments, group.num_units)
+    attribute_of(layer, read.name).index_fill_(read.axis, rows, 0.0)
 
 
 def _others(group: Group, keep: Tensor) -> Tensor:
@@ -246,7 +217,3 @@ def some_units(group: Group, count: int) -> Tensor:
     size, generator = group.num_units // parts, torch.Generator().manual_seed(0)
     orders = [number * size + torch.randperm(size, generator=generator)[: count // parts] for number in range(parts)]
     return torch.cat(orders).sort().values
-
-
-def joined(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name

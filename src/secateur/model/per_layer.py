@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.model.bind import Arch, decoder_layers
+from secateur.model.bind import Arch, decoder_layers, text_config
 from secateur.model.group import Group, linear
 from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
 from secateur.model.modules import linears_for_conv
 from secateur.model.stock import BAD_VALUE, quiet_transformers
-from secateur.model.structure import places, text_config
 
 QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
@@ -31,7 +30,7 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     for group in groups:
         if not group.head_dim:
             widths |= {
-                group.config_key: round(group.parts.num_units_left(layer) / group.per_key),
+                group.config_key: round(group.num_units_left(layer) / group.per_key),
                 **dict(group.settings),
             }
         elif group.config_key == KV_HEADS:
@@ -41,13 +40,11 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
     return widths
 
 
-def split_widths(widths: list[dict[str, Any]]) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
-    """Return (the most frequent widths, per layer what differs). The larger width wins a tie."""
+def commonest(widths: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the most frequent width of each name. The larger one wins a tie."""
     names = sorted({name for layer in widths for name in layer})
     counted = {name: Counter(layer[name] for layer in widths if name in layer) for name in names}
-    base = {name: max(counts, key=lambda width: (counts[width], width)) for name, counts in counted.items()}
-    different = ({name: value for name, value in layer.items() if base[name] != value} for layer in widths)
-    return base, {index: layer for index, layer in enumerate(different) if layer}
+    return {name: max(counts, key=lambda width: (counts[width], width)) for name, counts in counted.items()}
 
 
 def record_widths(model: PreTrainedModel, arch: Arch) -> None:
@@ -63,41 +60,40 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     was_per_layer = isinstance(model, PerLayerModel)
     native = {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
     config.per_layer_config = None
-    base, overrides = split_widths(widths)
     stock, stock_config = type(model), type(config)
     if was_per_layer:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
     for settings in (model.config, config):
         vars(settings).pop("auto_map", None)  # names the source's code
     if {layer.get(QUERY_HEADS) for layer in widths} == {getattr(config, QUERY_HEADS, None)}:
-        base.pop("head_dim", None)  # the config states or derives it already
+        for layer in widths:
+            layer.pop("head_dim", None)  # the config states or derives it already
+    base = commonest(widths)
     for name, width in base.items():
         setattr(config, name, width)
-    if native:  # a class that builds layers of different kinds itself
-        own = {int(index): layer for index, layer in native.items() if int(index) < len(layers)}
-        own = {index: {key: widths[index].get(key, old) for key, old in layer.items()} for index, layer in own.items()}
-        config.per_layer_config = {i: own.get(i, {}) | overrides.get(i, {}) for i in sorted({*own, *overrides})}
-        overrides = {}
-    model.__class__ = per_layer_class(stock) if overrides else stock
-    config.__class__ = per_layer_config_class(stock_config) if overrides else stock_config
-    if overrides:
-        assert config is model.config, "resolve refuses layers of different widths inside a larger class"
-        config.per_layer_config = overrides
-    built = _built(model, layers, config)
+    own = {int(index): layer for index, layer in native.items()}
+    different = (index for index, layer in enumerate(widths) if index in own or not layer.items() <= base.items())
+    # transformers leaves out what the config says of all layers.
+    config.per_layer_config = {index: own.get(index, {}) | widths[index] for index in different} or None
+    differs = config.is_heterogeneous and not native  # a native class builds such layers itself
+    assert config is model.config or not differs, "resolve refuses layers of different widths inside a larger class"
+    model.__class__ = per_layer_class(stock) if differs else stock
+    config.__class__ = per_layer_config_class(stock_config) if differs else stock_config
+    built = _built(model, arch, config)
     for index, layer in enumerate(layers):
         _adopt(layer, built[index], index)
 
 
-def _built(model: PreTrainedModel, layers: list[nn.Module], config: Any) -> list[nn.Module]:
+def _built(model: PreTrainedModel, arch: Arch, config: Any) -> list[nn.Module]:
     """Return the layers, on meta, that the config builds: alone if they can be, else with their model."""
-    layer_configs: Any = config.per_layer_config or [config] * len(layers)
+    layers = decoder_layers(model, arch)
     with quiet_transformers(), torch.device("meta"):
         try:
             classes: list[Any] = [type(layer) for layer in layers]
-            built = [layer_class(layer_configs[index], index) for index, layer_class in enumerate(classes)]
+            built = [layer_class(config.per_layer_config[index], index) for index, layer_class in enumerate(classes)]
         except BAD_VALUE:
             whole: Any = type(model)._from_config(model.config)
-            built = list(whole.get_submodule(places(whole)[1]).children())
+            built = decoder_layers(whole, arch)
     for layer in built:
         linears_for_conv(layer)
     return built

@@ -138,17 +138,11 @@ def run(model: PreTrainedModel, ids_BT: Tensor | None = None) -> Tensor:
     return text_model(model)(input_ids=token_ids(model) if ids_BT is None else ids_BT, use_cache=False).logits
 
 
-def of_layer(config: Any, index: int) -> Any:
-    """Return the layer's config, which is the model's if all layers have one."""
-    layers = getattr(config, "per_layer_config", None)
-    return layers[index] if layers else config
-
-
 def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
     """Yield divisors of heads and of head sizes to try; None first if the model is small."""
     if num_params <= SMALL:
         yield None
-    sizes = of_layer(config.get_text_config(decoder=True), 0)
+    sizes = config.get_text_config(decoder=True).per_layer_config[0]
     heads, keys = (getattr(sizes, key, None) or 1 for key in ("num_attention_heads", "num_key_value_heads"))
     heads, keys = (number if isinstance(number, int) else 1 for number in (heads, keys))
     shared = math.gcd(heads, keys)

@@ -237,7 +237,7 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models:
     model, num_rounds = opened.model, len(resolved.plans)
     layers = decoder_layers(model, opened.arch)
     left = [layers[index] for index in resolved.layers]
-    parameters = (next(iter(g.parts.refitted(left[g.layer]).values())) for g in resolved.groups)
+    parameters = (next(iter(g.refitted(left[g.layer]).values())) for g in resolved.groups)
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())

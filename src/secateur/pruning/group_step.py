@@ -33,7 +33,7 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line."""
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
     is_mlp = group.kind != "heads"
-    reader, num_units = linear(layer, group.reader.module), group.parts.num_units_left(layer)
+    reader, num_units = linear(layer, group.reader.module), group.num_units_left(layer)
     gram, drift = needs_gram(method.score) or method.compensate == "least_squares", is_mlp and bool(walk.dense_BTD)
     measured = measure(walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp)
     weights: dict[str, float] = {}
@@ -119,11 +119,11 @@ def redo_group(layer: nn.Module, group: Group, stored: dict[str, Tensor]) -> Ten
     """Repeat a step bit for bit from what `outcome_of` returned; return the kept indices."""
     keep = stored["keep"].to(next(layer.parameters()).device)
     cut(layer, group, keep)
-    for name, parameter in group.parts.refitted(layer).items():
+    for name, parameter in group.refitted(layer).items():
         parameter.copy_(stored[name])
     return keep
 
 
 def outcome_of(layer: nn.Module, group: Group, keep: Tensor) -> dict[str, Tensor]:
     """Return what `redo_group` needs: the kept indices and the refitted parameters."""
-    return {"keep": keep, **group.parts.refitted(layer)}
+    return {"keep": keep, **group.refitted(layer)}

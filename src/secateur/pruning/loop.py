@@ -202,7 +202,7 @@ def _profile_settings(run: Run, number: int) -> ProfileSettings:
     """Return the settings; slopes are measured at the width of an equal share for all groups."""
     recipe, groups = run.resolved.recipe, run.resolved.groups
     layers = decoder_layers(run.model, run.arch)
-    now = sum(g.parts.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
+    now = sum(g.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
     then = sum(run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
     return ProfileSettings(
         # Weights by domain act through the slopes.

@@ -1,6 +1,6 @@
 """Where weights are: layers onloaded to a device one at a time, and layers saved to disk."""
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.model.group import Group, attribute_of
+from secateur.model.group import Group, attribute_of, put
 from secateur.model.stock import CausalLM
 from secateur.stream.device import CPU, bring, parameter_on, raised
 
@@ -281,13 +281,16 @@ class LayersOnDisk:
         # Unlinked first: a file that is still mapped keeps its content.
         self._path(index).unlink(missing_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
-        self.counts[index] = {name: attribute_of(layer, name) for group in groups for name in group.attributes}
+        self.counts[index] = {name: attribute_of(layer, name) for group in groups for name in group.counts}
+        tensors = (pair for group in groups for pair in group.tensors(layer).items())
+        self.counts[index] |= {name: each for name, each in tensors if not isinstance(each, nn.Parameter)}
 
     def restore(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was saved."""
         device, saved = next(layer.parameters()).device, load_file(self._path(index)).items()
-        _put(layer, ((name, nn.Parameter(tensor.to(device), requires_grad=False)) for name, tensor in saved))
-        _put(layer, self.counts[index].items())
+        parameters = {name: nn.Parameter(tensor.to(device), requires_grad=False) for name, tensor in saved}
+        for name, value in (parameters | self.counts[index]).items():
+            put(layer, name, value)
 
     @contextmanager
     def restored(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -297,7 +300,8 @@ class LayersOnDisk:
             self.restore(index, layer)
             yield
         finally:
-            _put(layer, own.items())
+            for name, value in own.items():
+                put(layer, name, value)
 
     def _path(self, index: int) -> Path:
         return self.directory / f"{self.name}-{index}.safetensors"
@@ -307,13 +311,3 @@ def forget_weights(module: nn.Module) -> None:
     """Free the memory of the module's weights; the module itself stays."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def _put(layer: nn.Module, values: Iterable[tuple[str, Any]]) -> None:
-    """Set parameters and attributes by their dotted names, and the linears' sizes to match."""
-    for name, value in values:
-        module, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(module), attribute, value)
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
