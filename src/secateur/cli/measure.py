@@ -166,7 +166,8 @@ def export(
     if compared is not None:
         common.CONSOLE.print(
             f"Checked: perplexity of {compared.num_tokens} held-out tokens {compared.perplexity_llama_cpp:.3f} in "
-            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers."
+            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers.",
+            soft_wrap=True,
         )
     elif format_name == "gguf":
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'

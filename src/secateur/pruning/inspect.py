@@ -30,10 +30,11 @@ FILE_TYPES = ("bf16", "q8_0", TOLD)
 
 def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int, int]], str | None]:
     """Return `files` and `files_problem`."""
-    config, steps = opened.model.config, {group.key: align_of(group, resolved.align) for group in resolved.groups}
+    config = opened.model.config
+    steps = {group.key: align_of(group, resolved.align) for group in resolved.groups}
     widths = {key: steps[key] * max(1, round(kept / steps[key])) for key, kept in resolved.plans[-1].num_keep.items()}
     try:
-        models = meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left)
+        models = (meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left))
         dense, left = ([gguf_bytes(model, kind, opened.name) for kind in FILE_TYPES] for model in models)
     except SecateurError as error:
         return {}, str(error).removesuffix(".")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.facts import Judgement, Size
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
-from secateur.log import versions
+from secateur.log import TELLING_SHARES, versions
 from secateur.model.group import Group
 from secateur.model.kept_units import Keeps, write_keeps
 from secateur.model.stock import CausalLM, Tokenizer
@@ -101,7 +101,7 @@ def summary_of(
         widths=group_widths(run.arch.select(recipe.remove.group_names), keeps),
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
-        foretold={stage: told for stage, told in log.foretold.items() if told[2:]},
+        foretold={stage: told for stage, told in log.foretold.items() if len(told) == len(TELLING_SHARES)},
         reload_max_abs_difference=proof.max_abs_difference if proof else None,
         loaded_by=proof.loaded_by if proof else None,
         warnings=(*run.resolved.warnings, *notes),
