@@ -38,7 +38,7 @@ def summary_with(text: CalibrationFacts) -> Summary:
     """Return a result whose calibration is this; the rest says nothing."""
     size, loss = Size(100, 400), {"prose": Loss(3.0, 0.1, 100)}
     facts = ("model", "llama", "", 0.2, 0.2, size, size, (3, 3), {"ffn": (112, 64, 72)}, text)
-    return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, None, (), {"torch": "2"})
+    return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (), {"torch": "2"})
 
 
 @pytest.fixture

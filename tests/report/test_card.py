@@ -46,7 +46,7 @@ def summary(model: str, domain: str, note: str, command: str) -> Summary:
     return Summary(
         *(model, "llama", command, 0.2, 0.2, size, size, (3, 3)),
         *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0),
-        *("AutoModelForCausalLM", None, (note,), {"torch": "2"}),
+        *("AutoModelForCausalLM", (note,), {"torch": "2"}),
     )
 
 
