@@ -18,6 +18,8 @@ from transformers import (
     GitForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -121,6 +123,14 @@ class OfItsOwnWidth(Plain):
 
     def __init__(self, config: Any) -> None:
         super().__init__(LlamaConfig(**SIZES | {"intermediate_size": 72}))
+
+
+class RoundedUp(Plain):
+    """A width that is 141 rounded up to a multiple of the key, as xLSTM has it."""
+
+    def __init__(self, config: Any) -> None:
+        multiple = config.intermediate_size
+        super().__init__(LlamaConfig(**SIZES | {"intermediate_size": -(-141 // multiple) * multiple}))
 
 
 class ByTheSameKey(Plain):
@@ -252,6 +262,13 @@ def test_an_ffn_that_cannot_be_cut_is_refused_with_a_reason(name: str) -> None:
     assert {group.name for group in arch.groups} == {"kv_heads", "query_heads"}
     with pytest.raises(ArchError, match=r"remove.groups: a model of type llama"):
         arch.select(("ffn",))
+
+
+@pytest.mark.parametrize("multiple", [47, 48, 49, 50, 72, 75])
+def test_a_key_to_whose_multiple_the_width_is_rounded_does_not_say_it(multiple: int) -> None:
+    arch = bind(model_with(RoundedUp, intermediate_size=multiple))
+    assert "ffn" not in {group.name for group in arch.groups}
+    assert arch.omits["ffn"] == "no key of the config says how many there are"
 
 
 @pytest.mark.parametrize(("number", "is_cut"), [(4, True), (5, False)])
@@ -487,3 +504,9 @@ def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> Non
     check_walk(model, arch, 1e-5)
     with pytest.raises(RecipeError, match=r"^remove.depth: layers of glm_moe_dsa are given more than hidden states"):
         layers_to_expect(parse_recipe({"remove": {"share": 0.2, "depth": 1}}), arch, config)
+
+
+def test_layers_that_give_lists_are_refused() -> None:
+    config = OpenAIGPTConfig(n_layer=2, n_embd=48, n_head=4, vocab_size=320, n_positions=64)
+    with pytest.raises(ArchError, match="model type 'openai-gpt' cannot be walked layer by layer"):
+        bind(randomised(OpenAIGPTLMHeadModel(config), 0))

@@ -8,6 +8,7 @@ one that changes exactly the group's tensors when the twin is built anew. What f
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -361,14 +362,16 @@ class _Finder:
 
         # Walk.
         streams = [entered(ids)[0] for ids in texts]
-        with suppress(*WRONG_GUESS):
+        try:
             for index, layer in enumerate(self.layers):
                 streams = [self.arch.step(layer, index, hidden, given[index]) for hidden in streams]
-        for ids, hidden in zip(texts, streams, strict=True):
-            with forwards_replaced(self.layers, partial(_given, self.arch.layer_output(hidden))):
-                walked = run(self.twin, ids)
-            if hidden.shape[:2] != ids.shape or not _near([walked], [run(self.twin, ids)]):
-                raise self._refused("layers pass on more than one hidden state")
+            for ids, hidden in zip(texts, streams, strict=True):
+                with forwards_replaced(self.layers, partial(_given, self.arch.layer_output(hidden))):
+                    walked = run(self.twin, ids)
+                if hidden.shape[:2] != ids.shape or not _near([walked], [run(self.twin, ids)]):
+                    raise ValueError
+        except WRONG_GUESS:
+            raise self._refused("layers pass on more than one hidden state") from None
 
     def _refused(self, why: str) -> ArchError:
         return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
@@ -625,7 +628,9 @@ class _Finder:
         before = getattr(self.config, key)
         settings = tuple(changes.items())[1:]
         per_key = (group.num_units - left) / (before - value) if type(before) is int and not settings else 1.0
-        if per_key > MOST_PER_KEY or (settings and left != value):
+        # A width that is rounded up to a multiple of the key is not as many times the key.
+        times = group.num_units / before if type(before) is int and not settings else per_key
+        if per_key > MOST_PER_KEY or not math.isclose(per_key, times, rel_tol=0.1) or (settings and left != value):
             return None
         if group.kind == "experts":
             changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
