@@ -79,7 +79,7 @@ class LayersOnDevice:
                 if not self.keeps:
                     self.offload()
                 self.onloaded[index] = self._fresh_copies(index)
-                if index + 1 < len(self.layers):
+                if index + 1 < len(self.layers) and not self.keeps:
                     self.prefetched = index + 1, self.thread.submit(self._copies, index + 1)
             else:  # parameters that were set meanwhile
                 self.onloaded[index] |= self._copies(index)
