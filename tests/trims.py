@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.formats.save import save_checkpoint
-from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer
 from tests.model.test_vocabulary import NUM_PADDING, PROSE, made, some_kept
 

@@ -7,7 +7,7 @@ import torch
 
 from secateur.data.blocks import Block
 from secateur.data.retokenised import retokenised as retold
-from secateur.model.kept_tokens import KeptTokens
+from secateur.model.kept import KeptTokens
 from secateur.model.vocabulary import trimmed_tokenizer
 from tests.model.test_vocabulary import MADE, made, random_texts, some_kept
 from tests.trims import bytes_of

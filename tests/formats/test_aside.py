@@ -14,7 +14,7 @@ from torch import Tensor
 import secateur
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load
-from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.stock import quiet_transformers
 from tests.families import tiny_family
 

@@ -18,11 +18,11 @@ from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYu
 
 from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeError
 from secateur.formats.gguf import export
+from secateur.formats.gguf_families import rotary
 from secateur.formats.gguf_tensors import interleave_rotary
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
-from secateur.formats.serving import rotary
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.stock import quiet_transformers
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from tests.families import tiny_family

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from secateur.errors import CalibrationError, RecipeError
 from secateur.formats.gguf import export
+from secateur.formats.gguf_families import gguf_family
 from secateur.formats.gguf_tensors import TOLD, planned_tensors
 from secateur.formats.importance import NUM_TOKENS, importance_of
 from secateur.formats.save import save_checkpoint
-from secateur.formats.serving import gguf_family
 from secateur.log import silent
 from secateur.model.checkpoint import load_tokenizer, meta_model, open_checkpoint
 from secateur.recipe import load_recipe, parse_recipe

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import check_free_space, parse_size
 from secateur.formats.save import has_own, save_checkpoint
-from secateur.model.kept_tokens import KeptTokens, keep_tokens, kept_tokens_of
+from secateur.model.kept import KeptTokens, keep_tokens, kept_tokens_of
 from secateur.model.vocabulary import trimmed_tokenizer
 from secateur.result_directory import staging
 

@@ -15,9 +15,9 @@ from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, Mixtral
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.formats.gguf import export, gguf_bytes
+from secateur.formats.gguf_families import gguf_family
 from secateur.formats.gguf_tensors import QUANTISED, TOLD, TYPES, fitting_type, planned_tensors
 from secateur.formats.save import have_llama_cpp, save_checkpoint
-from secateur.formats.serving import gguf_family
 from secateur.model.checkpoint import meta_model, open_checkpoint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 512}

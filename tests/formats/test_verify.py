@@ -12,7 +12,7 @@ from secateur.errors import CheckpointError
 from secateur.formats import save as proof
 from secateur.formats.save import save_checkpoint, verify_reload
 from secateur.model.checkpoint import load_model, open_checkpoint
-from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.vocabulary import trimmed_tokenizer
 
 # What the fresh process says beside the logits.

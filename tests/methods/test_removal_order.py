@@ -37,7 +37,7 @@ from secateur.methods.vocabulary import (
     with_prior_by_script,
 )
 from secateur.model.bind import bind
-from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.kept import KeptTokens, Trim
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.stream.losses import block_losses
 from secateur.stream.walk import Batch, make_batches

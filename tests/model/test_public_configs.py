@@ -17,7 +17,7 @@ from shown import assert_shown
 from transformers import CONFIG_MAPPING
 
 from secateur.errors import RecipeError
-from secateur.formats.serving import gguf_specs
+from secateur.formats.gguf_families import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.checkpoint import meta_model
 from secateur.model.per_layer import record_widths

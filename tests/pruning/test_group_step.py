@@ -16,7 +16,7 @@ from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.methods.compensate import Guard, Repair
 from secateur.model.bind import decoder_layers
-from secateur.model.kept_units import read_keeps, write_keeps
+from secateur.model.kept import read_keeps, write_keeps
 from secateur.pruning import group_step
 from secateur.pruning.cut import Cut
 from secateur.pruning.group_step import prune_group

@@ -15,7 +15,7 @@ from recipes import grouped
 from shown import assert_shown
 
 from secateur.errors import SecateurError
-from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.kept import KeptTokens, Trim
 from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.open import Opened

@@ -18,7 +18,7 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import identity
-from secateur.model.kept_tokens import kept_tokens_of
+from secateur.model.kept import kept_tokens_of
 from secateur.report.records import read_result, read_summary
 from tests.model.test_vocabulary import NUM_PADDING, made
 from tests.pruning.test_resume import Stopped, stopped_after, weights

@@ -25,7 +25,7 @@ from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.methods.budget import token_prices
 from secateur.methods.vocabulary import PieceNats
-from secateur.model.kept_tokens import KeptTokens, Trim, kept_tokens_of
+from secateur.model.kept import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import recover
 from secateur.facts import mean_kl
-from secateur.model.kept_tokens import kept_tokens_of
+from secateur.model.kept import kept_tokens_of
 from secateur.recipe import as_recipe
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of

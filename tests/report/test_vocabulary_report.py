@@ -14,7 +14,7 @@ from test_card import HOSTILE, READER, shown, summary, tokens
 
 from secateur.data.retokenised import retokenised
 from secateur.facts import Loss
-from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.kept import KeptTokens, Trim
 from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe

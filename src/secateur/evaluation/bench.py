@@ -22,7 +22,7 @@ from secateur.log import Progress, silent, steps, versions
 from secateur.model.bind import head_width, layer_configs, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
-from secateur.model.kept_tokens import kept_tokens_of
+from secateur.model.kept import kept_tokens_of
 from secateur.model.stock import replaced
 from secateur.ranks import device_called
 from secateur.report.records import BenchResult, ModelFigures, Speed, SpeedUp, Spread

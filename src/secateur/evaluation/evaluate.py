@@ -15,7 +15,7 @@ from secateur.evaluation.text import text_to_judge
 from secateur.files import write_text
 from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.model.identity import check_dense, is_result, name_of
-from secateur.model.kept_tokens import Trim, kept_tokens_of, trim_between
+from secateur.model.kept import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
 from secateur.report.records import Evaluation

@@ -20,7 +20,7 @@ from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, load_tokenizer, meta_model, open_checkpoint
-from secateur.model.kept_tokens import KeptTokens, keep_tokens
+from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.modules import text_model
 from secateur.model.token_bytes import num_bytes
 from secateur.ranks import device_called, in_turns

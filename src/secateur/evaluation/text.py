@@ -16,7 +16,7 @@ from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.kept_tokens import Trim
+from secateur.model.kept import Trim
 from secateur.recipe import RECIPE_FILE, Calibration, Domain, as_recipe
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError, RecipeError, advice
 from secateur.facts import Record
 from secateur.files import check_file, staged_file
+from secateur.formats.gguf_families import GgufSpec, gguf_family, gguf_family_of, layer_widths, num_experts, rotary
 from secateur.formats.gguf_tensors import (
     OWN_TYPES,
     QUANTISED,
@@ -31,7 +32,6 @@ from secateur.formats.gguf_tensors import (
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.importance import importance_of
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
-from secateur.formats.serving import GgufSpec, gguf_family, gguf_family_of, layer_widths, num_experts, rotary
 from secateur.log import Progress, silent
 from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint

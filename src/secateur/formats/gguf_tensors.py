@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
-from secateur.formats.serving import GgufSpec, layer_widths, num_experts, rotary
+from secateur.formats.gguf_families import GgufSpec, layer_widths, num_experts, rotary
 from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors

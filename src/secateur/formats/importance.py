@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from secateur.data.blocks import block_length
 from secateur.errors import CalibrationError
+from secateur.formats.gguf_families import gguf_family
 from secateur.formats.gguf_tensors import gguf_tensors
 from secateur.formats.run_text import run_text_again
-from secateur.formats.serving import gguf_family
 from secateur.log import Progress
 from secateur.model.bind import bind
 from secateur.model.checkpoint import Checkpoint, load_model, load_tokenizer

@@ -24,7 +24,7 @@ from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import Arch, head_of
-from secateur.model.kept_tokens import Trim
+from secateur.model.kept import Trim
 from secateur.model.vocabulary import Vocabulary, scripts_of, with_parts
 from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
 from secateur.stream.walk import Batch

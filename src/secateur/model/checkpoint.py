@@ -35,9 +35,8 @@ from secateur.files import read_json
 from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import linears_for_conv
-from secateur.model.quantised import deferred_tensors, note_on, take_quantisation
 from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
-from secateur.model.tensors import stored_tensors
+from secateur.model.tensors import deferred_tensors, note_on, stored_tensors, take_quantisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +319,7 @@ def _check_tokenizer_files(directory: Path) -> None:
 
 
 SAMPLED_BYTES = 1 << 20
-TOKENS_FILE = "tokens.json"  # of `model.kept_tokens`: the dense model's tokens that stayed
+TOKENS_FILE = "tokens.json"  # of `model.kept`: the dense model's tokens that stayed
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 

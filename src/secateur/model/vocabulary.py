@@ -1,7 +1,7 @@
 """A tokenizer's tokens: which may go, what they are merged from, and the tokenizer of those that stay.
 
 All of it is read from the backend's JSON; texts are split by the `tokenizers` library alone. The
-model's own side, rows and configs, is `model.kept_tokens`.
+model's own side, rows and configs, is `model.kept`.
 """
 
 import json
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.errors import CheckpointError
-from secateur.model.kept_tokens import KeptTokens, check_weights_by_token, ids_named_by
+from secateur.model.kept import KeptTokens, check_weights_by_token, ids_named_by
 from secateur.model.stock import CausalLM, Tokenizer, quiet_transformers
 from secateur.model.token_bytes import SPACE, byte_piece, decoder_steps
 

@@ -16,8 +16,7 @@ from secateur.model.bind import text_config
 from secateur.model.checkpoint import open_checkpoint, planned_model
 from secateur.model.group import Group
 from secateur.model.identity import lineage
-from secateur.model.kept_tokens import kept_tokens_of
-from secateur.model.kept_units import KEEP_FILE, bad_keeps, read_keeps
+from secateur.model.kept import KEEP_FILE, bad_keeps, kept_tokens_of, read_keeps
 from secateur.model.stock import CausalLM
 from secateur.pruning.open import Like, Opened
 from secateur.pruning.resolve import groups_of

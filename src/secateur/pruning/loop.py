@@ -19,7 +19,7 @@ from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
 from secateur.model.group import Group, GroupKey, original_units
-from secateur.model.kept_units import Keeps
+from secateur.model.kept import Keeps
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.run import LossWatch, Run

@@ -31,8 +31,7 @@ from secateur.model.checkpoint import (
 )
 from secateur.model.group import GroupKey
 from secateur.model.identity import in_memory, lineage, name_of
-from secateur.model.kept_tokens import KeptTokens, Trim
-from secateur.model.kept_units import Keeps
+from secateur.model.kept import Keeps, KeptTokens, Trim
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import check_same, device_called, size
 from secateur.recipe import Keys, Recipe, dump_recipe

@@ -11,7 +11,7 @@ from secateur.facts import Judgement, Size
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import TELLING_SHARES, versions
 from secateur.model.group import Group
-from secateur.model.kept_units import Keeps, write_keeps
+from secateur.model.kept import Keeps, write_keeps
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cut import Cut
 from secateur.pruning.open import Opened, tokenizer_of

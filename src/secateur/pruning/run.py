@@ -13,8 +13,7 @@ from secateur.facts import Loss
 from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
 from secateur.model.group import GroupKey
-from secateur.model.kept_tokens import Trim
-from secateur.model.kept_units import Keeps
+from secateur.model.kept import Keeps, Trim
 from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part

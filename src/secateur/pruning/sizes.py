@@ -16,7 +16,7 @@ from typing import Any
 from secateur.errors import CheckpointError, RecipeError
 from secateur.log import versions
 from secateur.methods.curve import Profiles
-from secateur.model.kept_units import KEEP_FILE
+from secateur.model.kept import KEEP_FILE
 from secateur.pruning.cost import with_polish_that_fits
 from secateur.pruning.cut import Cut, cut_and_polish
 from secateur.pruning.open import Opened, onload

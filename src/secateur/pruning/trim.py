@@ -18,7 +18,7 @@ from secateur.errors import CheckpointError
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
 from secateur.methods.vocabulary import PieceNats
 from secateur.model.checkpoint import load_tokenizer
-from secateur.model.kept_tokens import KeptTokens, Trim
+from secateur.model.kept import KeptTokens, Trim
 from secateur.model.stock import Tokenizer, eval_mode
 from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for

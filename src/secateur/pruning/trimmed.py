@@ -9,7 +9,7 @@ from typing import Any
 from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Loss
-from secateur.model.kept_tokens import Trim, keep_tokens
+from secateur.model.kept import Trim, keep_tokens
 from secateur.model.stock import Tokenizer
 from secateur.model.vocabulary import scripts_of
 from secateur.pruning.run import Run, is_watched, text_losses

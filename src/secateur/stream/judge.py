@@ -26,7 +26,7 @@ from secateur.errors import NumericsError
 from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind, head_of
-from secateur.model.kept_tokens import Trim
+from secateur.model.kept import Trim
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first
 from secateur.store import Store

@@ -1,4 +1,4 @@
-"""What llama.cpp needs to run a result, and what it computes for a model type: YAML files in `families/`.
+"""What llama.cpp computes for each model type, and whether it runs a result: YAML files in `families/`.
 
 In: a checkpoint or its config. Out: a sentence with the problem, or llama.cpp's facts of the family
 and the widths by layer. What a model consists of, `model.bind` finds in the modules.
