@@ -41,6 +41,18 @@ def test_the_fastest_number_is_taken(seconds, expected):
     assert torch.get_num_threads() == 4
 
 
+def test_a_moment_that_something_else_takes_does_not_choose():
+    now, runs = 0.0, 0
+
+    def compute() -> None:
+        nonlocal now, runs
+        runs += 1
+        now += 10.0 if runs in (2, 6) else 4.0 / torch.get_num_threads()  # two of five timed runs of all threads
+
+    torch.set_num_threads(4)
+    assert fastest_threads(compute, clock=lambda: now) == 4
+
+
 @pytest.mark.parametrize("said", [False, True], ids=["nothing said", "OMP_NUM_THREADS"])
 def test_a_run_has_its_own_number_unless_the_user_says_one(said, recipe, checkpoints, tmp_path, monkeypatch):
     if not said:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -163,7 +164,7 @@ def now(device: torch.device) -> float:
 
 
 # Timed runs of each number of threads, by turns with the others.
-REPEATS = 4
+REPEATS = 5
 # Half of the threads may take so much longer before fewer are not tried.
 SLOWER = 1.2
 
@@ -177,16 +178,18 @@ def fastest_threads(compute: Callable[[], object], clock: Callable[[], float] = 
     chosen, count = most, most // 2
     with threads_kept():
         while count >= 1:
-            seconds = dict.fromkeys((chosen, count), 0.0)
-            for number in [*seconds] * REPEATS:
+            timed: dict[int, list[float]] = {chosen: [], count: []}
+            for number in [*timed] * REPEATS:
                 torch.set_num_threads(number)
                 compute()  # so that its threads exist
                 start = clock()
                 compute()
-                seconds[number] += clock() - start
-            if seconds[count] > SLOWER * seconds[chosen]:
+                timed[number].append(clock() - start)
+            # A core that something takes for a moment is no busy core.
+            seconds, fewer_seconds = median(timed[chosen]), median(timed[count])
+            if fewer_seconds > SLOWER * seconds:
                 break
-            if seconds[count] < seconds[chosen]:
+            if fewer_seconds < seconds:
                 chosen = count
             count //= 2
     return chosen
