@@ -168,6 +168,32 @@ def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
     assert seen[0] == ("pruned: questions of tasks", 0, 36) and seen[-1] == ("pruned: questions of tasks", 36, 36)
 
 
+def test_a_study_asks_the_dense_model_and_each_cell(checkpoints, saved, out, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the quick brown fox jumps over the lazy dog {number}\n" for number in range(400)))
+    calibration = {"num_tokens": 256, "sequence_length": 32, "domains": {"text": {"files": [str(text)]}}}
+    study = {
+        "question": "What do tasks say?",
+        "model": str(checkpoints["llama"]),
+        "ratios": [0.1],
+        "seeds": [0],
+        "recipe": {"remove": {"align": 1}, "calibration": calibration, "polish": False},
+        "evaluation": {"num_blocks": 2, "tasks": ["arc_easy", "winogrande"], "tasks_data": str(saved)},
+        "methods": {"ours": {}},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps(study))
+    shown = run_cli("compare", path, out)
+    assert shown.status == 0, shown.stderr
+    dense, ours = json.loads((out / "results.json").read_text())["cells"]
+    own = evaluate(checkpoints["llama"], tasks=("arc_easy", "winogrande"), tasks_data=saved, out=tmp_path / "own")
+    for task, score in own.pruned.scores.items():
+        assert dense["tasks"][task]["acc,none"] == score["acc,none"].value
+        assert 0 <= ours["tasks"][task]["acc,none"] <= 1
+    mean = statistics.mean(ours["tasks"][task]["acc,none"] for task in ours["tasks"])
+    assert f"{mean:.3f}" in shown.stdout + (out / "table.md").read_text()
+
+
 def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out):
     models = {"dense": checkpoints["llama"], "pruned": checkpoints["llama-tied"]}
     found = evaluate(models["pruned"], models["dense"], tasks=("arc_easy",), tasks_data=saved, out=out)

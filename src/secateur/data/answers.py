@@ -161,7 +161,7 @@ class Answers:
         given = self.prompts[domain]
         if len(given) < 2:
             raise CalibrationError(
-                f"domain '{domain}': {len(given)} prompts are too few, since what guards the run has prompts of its "
+                f"domain '{domain}': too few prompts (got {len(given)}), since what guards the run has prompts of its "
                 "own; give 2 or more."
             )
         tenth = -(-len(given) // 10)
