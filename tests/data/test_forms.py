@@ -18,7 +18,8 @@ from secateur.recipe import Calibration, Domain
 # Like many templates in use: calls and tools as JSON, and tests of what a message has.
 TEMPLATE = """{% if tools %}(tools) {{ tools | tojson }}
 {% endif %}{% for message in messages %}<{{ message.role }}{% if message.name is
- defined %} {{ message.name }}{% endif %}>{{ message.content | trim }}{% if message.tool_calls is
+ defined %} {{ message.name }}{% endif %}>{% if message.reasoning_content is defined %}({{
+ message.reasoning_content }}){% endif %}{{ message.content | trim }}{% if message.tool_calls is
  defined %}{% for call in message.tool_calls %}{{ call.function.name }}!{{ call.function.arguments | tojson
  }}{% endfor %}{% endif %}</>{% endfor %}"""
 # Like those of gemma and mistral.
@@ -45,6 +46,10 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "sharegpt with a system": (
         {"id": "x", "system": "be brief", "conversations": [{"from": "human", "value": "hi"}]},
         "<system>be brief</><user>hi</>",
+    ),
+    "what a model reasoned": (
+        {"messages": [*SAID[:1], {**SAID[1], "reasoning_content": "hm"}]},
+        "<user>hi</><assistant>(hm)ho</>",
     ),
     "conversation of roles": ({"conversation": [*SAID[:1], {"role": "bot", "content": "ho"}]}, HI),
     "messages as JSON": ({"messages": json.dumps(SAID)}, HI),
