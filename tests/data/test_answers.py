@@ -251,7 +251,7 @@ def test_guard_and_what_is_learnt_by_have_other_prompts() -> None:
     used = {part: {prompt for prompt in prompts if prompt in text} for part, text in texts.items()}
     assert used["held-out"] <= set(prompts[:3])
     assert used["learning"] <= set(prompts[3:]) and all(used.values())
-    with pytest.raises(CalibrationError, match="1 prompts are too few"):
+    with pytest.raises(CalibrationError, match=r"too few prompts \(got 1\)"):
         Answers(of, {"a": prompts[:1]}, at_once).blocks("a", {"learning": 1})
 
 
