@@ -122,11 +122,6 @@ class Verdict:
     reverse_kl: float
 
     @property
-    def perplexity(self) -> float:
-        """exp(nats per token)."""
-        return math.exp(self.nats_per_token)
-
-    @property
     def both_ways(self) -> float:
         """The mean of KL in both directions, half of Jeffreys' divergence."""
         return (self.kl + self.reverse_kl) / 2

@@ -7,7 +7,7 @@ package. Installing a package is enough: docs/extend.md. And where general text 
 from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import metadata, resources
-from importlib.metadata import EntryPoint, PackageNotFoundError
+from importlib.metadata import EntryPoint, PackageNotFoundError, PackagePath
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,13 +31,18 @@ PROSE, TECHNICAL = ("web", "encyclopedia", "multilingual"), ("code", "mathematic
 Kind = TypeVar("Kind")
 
 
+def installed_files(package: str) -> list[PackagePath] | None:
+    """Return the files of a package; None if it is not installed. Imports nothing."""
+    try:
+        return metadata.distribution(package).files or []
+    except PackageNotFoundError:
+        return None
+
+
 def general_text(kind: str) -> Path | None:
     """Return the installed file with a kind of `GENERAL_TEXT`, or None. Imports nothing."""
     package, name = GENERAL_TEXT[kind]
-    try:
-        files = metadata.distribution(package).files or []
-    except PackageNotFoundError:
-        return None
+    files = installed_files(package) or ()
     return next((path for file in files if file.name == name and (path := Path(str(file.locate()))).is_file()), None)
 
 

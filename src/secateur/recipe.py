@@ -382,21 +382,20 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
 
 def grouped_keys(model: type[BaseModel]) -> list[str]:
     """Return the keys of a recipe's groups, as group.key."""
-    return [f"{group}.{key}" for group, field in model.model_fields.items() for key in _keys_of(field.annotation)]
+    fields = ((group, part) for group, field in model.model_fields.items() for part in _groups_in(field.annotation))
+    return [f"{group}.{key}" for group, part in fields for key in part.model_fields]
 
 
-def _keys_of(annotation: Any) -> tuple[str, ...]:
-    models = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-    return tuple(key for model in models if issubclass(model, BaseModel) for key in model.model_fields)
+def _groups_in(annotation: Any) -> list[type[BaseModel]]:
+    kinds = (annotation, *get_args(annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _allowed_keys(location: list[str], model: type[BaseModel]) -> list[str]:
     """Return the keys that may stand at a place of the recipe, or of its part."""
     for name in location:
         if name in model.model_fields:  # else it is the name of a domain
-            annotation = model.model_fields[name].annotation
-            types = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-            model = next(kind for kind in types if issubclass(kind, BaseModel))
+            model = _groups_in(model.model_fields[name].annotation)[0]
     top = ["preset"] if model.__name__ == "Recipe" else []
     return [*top, *model.model_fields]
 
@@ -459,19 +458,16 @@ def merged(base: Keys, changes: Keys) -> Keys:
     return result
 
 
-def merged_over(base: Keys, changes: Keys) -> Keys:
-    """Return a run's keys with `changes`: new domains replace the old ones, and so does a size in numbers the share."""
-    for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
-        given = changes.get(group)
-        if isinstance(given, dict) and new in given:
-            base.get(group, {}).pop(old, None)
-    return merged(base, changes)
-
-
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
-    """Return the recipe with the keys of `changes` that were given, `but` for these groups."""
+    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups.
+
+    New domains replace the old ones, and so does a size in numbers the share.
+    """
     keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
-    return parse_recipe(merged_over(base, keys), "recipe")
+    for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
+        if new in keys.get(group, {}):
+            base.get(group, {}).pop(old, None)
+    return parse_recipe(merged(base, keys), "recipe")
 
 
 def load_recipe(path: Path) -> Keys:

@@ -384,7 +384,11 @@ def _is_record_of(record: Record | None, stem: str) -> bool:
 def _sealed(record: Record) -> bytes:
     """Return the record as JSON that begins with the sha256 of what follows."""
     body = json.dumps(record, indent=1, default=str)[1:].encode() + b"\n"
-    return _SEAL % hashlib.sha256(body).hexdigest().encode() + body
+    return _seal_of(body) + body
+
+
+def _seal_of(body: bytes) -> bytes:
+    return _SEAL % hashlib.sha256(body).hexdigest().encode()
 
 
 def _intact(path: Path) -> Record | None:
@@ -392,7 +396,7 @@ def _intact(path: Path) -> Record | None:
     try:
         raw = path.read_bytes()
         body = raw[_SEAL_BYTES:]
-        if raw[:_SEAL_BYTES] != _SEAL % hashlib.sha256(body).hexdigest().encode():
+        if raw[:_SEAL_BYTES] != _seal_of(body):
             return None
         record = json_of(raw)
         if "tensors" in record and sha256_of(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:

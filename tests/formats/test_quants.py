@@ -65,8 +65,7 @@ def test_sizes_are_told_to_the_byte(type_name: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_no_block_fits_are_stored_in_a_wider_type() -> None:
-    blocks = {"q4_k": 256, "q5_0": 32, "q8_0": 32}
-    assert [fitting_type("q4_k", row, blocks.__getitem__) for row in (512, 576, 520)] == ["q4_k", "q5_0", "f16"]
+    assert [fitting_type("q4_k", row) for row in (512, 576, 520)] == ["q4_k", "q5_0", "f16"]
 
 
 def test_types_that_llama_cpp_does_not_know_or_cannot_write_here(tmp_path: Path, monkeypatch: Any) -> None:

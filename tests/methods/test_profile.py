@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +11,7 @@ from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 
 from secateur.errors import NumericsError
-from secateur.methods.profile import PROBE_BLOCKS, ProfileSettings, _Refit, first_blocks, profile
+from secateur.methods.profile import PROBE_BLOCKS, ProfileSettings, _refitted, first_blocks, profile
 from secateur.model.bind import bind
 from secateur.model.group import linear
 from secateur.stream.walk import Batch, make_batches
@@ -69,19 +70,17 @@ def case(request):
     groups, refits = bind(model).select(names), {}
 
     def recorded(group, *args):
-        refits[group.layer, group.name] = _Refit(group, *args)
-        return refits[group.layer, group.name]
+        refits[group.layer, group.name] = partial(_refitted, group, *args[:-1])
+        return _refitted(group, *args)
 
-    with patch("secateur.methods.profile._Refit", recorded):
+    with patch("secateur.methods.profile._refitted", recorded):
         profiles = profile(model, bind(model), groups, batches_of(), SETTINGS)
     return model, before, groups, profiles, refits
 
 
 @torch.no_grad()
 def refit_into(reader, refit, level):
-    columns, weight = refit.at(level)
-    reader.weight.zero_()
-    reader.weight[:, columns] = weight
+    reader.weight.copy_(refit(level))
 
 
 def test_the_model_is_as_before(case):
@@ -169,12 +168,12 @@ def test_errors_are_shares_of_the_energy_under_any_weighting():
     model, refits = tiny_llama(num_layers=1), []
     before, arch = copy.deepcopy(model), bind(model)
     (group,) = arch.select(("ffn",))
-    with patch("secateur.methods.profile._Refit", lambda *args: refits.append(_Refit(*args)) or refits[-1]):
+    with patch("secateur.methods.profile._refitted", lambda *args: refits.append(args) or _refitted(*args)):
         (found,) = profile(model, arch, (group,), batches_of(), replace(SETTINGS, weighting="tokens")).values()
     parts = [run(before, reader_of(before, group), ids_of(domain))[1:] for domain in SHARES]
     x_TF, y_TH = (torch.cat(each) for each in zip(*parts, strict=True))
-    columns, weight_HR = refits[0].at(48)
-    lost = float((x_TF[:, columns] @ weight_HR.double().T - y_TH).square().sum() / y_TH.square().sum())
+    weight_HF = _refitted(*refits[0][:-1], 48)
+    lost = float((x_TF @ weight_HF.double().T - y_TH).square().sum() / y_TH.square().sum())
     assert found.errors[found.levels.index(48)] == pytest.approx(lost, rel=1e-3)
 
 

@@ -13,9 +13,9 @@ from markdown_it.token import Token
 
 from secateur.facts import Loss, Size, TrainingRecord, Verdict
 from secateur.report.card import model_card
-from secateur.report.page import Table
+from secateur.report.page import Table, code, escaped, markdown
 from secateur.report.records import CalibrationFacts, RecoveryRecord, Summary
-from secateur.report.rows import code, escaped, markdown, recovery_card
+from secateur.report.rows import recovery_card
 
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 HOSTILE = [

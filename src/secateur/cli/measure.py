@@ -186,8 +186,7 @@ def push(
     import yaml
 
     from secateur.log import human_bytes
-    from secateur.report.page import Table
-    from secateur.report.rows import terminal
+    from secateur.report.page import Table, terminal
 
     with common.progress_bar() as progress:
         pushed = secateur.push(result, repo, public=public, dry_run=dry_run, progress=progress)
@@ -231,7 +230,7 @@ def verify(
     Status 0 if all is well, 1 if something does not match.
     """
     from secateur.log import human_bytes
-    from secateur.report.rows import terminal
+    from secateur.report.page import terminal
 
     with common.progress_bar() as progress:
         verified = secateur.verify(result, progress=progress)

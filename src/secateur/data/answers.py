@@ -24,7 +24,7 @@ from secateur.data.forms import chat_text, closing_of_turn
 from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.log import Progress, silent
-from secateur.model.bind import Arch, head_of, head_width, layer_configs, num_kv_heads
+from secateur.model.bind import Arch, head_of, kv_cache_bytes_per_token
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 
 # Conversations written together. A step reads all weights, whatever its rows; on a CPU more than so
@@ -88,8 +88,7 @@ class Speaker:
     @property
     def rows(self) -> int:
         """Return how many conversations are written at a time; it depends on the model alone."""
-        width = sum(num_kv_heads(layer) * head_width(layer) for layer in layer_configs(self.model))
-        per_row = 2 * width * self.length * self.model.dtype.itemsize
+        per_row = self.length * kv_cache_bytes_per_token(self.model)
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS
         return max(LEAST_ROWS, min(most, max(CACHE_BYTES, weights // 4) // per_row))

@@ -65,11 +65,6 @@ class Blocks:
         """All tokens, counted or not."""
         return self.ids_NT.numel()
 
-    @property
-    def documents(self) -> set[int]:
-        """The numbers of the documents."""
-        return set() if self.is_meta else set(self.document_NT.unique().tolist())
-
     def to(self, device: torch.device) -> "Blocks":
         """Return the blocks on a device."""
         counted_NT = None if self.counted_NT is None else self.counted_NT.to(device)

@@ -7,7 +7,6 @@ imported. What is installed decides the text, and the calibration hash.
 
 import ast
 import glob
-import importlib.metadata
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, PackagePath
+from importlib.metadata import PackagePath
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
@@ -33,7 +32,7 @@ from secateur.data.forms import Note, NoText, chat_text, content_of, prompt_of, 
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.errors import CalibrationError, one_line, web_address
 from secateur.model.stock import Tokenizer
-from secateur.plugins import GENERAL_TEXT, general_text
+from secateur.plugins import GENERAL_TEXT, general_text, installed_files
 
 MIN_SOURCE_BYTES = 2000
 MIN_DOCSTRING_CHARACTERS = 200
@@ -99,7 +98,8 @@ def _conversation(turns: list[list[dict[str, Any]]]) -> str:
 
 def _docstring_files(folders: dict[str, str]) -> list[_Document]:
     """`folders`: distribution name -> installed folder of its package."""
-    files = [file for name, folder in folders.items() for file in _package_files(name) if file.parts[0] == folder]
+    found = ((file, folder) for name, folder in folders.items() for file in installed_files(name) or ())
+    files = [file for file, folder in found if file.parts[0] == folder]
     sources = [file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)]
     return [partial(_docstrings, file) for file in sorted(sources)]
 
@@ -130,13 +130,6 @@ def _node_docstrings(
 def _source(path: Path) -> str:
     with tokenize.open(path) as file:  # honours a coding line
         return file.read()
-
-
-def _package_files(name: str) -> list[PackagePath]:
-    try:
-        return importlib.metadata.distribution(name).files or []
-    except PackageNotFoundError:
-        return []
 
 
 _DOCUMENTS_OF = {"web": _lines, "encyclopedia": _articles, "multilingual": _lines, "dialogue": _conversations}

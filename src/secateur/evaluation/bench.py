@@ -19,7 +19,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Costs, Size, Workload
 from secateur.files import write_text
 from secateur.log import Progress, silent, steps, versions
-from secateur.model.bind import head_width, layer_configs, num_kv_heads
+from secateur.model.bind import head_width, kv_cache_bytes_per_token, layer_configs
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept import kept_tokens_of
@@ -225,12 +225,6 @@ def least_costs(model: Any, workload: Workload) -> Costs:
     """Return bytes per decoded token, FLOPs per prompt token and cache bytes per token."""
     flops = prefill_flops_per_token(model, workload.prompt_tokens)
     return Costs(decode_bytes_per_token(model, workload), flops, kv_cache_bytes_per_token(model))
-
-
-def kv_cache_bytes_per_token(model: Any) -> int:
-    """Return 2 (K and V) * L * KV heads * head_dim * bytes per value."""
-    num_kv_channels = sum(num_kv_heads(layer) * head_width(layer) for layer in layer_configs(model))
-    return 2 * num_kv_channels * model.dtype.itemsize
 
 
 def decode_bytes_per_token(model: Any, workload: Workload) -> float:

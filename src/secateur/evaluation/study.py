@@ -18,9 +18,8 @@ from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record, geometric_mean_perplexity
 from secateur.files import write_text
 from secateur.recipe import Count, Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
-from secateur.report.page import Table
+from secateur.report.page import Table, Tables, escaped, markdown, terminal
 from secateur.report.records import Change, change, mean_change
-from secateur.report.rows import Tables, escaped, markdown, terminal
 
 SHIPPED = "studies"
 SMALL = "small"

@@ -8,8 +8,9 @@ from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.evaluation.study import Comparison, comparison_table
+from secateur.report.page import Tables
 from secateur.report.records import BenchResult, Evaluation, Inspection, Measurement, RecoveryRecord, Summary
-from secateur.report.rows import Tables, bench_table, evaluation_table, inspection_table, recovery_table, summary_table
+from secateur.report.rows import bench_table, evaluation_table, inspection_table, recovery_table, summary_table
 from secateur.report.size_curve import measurement_table
 
 _TABLES: dict[type, Callable[[Any], Tables]] = {

@@ -1,6 +1,5 @@
 """`secateur export`: a checkpoint in, a GGUF file out, complete or not at all."""
 
-import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require
 from secateur.log import Progress, silent
 from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.config import require_gguf
 from secateur.model.stock import Tokenizer
 from secateur.plugins import EXPORTER_GROUP, look_up
 
@@ -199,12 +199,6 @@ def export_gguf(
     tensors = gguf_tensors(checkpoint, family, type_name)
     with closing(_begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name)) as writer:
         _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
-
-
-def require_gguf(what: str) -> None:
-    """Raise CheckpointError, saying that `what` needs it, if the package gguf is not installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f'{what} needs the gguf package; run: pip install "secateur[gguf]"')
 
 
 def gguf_bytes(model: Any, type_name: str, reference: str) -> int:

@@ -6,7 +6,7 @@ llama-quant.cpp for q4_k_m (as of llama-cpp-python 0.3.36), so that its size is 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,13 +170,10 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
     is_tied = all(tensor.gguf_name != "output.weight" for tensor in tensors)
     shape = Shape.of(model.config, family.architecture, is_tied=is_tied, latent=family.latent_attention)
 
-    def stored_type(name: str, row: int) -> str:
-        return fitting_type(chosen_type(name, shape), row, lambda kind: gguf_block(kind)[0])
-
     return [
         tensor
         if stays_as_it_is(tensor.gguf_name, tensor.shape)
-        else replace(tensor, type_name=stored_type(tensor.gguf_name, tensor.shape[-1]))
+        else replace(tensor, type_name=fitting_type(chosen_type(tensor.gguf_name, shape), tensor.shape[-1]))
         for tensor in tensors
     ]
 
@@ -337,10 +334,10 @@ def chosen_type(name: str, model: Shape) -> str:
     return "q5_k" if of_eight and rest == "attn_output.weight" else "q4_k"
 
 
-def fitting_type(chosen: str, row: int, block_size: Callable[[str], int]) -> str:
+def fitting_type(chosen: str, row: int) -> str:
     """Return the type in which llama.cpp stores rows of that length: a wider one if they do not fit."""
-    wider = chosen if row % block_size(chosen) == 0 else _WIDER.get(chosen, chosen)
-    return wider if row % block_size(wider) == 0 else "f16"
+    wider = chosen if row % gguf_block(chosen)[0] == 0 else _WIDER.get(chosen, chosen)
+    return wider if row % gguf_block(wider)[0] == 0 else "f16"
 
 
 def quantise(

@@ -3,8 +3,7 @@
 Ridge least squares, checked on held-out text: a correction that does not help is not taken.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
+from secateur.model.stock import replaced
 from secateur.stream.device import float64_device
 from secateur.stream.statistics import Gram, Measurement, decided, exact_product_precision, ridge_of, totals
 
@@ -185,15 +185,9 @@ def _least_squares(
     return best
 
 
-@contextmanager
-def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> Iterator[None]:
+def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> AbstractContextManager[None]:
     """Give the reader this weight within the context."""
-    own = reader.weight
-    reader.weight = nn.Parameter(weight_HF, requires_grad=False)
-    try:
-        yield
-    finally:
-        reader.weight = own
+    return replaced(reader._parameters, "weight", nn.Parameter(weight_HF, requires_grad=False))
 
 
 def _judge(weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS: Tensor, mix: float) -> Guard:

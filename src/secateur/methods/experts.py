@@ -65,14 +65,18 @@ Call = tuple[Tensor, Tensor, Tensor]
 """The arguments of the experts' module: hidden states T x D, chosen experts and weights T x k."""
 
 
+def experts_module(walk: Walk, group: Group) -> nn.Module:
+    """Return the module that holds the layer's experts."""
+    return walk.layers[group.layer].get_submodule(group.experts.module)
+
+
 def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any, Tensor]]:
     """Yield each batch, the layer's output, and the experts' call and output of the tokens that count.
 
     Experts see each token by itself. The walk moves to the layer's middle.
     """
     seen: list[Any] = []
-    module = walk.layers[group.layer].get_submodule(group.experts.module)
-    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
+    with experts_module(walk, group).register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for batch, behind_BTD in walk.run(group.layer, to_middle=True):
             call, output = seen.pop()
             yield batch, behind_BTD, tuple(batch.counted(part) for part in call), batch.counted(output)
@@ -167,7 +171,7 @@ def refit_experts(
     e: wanted minus given; w_d = q_d / energy of domain d's wanted output (`tokens`: one for all);
     ridge_j as in `least_squares`, times 10 F / n_j if n_j < 10 F tokens. No residual: no change.
     """
-    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
+    stacks, module = group.experts.stacks, experts_module(walk, group)
     tokens, held_out = _as_routed_now(walk, group, wanted)
     energy = totals({name: torch.tensor([each.energy], dtype=torch.float64) for name, each in tokens.items()})
     total = sum(map(float, energy.values()))
@@ -252,7 +256,7 @@ def observe_routing(
     (dense minus pruned stream), whose dense stream must have moved already. Raises NumericsError,
     naming layer and domain, if a norm is not finite.
     """
-    module, num_experts = walk.layers[group.layer].get_submodule(group.experts.module), group.num_units
+    module, num_experts = experts_module(walk, group), group.num_units
     routing: dict[str, Routing] = {}
     wanted: list[Wanted] = []
     for position, (batch, behind_BTD, call, output_TD) in enumerate(expert_calls(walk, group)):
@@ -267,7 +271,7 @@ def observe_routing(
         if group.experts.weighted_inputs:
             new = _routing_of_weighted(call[0], output_TD, num_experts)
         else:
-            new = _routing(module, call[0], call[1], call[2], num_experts)
+            new = _routing(module, call, num_experts)
         if not bool(new.norms_E.isfinite().all()):
             raise NumericsError(
                 f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
@@ -338,13 +342,8 @@ def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _routing(
-    module: nn.Module,
-    hidden_TD: Float[Tensor, "T D"],
-    chosen_Tk: Int64[Tensor, "T k"],
-    weights_Tk: Float[Tensor, "T k"],
-    num_experts: int,
-) -> Routing:
+def _routing(module: nn.Module, call: Call, num_experts: int) -> Routing:
+    hidden_TD, chosen_Tk, weights_Tk = call
     norms = [torch.zeros(0, device=hidden_TD.device)] * num_experts
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
@@ -389,8 +388,8 @@ class _Observed:
 @torch.no_grad()
 def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
     """Prune a layer's experts; return kept channels, log line. NumericsError if not finite."""
-    group, num_keep, layer = task.group, task.num_keep, task.layer
-    stacks, module = group.experts.stacks, layer.get_submodule(group.experts.module)
+    group, num_keep = task.group, task.num_keep
+    stacks, module = group.experts.stacks, experts_module(task.walk, group)
     num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
     seen = _observe_channels(task.walk, group, task.method.weighting, task.shares, task.seed)
     line = log_line(group, num_keep, num_units, seen.energy)
@@ -401,7 +400,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
         refits = [reader for _, reader in narrowed if reader is not None]
         calls = [(domain, call) for domain, own in seen.held_out.items() for call in own]
         held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
-        cut(layer, group, keep_EK)
+        cut(task.layer, group, keep_EK)
         line |= dataclasses.asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
     return keep_EK, line
 
@@ -419,9 +418,9 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
 
 
 def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str, float], seed: int) -> _Observed:
-    stacks, module = group.experts.stacks, walk.layers[group.layer].get_submodule(group.experts.module)
-    num_experts, size = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
-    device = module.get_parameter(stacks.down).device
+    stacks, module = group.experts.stacks, experts_module(walk, group)
+    readers_EDF, size = module.get_parameter(stacks.down), num_channels(module, stacks)
+    num_experts, device = len(readers_EDF), readers_EDF.device
     # In float32: the Gram matrices take most of the memory.
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))

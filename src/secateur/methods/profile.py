@@ -141,43 +141,32 @@ def profile(
     return profiles
 
 
-@dataclass(frozen=True, slots=True)
-class _Refit:
-    """A group's reader, refitted for the units left after any number of removals."""
-
-    group: Group
-    reader: nn.Linear
-    gram: Gram
-    removed_U: Tensor
-    damping: float
-
-    def at(self, num_keep: int) -> tuple[Int64[Tensor, " R"], Float[Tensor, "H R"]]:
-        """Return the columns that stay and their weights as they would be stored."""
-        num_units = self.reader.in_features // self.group.width
-        stays = torch.ones(num_units, dtype=torch.bool, device=self.reader.weight.device)
-        stays[self.removed_U[: num_units - num_keep]] = False
-        columns = rows_of(stays.nonzero().flatten(), self.group.reader.segments, num_units)
-        weight_HF, dtype = self.reader.weight.float(), self.reader.weight.dtype
-        fit = decided(partial(least_squares, weight_HF, self.gram, columns, self.damping))
-        return columns, fit.weight_HS.to(dtype)
-
-
 def _profile_group(
     group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings
 ) -> GroupProfile:
     levels = levels_of(group, reader.in_features // group.width, settings.align)
     removed_U, errors = decided(lambda: _error_curve(group, reader, statistics, levels, settings))
-    refit = _Refit(group, reader, statistics.gram, removed_U, settings.damping)
     slopes = dict.fromkeys(settings.shares, 0.0)
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
     if errors[perturbed] > 0:
-        columns, weight_HR = refit.at(levels[perturbed])
-        changed_HF = torch.zeros_like(reader.weight)
-        changed_HF[:, columns] = weight_HR
+        changed_HF = _refitted(group, reader, statistics.gram, removed_U, settings.damping, levels[perturbed])
         with weight_replaced(reader, changed_HF):
             slopes = {name: nats / errors[perturbed] for name, nats in probe.kl().items()}
     return GroupProfile(levels, errors, slopes)
+
+
+def _refitted(
+    group: Group, reader: nn.Linear, gram: Gram, removed_U: Int64[Tensor, " U"], damping: float, num_keep: int
+) -> Float[Tensor, "H F"]:
+    """Return the weight, as it would be stored, for the units left when only `num_keep` are; other columns are zero."""
+    num_units, weight_HF = reader.in_features // group.width, torch.zeros_like(reader.weight)
+    stays = torch.ones(num_units, dtype=torch.bool, device=weight_HF.device)
+    stays[removed_U[: num_units - num_keep]] = False
+    columns = rows_of(stays.nonzero().flatten(), group.reader.segments, num_units)
+    fit = decided(partial(least_squares, reader.weight.float(), gram, columns, damping))
+    weight_HF[:, columns] = fit.weight_HS.to(weight_HF.dtype)
+    return weight_HF
 
 
 def _error_curve(

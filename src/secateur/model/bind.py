@@ -259,6 +259,12 @@ def num_kv_heads(config: Any) -> int:
     return next(count for count in counts if count)
 
 
+def kv_cache_bytes_per_token(model: Any) -> int:
+    """Return 2 (K and V) * L * KV heads * head_dim * bytes per value."""
+    num_kv_channels = sum(num_kv_heads(layer) * head_width(layer) for layer in layer_configs(model))
+    return 2 * num_kv_channels * model.dtype.itemsize
+
+
 _KNOWN: dict[tuple[type, str], tuple[Arch, list[list[Group]]]] = {}
 
 
@@ -287,8 +293,7 @@ class _Finder:
         kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(self.place).children()]
         self.arch = Arch(model.config.model_type, self.backbone, self.place)
         self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
-        num_params = sum(parameter.numel() for parameter in model.parameters())
-        self.twin: Any = twin(stock, config, num_params, max(2, max(self.twin_layer) + 1))
+        self.twin: Any = twin(stock, config, model.num_parameters(), max(2, max(self.twin_layer) + 1))
         linears_for_conv(self.twin)
         self.config = text_config(self.twin)
         self.layers = list(self.twin.get_submodule(self.place).children())
@@ -494,7 +499,7 @@ class _Finder:
             if not weighted and (len(given) != 3 or given[1].is_floating_point()):
                 self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
                 continue
-            for guess in stack_guesses(stacks, own, module):
+            for guess in stack_guesses(stacks, own):
                 channels = expert_channels_in(place, guess)
                 if (weighted or self._reads(index, place, guess)) and self._holds(index, place, channels):
                     adds = weighted or self._adds(index, channels)
@@ -625,13 +630,14 @@ class _Finder:
             odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
             refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
             return replace(offer, divides=(1, 1) if refused else None)  # `sized` gives it the layer's numbers
-        before = getattr(self.config, key)
-        settings = tuple(changes.items())[1:]
-        per_key = (group.num_units - left) / (before - value) if type(before) is int and not settings else 1.0
-        # A width that is rounded up to a multiple of the key is not as many times the key.
-        times = group.num_units / before if type(before) is int and not settings else per_key
-        if per_key > MOST_PER_KEY or not math.isclose(per_key, times, rel_tol=0.1) or (settings and left != value):
+        before, settings, per_key = getattr(self.config, key), tuple(changes.items())[1:], 1.0
+        if settings and left != value:
             return None
+        if type(before) is int and not settings:
+            per_key = (group.num_units - left) / (before - value)
+            # A width that is rounded up to a multiple of the key is not as many times the key.
+            if per_key > MOST_PER_KEY or not math.isclose(per_key, group.num_units / before, rel_tol=0.1):
+                return None
         if group.kind == "experts":
             changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
             rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]

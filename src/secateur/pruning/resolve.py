@@ -383,7 +383,7 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     if not free:
         raise RecipeError("remove.protected_layers: no layer is left to remove anything from; protect fewer.")
     depth = len(named) or recipe.remove.depth or 0
-    if depth and getattr(config, "is_heterogeneous", False):
+    if depth and config.is_heterogeneous:
         raise RecipeError(
             f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
             f"remove layers from the dense model, before widths."
@@ -413,7 +413,7 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     if recipe.remove.depth is not None or recipe.remove.layers:
         return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
-    choose, differ = recipe.choose, getattr(config, "is_heterogeneous", False) or not arch.is_chain
+    choose, differ = recipe.choose, config.is_heterogeneous or not arch.is_chain
     plain = choose.rounds == 1 and "ffn" in recipe.remove.group_names
     alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
     if not plain or not alike or not groups or differ:

@@ -11,14 +11,12 @@ from huggingface_hub import ModelCardData
 
 from secateur.files import without_places
 from secateur.recipe import Domain, Recipe
+from secateur.report.page import code, escaped, markdown
 from secateur.report.records import RecoveryRecord, Summary
 from secateur.report.rows import (
     beside_verdict,
     caveats,
-    code,
-    escaped,
     headline,
-    markdown,
     note_rows,
     quality_and_size,
     recovery_card,

@@ -1,8 +1,18 @@
-"""A self-contained HTML page. In: sentences and tables. Out: HTML, in which all text is escaped here."""
+"""Tables of text as they are shown: in the terminal, in Markdown, and on a self-contained HTML page.
 
-from collections.abc import Mapping, Sequence
+In: sentences and tables. Out: what rich draws; Markdown or HTML, in which all text is escaped here.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+
+from rich import table as rich_table
+from rich.box import HEAVY_HEAD, Box
+from rich.console import Group
+from rich.jupyter import JupyterMixin
+from rich.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +28,58 @@ class Table:
     numbers: bool = True
     folded: bool = False
     bars: Sequence[Sequence[float]] = ()
+
+
+class Tables(Group, JupyterMixin):
+    """Tables and notes, which rich draws in a terminal and in a notebook."""
+
+
+def terminal(
+    tables: Iterable[Table],
+    notes: Iterable[tuple[str, ...]] = (),
+    box: Box = HEAVY_HEAD,
+    *,
+    warnings: Iterable[str] = (),
+) -> Tables:
+    """Return warnings, the tables that have rows, and the notes below them."""
+    shown = []
+    for table in (table for table in tables if table.rows):
+        title = {"title": table.caption or None, "title_justify": "left", "title_style": "bold"}
+        made = rich_table.Table(**title, box=box, pad_edge=box is HEAVY_HEAD)
+        for name in table.header:
+            made.add_column(name, justify="right" if made.columns else "left", overflow="fold")
+        for row in table.rows:
+            made.add_row(*row)
+        shown.append(made)
+    grid = rich_table.Table.grid(padding=(0, 2))
+    for note in notes:
+        grid.add_row(*note)
+    return Tables(*(Text(f"note: {warning}") for warning in warnings), *shown, grid)
+
+
+# What Markdown or HTML would read as more than text: an underscore inside a word is text, a mark of
+# a list or heading counts at the beginning.
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b|^[-+#](?=[-+# ]|$)|^\d+(?=[.)]( |$))")
+
+
+def escaped(text: str) -> str:
+    """Return the text for Markdown, on one line: names of models and domains are shown as they are."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return _MARKUP.sub(lambda mark: "".join(f"&#{ord(c)};" for c in mark[0]), line)
+
+
+def code(text: str) -> str:
+    """Return the text as code in Markdown, on one line; other than printable characters as escapes."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def markdown(table: Table) -> list[str]:
+    """Return the table's lines in Markdown, without its caption."""
+    rule = "|---|" + "---:|" * (len(table.header) - 1)
+    header, *rows = ("| " + " | ".join(map(escaped, cells)) + " |" for cells in (table.header, *table.rows))
+    return [header, rule, *rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,14 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData, constants, get_token, metadata_load
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
 )
-from huggingface_hub.utils import validate_repo_id
 
 from secateur.errors import CheckpointError, RecipeError, one_line
 from secateur.facts import Record
 from secateur.files import lies_in
 from secateur.log import Progress, silent
+from secateur.model.config import is_hub_id
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RECIPE_FILE, dump_recipe
 from secateur.report.card import card_data, unknown, with_metadata
@@ -70,7 +69,8 @@ def push(
     Raises RecipeError for a name that is no hub id, CheckpointError if `result` is no result, or the
     hub cannot be reached or refuses.
     """
-    _check_id(repo)
+    if not is_hub_id(repo):
+        raise RecipeError(f"push {repo}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
     directory = Path(result)
     digests, files = read_digests(directory), read_result(directory)
     if digests is None:
@@ -99,16 +99,6 @@ def _metadata(card: Path, data: ModelCardData) -> ModelCardData:
         return ModelCardData(**{**data.to_dict(), **(metadata_load(card) or {})})
     except (ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{card}: its first lines are no metadata ({one_line(error)}); correct them.") from None
-
-
-def _check_id(hub_id: str) -> None:
-    try:
-        validate_repo_id(hub_id)
-        valid = hub_id.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise RecipeError(f"push {hub_id}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
 
 
 def _check_access() -> None:

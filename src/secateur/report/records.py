@@ -180,8 +180,8 @@ class Evaluation(Record):
 
     @property
     def models(self) -> dict[str, Measured]:
-        """The measured models by their names in tables, dense first."""
-        return {"pruned": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
+        """The measured models by their names in tables, dense first; one alone is `model`."""
+        return {"model": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,9 @@
 """Numbers for people, as rows of terminal, card and page: of a run, an inspection, what was measured after."""
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from rich import table as rich_table
-from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
-from rich.console import Group
-from rich.jupyter import JupyterMixin
+from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 from secateur.data.blocks import NGRAM_TOKENS
@@ -22,7 +18,7 @@ from secateur.facts import (
     mean_nats,
 )
 from secateur.log import human_bytes
-from secateur.report.page import Table
+from secateur.report.page import Table, Tables, code, escaped, markdown, terminal
 from secateur.report.records import (
     ALIKE,
     BenchResult,
@@ -43,58 +39,6 @@ from secateur.report.records import (
 SIDES = ("dense", "pruned", "difference")
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
-
-
-class Tables(Group, JupyterMixin):
-    """Tables and notes, which rich draws in a terminal and in a notebook."""
-
-
-def terminal(
-    tables: Iterable[Table],
-    notes: Iterable[tuple[str, ...]] = (),
-    box: Box = HEAVY_HEAD,
-    *,
-    warnings: Iterable[str] = (),
-) -> Tables:
-    """Return warnings, the tables that have rows, and the notes below them."""
-    shown = []
-    for table in (table for table in tables if table.rows):
-        title = {"title": table.caption or None, "title_justify": "left", "title_style": "bold"}
-        made = rich_table.Table(**title, box=box, pad_edge=box is HEAVY_HEAD)
-        for name in table.header:
-            made.add_column(name, justify="right" if made.columns else "left", overflow="fold")
-        for row in table.rows:
-            made.add_row(*row)
-        shown.append(made)
-    grid = rich_table.Table.grid(padding=(0, 2))
-    for note in notes:
-        grid.add_row(*note)
-    return Tables(*(Text(f"note: {warning}") for warning in warnings), *shown, grid)
-
-
-# What Markdown or HTML would read as more than text: an underscore inside a word is text, a mark of
-# a list or heading counts at the beginning.
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b|^[-+#](?=[-+# ]|$)|^\d+(?=[.)]( |$))")
-
-
-def escaped(text: str) -> str:
-    """Return the text for Markdown, on one line: names of models and domains are shown as they are."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return _MARKUP.sub(lambda mark: "".join(f"&#{ord(c)};" for c in mark[0]), line)
-
-
-def code(text: str) -> str:
-    """Return the text as code in Markdown, on one line; other than printable characters as escapes."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
-
-
-def markdown(table: Table) -> list[str]:
-    """Return the table's lines in Markdown, without its caption."""
-    rule = "|---|" + "---:|" * (len(table.header) - 1)
-    header, *rows = ("| " + " | ".join(map(escaped, cells)) + " |" for cells in (table.header, *table.rows))
-    return [header, rule, *rows]
 
 
 def summary_table(summary: Summary) -> Tables:
@@ -434,7 +378,7 @@ def evaluation_table(evaluation: Evaluation) -> Tables:
 
 def text_tables(evaluation: Evaluation) -> list[Table]:
     """Return nats per token, bits per byte and KL by domain."""
-    columns = (*_models(evaluation), *(["difference"] if evaluation.differences else []))
+    columns = (*evaluation.models, *(["difference"] if evaluation.differences else []))
     of_kl = ("domain", "mean", "same token first")
     answers = list(answer_rows(evaluation.own_answers))
     return [
@@ -456,17 +400,13 @@ def task_table(evaluation: Evaluation) -> Table:
             if changes is not None:
                 cells.append(changes[task][metric].text("+"))
             rows.append((task_label(task, metric), *cells))
-    columns = (*_models(evaluation), *(["difference"] if changes is not None else []))
+    columns = (*evaluation.models, *(["difference"] if changes is not None else []))
     return Table("score ± standard error", ("task", *columns), rows)
 
 
 def task_label(task: str, metric: str) -> str:
     """Return the label of a row of scores; it names the harness's filter, if any."""
     return f"{task}, {metric.removesuffix(',none')}"
-
-
-def _models(evaluation: Evaluation) -> list[str]:
-    return list(evaluation.models) if evaluation.dense else ["model"]
 
 
 def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:

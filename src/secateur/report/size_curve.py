@@ -6,9 +6,8 @@ from pathlib import Path
 
 from secateur.facts import OTHER_TEXT, OWN_ANSWERS
 from secateur.log import human_bytes
-from secateur.report.page import Chart, Page, Section, Table, render
+from secateur.report.page import Chart, Page, Section, Table, Tables, render, terminal
 from secateur.report.records import Measurement, SizeCost, nats_at
-from secateur.report.rows import Tables, terminal
 from secateur.result_directory import PAGE_FILE, write_summary
 
 # Marks on the curve: nats per token lost on the model's own answers, or on text of other sources without these.
