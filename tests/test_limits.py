@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.forms import chat_text
 from secateur.errors import MAX_SENTENCE, CalibrationError, CheckpointError, RecipeError
-from secateur.files import MAX_LEVELS, json_of, yaml_of
+from secateur.files import MAX_NESTING, json_of, yaml_of
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import directory_config
 from secateur.model.kept import KEEP_FILE, read_keeps
@@ -27,11 +27,11 @@ def nested(levels: int, text: str = "[]") -> str:
 
 @pytest.mark.parametrize("read", [json_of, yaml_of])
 def test_levels_are_counted(read):
-    assert read(nested(MAX_LEVELS)) == json.loads(nested(MAX_LEVELS))
+    assert read(nested(MAX_NESTING)) == json.loads(nested(MAX_NESTING))
     with pytest.raises(ValueError, match="it nests more than 100 levels"):
-        read(nested(MAX_LEVELS + 1))
+        read(nested(MAX_NESTING + 1))
     with pytest.raises(ValueError, match="it nests more than 100 levels"):
-        read(nested(MAX_LEVELS, '{"a": []}'))
+        read(nested(MAX_NESTING, '{"a": []}'))
 
 
 @pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)

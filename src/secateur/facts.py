@@ -70,7 +70,7 @@ def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
     return math.exp(sum(loss.nats_per_token for loss in losses.values()) / len(losses))
 
 
-Kind = TypeVar("Kind")
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,12 @@ class Record:
         return json.dumps(dataclasses.asdict(self), indent=2, default=lambda model: model.model_dump()) + "\n"
 
     @classmethod
-    def from_json(cls: type[Kind], text: str | bytes, where: str) -> Kind:
+    def from_json(cls: type[Parsed], text: str | bytes, where: str) -> Parsed:
         """Return the record that `to_json` wrote. Raises CheckpointError, naming `where`."""
         return parse_json(cls, text, where)
 
 
-def parse_json(kind: type[Kind], text: str | bytes, where: str) -> Kind:
+def parse_json(kind: type[Parsed], text: str | bytes, where: str) -> Parsed:
     """Return the dataclass; unknown keys are ignored.
 
     Raises CheckpointError, naming `where` and the first field that is missing or wrong.

@@ -33,8 +33,8 @@ _DISK_ERRORS = {
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Not enough free space to write")
 
 # No file that we read nests ten levels. Python's stack ends near a thousand.
-MAX_LEVELS = 100
-_TOO_DEEP = f"it nests more than {MAX_LEVELS} levels"
+MAX_NESTING = 100
+_TOO_DEEP = f"it nests more than {MAX_NESTING} levels"
 
 
 def json_of(text: str | bytes) -> Any:
@@ -75,7 +75,7 @@ def yaml_of(text: str) -> Any:
 
 def _check_levels(value: Any) -> None:
     inside = [[value]]
-    for _ in range(MAX_LEVELS + 1):
+    for _ in range(MAX_NESTING + 1):
         each_of = (inner for outer in inside for inner in (outer.values() if isinstance(outer, dict) else outer))
         inside = [item for item in each_of if isinstance(item, dict | list | tuple)]
     if inside:

@@ -28,7 +28,7 @@ GENERAL_TEXT = {
 
 PROSE, TECHNICAL = ("web", "encyclopedia", "multilingual"), ("code", "mathematics", "science")
 
-Kind = TypeVar("Kind")
+Loaded = TypeVar("Loaded")
 
 
 def installed_files(package: str) -> list[PackagePath] | None:
@@ -94,7 +94,7 @@ def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
     return points
 
 
-def load(point: EntryPoint, kind: type[Kind]) -> Kind:
+def load_point(point: EntryPoint, kind: type[Loaded]) -> Loaded:
     """Return an entry point's object. Raises PluginError if it fails or is not of this kind."""
     try:
         loaded = point.load()
@@ -109,7 +109,7 @@ def load(point: EntryPoint, kind: type[Kind]) -> Kind:
     return loaded
 
 
-def look_up(group: str, name: str, built_in: Mapping[str, Kind], kind: type[Kind]) -> Kind:
+def look_up(group: str, name: str, built_in: Mapping[str, Loaded], kind: type[Loaded]) -> Loaded:
     """Return what `name` stands for, built in or registered.
 
     Raises RecipeError for an unknown name, listing the known ones; PluginError as above.
@@ -120,7 +120,7 @@ def look_up(group: str, name: str, built_in: Mapping[str, Kind], kind: type[Kind
     if name not in others:
         names = [*built_in, *sorted(others)]
         raise RecipeError(f"unknown {_what(group)} '{name}'; allowed: {', '.join(names)}; {advice(name, names)}")
-    return load(others[name], kind)
+    return load_point(others[name], kind)
 
 
 def where(point: EntryPoint) -> str:

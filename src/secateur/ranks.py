@@ -177,7 +177,7 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 # Tensors up to this many numbers share a buffer; larger ones are sent without a copy.
-SMALL = 1 << 16
+SMALL_TENSOR = 1 << 16
 
 _alone = [False]
 _lists: list[int] = [0]  # lists worked through `in_turns`
@@ -234,7 +234,7 @@ def sum_tensors(tensors: Sequence[Tensor]) -> None:
         return
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.numel() <= SMALL:
+        if tensor.numel() <= SMALL_TENSOR:
             small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         else:
             _call(lambda tensor=tensor: dist.all_reduce(tensor))

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.blocks import Blocks
 from secateur.evaluation import compare as module
-from secateur.evaluation.study import Comparison, Evaluation, Study
+from secateur.evaluation.study import Comparison, Study, StudyEvaluation
 from secateur.pruning import cut as steps
 
 NUM_BLOCKS = 2
@@ -34,7 +34,7 @@ def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
         seeds=(1,),
         recipe={"remove": {"align": 8}, "calibration": calibration},
         methods={"ours": {}, "prose alone": {"domains": ("prose",)}},  # type: ignore[dict-item]
-        evaluation=Evaluation(num_blocks=NUM_BLOCKS),
+        evaluation=StudyEvaluation(num_blocks=NUM_BLOCKS),
         train_dense=True,
     )
     prune, losses, depends = steps.prune_together, module.losses_of_dense_tokens, module._depends_on
@@ -129,7 +129,7 @@ def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):
     (shared, cell, blocks), first = cells[0]
     assert first == module._depends_on(shared, cell, blocks)
     other_model = module.replace(shared, dense=module.replace(shared.dense, fingerprint="other"))
-    more_blocks = shared.study.model_copy(update={"evaluation": Evaluation(num_blocks=3)})
+    more_blocks = shared.study.model_copy(update={"evaluation": StudyEvaluation(num_blocks=3)})
     changes = [
         (other_model, cell, blocks),
         (module.replace(shared, study=more_blocks), cell, blocks),

@@ -24,7 +24,7 @@ from secateur.evaluation.study import (
     load_study,
     save_comparison,
     shipped_studies,
-    verdict,
+    study_verdict,
 )
 from secateur.facts import Loss
 from tests.models import tiny_llama
@@ -198,16 +198,16 @@ def found(method: str, *perplexities: float) -> list[FoundCell]:
 def test_a_verdict_says_no_more_than_its_draws_carry() -> None:
     start = "By geometric-mean perplexity over domains, at 30% removed ours has the lowest"
     ours = found("ours", 20.0, 25.0, 30.0)
-    assert verdict(ours + found("theirs", 21.0, 26.2, 31.5)) == f"{start} (25.00)."
+    assert study_verdict(ours + found("theirs", 21.0, 26.2, 31.5)) == f"{start} (25.00)."
     # Better in each draw, but within two standard errors; better on average, but not in each draw.
     for close in ((20.1, 25.2, 34.0), (23.0, 28.0, 29.9)):
         mean = sum(close) / 3
         assert (
-            verdict(ours + found("theirs", *close))
+            study_verdict(ours + found("theirs", *close))
             == f"{start} (25.00); 3 draws do not tell it from theirs ({mean:.2f})."
         )
     five = found("ours", *[20.0] * 5) + found("theirs", 22.0, 22.0, 22.0, 22.0, 19.9)
-    assert "5 draws do not tell it from theirs (21.58)" in verdict(five)
-    single = verdict(found("ours", 20.0) + found("theirs", 40.0) + found("others", 50.0))
+    assert "5 draws do not tell it from theirs (21.58)" in study_verdict(five)
+    single = study_verdict(found("ours", 20.0) + found("theirs", 40.0) + found("others", 50.0))
     assert single == f"{start} (20.00); one draw does not tell it from theirs (40.00), others (50.00)."
-    assert verdict(found("ours", 20.0)) == f"{start} (20.00)."
+    assert study_verdict(found("ours", 20.0)) == f"{start} (20.00)."

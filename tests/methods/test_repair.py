@@ -16,7 +16,7 @@ from secateur.methods.select import Task
 from secateur.model.bind import bind
 from secateur.model.group import cut
 from secateur.pruning.group_step import prune_channels
-from secateur.stream.statistics import Measurement, Statistics, domain_weight
+from secateur.stream.statistics import GroupStatistics, Statistics, domain_weight
 from secateur.stream.walk import Walk, make_batches
 
 # Sums of float32 products: a few hundred times 2^-24, over the root of the smallest damping (1e-4) in the fit's norm.
@@ -32,7 +32,7 @@ def as64(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: part.astype(np.float64) for name, part in parts.items()}
 
 
-def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = torch.float32) -> Measurement:
+def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = torch.float32) -> GroupStatistics:
     """What `measure` would return for these inputs."""
     weight_HF = torch.from_numpy(case.weight_HF)
     num_outputs, num_inputs = weight_HF.shape
@@ -46,7 +46,7 @@ def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = 
         found.merge(own, domain_weight(weighting, case.shares[name], energy[name]))
     held_out = {name: torch.from_numpy(x).to(dtype) for name, x in case.held_out_TF.items()}
     drifts = {name: torch.from_numpy(r) for name, r in case.held_out_drift_TH.items()} if drift else {}
-    return Measurement(found, energy, held_out, drifts)
+    return GroupStatistics(found, energy, held_out, drifts)
 
 
 class Reference:
@@ -193,7 +193,7 @@ def test_weights_are_judged_as_they_are_stored(dtype: str, case: Reader, mix: fl
         np.testing.assert_array_equal(now_HS, reference.rounded(now_HS, dtype))
 
 
-def by_hand(betas: dict[str, float], noise: float = 0.0) -> Measurement:
+def by_hand(betas: dict[str, float], noise: float = 0.0) -> GroupStatistics:
     """Two equal channels, of which the second goes: the first takes over c = 1 / (1 + damping) of it.
 
     In held-out domain d the second channel is beta_d times the first, plus noise that nothing makes up for.
@@ -204,7 +204,7 @@ def by_hand(betas: dict[str, float], noise: float = 0.0) -> Measurement:
     found = Statistics.empty(2, torch.device("cpu"), gram=True)
     found.update(pair_TF, pair_TF.sum(dim=1, keepdim=True))
     held_out = {name: torch.stack([x_T, beta * x_T + noise * n_T], dim=1) for name, beta in betas.items()}
-    return Measurement(found, {"a": 4.0}, held_out, {})
+    return GroupStatistics(found, {"a": 4.0}, held_out, {})
 
 
 @pytest.mark.parametrize(

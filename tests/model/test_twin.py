@@ -9,7 +9,7 @@ import pytest
 from shown import assert_shown
 from transformers import CONFIG_MAPPING
 
-from secateur.model.twin import MOST_LAYERS, MOST_TOKENS, SMALL, _scales, shrunk
+from secateur.model.twin import MOST_LAYERS, MOST_TOKENS, SMALL_MODEL, _scales, shrunk
 
 CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
 
@@ -36,7 +36,7 @@ def test_what_becomes_smaller_in_a_twin_and_what_stays() -> None:
     lines = []
     for file in CONFIGS:
         config = config_of(file)
-        first, *others = scales = list(_scales(config, SMALL + 1))
+        first, *others = scales = list(_scales(config, SMALL_MODEL + 1))
         small = shrunk(config, 2, MOST_LAYERS, MOST_TOKENS, *first)
         lines += [f"{file.stem}: {scales}", *changes(config.to_dict(), small.to_dict())]
         assert len(set(scales)) == len(scales) > 2 and others[-1][1] == 16
@@ -58,4 +58,7 @@ def test_towers_of_images_are_as_deep_as_they_are_wanted(name: str) -> None:
 
 def test_a_small_model_is_its_own_twin_first() -> None:
     config = config_of(CONFIGS[0])
-    assert [next(iter(_scales(config, size))) for size in (SMALL, SMALL + 1)] == [None, next(_scales(config, 10**9))]
+    assert [next(iter(_scales(config, size))) for size in (SMALL_MODEL, SMALL_MODEL + 1)] == [
+        None,
+        next(_scales(config, 10**9)),
+    ]

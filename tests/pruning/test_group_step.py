@@ -14,7 +14,7 @@ from secateur.data.blocks import JudgedText
 from secateur.data.pool import Allotted
 from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
-from secateur.methods.compensate import Guard, Repair
+from secateur.methods.compensate import Guard, Repaired
 from secateur.model.bind import decoder_layers
 from secateur.model.kept import read_keeps, write_keeps
 from secateur.pruning import group_step
@@ -46,7 +46,7 @@ def test_the_cut_gets_what_repair_gives_and_the_line_its_verdict(monkeypatch):
     run = run_of(tiny_llama(), score="flap")
     layer = decoder_layers(run.model, run.arch)[0]
     weight, guard = torch.randn(48, 64), Guard(0.5, {"d0": 0.25}, {"d0": 0.125})
-    monkeypatch.setattr(group_step, "repair", lambda *_: Repair(weight, guard, 0.25, 8.0))
+    monkeypatch.setattr(group_step, "repair", lambda *_: Repaired(weight, guard, 0.25, 8.0))
     keep, line, _ = step(run)
     assert torch.equal(layer.mlp.down_proj.weight, weight)
     assert len(keep) == 64 and (line["kept"], line["total"]) == (64, 112)

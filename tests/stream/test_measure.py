@@ -16,7 +16,7 @@ from secateur.errors import NumericsError
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Group, linear
 from secateur.stream.measure import measure
-from secateur.stream.statistics import Measurement, Statistics
+from secateur.stream.statistics import GroupStatistics, Statistics
 from secateur.stream.walk import Batch, Walk, make_batches
 
 LENGTH = 12
@@ -225,7 +225,7 @@ def test_held_out_text_is_in_no_sum() -> None:
     assert one.pooled.mass == other.pooled.mass and one.energy == other.energy and other.held_out_TF == {}
 
 
-def measured(model: nn.Module, group: Group, batches: list[Batch], weighting: str = "energy") -> Measurement:
+def measured(model: nn.Module, group: Group, batches: list[Batch], weighting: str = "energy") -> GroupStatistics:
     return measure(Walk(model, bind(model), batches), group, weighting, SHARES, gram=True)
 
 

@@ -72,7 +72,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("chosen",),
 )
 # What belongs to the instruction, what stands before the chat, and what is said of no list of turns.
-INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
+INPUT_FIELDS, SYSTEM_FIELDS = ("input", "context"), ("system", "system_prompt")
 NO_MESSAGES = "messages must be a list of objects with role and content."
 # How templates call the roles of other tools.
 ROLES = {
@@ -104,7 +104,7 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
     messages = _messages(first, where, note)
     if answer:
         messages = _pair(row, messages, _messages(answer[0], where, note, "assistant"))
-    system = next((row[name] for name in SYSTEMS if row.get(name)), None)
+    system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
     if system is not None and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": _text(system, where)}, *messages]
     if not any(message["content"] or message.get("tool_calls") for message in messages):
@@ -145,7 +145,7 @@ def _without(row: dict[Any, Any], column: str, where: str) -> NoText:
 def _pair(row: dict[Any, Any], prompt: Messages, answer: Messages) -> Messages:
     if answer and answer[0]["role"] != "assistant":  # a whole chat, which begins with the prompt
         return answer
-    more = next((row[name] for name in INPUTS if isinstance(row.get(name), str) and row[name].strip()), None)
+    more = next((row[name] for name in INPUT_FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
     if more is not None and prompt and "instruction" in row:
         prompt[-1]["content"] += f"\n\n{more}"
     return prompt + answer
@@ -220,8 +220,8 @@ CLOCK = "datetime"  # of which a template's `strftime_now` asks `now`
 # Stands for what a user says.
 MARK = "secateur"
 
-REFUSED = "chats left out, since the chat template refuses them"
-SYSTEM = "chats whose system message stands in the first user's, since the chat template refuses it"
+REFUSED_CHATS = "chats left out, since the chat template refuses them"
+JOINED_CHATS = "chats whose system message stands in the first user's, since the chat template refuses it"
 
 
 def chat_text(
@@ -252,7 +252,7 @@ def chat_text(
         system, user, *rest = messages
         joined = {**user, "content": f"{system['content']}\n\n{user['content']}"}
         text = _rendered([joined, *rest], tokenizer, where, tools, answered=answered)
-    note(SYSTEM, where)
+    note(JOINED_CHATS, where)
     return text
 
 
@@ -289,5 +289,5 @@ def _rendered(messages: Messages, tokenizer: Tokenizer, where: str, tools: Any, 
         reason = f"{error}" or type(error).__name__
         sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."
         if type(error) is TemplateError:  # by its own `raise_exception`, which says what it does not take
-            raise NoText(sentence, REFUSED) from None
+            raise NoText(sentence, REFUSED_CHATS) from None
         raise CalibrationError(sentence) from None

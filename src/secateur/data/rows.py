@@ -18,7 +18,7 @@ from secateur.log import human_bytes
 MIN_TXT_DOCUMENT_CHARACTERS = 8000
 # Parts of a file that can only be read whole. A few bytes of a compressed file may stand for any number.
 MAX_LINE_BYTES, MAX_ROW_GROUP_BYTES, MAX_JSON_BYTES = 2**24, 2**30, 2**28
-ROWS_PER_BATCH, BYTES_PER_VALUE = 16, 8  # of parquet
+PARQUET_ROWS, PARQUET_VALUE_BYTES = 16, 8
 TSV_ROWS_TRIED = 10_000
 EMPTY_FILES = "files left out, since they hold no text"
 
@@ -200,13 +200,13 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
                 # A list's values, too: a row of them may be packed into a few bytes.
                 about = file.metadata.row_group(group)
                 num_values = max(about.column(number).num_values for number in range(about.num_columns))
-                num_bytes = max(about.total_byte_size, BYTES_PER_VALUE * (num_values - about.num_rows))
+                num_bytes = max(about.total_byte_size, PARQUET_VALUE_BYTES * (num_values - about.num_rows))
                 if num_bytes > MAX_ROW_GROUP_BYTES:
                     raise CalibrationError(
                         f"{where}, row group {group + 1}: holds {human_bytes(num_bytes)}, more than "
                         f"{human_bytes(MAX_ROW_GROUP_BYTES)}; write the file with smaller row groups."
                     )
-                for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], use_threads=False):
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], use_threads=False):
                     yield from (Row(f"{where}, row {next(numbers)}", row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         reason = one_line(error)

@@ -98,8 +98,8 @@ def _conversation(turns: list[list[dict[str, Any]]]) -> str:
 
 def _docstring_files(folders: dict[str, str]) -> list[_Document]:
     """`folders`: distribution name -> installed folder of its package."""
-    found = ((file, folder) for name, folder in folders.items() for file in installed_files(name) or ())
-    files = [file for file, folder in found if file.parts[0] == folder]
+    listed = ((file, folder) for name, folder in folders.items() for file in installed_files(name) or ())
+    files = [file for file, folder in listed if file.parts[0] == folder]
     sources = [file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)]
     return [partial(_docstrings, file) for file in sorted(sources)]
 
@@ -186,7 +186,7 @@ class DomainText(Protocol):
 # From a domain and a random order (by seed and domain) to documents or rows; the note gets what is left out.
 Source = Callable[[DomainText, Random, Note], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
-PATIENCE = 200
+ROWS_TRIED = 200
 OTHER_FILES = "files left out, since files of their kind are not read"
 
 
@@ -210,7 +210,7 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
         except NoText as error:
             problem = problem or error
             note(error.what, where)
-            if num_usable == 0 and number >= PATIENCE:
+            if num_usable == 0 and number >= ROWS_TRIED:
                 break
             continue
         if text.strip():

@@ -19,7 +19,7 @@ from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import resolve
-from secateur.pruning.sizes import of_sizes, sized, with_most
+from secateur.pruning.sizes import at_size, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import is_first, joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
@@ -104,7 +104,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 
     # Sizes are those of the whole model, which is the first copy.
     percents = [percent for percent in PERCENTS if percent / 100 <= opened.recipe.remove.share]
-    costs = [_cost(sized(even, {"share": percent / 100})) for percent in percents]
+    costs = [_cost(at_size(even, {"share": percent / 100})) for percent in percents]
     units = run.resolved.of_units
 
     # Cut the copies in one walk, and judge them.

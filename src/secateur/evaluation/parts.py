@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import Blocks, Text, blocks_of
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, identity, merge, num_questions, run_task
+from secateur.evaluation.tasks import LoadedTasks, TaskOptions, merged_results, num_questions, run_task, task_identity
 from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
@@ -39,7 +39,6 @@ from secateur.store import Store
 from secateur.stream.device import on_device
 from secateur.stream.judge import OTHER, ToJudge, digest_of
 
-Part = dict[str, Any]
 KL = Callable[[], Verdicts]
 # What a conversation may have; how many are asked at a time follows from it.
 SPEAKER_TOKENS = 512
@@ -104,7 +103,7 @@ class Subject:
     kept: KeptTokens | None = None
 
     @property
-    def facts(self) -> Part:
+    def facts(self) -> dict[str, Any]:
         """What its figures depend on, beside the text."""
         return {"model": self.fingerprint, "device": self.device.type, "versions": versions()}
 
@@ -167,17 +166,17 @@ def task_parts(
     stage, num_done, num_all = f"{subject.which}: questions of tasks", 0, sum(sizes.values())
     progress(stage, 0, num_all)
 
-    def result_of(name: str) -> Part:
+    def result_of(name: str) -> dict[str, Any]:
         nonlocal num_done
         before, task = num_done, loaded.tasks[name]
 
         def listen(done: int, total: int) -> None:
             progress(stage, before + sizes[name] * done // total, num_all)
 
-        def compute() -> Part:
+        def compute() -> dict[str, Any]:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
-        depends_on = {**subject.facts, **dataclasses.asdict(options), **identity(task, loaded, tokenizer)}
+        depends_on = {**subject.facts, **dataclasses.asdict(options), **task_identity(task, loaded, tokenizer)}
         outcome = store.value(f"task-{name}", compute, depends_on=depends_on)
         num_done += sizes[name]
         progress(stage, num_done, num_all)
@@ -186,7 +185,7 @@ def task_parts(
     names = list(loaded.tasks)
     results = dict(zip(names, in_turns(result_of, names), strict=True))
     item_scores = {name: result["item_scores"] for name, result in results.items()}
-    return {**merge(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
+    return {**merged_results(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
 
 
 def judge_of_kl(store: Store, dense: Subject, pruned: Subject, text: Mapping[str, Blocks], progress: Progress) -> KL:

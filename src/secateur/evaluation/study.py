@@ -22,20 +22,20 @@ from secateur.report.page import Table, Tables, escaped, markdown, terminal
 from secateur.report.records import Change, change, mean_change
 
 SHIPPED = "studies"
-SMALL = "small"
+SMALL_KEY = "small"
 DENSE, TRAINED_DENSE = "dense", "dense, trained"
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Method(Strict):
+class StudyMethod(Strict):
     """A row of the grid. `domains`: None for all. `recipe`: keys over the study's recipe."""
 
     domains: tuple[str, ...] | None = None
     recipe: Keys = Field(default={})
 
 
-class Evaluation(Strict):
+class StudyEvaluation(Strict):
     """What judges every cell: held-out blocks per domain, and lm-evaluation-harness tasks.
 
     `others`: text of kinds that no run calibrates on, as many blocks of each. `limit`: questions
@@ -62,9 +62,9 @@ class Study(Strict):
     model: str
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
-    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    methods: Annotated[dict[str, StudyMethod], Field(min_length=1)]
     recipe: Keys = Field(default={})
-    evaluation: Evaluation = Evaluation()
+    evaluation: StudyEvaluation = StudyEvaluation()
     train_dense: bool = False
     small: Keys = Field(default={})
 
@@ -93,9 +93,9 @@ def load_study(reference: str, *, small: bool, model: str | None = None) -> Stud
     if "question" not in data:
         raise RecipeError(f"study {reference}: has no question, so it is no study; give a recipe to secateur prune.")
     if small:
-        if not data.get(SMALL):
-            raise RecipeError(f"study {reference}: has no keys under '{SMALL}' for --small; leave the option out.")
-        data = merged(data, data[SMALL])
+        if not data.get(SMALL_KEY):
+            raise RecipeError(f"study {reference}: has no keys under '{SMALL_KEY}' for --small; leave the option out.")
+        data = merged(data, data[SMALL_KEY])
     if model is not None:
         data["model"] = model
     try:
@@ -140,7 +140,7 @@ def _path(reference: str) -> Path:
     return Path(str(resources.files("secateur.evaluation") / SHIPPED / f"{name}.yaml"))
 
 
-def _recipe(study: Study, name: str, method: Method, ratio: float, seed: int) -> Recipe:
+def _recipe(study: Study, name: str, method: StudyMethod, ratio: float, seed: int) -> Recipe:
     where = f"study, method '{name}'"
     data = merged(merged(study.recipe, method.recipe), {"remove": {"share": ratio}, "seed": seed})
     recipe = parse_recipe(data, where)
@@ -202,7 +202,7 @@ TASK_METRICS = ("acc_norm,none", "acc,none")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StudyRow:
     """A method at a share, over seeds."""
 
     method: str
@@ -236,37 +236,37 @@ def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
 def comparison_table(comparison: Comparison) -> Tables:
     """Return what the terminal shows of a study: a row per method and share, and the verdict."""
     cells = list(comparison.cells)
-    return terminal([quality_table("", cells, domains=())], [(verdict(cells),)])
+    return terminal([quality_table("", cells, domains=())], [(study_verdict(cells),)])
 
 
 def _markdown(study: Study, cells: list[FoundCell]) -> str:
-    lines = [f"# {escaped(study.question)}", "", escaped(verdict(cells)), ""]
+    lines = [f"# {escaped(study.question)}", "", escaped(study_verdict(cells)), ""]
     lines += [*(f"- {escaped(line)}" for line in _about(study, cells)), ""]
-    tables = [quality_table(BY_DOMAIN, cells, cells[0].losses), over_dense_table(cells)]
+    tables = [quality_table(PERPLEXITY_BY_DOMAIN, cells, cells[0].losses), over_dense_table(cells)]
     tables += [others_table(cells)] if cells[0].others else []
-    tables += [task_table(cells)] if cells[0].tasks else []
+    tables += [accuracy_table(cells)] if cells[0].tasks else []
     for table in tables:
         lines += [f"## {escaped(table.caption)}", "", *markdown(table), ""]
     return "\n".join(lines)
 
 
-def rows_of(cells: Iterable[FoundCell]) -> list[Row]:
+def study_rows(cells: Iterable[FoundCell]) -> list[StudyRow]:
     """Group cells by share and method, in the order they came."""
     grouped: dict[tuple[float, str], list[FoundCell]] = {}
     for cell in cells:
         grouped.setdefault((cell.ratio, cell.method), []).append(cell)
     ordered = sorted(grouped.items(), key=lambda item: item[0][0])
-    return [Row(method, ratio, of_row) for (ratio, method), of_row in ordered]
+    return [StudyRow(method, ratio, of_row) for (ratio, method), of_row in ordered]
 
 
 def _table(caption: str, cells: list[FoundCell], columns: Mapping[str, Value]) -> Table:
     rows = [
-        (row.method, f"{row.ratio:.0%}", *(row.text(value) for value in columns.values())) for row in rows_of(cells)
+        (row.method, f"{row.ratio:.0%}", *(row.text(value) for value in columns.values())) for row in study_rows(cells)
     ]
     return Table(caption, ("method", "asked", *columns), rows)
 
 
-BY_DOMAIN = "Perplexity by domain, mean ± spread over seeds"
+PERPLEXITY_BY_DOMAIN = "Perplexity by domain, mean ± spread over seeds"
 
 
 def quality_table(caption: str, cells: list[FoundCell], domains: Iterable[str]) -> Table:
@@ -296,14 +296,14 @@ OVER_DENSE = (
 def over_dense_table(cells: list[FoundCell]) -> Table:
     """Return the difference to the dense model on the same draw: mean of domains, and each."""
     domains, rows = list(cells[0].losses), []
-    for row in (row for row in rows_of(cells) if row.method != DENSE):
+    for row in (row for row in study_rows(cells) if row.method != DENSE):
         mean, changes = _over_dense(row, cells)
         by_domain = (change.text() for change in (mean, *(changes[name] for name in domains)))
         rows.append((row.method, f"{row.ratio:.0%}", *by_domain))
     return Table(OVER_DENSE, ("method", "asked", "mean of domains", *domains), rows)
 
 
-def _over_dense(row: Row, cells: list[FoundCell]) -> tuple[Change, dict[str, Change]]:
+def _over_dense(row: StudyRow, cells: list[FoundCell]) -> tuple[Change, dict[str, Change]]:
     """Return the row's nats per token over the dense model's, draw by draw: mean of domains, and each.
 
     Errors are over draws, each of which has its own calibration and judging text; of one draw, over
@@ -321,13 +321,13 @@ def _over_dense(row: Row, cells: list[FoundCell]) -> tuple[Change, dict[str, Cha
     return over_draws([mean_change(draw.values()).nats_per_token for draw in draws]), by_domain
 
 
-def verdict(cells: list[FoundCell]) -> str:
+def study_verdict(cells: list[FoundCell]) -> str:
     """Name the method with the lowest perplexity at each share, and those that may be as good.
 
     A method is told apart from another if it is better on every draw and, over at least two draws, by
     more than two standard errors of the paired differences of log perplexity.
     """
-    rows, parts = [row for row in rows_of(cells) if row.ratio], []
+    rows, parts = [row for row in study_rows(cells) if row.ratio], []
     for ratio in dict.fromkeys(row.ratio for row in rows):
         best, *others = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.perplexity)
         alike = [f"{row.method} ({row.perplexity:.2f})" for row in others if not _is_better(best, row)]
@@ -339,7 +339,7 @@ def verdict(cells: list[FoundCell]) -> str:
     return f"By geometric-mean perplexity over domains, {'; '.join(parts)}."
 
 
-def _is_better(best: Row, other: Row) -> bool:
+def _is_better(best: StudyRow, other: StudyRow) -> bool:
     ours, theirs = ({cell.seed: math.log(cell.perplexity) for cell in row.cells} for row in (best, other))
     gains = [theirs[draw] - nats for draw, nats in ours.items() if draw in theirs]
     if len(gains) < 2 or min(gains) <= 0:
@@ -364,16 +364,16 @@ def _about(study: Study, cells: list[FoundCell]) -> list[str]:
 ACCURACY = "Accuracy by task (acc_norm where the task has it), ± spread over seeds; of one, its error over questions"
 
 
-def task_table(cells: list[FoundCell]) -> Table:
+def accuracy_table(cells: list[FoundCell]) -> Table:
     """Return accuracies by task, and their mean."""
     tasks, rows = list(cells[0].tasks), []
-    for row in rows_of(cells):
+    for row in study_rows(cells):
         accuracies = (_accuracy(row, [name]) for name in tasks)
         rows.append((row.method, f"{row.ratio:.0%}", _accuracy(row, tasks), *accuracies))
     return Table(ACCURACY, ("method", "asked", "mean", *tasks), rows)
 
 
-def _accuracy(row: Row, tasks: list[str]) -> str:
+def _accuracy(row: StudyRow, tasks: list[str]) -> str:
     """Return the mean over tasks, with its spread over draws, or of one draw the standard error over questions."""
     if len(row.cells) > 1:
         return row.text(lambda cell: statistics.mean(_score(cell, name)[0] for name in tasks), digits=3)

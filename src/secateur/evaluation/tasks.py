@@ -298,7 +298,7 @@ def is_chat(task: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     return task.OUTPUT_TYPE == "generate_until" and tokenizer.chat_template is not None
 
 
-def identity(task: Any, loaded: LoadedTasks, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def task_identity(task: Any, loaded: LoadedTasks, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what a task's result depends on, besides model and options."""
     import lm_eval
 
@@ -399,7 +399,7 @@ def _check_room(task: Any, wrapper: Any) -> None:
         )
 
 
-def merge(results: list[dict[str, Any]], loaded: LoadedTasks) -> dict[str, Any]:
+def merged_results(results: list[dict[str, Any]], loaded: LoadedTasks) -> dict[str, Any]:
     """Merge results by task into one in the harness's shape, with the averages of groups."""
     import lm_eval
 

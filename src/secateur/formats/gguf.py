@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError, RecipeError, advice
 from secateur.facts import Record
 from secateur.files import check_file, staged_file
-from secateur.formats.gguf_families import GgufSpec, gguf_family, gguf_family_of, layer_widths, num_experts, rotary
+from secateur.formats.gguf_families import GgufSpec, gguf_family, gguf_family_of, num_experts, rotary, widths_by_layer
 from secateur.formats.gguf_tensors import (
     OWN_TYPES,
     QUANTISED,
@@ -56,7 +56,7 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> Non
     writer.add_context_length(context_length(config, family))
     writer.add_embedding_length(sizes.hidden_size)
     writer.add_block_count(sizes.num_hidden_layers)
-    num_heads, num_kv_heads, ffn_widths = layer_widths(config)
+    num_heads, num_kv_heads, ffn_widths = widths_by_layer(config)
     writer.add_feed_forward_length(_one_or_all(ffn_widths))
     writer.add_head_count(_one_or_all(num_heads))
     if family.latent_attention:

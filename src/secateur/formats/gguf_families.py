@@ -80,7 +80,7 @@ def rotary(config: PreTrainedConfig) -> dict[str, Any]:
     return rope
 
 
-def layer_widths(config: PreTrainedConfig) -> tuple[list[int], list[int], list[int]]:
+def widths_by_layer(config: PreTrainedConfig) -> tuple[list[int], list[int], list[int]]:
     """Return query heads, KV heads and FFN channels of every layer."""
     sizes: Any = config
     layers = sizes.per_layer_config if is_per_layer(config) else [sizes] * sizes.num_hidden_layers

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
-from secateur.formats.gguf_families import GgufSpec, layer_widths, num_experts, rotary
+from secateur.formats.gguf_families import GgufSpec, num_experts, rotary, widths_by_layer
 from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint, meta_model
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
@@ -299,7 +299,7 @@ class Shape:
     def of(cls, config: PreTrainedConfig, architecture: str, *, is_tied: bool, latent: bool) -> "Shape":
         """Read it from a config. `latent`: attention has one KV head in llama.cpp."""
         sizes: Any = config
-        (num_heads, *_), (num_kv_heads, *_), _ = layer_widths(config)
+        (num_heads, *_), (num_kv_heads, *_), _ = widths_by_layer(config)
         queries = num_heads // (1 if latent else num_kv_heads)
         return cls(architecture, sizes.num_hidden_layers, num_experts(config) or 1, queries, is_tied)
 

@@ -344,8 +344,8 @@ def _perplexity(logits_TV: torch.Tensor, ids: list[int]) -> float:
     return math.exp(cross_entropy(logits_TV[:-1].float(), torch.tensor(ids[1:])).item())
 
 
-FILE, INDEX = "model-aside.safetensors", "model.safetensors.index.json"
-WHOLE, FIRST = "model.safetensors", "model-00001-of-00001.safetensors"
+ASIDE_FILE, INDEX_FILE = "model-aside.safetensors", "model.safetensors.index.json"
+WHOLE_FILE, FIRST_FILE = "model.safetensors", "model-00001-of-00001.safetensors"
 
 Shapes = dict[str, set[tuple[int, ...]]]
 _IN_LAYER = re.compile(r"(?:.*\.)?layers?\.\d+\.(.+)")
@@ -374,16 +374,16 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
 
     # One file more, which the index names; a loader that finds a whole one reads no index.
     tensors = {name: _rows(read_tensor(tensor), kept) for name, tensor in aside.items()}
-    save_file(tensors, directory / FILE, {"format": "pt"})
-    (directory / FILE).chmod((directory / "config.json").stat().st_mode & 0o777)
-    if (directory / WHOLE).is_file():
-        (directory / WHOLE).rename(directory / FIRST)
-    files = {name: FIRST if tensor.file.name == WHOLE else tensor.file.name for name, tensor in after.items()}
+    save_file(tensors, directory / ASIDE_FILE, {"format": "pt"})
+    (directory / ASIDE_FILE).chmod((directory / "config.json").stat().st_mode & 0o777)
+    if (directory / WHOLE_FILE).is_file():
+        (directory / WHOLE_FILE).rename(directory / FIRST_FILE)
+    files = {name: FIRST_FILE if tensor.file.name == WHOLE_FILE else tensor.file.name for name, tensor in after.items()}
     size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in after.values())
     size += sum(tensor.nbytes for tensor in tensors.values())
-    places = sorted([*files.items(), *((name, FILE) for name in tensors)])
+    places = sorted([*files.items(), *((name, ASIDE_FILE) for name in tensors)])
     index = {"metadata": {"total_size": size}, "weight_map": dict(places)}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return ()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.model.stock import replaced
 from secateur.stream.device import float64_device
-from secateur.stream.statistics import Gram, Measurement, decided, exact_product_precision, ridge_of, totals
+from secateur.stream.statistics import Gram, GroupStatistics, decided, exact_product_precision, ridge_of, totals
 
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
@@ -147,7 +147,7 @@ def guard(errors: dict[str, HeldOutError]) -> Guard:
 
 
 @dataclass(frozen=True, slots=True)
-class Repair:
+class Repaired:
     """The compensation of a reader: weights of its remaining columns, and the verdict."""
 
     weight_HS: Tensor | None = None
@@ -156,22 +156,22 @@ class Repair:
     condition: float | None = None
 
 
-def repair(reader: nn.Linear, measured: Measurement, columns: Int64[Tensor, " S"], method: Method) -> Repair:
+def repair(reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, " S"], method: Method) -> Repaired:
     """Return the repair that the method asks for; an empty one if every column stays."""
     if len(columns) == reader.in_features:
-        return Repair()
+        return Repaired()
     weight_HF, dtype = reader.weight.float(), reader.weight.dtype
     if method.compensate == "least_squares":
         return _least_squares(weight_HF, dtype, measured, columns, method)
-    return Repair(guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0))
+    return Repaired(guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0))
 
 
 def _least_squares(
-    weight_HF: Tensor, dtype: torch.dtype, measured: Measurement, columns: Tensor, method: Method
-) -> Repair:
+    weight_HF: Tensor, dtype: torch.dtype, measured: GroupStatistics, columns: Tensor, method: Method
+) -> Repaired:
     """Fit with each damping of the grid; return the one with the least held-out error."""
     mix = method.target_mix if measured.pooled.cross_FH is not None else 0.0
-    gram, best, best_error = measured.pooled.gram, Repair(), torch.inf
+    gram, best, best_error = measured.pooled.gram, Repaired(), torch.inf
     for factor in method.damping_factors:
         damping, cross_FH = method.damping * factor, measured.pooled.cross_FH
         fit = decided(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
@@ -181,7 +181,7 @@ def _least_squares(
         error = sum(judged.error_after.values())
         if error < best_error:
             stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
-            best, best_error = Repair(stored_HS, judged, fit.damping, fit.condition), error
+            best, best_error = Repaired(stored_HS, judged, fit.damping, fit.condition), error
     return best
 
 
@@ -190,7 +190,7 @@ def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> Abstr
     return replaced(reader._parameters, "weight", nn.Parameter(weight_HF, requires_grad=False))
 
 
-def _judge(weight_HF: Tensor, columns: Tensor, measured: Measurement, change_HS: Tensor, mix: float) -> Guard:
+def _judge(weight_HF: Tensor, columns: Tensor, measured: GroupStatistics, change_HS: Tensor, mix: float) -> Guard:
     """Return the guard's verdict on a change of the columns that stay."""
     is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
     is_gone[columns] = False

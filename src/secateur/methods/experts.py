@@ -61,7 +61,7 @@ from secateur.stream.walk import Batch, Walk
 # An expert with fewer tokens per channel than this is regularised more.
 FEW_TOKENS_PER_CHANNEL = 10
 
-Call = tuple[Tensor, Tensor, Tensor]
+ExpertCall = tuple[Tensor, Tensor, Tensor]
 """The arguments of the experts' module: hidden states T x D, chosen experts and weights T x k."""
 
 
@@ -87,7 +87,7 @@ class HeldOut:
     """A held-out batch: the experts' call now, their output before the cut, the wanted output."""
 
     domain: str
-    call: Call
+    call: ExpertCall
     own_TD: Tensor
     target_TD: Tensor
 
@@ -145,7 +145,7 @@ class Wanted:
 class _Tokens:
     """A domain's tokens on this rank: the experts' calls, the residual of each (T x D), the wanted energy."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ExpertCall] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
     energy: float = 0.0
 
@@ -342,7 +342,7 @@ def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _routing(module: nn.Module, call: Call, num_experts: int) -> Routing:
+def _routing(module: nn.Module, call: ExpertCall, num_experts: int) -> Routing:
     hidden_TD, chosen_Tk, weights_Tk = call
     norms = [torch.zeros(0, device=hidden_TD.device)] * num_experts
     for expert in chosen_Tk.unique().tolist():
@@ -366,7 +366,7 @@ def _routing_of_weighted(
 # An expert with few tokens of its own borrows from this many, or as many as there are.
 NUM_SAMPLED = 2048
 
-Drawn = tuple[Tensor, Tensor]
+SampledTokens = tuple[Tensor, Tensor]
 """Tokens of one domain: the random number of each, ascending, and its hidden state."""
 
 
@@ -380,9 +380,9 @@ class _Observed:
     grams: list[Gram]
     num_tokens_E: Tensor
     energy: dict[str, float] = field(default_factory=dict)
-    drawn: list[Drawn] = field(default_factory=list)
+    drawn: list[SampledTokens] = field(default_factory=list)
     samples: dict[str, Tensor] = field(default_factory=dict)
-    held_out: dict[str, list[Call]] = field(default_factory=dict)
+    held_out: dict[str, list[ExpertCall]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -438,21 +438,21 @@ def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str
     return seen
 
 
-def _numbered(batch: Batch, hidden_TD: Float[Tensor, "T D"], seed: int) -> Drawn:
+def _numbered(batch: Batch, hidden_TD: Float[Tensor, "T D"], seed: int) -> SampledTokens:
     """Give each token a random number by seed, domain and place: any rank gives the same."""
     place = random.Random(f"{seed}:{batch.domain}:{batch.first_block}").getrandbits(63)
     generator = torch.Generator().manual_seed(place)
     return torch.rand(len(hidden_TD), generator=generator, dtype=torch.float64), hidden_TD
 
 
-def _lowest(parts: list[Drawn], share: float) -> Drawn:
+def _lowest(parts: list[SampledTokens], share: float) -> SampledTokens:
     """Return the tokens of the lowest numbers, as many as are a domain's share of the sample."""
     numbers_T, hidden_TD = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = numbers_T.argsort()[: max(1, round(share * NUM_SAMPLED))]
     return numbers_T[order], hidden_TD[order.to(hidden_TD.device)]
 
 
-def _add_tokens(module: Any, stacks: Stacks, call: Call, current: list[Gram], seen: _Observed) -> float:
+def _add_tokens(module: Any, stacks: Stacks, call: ExpertCall, current: list[Gram], seen: _Observed) -> float:
     """Add a call's tokens to the experts that they chose; return the output energy of these."""
     hidden_TD, chosen_Tk, weights_Tk = call
     energy = 0.0

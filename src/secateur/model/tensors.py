@@ -5,7 +5,7 @@ them. Tensors are read into ordinary memory, or mapped from their files, where t
 
 Quantised ones are made bfloat16, tensor by tensor, when transformers' loader asks for them. The arithmetic is
 that of transformers and of compressed-tensors; of GPTQ and AWQ, which neither computes without a GPU, it is
-here. Not handled: pickle files (refused), and weights that are rotated, sparse, or of the methods that `FORMS`
+here. Not handled: pickle files (refused), and weights that are rotated, sparse, or of the methods that `QUANTISATIONS`
 does not name.
 """
 
@@ -153,7 +153,7 @@ def take_quantisation(config: Any, where: str) -> Settings | None:
             "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR').dequantize()"
             ".save_pretrained('NEW')\" and copy the tokenizer files."
         )
-    reason = "" if method in FORMS else f"the method {method or 'that it does not name'}"
+    reason = "" if method in QUANTISATIONS else f"the method {method or 'that it does not name'}"
     if method == "compressed-tensors" and settings.get("transform_config"):
         reason = "rotations (transform_config)"
     elif method == "awq" and settings.get("version", "gemm").lower() != "gemm":
@@ -162,8 +162,8 @@ def take_quantisation(config: Any, where: str) -> Settings | None:
         reason = f"{method.upper()} with {settings.get('bits')} bits"
     if reason:
         raise CheckpointError(
-            f"{where}: its weights are quantised, and {reason} cannot be read; known are {', '.join(FORMS)}. Use the "
-            "original checkpoint, or one in bf16, and quantise the result."
+            f"{where}: its weights are quantised, and {reason} cannot be read; known are {', '.join(QUANTISATIONS)}. "
+            "Use the original checkpoint, or one in bf16, and quantise the result."
         )
     if method in ("compressed-tensors", "modelopt") and importlib.util.find_spec("compressed_tensors") is None:
         raise CheckpointError(
@@ -194,7 +194,7 @@ def deferred_tensors(directory: Path, settings: Settings | None, *, mapped: bool
 
     Raises CheckpointError for weights without scales; slicing, for parts that do not fit each other.
     """
-    suffixes, compute = FORMS[settings["quant_method"]] if settings else ({}, None)
+    suffixes, compute = QUANTISATIONS[settings["quant_method"]] if settings else ({}, None)
     stored = stored_tensors(directory)
     weights: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name in (name for name in stored if not (settings and _OF_ACTIVATIONS.fullmatch(name))):
@@ -325,7 +325,7 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & 2**bits - 1).flatten(-2)
 
 
-FORMS: dict[str, tuple[dict[str, str], Callable[[str, Parts, Settings], Tensor]]] = {
+QUANTISATIONS: dict[str, tuple[dict[str, str], Callable[[str, Parts, Settings], Tensor]]] = {
     "fp8": (_FP8, _fp8),
     "mxfp8": (_FP8, _fp8),
     "mxfp4": ({"_blocks": "", "_scales": ""}, _mxfp4),

@@ -19,9 +19,9 @@ from secateur.errors import ArchError, one_line
 from secateur.model.modules import text_model
 from secateur.model.stock import BAD_VALUE, quiet_transformers
 
-NUM_TOKENS, NUM_BLOCKS = 12, 2
+TWIN_TOKENS, TWIN_BLOCKS = 12, 2
 # A model of fewer parameters is its own twin; a twin has at most so many.
-SMALL, LARGEST = 2_000_000, 400_000_000
+SMALL_MODEL, LARGEST_TWIN = 2_000_000, 400_000_000
 MOST_EXPERTS, MOST_LAYERS = 8, 1000
 MOST_TOKENS = 512
 # So many sizes that fail alike do not fail for their size.
@@ -62,7 +62,7 @@ def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator
                         small = type(small).from_dict(small.to_dict())
                     with torch.device("meta"):
                         size = sum(parameter.numel() for parameter in stock._from_config(small).parameters())
-                    if size > LARGEST:
+                    if size > LARGEST_TWIN:
                         continue
                     built = randomised(stock._from_config(small, dtype=torch.float32).eval())
                     if not run(built).isfinite().all():
@@ -128,7 +128,7 @@ def token_ids(model: PreTrainedModel) -> Tensor:
     """Return random tokens that no special meaning is likely to have."""
     size = len(cast(Tensor, model.get_input_embeddings().weight))
     return torch.randint(
-        min(20, size // 2), size - 1, (NUM_BLOCKS, NUM_TOKENS), generator=torch.Generator().manual_seed(0)
+        min(20, size // 2), size - 1, (TWIN_BLOCKS, TWIN_TOKENS), generator=torch.Generator().manual_seed(0)
     )
 
 
@@ -140,7 +140,7 @@ def run(model: PreTrainedModel, ids_BT: Tensor | None = None) -> Tensor:
 
 def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
     """Yield divisors of heads and of head sizes to try; None first if the model is small."""
-    if num_params <= SMALL:
+    if num_params <= SMALL_MODEL:
         yield None
     sizes = config.get_text_config(decoder=True).per_layer_config[0]
     heads, keys = (getattr(sizes, key, None) or 1 for key in ("num_attention_heads", "num_key_value_heads"))

@@ -24,7 +24,7 @@ from secateur.model.per_layer import record_widths
 from secateur.model.stock import CausalLM
 from secateur.recipe import Recipe
 from secateur.stream.measure import measure, minimax_weights
-from secateur.stream.statistics import Measurement, decided, pool
+from secateur.stream.statistics import GroupStatistics, decided, pool
 from secateur.stream.walk import Walk
 
 
@@ -50,7 +50,7 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     return keep, line | ({"domain_weights": weights} if weights else {})
 
 
-def _weights(task: Task, measured: Measurement, reader: nn.Linear) -> dict[str, float]:
+def _weights(task: Task, measured: GroupStatistics, reader: nn.Linear) -> dict[str, float]:
     """Return the domains' weights if they depend on what a cut does to them."""
     segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
     columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping

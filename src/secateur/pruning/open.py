@@ -41,7 +41,7 @@ from secateur.stream.offload import Placement
 # These keys change no byte of the result.
 _WITHOUT_EFFECT = {"machine": {"memory_budget", "device_budget"}}
 # Numbers hashed per parameter: enough to tell revisions apart without reading whole files.
-NUM_SAMPLED = 64
+NUMBERS_SAMPLED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +240,6 @@ def check_same_run(model: CausalLM, recipe: Recipe) -> None:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:NUM_SAMPLED].cpu().double()
+        first = parameter.detach().flatten()[:NUMBERS_SAMPLED].cpu().double()
         digest.update(name.encode() + str((parameter.dtype, tuple(parameter.shape))).encode() + first.numpy().tobytes())
     return digest.hexdigest()

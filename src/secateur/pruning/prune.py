@@ -17,7 +17,7 @@ from secateur.pruning.open import open_model, tokenizer_of
 from secateur.pruning.prepare import Prepared, begun_run, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import checked
 from secateur.pruning.result import Result, save_and_prove, summary_of
-from secateur.pruning.sizes import Measured, Sizes, cut_within, largest_of, of_sizes, with_most
+from secateur.pruning.sizes import MeasuredSizes, Sizes, cut_within, largest_of, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, recipe_over
 from secateur.report.records import Summary
@@ -57,7 +57,7 @@ def prune_run(
     # The recipe, with those of other directories below it, and the model.
     given = recipe
     recipe = recipe if like is None else recipe_like(Path(like), recipe)
-    measured = None if from_ is None else Measured.of(Path(from_))
+    measured = None if from_ is None else MeasuredSizes.of(Path(from_))
     recipe = recipe if from_ is None else recipe_over(load_recipe(Path(from_, RECIPE_FILE)), recipe)
     opened = open_model(model, recipe, tokenizer)
     if measured is not None:

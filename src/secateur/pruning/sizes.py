@@ -35,7 +35,7 @@ NUM_CUTS, NEAR = 3, 0.9
 GUESSED_NATS = 2.0
 
 
-def sized(opened: Opened, remove: dict[str, Any]) -> Opened:
+def at_size(opened: Opened, remove: dict[str, Any]) -> Opened:
     """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
     return checked(opened.filled(remove=remove))
 
@@ -50,14 +50,14 @@ def with_most(opened: Opened, given: Recipe, verb: str) -> Opened:
             f"{verb}: goes over all sizes that units alone can give; leave out remove.share, to, layers and depth."
         )
     _check_copies(opened.recipe)
-    return nearest(sized(opened, {"share": 0.99, "depth": 0}))
+    return nearest(at_size(opened, {"share": 0.99, "depth": 0}))
 
 
 def largest_of(opened: Opened, sizes: Sizes) -> Opened:
     """Return the model with the size of which most goes. Raises RecipeError for a size that cannot be."""
     _check_copies(opened.recipe)
     return max(
-        (sized(opened, remove) for remove in sizes.values()), key=lambda one: resolve(one).plans[-1].removed_share
+        (at_size(opened, remove) for remove in sizes.values()), key=lambda one: resolve(one).plans[-1].removed_share
     )
 
 
@@ -85,7 +85,7 @@ def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = Fal
     base = recipe.model_copy(update={"calibration": dense.resolved.recipe.calibration})
     members = dict[str, Prepared]()
     for (name, remove), model in zip(sizes.items(), models, strict=True):
-        member = sized(replace(opened, model=model, recipe=base), remove)
+        member = at_size(replace(opened, model=model, recipe=base), remove)
         resolved = with_polish_that_fits(member, resolve(member))
         resolved = replace(resolved, warnings=resolved.warnings + notes)
         place = placement
@@ -99,14 +99,14 @@ def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = Fal
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredSizes:
     """A directory of `measure`, and its record."""
 
     directory: Path
     record: Measurement
 
     @classmethod
-    def of(cls, directory: Path) -> "Measured":
+    def of(cls, directory: Path) -> "MeasuredSizes":
         """Read the directory. Raises CheckpointError if it is none that `measure` wrote, or is damaged."""
         path = directory / RESULT_FILE
         if (directory / KEEP_FILE).is_file():
@@ -147,7 +147,7 @@ class Measured:
         return CheckpointError(f"from {self.directory}: {how}; measure again, or leave it out.")
 
 
-def cut_within(ready: Prepared, measured: Measured | None, max_loss: float) -> Iterator[tuple[Prepared, Cut]]:
+def cut_within(ready: Prepared, measured: MeasuredSizes | None, max_loss: float) -> Iterator[tuple[Prepared, Cut]]:
     """Yield the largest of a few cuts that loses no more nats per token of held-out text, and what it was cut from.
 
     A polish is included. The text is of the dense model's answers, if the run learns by some, else of all domains.

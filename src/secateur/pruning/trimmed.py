@@ -18,13 +18,13 @@ from secateur.stream.losses import predicted_tokens
 
 # A trim that costs a domain more nats per dense token, or in the mean more than so many times what
 # its counts foretold, is not written; means below the least are not told apart.
-MOST_NATS, MOST_TIMES, LEAST_NATS = 0.5, 2.0, 0.05
+BEARABLE_NATS, BEARABLE_TIMES, TOLD_NATS = 0.5, 2.0, 0.05
 
 
 def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     """Cut the tokens that go out of the model, in place, and judge that alone on the guard's text.
 
-    Raises RecipeError, unless `force`, if it costs too much: see `MOST_NATS`.
+    Raises RecipeError, unless `force`, if it costs too much: see `BEARABLE_NATS`.
     """
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
     run = dataclasses.replace(run, dense_tokens={name: predicted_tokens(text) for name, text in held_out.items()})
@@ -52,8 +52,8 @@ def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None
     mean, worst = mean_change(changes.values()), max(changes, key=lambda name: changes[name].nats_per_token)
     lost, error = mean.nats_per_token, mean.standard_error or 0.0
     foretold = math.inf if trim.foretold is None else trim.foretold
-    is_surprise = lost > LEAST_NATS and lost - 2 * error > MOST_TIMES * foretold
-    if changes[worst].nats_per_token <= MOST_NATS and not is_surprise:
+    is_surprise = lost > TOLD_NATS and lost - 2 * error > BEARABLE_TIMES * foretold
+    if changes[worst].nats_per_token <= BEARABLE_NATS and not is_surprise:
         return None
     told = "" if trim.foretold is None else f", where the counts foretold {foretold:.2f}"
     num_dense, num_kept = trim.kept.num_dense, len(trim.kept.dense_ids)

@@ -16,9 +16,9 @@ from secateur.facts import (
     Ancestor,
     Costs,
     Judgement,
-    Kind,
     Loss,
     OwnAnswers,
+    Parsed,
     Record,
     Size,
     Trained,
@@ -35,7 +35,7 @@ from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, RESULT_FILE
 
 RECOVERY_FILE = "recovery.json"
 
-ALIKE = "not measurably different"
+NOT_TOLD_APART = "not measurably different"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,7 @@ class Spread:
     def ratio_text(self) -> str:
         """Return a ratio with its range; of one that is not told from 1 the range alone."""
         spread = f"({self.lowest:.2f} to {self.highest:.2f})"
-        return f"{self.median:.2f}x {spread}" if self.is_told else f"{ALIKE} {spread}"
+        return f"{self.median:.2f}x {spread}" if self.is_told else f"{NOT_TOLD_APART} {spread}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -579,7 +579,7 @@ def read_result(directory: Path) -> ResultFiles:
     )
 
 
-def _added(kind: type[Kind], directory: Path, name: str) -> Kind | None:
+def _added(kind: type[Parsed], directory: Path, name: str) -> Parsed | None:
     path = directory / name
     return parse_json(kind, _read(directory, name), str(path)) if path.exists() else None
 
@@ -589,7 +589,7 @@ class _Line:
     event: str
 
 
-def _events(directory: Path, event: str, kind: type[Kind]) -> tuple[Kind, ...]:
+def _events(directory: Path, event: str, kind: type[Parsed]) -> tuple[Parsed, ...]:
     where = str(directory / LOG_FILE)
     lines = _read(directory, LOG_FILE).splitlines()
     return tuple(parse_json(kind, line, where) for line in lines if parse_json(_Line, line, where).event == event)

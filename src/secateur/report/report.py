@@ -12,7 +12,7 @@ from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
 from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
 from secateur.report.page import KeyFigure, Page, Section, Table, render
 from secateur.report.records import (
-    ALIKE,
+    NOT_TOLD_APART,
     BenchResult,
     GroupStep,
     RecoveryRecord,
@@ -25,7 +25,7 @@ from secateur.report.records import (
     read_summary,
 )
 from secateur.report.rows import (
-    OTHER_TEXT,
+    OTHER_SOURCES,
     SIDES,
     answer_rows,
     answer_tables,
@@ -272,9 +272,9 @@ def key_figures(summary: Summary, ups: Mapping[str, SpeedUp]) -> list[KeyFigure]
         figures.append(KeyFigure("nats a token, own answers", error, f"{answers.nats_lost:+.2f}"))
     if (other := summary.other_text) is not None:
         before, after = (loss.perplexity for loss in other)
-        figures.append(KeyFigure(f"perplexity, {OTHER_TEXT}", f"from {before:.2f}", f"{after:.2f}"))
+        figures.append(KeyFigure(f"perplexity, {OTHER_SOURCES}", f"from {before:.2f}", f"{after:.2f}"))
     for phase, up in ups.items():
         (before, after), ratio = up.rates, up.measured
         spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f} times, {before:,.1f} → {after:,.1f} tokens/s"
-        figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else ALIKE))
+        figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else NOT_TOLD_APART))
     return figures

@@ -20,7 +20,7 @@ from secateur.facts import (
 from secateur.log import human_bytes
 from secateur.report.page import Table, Tables, code, escaped, markdown, terminal
 from secateur.report.records import (
-    ALIKE,
+    NOT_TOLD_APART,
     BenchResult,
     Change,
     Evaluation,
@@ -67,7 +67,7 @@ def verdict(summary: Summary) -> str:
     if (answers := summary.own_answers) is not None:
         lost, text = answers.nats_lost, "the dense model's own answers"
     elif summary.other_text is not None:
-        lost, text = change(*summary.other_text).nats_per_token, OTHER_TEXT
+        lost, text = change(*summary.other_text).nats_per_token, OTHER_SOURCES
     else:
         return f"{smaller}; what that cost was not measured"
     cost = f"lost {lost:.2f} nats a token" if lost >= 0.005 else "lost nothing"
@@ -87,7 +87,7 @@ def beside_verdict(
     """
     sentences, others = list[str](), list[str]()
     if summary.own_answers is not None and summary.other_text is not None:
-        others.append(f"{_times(change(*summary.other_text).nats_per_token)} on {OTHER_TEXT}")
+        others.append(f"{_times(change(*summary.other_text).nats_per_token)} on {OTHER_SOURCES}")
     if changes := loss_changes(summary):
         others.append(f"{_times(mean_change(changes.values()).nats_per_token)} on text like what it was trained on")
     if others:
@@ -102,7 +102,7 @@ def faster(phase: str, ratio: Spread) -> str:
     """Say how much faster a phase runs, with the range over repeats, or that it is not told."""
     spread = f"({ratio.lowest:.2f} to {ratio.highest:.2f})"
     if not ratio.is_told:
-        return f"{phase} speed is {ALIKE} {spread}"
+        return f"{phase} speed is {NOT_TOLD_APART} {spread}"
     return f"{phase} runs {ratio.median:.2f} {spread} times as fast"
 
 
@@ -119,7 +119,7 @@ def caveats(summary: Summary) -> list[str]:
     return notes
 
 
-OTHER_TEXT = "text of other sources"
+OTHER_SOURCES = "text of other sources"
 # Nats a token, above which a ratio of perplexities says nothing more.
 LARGEST_RATIO = math.log(1000)
 
@@ -127,7 +127,7 @@ LARGEST_RATIO = math.log(1000)
 def other_rows(losses: tuple[Loss, Loss] | None) -> Iterator[tuple[str, ...]]:
     """Yield (label, dense, pruned, difference) on text of other sources."""
     if losses is not None:
-        yield OTHER_TEXT, *map(_nats, losses), change(*losses).text()
+        yield OTHER_SOURCES, *map(_nats, losses), change(*losses).text()
 
 
 def _nats(loss: Loss) -> str:
@@ -367,7 +367,7 @@ def vocabulary_notes(trim: VocabularyFacts) -> Iterator[tuple[str, str]]:
         yield "trim alone", f"{more} nats per token of the dense tokenizer{foretold}"
 
 
-Row = tuple[str, ...]
+Cells = tuple[str, ...]
 
 
 def evaluation_table(evaluation: Evaluation) -> Tables:
@@ -409,28 +409,28 @@ def task_label(task: str, metric: str) -> str:
     return f"{task}, {metric.removesuffix(',none')}"
 
 
-def _nats_rows(evaluation: Evaluation) -> Iterator[Row]:
+def _nats_rows(evaluation: Evaluation) -> Iterator[Cells]:
     models, changes = list(evaluation.models.values()), evaluation.differences
 
-    def row(label: str, parts: list[Quality], change: Change | None) -> Row:
+    def row(label: str, parts: list[Quality], change: Change | None) -> Cells:
         cells = [f"{part.nats_per_token:.3f} ({part.perplexity:.2f})" for part in parts]
         if change is not None:
             cells.append(change.text())
         return label, *cells
 
-    yield row(OTHER_TEXT, [model.other_text for model in models], changes and changes.other_text)
+    yield row(OTHER_SOURCES, [model.other_text for model in models], changes and changes.other_text)
     for domain in evaluation.pruned.domains:
         yield row(domain, [model.domains[domain] for model in models], changes.domains[domain] if changes else None)
 
 
-def _bits_rows(evaluation: Evaluation) -> Iterator[Row]:
+def _bits_rows(evaluation: Evaluation) -> Iterator[Cells]:
     for domain in evaluation.pruned.domains:
         bits = [model.domains[domain].bits_per_byte for model in evaluation.models.values()]
         change = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) == 2 else []
         yield domain, *(f"{value:.4f}" for value in bits), *change
 
 
-def _kl_rows(evaluation: Evaluation) -> Iterator[Row]:
+def _kl_rows(evaluation: Evaluation) -> Iterator[Cells]:
     for domain, kl in (evaluation.kl or {}).items():
         yield domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}"
 
@@ -509,11 +509,11 @@ def judged_table(record: RecoveryRecord) -> Table:
     if not record.judged:
         return Table("", (), [])
     dense, *others = record.judged.values()
-    rows: list[Row] = []
+    rows: list[Cells] = []
     if answers := [model.answers for model in others if model.answers is not None]:
         rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *(lost_cell(answers_of) for answers_of in answers)))
     rows.append(
-        (OTHER_TEXT, f"{dense.other.nats_per_token:.3f}", *(change(dense.other, s.other).text() for s in others))
+        (OTHER_SOURCES, f"{dense.other.nats_per_token:.3f}", *(change(dense.other, s.other).text() for s in others))
     )
     for name, loss in dense.domains.items():
         rows.append((name, f"{loss.nats_per_token:.3f}", *(change(loss, s.domains[name]).text() for s in others)))

@@ -35,7 +35,7 @@ from secateur.stream.losses import HEAD_POSITIONS, domain_losses, head_inputs, p
 # A text that says the same four tokens again repeats itself.
 REPEATED_TOKENS = 4
 # Prompts whose two answers are shown side by side.
-NUM_SHOWN = 3
+PAIRS_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def judge(
         if speaks
         else conversations
     )
-    pairs = list(zip(sheet.prompts, conversations, written, strict=True))[:NUM_SHOWN]
+    pairs = list(zip(sheet.prompts, conversations, written, strict=True))[:PAIRS_SHOWN]
     return OwnAnswers(
         num_prompts=num_prompts,
         num_tokens=int(tokens_P.sum()),

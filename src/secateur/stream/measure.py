@@ -16,8 +16,8 @@ from secateur.model.group import Group, linear
 from secateur.stream.statistics import (
     BY_DOMAIN,
     Gram,
+    GroupStatistics,
     InOrder,
-    Measurement,
     Statistics,
     damped_gram,
     domain_weight,
@@ -28,7 +28,7 @@ from secateur.stream.statistics import (
 )
 from secateur.stream.walk import Walk
 
-NUM_STEPS = 5
+MINIMAX_STEPS = 5
 STEP_SIZE = 0.5
 # A domain's least weight, as a share of an equal one.
 FLOOR = 1 / 3
@@ -55,7 +55,7 @@ def minimax_weights(
     floor = FLOOR / len(by_domain)
     weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
     tried: list[tuple[float, dict[str, float]]] = []
-    for _ in range(NUM_STEPS):
+    for _ in range(MINIMAX_STEPS):
         named = dict(zip(by_domain, weights_D.tolist(), strict=True))
         gram = pool(by_domain, named).gram
         errors_D = removal_damage(by_domain, gram, reader_HF, columns_UW, num_keep, damping)
@@ -130,7 +130,7 @@ def measure(
     drift: bool = False,
     to_middle: bool = False,
     to_end: bool = False,
-) -> Measurement:
+) -> GroupStatistics:
     """Return the group's statistics on the pruned stream; the walk must stand before its layer.
 
     `drift`: also of (dense stream - pruned stream) after the layer; the dense stream must be there
@@ -184,4 +184,4 @@ def measure(
         # One domain at a time, to bound peak memory.
         both = held_out, held_out_drift
         held_out_TF, drift_TH = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
-        return Measurement(pooled, energy, held_out_TF, drift_TH, by_domain)
+        return GroupStatistics(pooled, energy, held_out_TF, drift_TH, by_domain)

@@ -298,7 +298,7 @@ class InOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class GroupStatistics:
     """`pooled`: statistics weighted over domains. `energy`: sum |y|^2 by domain.
 
     `held_out_TF`: this rank's reader inputs by domain; `held_out_drift_TH`: if asked, the drift of
