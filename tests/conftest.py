@@ -6,6 +6,7 @@ import os
 # other's way on matrices this small.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,10 @@ import typed  # noqa: F401  # before anything of the package
 import yaml
 from hypothesis import HealthCheck, Phase, settings
 from little import JUDGED_BY_LITTLE, UNPROVED
-from models import tiny_llama, tiny_qwen2
+from models import saved, tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
-from tiny_tokenizer import tiny_tokenizer
 from warm import WarmProcesses, fresh
-
-from secateur.model.stock import quiet_transformers
 
 # The same examples on each run and machine; how long one takes proves nothing.
 SLOW = HealthCheck.too_slow
@@ -31,6 +29,13 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 # For mutants the first example that fails is enough.
 settings.register_profile("first", settings.get_profile("same"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("same")
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of cycles pass by torch, transformers and the tests: a million objects that stay."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 CODE = "def keep(units):", "    return sorted(units)", "for layer in layers:", "    cut(layer)", "import torch"
@@ -94,12 +99,9 @@ def checkpoints(shared: Path) -> dict[str, Path]:
         "qwen2": tiny_qwen2(),
         "qwen2-tied": tiny_qwen2(tied=True),
     }
-    for name, model in models.items():
+    for model in models.values():
         model.generation_config.max_length = 77
-        with quiet_transformers():
-            model.save_pretrained(shared / name)
-            tiny_tokenizer().save_pretrained(shared / name)
-    return {name: shared / name for name in models}
+    return {name: saved(shared / name, model) for name, model in models.items()}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import pretend_device
 import pytest
 import torch
-from models import tiny_llama
+from models import saved, tiny_llama
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
@@ -21,7 +21,6 @@ from torch import nn
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.model.stock import quiet_transformers
 from secateur.pruning import cost as estimate
 from secateur.pruning import prepare as preparation
 from secateur.pruning import trim
@@ -54,13 +53,6 @@ def _same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "DEVICE_BATCH_TOKENS", walk.CPU_BATCH_TOKENS)
     pretend_device.device()
     float64_device.cache_clear()
-
-
-def saved(place: Path, model: Any) -> Path:
-    with quiet_transformers():
-        model.save_pretrained(place)
-        tiny_tokenizer().save_pretrained(place)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +94,7 @@ def test_a_device_gives_what_the_cpu_gives(name, by_layers, llama, recipe, made_
 @pytest.mark.parametrize("by_layers", [True, False])
 def test_tokens_go_on_a_device_as_on_the_cpu(by_layers, recipe, tmp_path, monkeypatch):
     tokenizer, _ = made("byte-level")
-    tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    saved(tmp_path, tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING), tokenizer)
     asked = {**recipe, "remove": 0.3, "vocabulary": "auto", "evaluate": not by_layers}
     expected = secateur.prune(tmp_path, grouped({**asked, "device": "cpu"}))
     if by_layers:

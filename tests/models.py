@@ -1,8 +1,10 @@
 """Tiny random causal LMs for tests: fp32, grouped queries, biases where the family has them, norms not all ones."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_tokenizer import tiny_tokenizer
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -20,6 +22,7 @@ from transformers import (
 
 from secateur.facts import Size
 from secateur.model.bind import bind
+from secateur.model.stock import quiet_transformers
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve import checked
 from secateur.recipe import Recipe
@@ -100,6 +103,14 @@ def randomised(model: Any, seed: int, norm_mean: float = 1) -> Any:
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model.eval()
+
+
+def saved(place: Path, model: Any, tokenizer: Any = None) -> Path:
+    """Write the model with a tokenizer, the tiny one unless another is given; return the directory."""
+    with quiet_transformers():
+        model.save_pretrained(place)
+        (tokenizer or tiny_tokenizer()).save_pretrained(place)
+    return place
 
 
 def num_params(model: torch.nn.Module) -> int:

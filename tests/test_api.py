@@ -66,16 +66,6 @@ def test_a_run_is_judged_by_text_that_nothing_else_looked_at(small, monkeypatch)
     assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), text.judged.blocks)
 
 
-def test_a_result_is_evaluated_on_the_text_that_judged_it(checkpoints, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.data.pool.JUDGED_TOKENS", 65)
-    losses = secateur.prune(checkpoints["llama"], grouped(recipe), out=tmp_path / "out").summary.pruned_losses
-    found = secateur.evaluate(tmp_path / "out")
-    assert not found.notes, "this is the run's own text"
-    assert {name: quality.num_tokens for name, quality in found.pruned.domains.items()} == {"prose": 93, "code": 93}
-    for name, quality in found.pruned.domains.items():
-        assert quality.nats_per_token == pytest.approx(losses[name].nats_per_token, rel=1e-5)
-
-
 def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
     model = tiny_llama()
     result = secateur.prune(model, grouped(small), tokenizer=TOKENIZER)

@@ -25,13 +25,11 @@ import pytest
 import typer
 import yaml
 from bpe_tokenizer import CORPUS, bpe_tokenizer
-from models import tiny_llama
+from models import saved, tiny_llama
 from run_cli import run_cli
-from transformers import AutoTokenizer
 
 import secateur
 from secateur.cli import app
-from secateur.model.stock import quiet_transformers
 from secateur.recipe import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -147,14 +145,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with all that the pages name: a dense model, one that was pruned, text, a recipe."""
     world = tmp_path_factory.mktemp("world")
     model = world / "path" / "to" / "model"
-    with quiet_transformers():
-        tiny_llama(vocab_size=640, num_layers=6).save_pretrained(model)
-        bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, " ".join(WORDS), PAGES["docs/LOG.md"][:20_000]]).save_pretrained(
-            model
-        )
+    tokenizer = bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, " ".join(WORDS), PAGES["docs/LOG.md"][:20_000]])
+    saved(model, tiny_llama(vocab_size=640, num_layers=6), tokenizer)
     (world / "MODEL").symlink_to(model)
-    tiny_llama(vocab_size=640, num_layers=6, seed=1).save_pretrained(model.with_name("sibling"))
-    AutoTokenizer.from_pretrained(model).save_pretrained(model.with_name("sibling"))
+    saved(model.with_name("sibling"), tiny_llama(vocab_size=640, num_layers=6, seed=1), tokenizer)
     lines = [" ".join(WORDS[start % 17 :] + WORDS[: start % 7]) + f" {start}" for start in range(2600)]
     (world / "law.txt").write_text("\n".join(lines))
     (world / "chat.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bpe_tokenizer import bpe_tokenizer
-from models import tiny_llama
+from models import saved, tiny_llama
 
 from tests.test_extend import lay_out
 
@@ -63,8 +63,8 @@ def test_fine_tune(smaller: Path, chats: Path, tmp_path: Path) -> None:
 
 
 def test_serve(tmp_path: Path) -> None:
-    tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
-    bpe_tokenizer().save_pretrained(tmp_path / "model")  # llama.cpp wants merges
+    # llama.cpp wants merges.
+    saved(tmp_path / "model", tiny_llama(hidden_size=64, intermediate_size=96), bpe_tokenizer())
     assert ran(tmp_path, "serve.py", "model").startswith(("llama.cpp: ", "llama-server -m "))
 
 

@@ -14,9 +14,8 @@ import numpy
 import pytest
 import torch
 import yaml
-from models import randomised
+from models import randomised, saved
 from recipes import grouped
-from tiny_tokenizer import tiny_tokenizer
 from transformers import HeliumConfig, HeliumForCausalLM
 from warm import WarmProcesses
 
@@ -24,7 +23,6 @@ from secateur import PluginError, RecipeError, Score, plugins
 from secateur.data.sources import SOURCES
 from secateur.formats import gguf as export
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
-from secateur.model.stock import quiet_transformers
 from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, parse_recipe
 from secateur.stream.statistics import Statistics
 
@@ -73,9 +71,7 @@ def helium(site: Path) -> Path:
     sizes = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": 320, "max_position_embeddings": 256}
     config = HeliumConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
-    with quiet_transformers():
-        randomised(HeliumForCausalLM(config), 0).save_pretrained(site / "helium")
-        tiny_tokenizer().save_pretrained(site / "helium")
+    saved(site / "helium", randomised(HeliumForCausalLM(config), 0))
     return site / "helium"
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from secateur.errors import RecipeError
-
 TOOL = Path(__file__).parents[1] / "tools" / "fuzz.py"
 # A few seconds in all on two idle cores.
 INPUTS = {"recipes": 60, "configs": 40, "headers": 30, "gguf": 40, "jsonl": 60, "tokenizers": 30, "journals": 40}
@@ -37,21 +35,3 @@ def test_damaged_files_end_in_a_sentence(name, fuzz, makers):
     counts, findings = fuzz.run(makers[name](), INPUTS[name], float("inf"), seed=0)
     assert not findings
     assert counts.total() == INPUTS[name] and min(counts["accepted"], counts["refused"]) >= INPUTS[name] // 20
-
-
-@pytest.mark.parametrize(
-    ("damage", "found"),
-    [
-        (lambda place: {}["x"], "KeyError: 'x'"),
-        (lambda place: (place.parent / "stray").mkdir(), "left files outside its directory: ['stray']"),
-        (lambda place: (_ for _ in ()).throw(RecipeError("")), "no sentence"),
-        (lambda place: [None for _ in iter(int, 1)], "Hang"),
-    ],
-    ids=["exception", "stray file", "no sentence", "hang"],
-)
-def test_what_counts_as_a_finding(damage, found, fuzz, monkeypatch):
-    monkeypatch.setattr(fuzz, "HANG_SECONDS", 0.2)
-    counts, findings = fuzz.run(fuzz.Kind([fuzz.Seed("a", b"x")], damage), 3, float("inf"), seed=5)
-    assert counts == {"findings": 3}
-    ((said, seed),) = findings.items()
-    assert found in said and seed == 5

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.forms import chat_text
@@ -189,8 +188,3 @@ def test_hostile_chat_templates(template):
     with pytest.raises(CalibrationError, match="row 1: the tokenizer's chat template refuses it") as raised:
         chat_text(CHAT, tokenizer, "row 1")
     assert any(part in str(raised.value) for part in TEMPLATES[template].split("|")), str(raised.value)
-
-
-def test_yaml_of_ordinary_text_is_that_of_pyyaml():
-    text = yaml.safe_dump({"a": [1, {"b": None}], "c": "x: y"})
-    assert yaml_of(text) == yaml.safe_load(text) and yaml_of("") is None

@@ -1,6 +1,5 @@
 """What every verb reports while it works: each stage with its steps, from none to all, and the lines it tells."""
 
-import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,14 +9,14 @@ from typing import Any
 import pytest
 import yaml
 from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
-from models import tiny_llama
+from models import saved, tiny_llama
 from recipes import grouped
 from shown import assert_shown
+from stops import lines_of
 from torch.autograd.graph import saved_tensors_hooks
 
 import secateur
 from secateur.formats.save import Verification
-from secateur.model.config import quiet_transformers
 
 TRAINING = {"num_tokens": 256, "batch_tokens": 128, "learning_rate": 1e-3}
 # What the clock, the memory or the last digit of a processor decides.
@@ -51,9 +50,8 @@ class Heard:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("stages")
-    with quiet_transformers():
-        tiny_llama(vocab_size=640).save_pretrained(place / "words")
-        bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, *SAMPLES.values()] * 4).save_pretrained(place / "words")
+    tokenizer = bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, *SAMPLES.values()] * 4)
+    saved(place / "words", tiny_llama(vocab_size=640), tokenizer)
     return place
 
 
@@ -107,6 +105,6 @@ def test_the_stages_of_every_verb(
             result = verb(progress=heard.progress, tell=heard.lines.append)
         heard.lines += result.summary.warnings if isinstance(result, secateur.Result) else getattr(result, "notes", ())
         texts += [name, heard.text(place).replace(str(model.parent), "MODELS")]
-    events = [json.loads(line)["event"] for line in (out / "run.jsonl").read_text().splitlines()]
+    events = [line["event"] for line in lines_of(out)]
     texts += ["events of the first run", "  " + " ".join(events)]
     assert_shown("stages", "\n".join(texts))

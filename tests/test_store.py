@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from recipes import grouped
+from stops import Stopped, stopped_after, weights
 
 import secateur
 from secateur.files import sha256_of
 from secateur.store import Store, place_beside
-from tests.pruning.test_resume import Stopped, stopped_after, weights
 
 # The second round is begun, so that a damaged step lies in a round through which no stream goes any more.
 RECIPE = {"remove": 0.35, "budget": "curve", "rounds": 2, "groups": ["ffn"]}
@@ -122,8 +122,6 @@ def test_what_was_kept_is_found(tmp_path):
     assert store.value("number", lambda: None) == 0.1 and store.num_found == 2
     assert store.value("part", lambda: None, depends_on={"model": "abc"}) == [1, 2]
     assert store.value("part", lambda: "new", depends_on={"model": "abd"}) == "new"
-    for file in tmp_path.glob("*.json"):
-        json.loads(file.read_text())  # people may read them
 
 
 def test_every_bit_counts(tmp_path):

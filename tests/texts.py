@@ -2,16 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from secateur.data.blocks import LearningText
 from secateur.data.pool import Amounts, CalibrationText, Split, TextPool
-from secateur.evaluation.parts import measured_by
 from secateur.log import Progress, silent
-from secateur.model.bind import bind
-from secateur.report.records import Quality
-from secateur.store import Store
-from secateur.stream.judge import Judge, ToJudge
 
 
 def split_text(
@@ -37,10 +30,3 @@ def learning_text(
 ) -> LearningText:
     """Return what may be learnt by."""
     return split_text(calibration, num_tokens, tokenizer, seed, progress, **amounts).learning.text
-
-
-def quality_of(model: Any, ids_NT: Tensor, tokenizer: Any) -> Quality:
-    """Return what `evaluate` says of a model on blocks that are a document each."""
-    judge = Judge({"mine": ids_NT}, tokenizer, model.config, Store())
-    scores = judge.pruned(ToJudge("pruned", lambda: (model, bind(model)), 32))
-    return measured_by(scores, judge.text, tokenizer, {}).domains["mine"]

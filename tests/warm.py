@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 SERVER = """
-import json, os, runpy, signal, sys, traceback
+import gc, json, os, runpy, signal, sys, traceback
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -34,6 +34,8 @@ def run(option, *arguments):
         sys.argv = [option, *arguments]
         runpy.run_path(option, run_name="__main__")
 
+gc.collect()
+gc.freeze()  # in the forks too, which leaves their memory shared
 for line in sys.stdin:
     request, status = json.loads(line), 1
     child = os.fork()

@@ -5,9 +5,8 @@ import re
 
 import pytest
 import yaml
-from models import tiny_llama
+from models import saved, tiny_llama
 from run_cli import run_cli
-from tiny_tokenizer import tiny_tokenizer
 
 from secateur.cli.common import parse_domains, parse_sets, with_answers
 from secateur.cli.prune import about, meaning
@@ -40,17 +39,16 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
 
 
 def test_prompts_of_a_file_are_answered_beside_the_text(recipe_file, texts, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "chat")
-    tiny_tokenizer().save_pretrained(tmp_path / "chat")
+    saved(tmp_path / "chat", tiny_llama())
     (tmp_path / "asked.csv").write_text("question\n" + "".join(f"q{number}\n" for number in range(40)))
     run = run_cli(
         *("prune", tmp_path / "chat", tmp_path / "out", "--recipe", recipe_file, "--polish", "0"),
         *("--answers", f"{tmp_path / 'asked.csv'}:question"),
     )
     assert run.status == 0, run.stderr
-    saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())).calibration
-    assert set(saved.of_text) == {"prose", "code"} and list(saved.answered) == ["answers"]
-    asked = saved.domains["answers"]
+    written = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())).calibration
+    assert set(written.of_text) == {"prose", "code"} and list(written.answered) == ["answers"]
+    asked = written.domains["answers"]
     assert (asked.files, asked.column) == ((str(tmp_path / "asked.csv"),), "question")
     num_tokens = json.loads((tmp_path / "out" / "result.json").read_text())["calibration"]["num_tokens"]
     assert num_tokens["answers"] == num_tokens["prose"] + num_tokens["code"] > 0

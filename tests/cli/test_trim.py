@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 from bpe_tokenizer import CORPUS, SAMPLES, SPACE, bpe_tokenizer, sentencepiece_tokenizer
-from models import tiny_llama
+from models import saved, tiny_llama
 from run_cli import Outcome, run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from secateur.model.stock import quiet_transformers
 
 NUM_ROWS, NUM_TOKENS, SIZE = 640, 630, 448
 PROSE = "the pruned channels of a layer are read by one linear map and written by two others".split()
@@ -24,11 +22,8 @@ PROSE = "the pruned channels of a layer are read by one linear map and written b
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model whose tokenizer knows several scripts, and a text that speaks English alone."""
     place = tmp_path_factory.mktemp("trim")
-    with quiet_transformers():
-        tiny_llama(vocab_size=NUM_ROWS).save_pretrained(place / "model")
-        bpe_tokenizer(vocab_size=NUM_TOKENS, corpus=[*CORPUS, *SAMPLES.values(), " ".join(PROSE)] * 4).save_pretrained(
-            place / "model"
-        )
+    tokenizer = bpe_tokenizer(vocab_size=NUM_TOKENS, corpus=[*CORPUS, *SAMPLES.values(), " ".join(PROSE)] * 4)
+    saved(place / "model", tiny_llama(vocab_size=NUM_ROWS), tokenizer)
     lines = [" ".join(PROSE[start % 17 :] + PROSE[: start % 7]) for start in range(3000)]
     (place / "prose.txt").write_text("\n".join(f"{line} {number}" for number, line in enumerate(lines)))
     return place
@@ -97,9 +92,7 @@ def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
 def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
     """Text without a digit: by its length a digit in its byte costs nothing, and the model has never read one so."""
     tokenizer = sentencepiece_tokenizer("gemma", 420)
-    with quiet_transformers():
-        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     draw, words = random.Random(0), "the ferry leaves at they said it hours def fare distance return".split()
     (tmp_path / "prose.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(9000)))
     arguments = ["trim", tmp_path / "model", tmp_path / "out", "--domain", f"prose={tmp_path / 'prose.txt'}"]
@@ -107,28 +100,6 @@ def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
     assert outcome.status == 0, outcome.stderr
     small = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert small.tokenize("06:15 12345") == [*"06:15", SPACE, *"12345"]
-
-
-def test_a_trim_that_costs_too_much_is_one_sentence_and_force_writes_it(place, tmp_path):
-    """All of the text's words go: a model that knows nothing then loses as much for each of their pieces."""
-    text = tmp_path / "all.txt"
-    text.write_text("\n".join(f"{' '.join(CORPUS)} {' '.join(SAMPLES.values())} {number}" for number in range(400)))
-    arguments = ["trim", place / "model", tmp_path / "out", "--domain", f"all={text}", "--vocabulary", 320]
-    outcome = run_cli(*arguments)
-    assert outcome.status == 2 and not (tmp_path / "out").exists()
-    message = (
-        r"secateur: remove\.vocabulary: with 320 of its 640 tokens the model loses \d\.\d\d nats per token .*--force\."
-    )
-    assert re.fullmatch(message, outcome.stderr.splitlines()[-1])
-    forced = run_cli(*arguments, "--force")
-    assert forced.status == 0 and "it was written all the same, as --force says." in " ".join(forced.stdout.split())
-
-
-@pytest.mark.parametrize("value", ["many", "-64"])
-def test_prune_takes_a_number_or_auto(place, tmp_path, value):
-    outcome = run_cli("prune", place / "model", tmp_path / "out", "--vocabulary", value)
-    expected = "remove.vocabulary: must be auto, or how many tokens stay, a multiple of 64, got "
-    assert outcome.status == 2 and outcome.stderr == f"secateur: command line: {expected}'{value}'.\n"
 
 
 def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):

@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub.errors import HTTPError
 from tiny_tokenizer import tiny_tokenizer
+from warm import WarmProcesses
 
 from secateur.data import rows as rows_of_files
 from secateur.data import sources
@@ -394,16 +395,12 @@ for source in sys.argv[1:]:
 """
 
 
-def test_offline_datasets_read_local_data_and_never_the_network(tmp_path: Path) -> None:
+def test_offline_datasets_read_local_data_and_never_the_network(tmp_path: Path, warm: WarmProcesses) -> None:
     (tmp_path / "local").mkdir()
     put_rows(tmp_path / "local" / "train.jsonl", [{"text": text} for text in TEXTS])
-    run = subprocess.run(
-        [sys.executable, "-c", READ_DATASET, str(tmp_path / "local"), "somebody/no-such-dataset"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-c", READ_DATASET, str(tmp_path / "local"), "somebody/no-such-dataset"]
+    run = warm.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
+    assert run.returncode == 0, run.stderr
     local, remote = run.stdout.splitlines()
     assert local == str(sorted(TEXTS))
     assert remote.startswith("CalibrationError dataset somebody/no-such-dataset: cannot be loaded")

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama
-from tiny_tokenizer import tiny_tokenizer
+from models import saved, tiny_llama
 
 from secateur.data.blocks import Blocks
 from secateur.evaluation import compare as module
@@ -19,12 +18,8 @@ NUM_BLOCKS = 2
 @pytest.fixture(scope="module")
 def seen(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run two cells of one draw and the trained dense model: what they were made from, judged on, what came out."""
-    place, found = (
-        tmp_path_factory.mktemp("cells"),
-        dict[str, Any](texts=[], judged=[], lessons=[], depends=[], progress=[]),
-    )
-    tiny_llama().save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+    place = saved(tmp_path_factory.mktemp("cells") / "model", tiny_llama()).parent
+    found = dict[str, Any](texts=[], judged=[], lessons=[], depends=[], progress=[])
     domains = {name: {"files": [str(file)]} for name, file in texts.items()}
     calibration = {"num_tokens": 1280, "sequence_length": 32, "domains": domains}
     study = Study(

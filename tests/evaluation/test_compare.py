@@ -27,8 +27,7 @@ from secateur.evaluation.study import (
     study_verdict,
 )
 from secateur.facts import Loss
-from tests.models import tiny_llama
-from tests.tiny_tokenizer import tiny_tokenizer
+from tests.models import saved, tiny_llama
 
 TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0123 + {} = 4567;\n"}
 
@@ -36,8 +35,7 @@ TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0
 @pytest.fixture
 def grid(tmp_path: Path) -> dict[str, Any]:
     """A study on a tiny model with two domains of its own."""
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", tiny_llama())
     domains = {}
     for name, line in TEXTS.items():
         (tmp_path / f"{name}.txt").write_text("".join(line.format(number) for number in range(2000)))

@@ -16,7 +16,6 @@ from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import (
     TaskOptions,
     _code_found,
-    load_metric,
     load_tasks,
     passes,
     quiet_harness,
@@ -253,11 +252,7 @@ def test_mistakes_are_one_sentence(arguments, expected, checkpoints, saved, out)
     assert expected in outcome.stderr
 
 
-def test_what_a_task_may_ask_for_and_is_not_there(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="the metric bleu is on the hub alone"):
-        load_metric("bleu")
-    with pytest.raises(ValueError, match=r"pass@k is measured for k = 1 alone, got \[2\]"):
-        load_metric("code_eval").compute(references=[], predictions=[], k=(2,))
+def test_rows_that_cannot_be_read_are_one_sentence(monkeypatch, tmp_path):
     for error in (ValueError("no rows"), OSError("no rows"), pyarrow.ArrowInvalid("no rows")):
         monkeypatch.setattr("datasets.load_from_disk", Mock(side_effect=error))
         with pytest.raises(RecipeError, match=r"task data .*: cannot be read \(no rows\); write or download it again"):

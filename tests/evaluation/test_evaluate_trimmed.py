@@ -94,12 +94,6 @@ def test_what_is_measured_is_kept_and_the_trim_is_part_of_what_it_depends_on(pai
     assert itself.kl is not None and itself.kl["prose"].kl == 0 and itself.notes == alone.notes
 
 
-def test_a_trim_alone_has_no_divergence(domains, tmp_path):
-    pair = trimmed_pair(tmp_path / "models")
-    found = evaluate(pair.pruned, pair.dense, domains=domains, num_blocks=2, sequence_length=LENGTH, out=tmp_path)
-    assert found.kl is not None and found.kl["prose"].kl == pytest.approx(0, abs=1e-6)
-
-
 def test_a_lost_divergence_is_measured_again_over_the_kept_tokens(pair, domains, tmp_path):
     options: dict[str, Any] = {"domains": domains, "num_blocks": 2, "sequence_length": LENGTH, "out": tmp_path}
     first = evaluate(pair.pruned, pair.dense, **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import saved
 from recipes import grouped
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
@@ -15,18 +16,15 @@ import secateur
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load
 from secateur.model.kept import KeptTokens, keep_tokens
-from secateur.model.stock import quiet_transformers
 from tests.families import tiny_family
 
 WIDTH, FFN = 48, 112
 
 
-def saved(directory: Path, aside: dict[str, Tensor], vocab_size: int = 320) -> Path:
+def saved_with(directory: Path, aside: dict[str, Tensor], vocab_size: int = 320) -> Path:
     model = tiny_family("qwen3_5")
     model.resize_token_embeddings(vocab_size)
-    with quiet_transformers():
-        model.save_pretrained(directory)
-        tiny_tokenizer().save_pretrained(directory)
+    saved(directory, model)
     file = directory / "model.safetensors"
     save_file(load_file(file) | aside, file, {"format": "pt"})
     return directory
@@ -41,7 +39,7 @@ def head(*names: str) -> dict[str, Tensor]:
 
 
 def test_a_head_that_reads_hidden_states_alone_is_carried(recipe: dict[str, Any], tmp_path: Path) -> None:
-    source = saved(tmp_path / "model", head())
+    source = saved_with(tmp_path / "model", head())
     result = secateur.prune(source, grouped(recipe | {"remove": 0.15}), out=tmp_path / "out")
     assert result.summary.reload_max_abs_difference == 0
     carried = load_file(tmp_path / "out/model-aside.safetensors")
@@ -53,7 +51,7 @@ def test_a_head_that_reads_hidden_states_alone_is_carried(recipe: dict[str, Any]
 
 
 def test_a_head_whose_layer_is_no_longer_like_the_others_is_left_out_and_told(recipe, tmp_path: Path) -> None:
-    source = saved(tmp_path / "model", head("gate_proj"))
+    source = saved_with(tmp_path / "model", head("gate_proj"))
     shapes = {name: each.shape for name, each in load_file(source / "model.safetensors").items()}
     assert {shape for name, shape in shapes.items() if name.endswith(".mlp.gate_proj.weight")} == {(FFN, WIDTH)}
     secateur.prune(source, grouped(recipe | {"remove": 0.15}), out=tmp_path / "out")
@@ -76,9 +74,7 @@ def test_a_head_numbered_as_a_further_layer_goes_with_the_number(
     model = tiny_family("glm4_moe")
     number = model.config.num_hidden_layers  # 46 or 92 in models of its family
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [rf"model\.layers\.{number}.*"])
-    with quiet_transformers():
-        model.save_pretrained(source)
-        tiny_tokenizer().save_pretrained(source)
+    saved(source, model)
     aside = {f"model.layers.{number}.enorm.weight": torch.ones(WIDTH)}
     save_file(load_file(source / "model.safetensors") | aside, source / "model.safetensors", {"format": "pt"})
     secateur.prune(source, grouped(recipe | changes), out=tmp_path / "out")
@@ -93,7 +89,7 @@ def test_a_head_numbered_as_a_further_layer_goes_with_the_number(
 @pytest.mark.parametrize("shards", ["5GB", "40KB"])
 def test_its_rows_by_token_are_trimmed_as_the_models(shards: str, tmp_path: Path) -> None:
     rows = {"mtp.embed_tokens.weight": torch.randn(320, WIDTH)}
-    source = saved(tmp_path / "model", head() | rows)
+    source = saved_with(tmp_path / "model", head() | rows)
     model, kept = load(source), KeptTokens(tuple(range(0, 320, 2)), 320)
     model.generation_config = None
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
-from models import tiny_ids, tiny_llama
+from models import saved, tiny_ids, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer as BackendTokenizer
@@ -23,7 +23,6 @@ from secateur.files import lies_in
 from secateur.formats.reload_child import runs_own_code
 from secateur.formats.save import OWN_CODE, Verification, save_checkpoint, verify_reload
 from secateur.model.checkpoint import check_in_memory, load_tokenizer, open_checkpoint
-from secateur.model.stock import quiet_transformers
 
 CODE = """
 import os
@@ -57,10 +56,7 @@ def name_code(directory: Path, module: str) -> Path:
 
 
 def save_source(directory: Path) -> Path:
-    with quiet_transformers():
-        tiny_llama().save_pretrained(directory)
-        bpe_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(directory, tiny_llama(), bpe_tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -420,3 +421,49 @@ def test_a_common_factor_of_all_removals_keeps_the_table_small_and_exact() -> No
 def test_of_equal_losses_the_first_option_is_taken() -> None:
     assert least_loss([[0, 5, 5]], [[0.0, 1.0, 1.0]], 5) == [1]
     assert least_loss([[0, 5], [0, 5]], [[0.0, 1.0], [0.0, 1.0]], 5) == [1, 0]
+
+
+NUM_PARAMS = 10_000_000
+
+
+def random_case(num_layers: int, seed: int) -> tuple[tuple[Group, ...], dict[tuple[int, str], GroupProfile]]:
+    """FFN of 256 channels in steps of 32 and five heads per layer; the middle layers matter least; two domains."""
+    choose = random.Random(seed)
+    groups, profiles = [], {}
+    for layer in range(num_layers):
+        middle = min(layer, num_layers - 1 - layer) + 1
+        for group, step in ((group_of(layer, "heads", 5, 30_720), 1), (group_of(layer, "ffn", 256, 576), 32)):
+            levels = tuple(range(group.num_units, 0, -step))
+            gains = [choose.uniform(0.01, 0.05) * number for number in range(len(levels))]
+            slopes = {"prose": choose.uniform(1, 4) / middle, "code": choose.uniform(1, 9) / middle}
+            profiles[layer, group.name] = GroupProfile(levels, tuple(itertools.accumulate(gains)), slopes)
+            groups.append(group)
+    return tuple(groups), profiles
+
+
+def weighted_rise(profiles, plan, weights=(0.5, 0.5)) -> float:
+    rise = predicted_rise(profiles, plan.num_keep)
+    return weights[0] * rise["prose"] + weights[1] * rise["code"]
+
+
+def ends_of(groups, profiles, remove: float) -> dict[str, dict[str, float]]:
+    """Return the predicted rises of the plan that serves one domain alone, by that domain."""
+    ends = {}
+    for name in ("prose", "code"):
+        alone = {key: replace(each, slopes={name: each.slopes[name]}) for key, each in profiles.items()}
+        ends[name] = predicted_rise(profiles, curve_plan(groups, alone, prices_of(NUM_PARAMS), remove).num_keep)
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_limited_domain_keeps_within_its_limit_at_least_cost_to_the_average(seed: int) -> None:
+    groups, profiles = random_case(12, seed)
+    free = curve_plan(groups, profiles, prices_of(NUM_PARAMS), 0.15)
+    ends = ends_of(groups, profiles, 0.15)
+    highest = predicted_rise(profiles, free.num_keep)["prose"]
+    assert curve_plan(groups, profiles, prices_of(NUM_PARAMS), 0.15, max_rise={"prose": highest}) == free
+    limit = (highest + ends["prose"]["prose"]) / 2
+    limited = curve_plan(groups, profiles, prices_of(NUM_PARAMS), 0.15, max_rise={"prose": limit})
+    assert predicted_rise(profiles, limited.num_keep)["prose"] <= limit < highest
+    assert limited.removed_share >= 0.15
+    assert weighted_rise(profiles, free) < weighted_rise(profiles, limited) < sum(ends["prose"].values()) / 2

@@ -10,7 +10,6 @@ from models import logits_of, tiny_ids, tiny_llama, tiny_qwen2
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
-from secateur.errors import NumericsError
 from secateur.methods.depth import layer_kl, narrow_readers, remove_layers
 from secateur.model.bind import bind
 from secateur.stream.walk import Batch, make_batches
@@ -143,19 +142,3 @@ def test_generation_with_a_cache_equals_without(factory, settings, tmp_path):
         assert torch.equal(*texts) and texts[0].shape == (2, 22)
     cache = model(ids_BT, use_cache=True).past_key_values
     assert [cache.get_seq_length(index) for index in range(2)] == [12, 12] and len(cache.layers) == 2
-
-
-def test_removing_one_by_one_equals_removing_at_once():
-    ids_BT, at_once, stepwise = tiny_ids(), tiny_qwen2(num_layers=4), tiny_qwen2(num_layers=4)
-    remove_layers(at_once, bind(at_once), [1, 2])
-    arch = remove_layers(stepwise, bind(stepwise), [2])
-    remove_layers(stepwise, arch, [1])
-    torch.testing.assert_close(logits_of(stepwise, ids_BT), logits_of(at_once, ids_BT))
-
-
-def test_a_divergence_that_is_not_finite_names_layer_and_domain():
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
-    with pytest.raises(NumericsError, match="KL without layer 0, domain d"):
-        layer_kl(model, bind(model), batches_of(tiny_ids()))

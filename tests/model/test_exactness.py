@@ -86,19 +86,6 @@ def test_groups_cut_together_saved_and_reloaded_by_stock_transformers_equal_a_ma
     assert tied == masked.config.tie_word_embeddings
 
 
-def test_walk_gives_every_layer_its_own_keyword_arguments() -> None:
-    model, ids_BT = tiny_qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=1), tiny_ids(length=24)
-    full = tiny_qwen2()
-    assert not torch.allclose(logits_of(model, ids_BT), logits_of(full, ids_BT), atol=1e-3)
-    arch = bind(model)
-    walk = Walk(model, arch, make_batches("d", ids_BT, held_out=False))
-    for index in range(arch.num_layers):
-        walk.advance(index)
-    with torch.no_grad():
-        logits = model.lm_head(model.model.norm(torch.cat(walk.hidden_BTD)))
-    torch.testing.assert_close(logits, logits_of(model, ids_BT), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factory", [tiny_llama, tiny_qwen2, tiny_gemma3])
 def test_keep_all_leaves_every_weight_bit_identical(factory: Callable[..., Any], dtype: torch.dtype) -> None:
@@ -153,43 +140,6 @@ def test_compensation_never_raises_held_out_error(
             assert error == pytest.approx(first[name][domain.name], rel=1e-3), name
 
 
-def test_compensation_lowers_the_layers_true_output_error() -> None:
-    """What the guard reports is the error of the reader's output, recomputed here from the model itself."""
-    errors = {}
-    for compensate in ("none", "least_squares"):
-        model, dense = tiny_llama(num_layers=1), tiny_llama(num_layers=1)
-        calibration = random_calibration(num_domains=1, blocks=64)
-        _, (line,) = prune_tiny(model, calibration, compensate=compensate)
-        held_out_NT = calibration.domains[0].held_out.ids_NT
-        outputs = [output_of(each.model.layers[0].mlp, each, held_out_NT) for each in (dense, model)]
-        errors[compensate] = float((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum())
-        assert errors[compensate] == pytest.approx(line["error_after"]["d0"], rel=1e-3)
-    assert errors["least_squares"] < errors["none"]
-
-
-def test_rounds_measure_anew_and_keeps_are_original_indices() -> None:
-    model, dense = tiny_llama(), tiny_llama()
-    keeps, lines = prune_tiny(model, random_calibration(), rounds=3, compensate="none", remove=0.3)
-    assert [line["round"] for line in lines] == [1] * 3 + [2] * 3 + [3] * 3
-    assert [line["total"] for line in lines[::3]] == [112, lines[0]["kept"], lines[3]["kept"]]
-    for (layer, _), keep in keeps.items():
-        rows = dense.model.layers[layer].mlp.up_proj.weight[keep]
-        assert torch.equal(model.model.layers[layer].mlp.up_proj.weight, rows)
-
-
-def test_half_cut_model_runs() -> None:
-    """With one KV head and 40 channels in one layer alone, it gives what the masked model gives."""
-    model, masked = tiny_llama(), tiny_llama()
-    arch = bind(model)
-    for group in arch.groups[3:6]:
-        kept = {"kv_heads": 1, "ffn": 40}.get(group.name)
-        if kept is not None:
-            zero_units(masked.model.layers[1], group, torch.arange(kept, group.num_units))
-            cut(model.model.layers[1], group, torch.arange(kept))
-    assert (model.model.layers[1].mlp.up_proj.out_features, model.model.layers[0].mlp.up_proj.out_features) == (40, 112)
-    torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-6, rtol=1e-6)
-
-
 def test_the_dense_stream_stays_the_dense_model_in_later_rounds() -> None:
     """Three rounds and a mix of 1 on one domain: the stream that is followed is the original one."""
     model, dense = tiny_llama(), tiny_llama()
@@ -226,15 +176,6 @@ def test_a_part_of_the_drift_in_the_target_brings_the_model_nearer_to_the_dense_
     errors = {mix: float((logits - expected).square().mean()) for mix, logits in found.items()}
     assert errors[0.5] < errors[0.0]
     assert torch.equal(found[None], found[0.5]) and not torch.equal(found[1.0], found[0.5])
-
-
-def test_embeddings_come_back_bit_for_bit() -> None:
-    for tied in (False, True):
-        model, dense = tiny_llama(tied=tied), tiny_llama(tied=tied)
-        prune_tiny(model, random_calibration())
-        assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
-        assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
 def test_every_layer_reads_the_stream_that_the_cut_layers_before_it_give() -> None:

@@ -1,6 +1,6 @@
 """The cut itself against plain indexing: rows, columns, biases, counts, and the units' first names."""
 
-import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +14,16 @@ from secateur.errors import ArchError
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import (
     Axis,
+    Experts,
     Group,
     Linears,
+    Stacks,
     cut,
-    linear,
     original_units,
     rows_of,
     unit_columns,
 )
+from secateur.model.guesses import _by_router
 from secateur.model.per_layer import record_widths
 from tests.families import tiny_family
 
@@ -120,24 +122,25 @@ def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "at_least", "multiple_of"),
+    ("config", "num_chosen", "at_least"),
     [
-        ("mixtral", {}, 2, 1),  # as many as each token gets
-        ("mixtral", {"num_experts_per_tok": 3}, 3, 1),
-        ("deepseek_v3", {}, 6, 3),  # three groups with the two experts that rank each
-        (
-            "deepseek_v3",
-            {"num_experts_per_tok": 5, "topk_group": 2, "n_routed_experts": 12},
-            9,
-            3,
-        ),  # ceil(5 / 2) in each
-        ("deepseek_v3", {"num_experts_per_tok": 4, "topk_group": 2}, 6, 3),
-        ("deepseek_v3", {"n_group": 1, "topk_group": 1}, 2, 1),
+        ({}, 2, 2),  # as many as each token gets
+        ({"n_group": 3, "topk_group": 2}, 2, 6),  # three groups with the two experts that rank each
+        ({"n_group": 3, "topk_group": 2}, 5, 9),  # ceil(5 / 2) in each
+        ({"n_group": 3, "topk_group": 2}, 4, 6),
+        ({"n_group": 1, "topk_group": 1}, 2, 2),
+        ({"n_group": None}, 2, 2),
     ],
 )
-def test_as_many_experts_stay_as_the_router_needs(name, changes, at_least, multiple_of):
-    groups = [group for group in bind(tiny_family(name, **changes)).groups if group.name == "experts"]
-    assert {(group.at_least, group.multiple_of) for group in groups} == {(at_least, multiple_of)}
+def test_as_many_experts_stay_as_the_router_needs(config, num_chosen, at_least):
+    stacks = Stacks("up", None, "down", alternating=False, transposed=False)
+    found, least = _by_router(Experts("mlp", stacks, num_chosen=num_chosen), SimpleNamespace(**config))
+    assert (found.num_groups, least) == (config.get("n_group") or 1, at_least)
+
+
+def test_a_router_chooses_as_many_experts_as_its_config_says():
+    groups = bind(tiny_family("mixtral", num_experts_per_tok=3)).select(("experts",))
+    assert {(group.at_least, group.multiple_of) for group in groups} == {(3, 1)}
 
 
 def test_groups_are_those_named_and_whole_families_say_why_not():
@@ -160,26 +163,6 @@ def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():
     record_widths(model, arch)
     assert "auto_map" not in vars(model.config)
     assert [model.config.per_layer_config[index].intermediate_size for index in range(3)] == [112, 40, 112]
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
-def test_the_config_says_what_the_tensors_are(name):
-    """Heads too: read from the linears, also from one that makes queries, keys and values in one go."""
-    model = tiny_family(name)
-    arch = bind(model)
-    names = {group.name for group in arch.groups} & {"ffn", "kv_heads"}
-    for group in arch.select(tuple(sorted(names))):
-        count = 40 if group.name == "ffn" else 1
-        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count))
-    record_widths(model, arch)
-    bound = bind(copy.deepcopy(model))
-    assert {(group.name, group.num_units) for group in bound.select(tuple(sorted(names)))} == {
-        (name, 40 if name == "ffn" else 1) for name in names
-    }
-    with torch.no_grad():
-        assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
-    reader = linear(decoder_layers(model, arch)[0], arch.select(("ffn",))[0].reader.module)
-    assert reader.in_features == 40
 
 
 def test_a_transposed_linear_is_saved_and_loaded_as_it_was():

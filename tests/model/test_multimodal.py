@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from models import saved
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
@@ -13,15 +14,13 @@ from safetensors.torch import load_file
 import secateur
 from secateur.model.checkpoint import load
 from tests.families import tiny_family
-from tests.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["gemma3_multimodal", "qwen2_5_vl"])
 def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path) -> None:
     model = tiny_family(name)
     model.config.get_text_config().vocab_size = 320
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", model)
     (tmp_path / "model/preprocessor_config.json").write_text("{}")
     result = secateur.prune(tmp_path / "model", grouped(recipe | {"remove": 0.15, "rounds": 2}), out=tmp_path / "out")
     assert result.summary.reload_max_abs_difference == 0
@@ -38,8 +37,7 @@ def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path
 def test_terminal_card_and_result_name_the_class_that_reloads_it(recipe, tmp_path) -> None:
     model = tiny_family("qwen2_5_vl")
     model.config.get_text_config().vocab_size = 320
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", model)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(grouped(recipe | {"remove": 0.15, "evaluate": False})))
     out = tmp_path / "out"
     outcome = run_cli("prune", tmp_path / "model", out, "--recipe", tmp_path / "recipe.yaml")

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama
+from models import saved, tiny_llama
 from recipes import grouped
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
@@ -43,9 +42,7 @@ Replace = Callable[[str, Tensor], dict[str, Tensor]]
 
 def written(directory: Path, model: Any, said: dict[str, Any], replace: Replace, where: str = "_proj.weight") -> Path:
     """Save the model with every such weight replaced by its quantised parts, and a config that says so."""
-    with quiet_transformers():
-        model.to(torch.bfloat16).save_pretrained(directory)
-        tiny_tokenizer().save_pretrained(directory)
+    saved(directory, model.to(torch.bfloat16))
     file, tensors = directory / "model.safetensors", {}
     for name, weight in load_file(file).items():
         parts = replace(name, weight) if name.endswith(where) else {name: weight}

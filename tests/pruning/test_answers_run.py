@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import opened, tiny_llama
+from models import opened, saved, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CalibrationError, CheckpointError, RecipeError
-from secateur.evaluation.text import recipe_blocks
-from secateur.log import silent
 from secateur.pruning.text import with_share_of_answers
 from secateur.recipe import Recipe
 from secateur.recovery.text import in_steps
@@ -83,11 +81,6 @@ def test_a_polish_that_leads_away_from_the_dense_model_on_its_answers_is_undone(
     assert any("moved away from the dense one on its answers" in note for note in undone.summary.warnings)
     for name, weight in untrained.model.state_dict().items():
         assert torch.equal(undone.model.state_dict()[name], weight)
-
-
-def test_evaluation_leaves_answers_out_and_says_so(pruned: tuple[Any, Path]) -> None:
-    blocks, notes = recipe_blocks(pruned[1], TOKENIZER, silent)
-    assert list(blocks) == ["lines"] and len(notes) == 1 and "left out (chat)" in notes[0]
 
 
 def shares(tokenizer: Any, **calibration: Any) -> dict[str, float]:
@@ -161,8 +154,7 @@ def test_too_few_prompts_are_an_error(files: Path, tmp_path: Path) -> None:
 
 
 def test_answers_to_other_prompts_are_not_taken_for_those_to_these(files: Path, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", tiny_llama())
     text = shutil.copytree(files, tmp_path / "text")
 
     def stop(stage: str, done: int, total: int) -> None:

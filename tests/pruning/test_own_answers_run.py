@@ -6,9 +6,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from models import tiny_llama
+from models import saved, tiny_llama
 from recipes import grouped
-from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 import secateur
@@ -51,8 +50,7 @@ def test_a_run_that_names_its_tokens_is_asked_the_prompts_that_go_with_them(chec
 
 
 def test_a_run_in_float32_is_judged_the_same_with_and_without_room_for_all_layers(recipe, monkeypatch, tmp_path):
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "low")
-    tiny_tokenizer().save_pretrained(tmp_path / "low")
+    saved(tmp_path / "low", tiny_llama().to(torch.bfloat16))
     asked = grouped({**recipe, "remove": 0.2, "compute_dtype": "float32"})
     roomy = secateur.prune(tmp_path / "low", asked, out=tmp_path / "roomy")
     told = secateur.inspect(tmp_path / "low", asked)

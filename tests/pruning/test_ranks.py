@@ -15,12 +15,11 @@ import psutil
 import pytest
 import torch
 import yaml
-from models import tiny_ids, tiny_llama
+from models import saved, tiny_ids, tiny_llama
 from ranks_child import main as run_jobs
 from recipes import grouped
 from run_ranks import run_forked_ranks, run_machines, run_ranks, start_ranks
 from safetensors.torch import load_file
-from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur import ranks
@@ -146,18 +145,15 @@ def jobs(checkpoints, recipe, texts, unproved, tmp_path_factory) -> tuple[Path, 
     few_experts = {**experts, "calibration": recipes["few"]["calibration"]}
     channels = {**few_experts, "groups": ["expert_ffn"]}
     place = tmp_path_factory.mktemp("ranks")
-    tiny_family("mixtral").save_pretrained(place / "mixtral")
-    tiny_tokenizer().save_pretrained(place / "mixtral")
+    saved(place / "mixtral", tiny_family("mixtral"))
     low = tiny_llama().to(torch.bfloat16)
-    low.save_pretrained(place / "bfloat16")
-    tiny_tokenizer().save_pretrained(place / "bfloat16")
+    saved(place / "bfloat16", low)
     described = {name: {"model": model, "recipe": each, "write": name == "uniform"} for name, each in recipes.items()}
     described["bfloat16"] = {"model": str(place / "bfloat16"), "recipe": more, "write": False}
     of_experts = {"experts": experts, "few tokens for experts": few_experts, "channels in experts": channels}
     for name, each in of_experts.items():
         described[name] = {"model": str(place / "mixtral"), "recipe": each, "write": False}
-    tiny_llama(seed=1).save_pretrained(place / "sibling")
-    tiny_tokenizer().save_pretrained(place / "sibling")
+    saved(place / "sibling", tiny_llama(seed=1))
     secateur.prune(model, grouped({**more, "remove": 0.3}), out=place / "pruned")
     described["like another"] = {"model": str(place / "sibling"), "like": str(place / "pruned"), "write": False}
     (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")

@@ -1,9 +1,7 @@
 """What the recipe adds to a plain run: budgets, protection, domain weights, other scores, rounds, the safety net."""
 
-import json
 import re
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ import yaml
 from bpe_tokenizer import bpe_tokenizer
 from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
+from stops import lines_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
@@ -32,11 +31,6 @@ def small(recipe) -> dict[str, Any]:
 
 def widths(result: secateur.Result) -> dict[tuple[int, str], int]:
     return {key: len(keep) for key, keep in result.keeps.items()}
-
-
-def lines_of(out: Path, event: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):
@@ -98,13 +92,8 @@ def test_what_a_round_leaves_is_told(small, tmp_path):
     assert set(lines[0]["nats_per_token"]) == {"prose", "code"}
 
 
-def test_presets_are_overridden_key_by_key_and_misspelt_ones_named(small):
-    best = parse_recipe(grouped({"preset": "best"}))
-    assert best.choose.budget == "curve" and parse_recipe(grouped({"preset": "default"})) == parse_recipe(grouped({}))
-    asked = parse_recipe(grouped({"preset": "best", "budget": "uniform"}))
-    assert asked == best.filled(choose={"budget": "uniform"})
-    with pytest.raises(secateur.SecateurError, match=r"unknown preset 'bets'; .* did you mean 'best'"):
-        parse_recipe(grouped({"preset": "bets"}))
+def test_what_runs_is_what_the_file_of_a_preset_says(small):
+    assert parse_recipe({"preset": "default"}) == Recipe()
     for preset in ("quick", "best", "paper"):
         # Preset best takes tokens too, of a tokenizer that has some to give.
         tokenizer = bpe_tokenizer() if preset == "best" else TOKENIZER

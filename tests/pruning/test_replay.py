@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_family
-from models import tiny_llama, tiny_qwen2
+from models import saved, tiny_llama, tiny_qwen2
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
-from tiny_tokenizer import tiny_tokenizer
+from stops import Stopped, lines_of, stopped_after, weights
 
 import secateur
 from secateur.errors import CheckpointError
@@ -21,7 +21,6 @@ from secateur.model.identity import identity
 from secateur.model.kept import kept_tokens_of
 from secateur.report.records import read_result, read_summary
 from tests.model.test_vocabulary import NUM_PADDING, made
-from tests.pruning.test_resume import Stopped, stopped_after, weights
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {"polish": {"num_tokens": 640}},
@@ -40,12 +39,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 pytestmark = pytest.mark.usefixtures("unproved")
-
-
-def saved(place: Path, model: Any, tokenizer: Any = None) -> Path:
-    model.save_pretrained(place)
-    (tokenizer or tiny_tokenizer()).save_pretrained(place)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +106,7 @@ def test_a_sibling_loses_the_same_units_and_is_refitted_on_itself(models, result
         reader = dense[mlp + "down_proj.weight"][:, keep]
         assert torch.equal(kept[mlp + "down_proj.weight"], reader)
         assert (refitted[mlp + "down_proj.weight"] - reader).norm() > 0.05 * reader.norm()
-    lines = [json.loads(line) for line in (out / "run.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["event"] == "group"]
+    steps = lines_of(out, "group")
     assert all(step["step"] and step["error_before"] and step["error_after"] for step in steps)
     for step in steps:
         assert all(step["error_after"][name] < before for name, before in step["error_before"].items())

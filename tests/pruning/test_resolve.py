@@ -12,7 +12,6 @@ from recipes import grouped
 
 from secateur.errors import RecipeError
 from secateur.facts import Size
-from secateur.methods.budget import plan_of, round_plans
 from secateur.model.group import GroupKey
 from secateur.pruning.group_step import method_of
 from secateur.pruning.resolve import Resolved, resolve
@@ -49,13 +48,6 @@ def wide(width: int, **config: Any) -> Any:
         return type(tiny_llama())(tiny_llama(intermediate_size=width, **config).config)
 
 
-def test_the_alignment_follows_the_width():
-    def align(width: int) -> int:
-        return resolved(wide(width), align=None).align
-
-    assert [align(width) for width in (4095, 4224, 4096)] == [64, 128, 256]
-
-
 def test_layers_that_take_the_share_alone_leave_the_widths_whole():
     model = tiny_llama(num_layers=6)
     per_layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
@@ -82,17 +74,6 @@ def test_groups_are_numbered_as_the_shorter_model_numbers_its_layers():
     assert [group.layer for group in found.groups] == [0, 2, 3]
 
 
-def test_no_round_is_below_the_target_and_the_last_is_the_target():
-    """Rounding to the nearest step must not let an early round take more than the last one."""
-    found = resolved(remove=0.3, rounds=12)
-    for earlier, later in zip(found.plans, found.plans[1:], strict=False):
-        assert all(kept(earlier)[key] >= count for key, count in kept(later).items())
-    # Widths that no multiple of 64 reaches: half way to 64 of 112 rounds to 64, three quarters would too.
-    coarse = resolved(remove=0.15, rounds=2, align=64)
-    assert set(kept(coarse.plans[-1]).values()) == {64}
-    assert all(count >= 64 for plan in coarse.plans for count in kept(plan).values())
-
-
 @pytest.mark.parametrize("budget", ["uniform", "curve"])
 def test_the_largest_share_that_is_named_can_be_with_the_layers_that_then_go(budget):
     """More to remove lets more layers go by default: each share has its own limit, and theirs is named."""
@@ -117,14 +98,6 @@ def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them():
     resolved(model, remove=largest - 1e-6, **asked)
     with pytest.raises(RecipeError, match=r"out of reach"):
         resolved(model, remove=largest + 1e-6, **asked)
-
-
-def test_a_group_that_stays_whole_is_whole_in_every_round():
-    """90 channels lie nearer to one step of 64 than to two."""
-    found = resolved(tiny_llama(intermediate_size=90), align=8, remove=0.1)
-    whole = plan_of(found.groups, found.prices, {(layer, "ffn"): 90 for layer in range(3)})
-    plans = round_plans(found.groups, found.prices, whole, [0.5, 1.0], 64)
-    assert [set(kept(plan).values()) for plan in plans] == [{90}, {90}]
 
 
 def test_text_without_general_prose_is_noted():

@@ -9,23 +9,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from damage import flip_a_bit
 from families import tiny_family
+from models import saved
 from old_results import old_result
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import tiny_tokenizer
+from stops import Stopped, lines_of, stopped_after, stopped_again_and_again, weights
 
 import secateur
 from secateur.pruning.inspect import inspect
 from secateur.recipe import parse_recipe
 from secateur.result_directory import staging
-from secateur.store import Store, place_beside
+from secateur.store import place_beside
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -41,10 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.usefixtures("unproved")
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
 def asked(name: str, model: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     full = {**recipe, "remove": 0.35, **RECIPES[name]}
     if "memory_budget" in full:
@@ -53,17 +49,10 @@ def asked(name: str, model: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def weights(out: Path) -> dict[str, bytes]:
-    """Return what must be the same bytes, by its path inside the result."""
-    names = ("model.safetensors", "config.json", "keep.json", "recipe.yaml")
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.name in names}
-
-
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("mixtral")
-    tiny_family("mixtral").to(torch.bfloat16).save_pretrained(place)
-    tiny_tokenizer().save_pretrained(place)
+    saved(place, tiny_family("mixtral").to(torch.bfloat16))
     return place
 
 
@@ -84,50 +73,14 @@ def expected(checkpoints, mixtral, recipe, tmp_path_factory) -> Callable[[str], 
 
 def steps(out: Path) -> list[tuple[int, int, str]]:
     """Return round, layer and group of every group's step in the run log."""
-    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
-    return [(line["round"], line["layer"], line["group"]) for line in lines if line["event"] == "group"]
-
-
-class stopped_after:
-    """Within the context the run stops once it has written that many more records, the text's included."""
-
-    def __init__(self, num_steps: int) -> None:
-        self.left, self.patches = num_steps, []
-
-    def __enter__(self) -> None:
-        for method in ("save", "value"):
-            whole = getattr(Store, method)
-
-            def counted(store: Store, *args: Any, _whole: Any = whole, **options: Any) -> Any:
-                before = store.num_saved
-                found = _whole(store, *args, **options)
-                self.left -= store.num_saved - before
-                if self.left <= 0 and store.num_saved > before:
-                    raise Stopped
-                return found
-
-            self.patches.append(patch.object(Store, method, counted))
-            self.patches[-1].start()
-
-    def __exit__(self, *error: object) -> None:
-        for each in self.patches:
-            each.stop()
+    return [(line["round"], line["layer"], line["group"]) for line in lines_of(out, "group")]
 
 
 @pytest.mark.parametrize("name", list(RECIPES)[1:])
 def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints, mixtral, recipe, expected, tmp_path):
     model, out = mixtral if "experts" in name else checkpoints["llama"], tmp_path / "out"
     wanted = asked(name, model, recipe)
-    num_stops = 0
-    while not out.exists():
-        try:
-            # The first record is the text, an input, without which nothing is kept; then each time somewhat further.
-            with stopped_after(2 + 3 * num_stops):
-                secateur.prune(model, grouped(wanted), out=out)
-        except Stopped as stop:
-            num_stops += 1
-            assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
-    assert num_stops >= 2
+    stopped_again_and_again(lambda: secateur.prune(model, grouped(wanted), out=out), out, first=2, more=3)
     assert weights(out) == weights(expected(name))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert steps(out) == steps(expected(name))

@@ -1,6 +1,5 @@
 """Several sizes in one walk: each is what a run of its own would be, to the byte, whatever stops them on the way."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from models import tiny_llama
+from models import saved, tiny_llama
 from recipes import grouped
+from stops import Stopped, lines_of, stopped_after, stopped_again_and_again, weights
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
@@ -17,9 +17,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.pruning.group_step import prune_group
 from secateur.pruning.sizes import steps_between
 from secateur.report.records import Summary, nats_at, read_summary
-from tests.pruning.test_resume import Stopped, stopped_after
 
-FILES = ("model.safetensors", "config.json", "keep.json", "recipe.yaml")
 POLISH = {"num_tokens": 256, "batch_tokens": 64}
 RECIPES: dict[str, dict[str, Any]] = {
     "no drift": {"target_mix": 0.0},
@@ -31,10 +29,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 pytestmark = pytest.mark.usefixtures("unproved")
-
-
-def weights(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +78,15 @@ def test_each_size_has_the_bytes_of_a_run_of_its_own(name, checkpoints, recipe, 
 
 
 def test_sizes_that_were_stopped_end_with_the_same_bytes(checkpoints, recipe, alone, tmp_path):
-    asked, out, num_stops = grouped({**recipe, **RECIPES["polish"]}), tmp_path / "out", 0
-    while not out.exists():
-        try:
-            with stopped_after(3 + 3 * num_stops):
-                secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out)
-        except Stopped as stop:
-            num_stops += 1
-            assert stop.__notes__ and sorted(path.name for path in tmp_path.iterdir()) == [".out.resume"]
-    assert num_stops >= 2
+    asked, out = grouped({**recipe, **RECIPES["polish"]}), tmp_path / "out"
+
+    def run() -> None:
+        secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out)
+
+    stopped_again_and_again(run, out, first=3, more=3)
     for name, share in (("20", 0.2), ("35", 0.35)):
         assert weights(out / name) == weights(alone("polish", share))
-        assert [json.loads(line)["event"] for line in (out / name / "run.jsonl").read_text().splitlines()]
+        assert lines_of(out / name)
 
 
 def test_results_side_by_side_are_never_replaced(checkpoints, recipe, tmp_path):
@@ -136,9 +127,7 @@ def taught(checkpoints, texts, tmp_path_factory) -> Path:
         model(input_ids=batch_BT, labels=batch_BT).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return saved(place, model)
 
 
 @pytest.fixture(scope="module")
@@ -203,15 +192,14 @@ def test_a_limit_needs_no_measurement(taught, recipe, texts, cut_to, tmp_path):
 
 
 def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stopped(taught, prose, tmp_path):
-    asked, out, num_stops = {"polish": {**POLISH, "learning_rate": 1e-3}}, tmp_path / "out", 0
+    asked, out = {"polish": {**POLISH, "learning_rate": 1e-3}}, tmp_path / "out"
     whole = secateur.prune(taught, asked, from_=prose, out=tmp_path / "whole", max_loss=0.2)
-    while not out.exists():
-        try:
-            with stopped_after(4 + 4 * num_stops):
-                secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2)
-        except Stopped:
-            num_stops += 1
-    assert num_stops >= 2 and weights(out) == weights(tmp_path / "whole")
+
+    def run() -> None:
+        secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2)
+
+    stopped_again_and_again(run, out, first=4, more=4)
+    assert weights(out) == weights(tmp_path / "whole")
     assert cuts(read_summary(out)) == cuts(whole.summary)
     assert whole.summary.polish is not None
     dense, pruned = whole.summary.dense_losses["prose"], whole.summary.pruned_losses["prose"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
-from models import tiny_llama
+from models import saved, tiny_llama
 from run_cli import run_cli
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from secateur.formats import importance
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.model.checkpoint import load_tokenizer, open_checkpoint
-from secateur.model.stock import quiet_transformers
 from secateur.pruning import run, trim
 from secateur.pruning.run import Run
 from secateur.recipe import Domain
@@ -55,9 +54,8 @@ class Seen:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model, and two domains, each word of which names its document."""
     place = tmp_path_factory.mktemp("apart")
-    with quiet_transformers():
-        tiny_llama(vocab_size=640).save_pretrained(place / "model")
-        bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, *SAMPLES.values()] * 4).save_pretrained(place / "model")
+    tokenizer = bpe_tokenizer(vocab_size=630, corpus=[*CORPUS, *SAMPLES.values()] * 4)
+    saved(place / "model", tiny_llama(vocab_size=640), tokenizer)
     for name in DOMAINS:
         texts = [f" the {name[0]}{number:04d}; of" * (9 if number % 7 else 60) for number in range(NUM_DOCUMENTS)]
         (place / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))

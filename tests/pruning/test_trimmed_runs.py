@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import num_params, opened, tiny_llama
+from models import num_params, opened, saved, tiny_llama
 from recipes import grouped
 from run_ranks import run_forked_ranks
 from safetensors.torch import load_file
+from stops import stopped_again_and_again, weights
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +36,6 @@ from secateur.pruning.trimmed import too_dear
 from secateur.recipe import Domain, parse_recipe
 from secateur.store import Services
 from tests.model.test_vocabulary import NUM_PADDING, made
-from tests.pruning.test_resume import Stopped, stopped_after, weights
 from tests.trims import prose_file
 
 
@@ -50,24 +50,22 @@ CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def dense(request, tmp_path_factory) -> Path:
-    return saved(tmp_path_factory.mktemp("dense"), tied=request.param)
+    return with_words(tmp_path_factory.mktemp("dense"), tied=request.param)
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
-    return saved(tmp_path_factory.mktemp("tied"), tied=True)
+    return with_words(tmp_path_factory.mktemp("tied"), tied=True)
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
-    return saved(tmp_path_factory.mktemp("untied"), tied=False)
+    return with_words(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-def saved(place: Path, *, tied: bool) -> Path:
+def with_words(place: Path, *, tied: bool) -> Path:
     tokenizer, _ = made("byte-level")
-    tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return saved(place, tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +195,7 @@ def unigram_model(place: Path, weights: dict[int, float]) -> tuple[Path, Any]:
         model.lm_head.weight.zero_()
         for index, weight in weights.items():
             model.lm_head.weight[index, 0] = weight
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place, tokenizer
+    return saved(place, model, tokenizer), tokenizer
 
 
 def test_tokens_that_answers_alone_have_stay_and_those_of_their_prompts_go(untied, asked, tmp_path):
@@ -300,14 +296,9 @@ def test_a_repeated_choice_is_judged_too(untied, asked, tmp_path):
 def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(untied, asked, warm, tmp_path):
     wanted = {**asked, "vocabulary": "auto", "depth": 1, "remove": 0.5}
     whole = secateur.prune(untied, grouped(wanted), out=tmp_path / "whole", force=True)
-    num_stops = 0
-    while not (tmp_path / "resumed").exists():
-        try:
-            with stopped_after(2):
-                secateur.prune(untied, grouped(wanted), out=tmp_path / "resumed", force=True)
-        except Stopped:
-            num_stops += 1
-    assert num_stops >= 1 and weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+    out = tmp_path / "resumed"
+    stopped_again_and_again(lambda: secateur.prune(untied, grouped(wanted), out=out, force=True), out, first=2, more=2)
+    assert weights(out) == weights(tmp_path / "whole")
     # Enough for all but the weights.
     secateur.prune(untied, grouped({**wanted, "memory_budget": "1.7MB"}), out=tmp_path / "streamed", force=True)
     assert weights(tmp_path / "streamed")["model.safetensors"] == weights(tmp_path / "whole")["model.safetensors"]

@@ -1,6 +1,5 @@
 """Checkpoints of an interrupted training: one with a byte changed counts as absent, and the result is the same."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ import yaml
 from damage import flip_a_bit_of, truncate
 from recipes import grouped
 from run_cli import run_cli
+from stops import Stopped, lines_of
 
 import secateur
 from secateur.errors import CheckpointError
@@ -21,10 +21,6 @@ from secateur.recovery.train import Checkpoints
 
 TRAINING = {"num_tokens": 768, "batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"
-
-
-class Killed(BaseException):
-    """What stands for a kill."""
 
 
 pytestmark = pytest.mark.usefixtures("unproved")
@@ -54,9 +50,9 @@ def killed_at_second_checkpoint(command: tuple[object, ...]) -> None:
         finish(checkpoints, step)
         steps.append(step)
         if len(steps) == 2:
-            raise Killed
+            raise Stopped
 
-    with patch.object(Checkpoints, "finish", finish_and_die), pytest.raises(Killed):
+    with patch.object(Checkpoints, "finish", finish_and_die), pytest.raises(Stopped):
         run_cli(*command)
 
 
@@ -119,11 +115,10 @@ def test_a_damaged_checkpoint_counts_as_absent(verb, name, damage, commands, run
 
 def test_the_lines_of_a_training_that_was_whole_are_those_of_the_run_that_goes_on(commands, tmp_path):
     command = with_out(commands["prune"], tmp_path / "out")
-    with patch("secateur.pruning.result.save_pruned", side_effect=Killed), pytest.raises(Killed):
+    with patch("secateur.pruning.result.save_pruned", side_effect=Stopped), pytest.raises(Stopped):
         run_cli(*command)
     assert run_cli(*command).status == 0
-    lines = map(json.loads, (tmp_path / "out" / "run.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if line["event"] == "polish_step"] == list(range(1, 7))
+    assert [line["step"] for line in lines_of(tmp_path / "out", "polish_step")] == list(range(1, 7))
 
 
 def saved(folder: Path, steps: Sequence[int]) -> Checkpoints:

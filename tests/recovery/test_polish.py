@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import tiny_llama
 from recipes import grouped
+from stops import Stopped, killed_in, lines_of
 from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div
@@ -33,10 +34,6 @@ from tests.families import tiny_family
 
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 WEIGHTS = "model.safetensors"
-
-
-class Killed(Exception):
-    """What stands for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -213,34 +210,25 @@ def test_more_text_than_the_calibration_never_has_what_judges(num_judged, asked,
 def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, whole, tmp_path):
     seen: list[int] = []
 
-    def kill(stage: str, done: int, total: int) -> None:
-        if stage == "polish" and done > 0.6 * total:
-            raise Killed
-
     def note(stage: str, done: int, total: int) -> None:
         if stage == "polish":
             seen.append(done)
 
     out = tmp_path / "resumed"
-    with pytest.raises(Killed):
-        secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=kill)
+    with pytest.raises(Stopped):
+        secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=killed_in("polish"))
     assert not out.exists()
     secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=note)
     assert seen[0] > 0, "it goes on where its last checkpoint is"
     assert (out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed"]
     for place in (whole.out, out):
-        lines = (place / "run.jsonl").read_text(encoding="utf-8")
-        assert lines.count('"polish_step"') == 10, "the curve is whole"
+        assert len(lines_of(place, "polish_step")) == 10, "the curve is whole"
 
 
 def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, whole, tmp_path):
-    def kill(stage: str, done: int, total: int) -> None:
-        if stage == "polish" and done > 0.6 * total:
-            raise Killed
-
-    with pytest.raises(Killed):
-        secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=kill)
+    with pytest.raises(Stopped):
+        secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=killed_in("polish"))
     (place,) = place_beside(tmp_path / "anew").glob("polish-*")
     assert any(place.rglob("*.safetensors")), "the training had saved something"
     place.with_name("inputs.json").write_text("{}")

@@ -16,6 +16,7 @@ from models import tiny_ids
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
+from stops import Stopped, killed_in, lines_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
@@ -40,10 +41,6 @@ CHANGES = {"recover": {"num_tokens": 2048, **TRAINING}}
 WEIGHTS = "model.safetensors"
 
 
-class Killed(Exception):
-    """What stands for a kill: raised by the listener, where the run has no say."""
-
-
 @pytest.fixture(scope="module")
 def pruned(checkpoints, recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "pruned"
@@ -60,10 +57,6 @@ def recovered(checkpoints, pruned, tmp_path_factory) -> Path:
 
 def record_of(directory: Path) -> RecoveryRecord:
     return RecoveryRecord.from_json((directory / "recovery.json").read_text(encoding="utf-8"), "there")
-
-
-def events(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "run.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def training_with(**settings: Any) -> dict[str, Any]:
@@ -114,8 +107,8 @@ def test_links_of_the_pruned_directory_are_not_followed(pruned, checkpoints, tmp
 
 
 def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, pruned):
-    lines = events(recovered)
-    before = events(pruned)
+    lines = lines_of(recovered)
+    before = lines_of(pruned)
     assert lines[: len(before)] == before
     added = [line["event"] for line in lines[len(before) :]]
     assert {"recover_step", "recover_judged"} <= set(added)
@@ -131,17 +124,13 @@ def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, p
 def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered, pruned, checkpoints, tmp_path):
     trained: list[int] = []
 
-    def kill(name: str, done: int, total: int) -> None:
-        if name == "verify":
-            raise Killed
-
     def note(name: str, done: int, total: int) -> None:
         if name == "recover":
             trained.append(done)
 
     out = tmp_path / "out"
-    with pytest.raises(Killed):
-        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=kill)
+    with pytest.raises(Stopped):
+        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=killed_in("verify", behind=-1))
     recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=note)
     assert not trained and (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
 
@@ -261,7 +250,7 @@ def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, re
         ("recovered", "recover_step", 0.0005 * small),
         ("low_rank", "recover_step", 0.005 * small),
     ):
-        highest = max(line["learning_rate"] for line in events(tmp_path / name) if line["event"] == event)
+        highest = max(line["learning_rate"] for line in lines_of(tmp_path / name) if line["event"] == event)
         assert highest == pytest.approx(rate, rel=1e-6)
 
 
@@ -336,13 +325,8 @@ class Code:
 
 def interrupt(pruned: Path, teacher: Path, out: Path) -> Path:
     """Stop a recovery behind its first checkpoint; return the folder of its training."""
-
-    def kill(name: str, done: int, total: int) -> None:
-        if name == "recover" and done > 0.6 * total:
-            raise Killed
-
-    with pytest.raises(Killed) as killed:
-        recover(pruned, teacher, CHANGES, out=out, progress=kill)
+    with pytest.raises(Stopped) as killed:
+        recover(pruned, teacher, CHANGES, out=out, progress=killed_in("recover"))
     assert killed.value.__notes__ == [HOW]
     [left] = {path.parents[1] for path in place_beside(out).glob("recover-*/trainer/checkpoint-*")}
     return left
@@ -364,7 +348,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(recovered, pruned, ch
     assert any(line.startswith(f"{out}: goes on from the ") for line in said)
     assert seen[0] > 0, "the trainer goes on where its checkpoint is"
     assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
-    steps = [(line["event"], line["step"]) for line in events(out) if line["event"] == "recover_step"]
+    steps = [(line["event"], line["step"]) for line in lines_of(out) if line["event"] == "recover_step"]
     assert len(steps) == len(set(steps))
     assert [*tmp_path.iterdir()] == [out]
 

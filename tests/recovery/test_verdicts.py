@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import logits_of, tiny_llama
-from torch import nn
 
 from secateur.data.blocks import blocks_of
 from secateur.errors import NumericsError
@@ -77,12 +76,6 @@ def test_the_judge_stands_without_the_dense_model():
     assert judge.verdicts(lambda ids_BT: logits_of(model, ids_BT)) == before
 
 
-def test_predictions_that_are_no_numbers_are_an_error():
-    dense = tiny_llama()
-    with pytest.raises(NumericsError, match="KL, domain one: a divergence is not finite"):
-        Judge(dense, bind(dense), TEXT).verdicts(lambda ids_BT: logits_of(dense, ids_BT) * math.nan)
-
-
 def test_progress_counts_layers():
     seen: list[tuple[str, int, int]] = []
     Judge(tiny_llama(), bind(tiny_llama()), TEXT, lambda *where: seen.append(where))
@@ -112,13 +105,6 @@ def test_answers_are_judged_in_both_directions_and_no_move_away_from_them_passes
     assert objective(vaguer, 0.5, {"answers"}, before) == math.inf > objective(nearly, 0.5, {"answers"}, before)
 
 
-def test_the_head_is_the_familys():
-    """A plain head would leave Granite's scaling out."""
-    dense = tiny_family("granite")
-    judge = Judge(dense, bind(dense), TEXT)
-    assert not isinstance(judge.head, nn.Linear)
-
-
 def test_rounding_leaves_no_divergence_below_zero():
     below, nats = torch.full((2,), -1e-9), torch.ones(2)
     found = verdict_of("mine", blocks_of(torch.zeros(1, 3, dtype=torch.int64)), [(below, below, nats, nats)])
@@ -146,5 +132,5 @@ def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: i
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
-    with pytest.raises(NumericsError, match=r"^KL, domain legal: .*\.$"):
+    with pytest.raises(NumericsError, match=r"^KL, domain legal: a divergence is not finite.*\.$"):
         verdict_of("legal", blocks_of(torch.zeros(1, 3, dtype=torch.int64)), [(torch.tensor([1.0, value]),) * 4])

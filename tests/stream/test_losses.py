@@ -104,6 +104,8 @@ def test_a_loss_that_is_no_number_names_the_domain() -> None:
     with torch.no_grad():
         model.lm_head.weight[0] = torch.nan
     blocks = {"prose": tiny_ids(batch=2, length=20)}
+    with pytest.raises(NumericsError, match="the loss is inf"):
+        loss_of([{0: (math.inf, 2)}], "judge, domain prose")
     with pytest.raises(NumericsError, match=r"^judge, domain prose: the loss is nan.*\.$"):
         domain_losses(model, bind(model), blocks, stage="judge")
 

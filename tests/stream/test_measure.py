@@ -16,7 +16,7 @@ from secateur.errors import NumericsError
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Group, linear
 from secateur.stream.measure import measure
-from secateur.stream.statistics import GroupStatistics, Statistics
+from secateur.stream.statistics import Statistics
 from secateur.stream.walk import Batch, Walk, make_batches
 
 LENGTH = 12
@@ -214,31 +214,6 @@ def layer_inputs(model: nn.Module, batches: list[Batch]) -> list[list[Tensor]]:
     for handle in handles:
         handle.remove()
     return found
-
-
-def test_held_out_text_is_in_no_sum() -> None:
-    model = tiny_llama()
-    group, with_them = group_of(model, 0, "ffn"), batches_of()
-    without = [batch for batch in with_them if not batch.held_out]
-    one, other = (measured(model, group, batches) for batches in (with_them, without))
-    assert all(torch.equal(a, b) for a, b in zip(one.pooled.sums, other.pooled.sums, strict=True))
-    assert one.pooled.mass == other.pooled.mass and one.energy == other.energy and other.held_out_TF == {}
-
-
-def measured(model: nn.Module, group: Group, batches: list[Batch], weighting: str = "energy") -> GroupStatistics:
-    return measure(Walk(model, bind(model), batches), group, weighting, SHARES, gram=True)
-
-
-@pytest.mark.parametrize("factor", [0.0, 3.0])
-def test_a_readers_bias_is_in_no_sum(factor: float) -> None:
-    model = tiny_llama(mlp_bias=True)
-    group = group_of(model, 0, "ffn")
-    one = measured(model, group, batches_of())
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.bias.mul_(factor)
-    other = measured(model, group, batches_of())
-    for domain, energy in one.energy.items():
-        assert other.energy[domain] == pytest.approx(energy, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,7 +9,6 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
 from secateur.data.answers import Conversation, Speaker
-from secateur.data.sources import shipped
 from secateur.log import silent
 from secateur.model.bind import bind
 from secateur.store import Store
@@ -91,10 +90,3 @@ def test_ends_and_repetitions_are_counted():
     # Runs of four of 1 2 3 4 1 2 3 4: five, of which the last was there before.
     assert judging._repeated([of([1, 2, 3, 4, 1, 2, 3, 4])]) == pytest.approx(1 / 5)
     assert judging._repeated([of([1, 2, 3])]) == 0
-
-
-def test_the_prompts_of_the_package_are_questions_of_several_kinds_by_turns():
-    prompts = shipped("prompts.yaml")
-    assert len(prompts) == len(set(prompts)) == 48
-    assert all(isinstance(prompt, str) and 10 < len(prompt) < 300 for prompt in prompts)
-    assert prompts[0].startswith("How do I get a red wine stain") and "sky" in prompts[1]

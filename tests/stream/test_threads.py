@@ -1,12 +1,11 @@
 """How many threads a run computes with: the fastest number beside what else runs, and the user's own."""
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from recipes import grouped
+from stops import lines_of
 
 import secateur
 from secateur.cli import give_way
@@ -67,8 +66,7 @@ def test_a_run_has_its_own_number_unless_the_user_says_one(said, recipe, checkpo
 
     asked = grouped({**recipe, "evaluate": False})
     secateur.prune(checkpoints["llama"], asked, out=tmp_path / "out", progress=note)
-    lines = [json.loads(line) for line in Path(tmp_path, "out", "run.jsonl").read_text().splitlines()]
-    assert [line["count"] for line in lines if line["event"] == "threads"] == ([] if said else [1])
+    assert [line["count"] for line in lines_of(tmp_path / "out", "threads")] == ([] if said else [1])
     assert set(seen) == {2 if said else 1} and torch.get_num_threads() == 2
 
 

@@ -1,4 +1,4 @@
-"""Each command draws progress; a bar that goes back to the start times itself anew."""
+"""Each command draws progress: bars on a terminal, lines on standard error without one, times of each stage anew."""
 
 import io
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from rich.console import Console
 from run_cli import run_cli
 
 from secateur.cli import common
+from secateur.cli.common import _lines
 
 COMMANDS: dict[str, tuple[object, ...]] = {
     "prune": ("m", "o"),
@@ -72,3 +73,66 @@ def test_of_several_sizes_each_is_told(monkeypatch: Any) -> None:
     monkeypatch.setattr("secateur.table", lambda summary: summary, raising=False)
     outcome = run_cli("prune", "m", "o", "--remove", "0.1,0.2")
     assert (outcome.status, outcome.stdout.split("\n")[::2]) == (0, ["table of a", "table of b", ""]), outcome.stderr
+
+
+def test_lines_of_stages(capsys):
+    """One as a stage begins, then one every ten seconds with what is left at its speed so far."""
+    now = 0.0
+    listen = _lines(lambda: now)
+    listen("load", 0, 1)
+    listen("load", 1, 1)
+    for layer in range(31):
+        listen("prune", layer, 30)
+        now += 4
+    listen("verify", 0, 1)
+    now = 36_000.0
+    listen("check", 2, 4000)
+    now = 36_500.0
+    listen("check", 1002, 4000)
+    now = 36_700.0
+    listen("check", 2002, 4000)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "0:00:00 load",
+        "0:00:00 prune",
+        *(f"0:00:{4 * n:02} prune: {n} of 30, about 0:01:{48 - 4 * (n - 3):02} left" for n in (3, 6, 9, 12)),
+        "0:01:00 prune: 15 of 30, about 0:01:00 left",
+        *(f"0:01:{4 * n - 60:02} prune: {n} of 30, about 0:00:{120 - 4 * n:02} left" for n in (18, 21, 24, 27)),
+        "0:02:04 verify",
+        "10:00:00 check",
+        "10:11:40 check: 2,002 of 4,000, about 0:11:39 left",
+    ]
+
+
+def test_what_is_left_is_told_once_a_hundredth_is_done(capsys):
+    """The first step of a stage may read what all others need: ten hours were foretold for minutes."""
+    now = 0.0
+    listen = _lines(lambda: now)
+    for done in (0, 99, 100, 5_000):
+        listen("answers", done, 10_000)
+        now += 20
+    assert capsys.readouterr().err.splitlines() == [
+        "0:00:00 answers",
+        "0:00:20 answers: 99 of 10,000",
+        "0:00:40 answers: 100 of 10,000, about 1:06:00 left",
+        "0:01:00 answers: 5,000 of 10,000, about 0:01:00 left",
+    ]
+
+
+def test_a_stage_that_goes_back_has_begun_anew(capsys):
+    """What is left follows from the speed of this time, not from the hours between two of a grid's cells."""
+    now = 0.0
+    listen = _lines(lambda: now)
+    for start in (0, 5_000):
+        for at in range(4):
+            now = start + 100.0 * at
+            listen("piqa", at, 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "0:00:00 piqa",
+        "0:01:40 piqa: 1 of 3, about 0:03:20 left",
+        "0:03:20 piqa: 2 of 3, about 0:01:40 left",
+        "1:23:20 piqa: 0 of 3",
+        "1:25:00 piqa: 1 of 3, about 0:03:20 left",
+        "1:26:40 piqa: 2 of 3, about 0:01:40 left",
+    ]
