@@ -136,21 +136,18 @@ def evaluate(
 
 def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     checkpoint = subject.checkpoint
-    if out is not None and out.exists() and not out.is_dir():
+    if out is None:
+        if checkpoint.gguf_file or not is_result(Path(checkpoint.reference)):
+            raise RecipeError(
+                f"model {checkpoint.reference}: is not a result of secateur, so the evaluation is not written into it; "
+                "say where with --out DIRECTORY."
+            )
+        return checkpoint.directory
+    if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
-    if (
-        out is not None
-        and not is_result(out)
-        and not (out / PARTS_FOLDER).is_dir()
-        and (out / EVALUATION_FILE).exists()
-    ):
+    if not is_result(out) and not (out / PARTS_FOLDER).is_dir() and (out / EVALUATION_FILE).exists():
         raise RecipeError(f"--out {out}: has an {EVALUATION_FILE} that evaluate did not write; choose another place.")
-    if out is None and (checkpoint.gguf_file or not is_result(Path(checkpoint.reference))):
-        raise RecipeError(
-            f"model {checkpoint.reference}: is not a result of secateur, so the evaluation is not written into it; "
-            "say where with --out DIRECTORY."
-        )
-    return out or checkpoint.directory
+    return out
 
 
 def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> tuple[str, ...]:
