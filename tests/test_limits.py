@@ -34,7 +34,7 @@ def test_levels_are_counted(read):
 
 
 @pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
-def test_no_depth_of_json_exhausts_the_stack(text, tmp_path):
+def test_no_depth_of_json_exhausts_the_stack(text):
     for given in (text, text.encode()):
         with pytest.raises(ValueError, match="it nests more than 100 levels"):
             json_of(given)
@@ -131,7 +131,7 @@ def test_a_tokenizer_with_a_setting_that_only_its_use_reads(model):
         load_tokenizer(open_checkpoint(model))
 
 
-def test_a_deep_result(tmp_path):
+def test_a_deep_result():
     for text in DEEP.values():
         with pytest.raises(CheckpointError, match="where: "):
             Summary.from_json(text, "where")

@@ -71,7 +71,7 @@ def happy(checkpoints, recipe, tmp_path_factory) -> Run:
     return run_prune(checkpoints["llama"], place / "smaller", "--recipe", file)
 
 
-def test_prune_ends_well_and_prints_one_table(happy, checkpoints):
+def test_prune_ends_well_and_prints_one_table(happy):
     assert happy.outcome.status == 0
     shown = happy.outcome.stdout
     assert "20.7% of all 100,176 parameters" in " ".join(shown.split())  # it wraps at the table's width

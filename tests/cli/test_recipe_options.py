@@ -38,7 +38,7 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
     assert (domain.share, domain.files) == (3, (str(texts["prose"]),))
 
 
-def test_prompts_of_a_file_are_answered_beside_the_text(recipe_file, texts, tmp_path):
+def test_prompts_of_a_file_are_answered_beside_the_text(recipe_file, tmp_path):
     saved(tmp_path / "chat", tiny_llama())
     (tmp_path / "asked.csv").write_text("question\n" + "".join(f"q{number}\n" for number in range(40)))
     run = run_cli(
@@ -64,7 +64,7 @@ def test_the_default_text_is_beside_the_prompts_of_a_file(texts):
     assert list(mixed) == [*mixtures()["general"], "answers"]
 
 
-def test_answers_are_a_share_or_a_file(recipe_file, texts, tmp_path):
+def test_answers_are_a_share_or_a_file(texts, tmp_path):
     asking = ("prune", "model", tmp_path / "out", "--answers")
     refused = run_cli(*asking, "half")
     assert refused.status == 2

@@ -333,9 +333,7 @@ def test_a_document_that_judges_in_one_domain_teaches_in_no_other(tmp_path: Path
     assert all(int(each.tokens_V.sum()) > 20_000 for each in counts.values()) and not split.judged.notes
 
 
-def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few bytes, compressed, may stand for any number of equal rows."""
     read = list[int]()
 

@@ -122,7 +122,7 @@ def test_of_one_repeat_a_note_says_that_it_has_no_range(pair):
     assert note.startswith("one repeat has no range")
 
 
-def test_json_and_no_dense_model(pair, tmp_path):
+def test_json_and_no_dense_model(pair):
     outcome = run_cli("bench", pair[0], "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
     assert outcome.status == 0, outcome.stderr
     shown = json.loads(outcome.stdout)

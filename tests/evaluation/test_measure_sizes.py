@@ -71,7 +71,7 @@ def test_the_record_is_that_on_disk(measured):
     assert set(record.files) >= {"recipe.yaml", "probe-0/run.jsonl", "result.json"}
 
 
-def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, recipe, tmp_path):
+def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, recipe):
     """With slopes of the same cut; else by those of the measured one."""
     record, out = measured
     middle = record.probes[1].removed
@@ -102,7 +102,7 @@ def test_another_model_text_or_version_is_refused(measured, checkpoints, tmp_pat
         secateur.prune(checkpoints["llama"], {}, from_=damaged)
 
 
-def test_other_text_is_refused_unless_it_is_asked_for(measured, checkpoints, recipe, texts, tmp_path):
+def test_other_text_is_refused_unless_it_is_asked_for(measured, checkpoints, texts):
     _, out = measured
     before = texts["prose"].read_text(encoding="utf-8")
     try:

@@ -201,7 +201,7 @@ def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
     assert not marker.exists()
 
 
-def test_models_and_tokenizers_in_memory_that_run_foreign_code_are_refused(monkeypatch):
+def test_models_and_tokenizers_in_memory_that_run_foreign_code_are_refused():
     foreign = type("Foreign", (), {"__module__": "transformers_modules.evil.code"})
     with pytest.raises(
         CheckpointError, match=r"^tokenizer: it runs its checkpoint's code, .*without trust_remote_code.$"

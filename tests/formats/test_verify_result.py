@@ -185,7 +185,7 @@ def test_a_result_that_does_not_open_is_a_mismatch_too(results, tmp_path):
     assert outcome.status == 1 and "needs safetensors weights" in outcome.stdout
 
 
-def test_what_comes_later_does_not_break_it(results, unloaded, tmp_path, checkpoints):
+def test_what_comes_later_does_not_break_it(results, unloaded, tmp_path):
     copy = Path(shutil.copytree(results["whole"], tmp_path / "copy"))
     secateur.evaluate(copy)
     (copy / "bench.json").write_text("{}")

@@ -148,7 +148,7 @@ def test_swapped_arguments_are_noticed_also_where_another_model_is_meant(dense, 
     assert check(other, pruned, other=True) == check(other, dense) == ()
 
 
-def test_of_a_result_of_a_model_in_memory_nobody_knows_what_is_dense(dense, other, tmp_path):
+def test_of_a_result_of_a_model_in_memory_nobody_knows_what_is_dense(other, tmp_path):
     tiny_llama(seed=2, intermediate_size=56).save_pretrained(tmp_path / "pruned")
     said = {
         "dense_size": {"num_params": 7, "num_bytes": 28},

@@ -443,7 +443,7 @@ def refused(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_other_kinds_are_refused(tmp_path):
+def test_other_kinds_are_refused():
     model = model_for(made("byte-level")[0])
     suffixed = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
     suffixed.decoder = decoders.BPEDecoder()

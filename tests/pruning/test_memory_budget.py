@@ -90,7 +90,7 @@ def _write(folder: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_model_on_disk_answers_nothing_and_says_so(checkpoints, recipe, monkeypatch, tmp_path):
+def test_a_model_on_disk_answers_nothing_and_says_so(checkpoints, recipe, monkeypatch):
     monkeypatch.setattr("secateur.plugins.general_text", lambda kind: None)
     text = {key: value for key, value in recipe["calibration"].items() if key != "domains"}
     asked = {**recipe, "calibration": text, "remove": 0.35, "evaluate": False}

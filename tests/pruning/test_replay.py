@@ -143,7 +143,7 @@ def test_rounds_go_in_one(models, recipe, tmp_path):
     assert {step.round for step in read_result(again).steps} == {1}
 
 
-def test_it_resumes_and_not_by_another_result(models, result, recipe, tmp_path):
+def test_it_resumes_and_not_by_another_result(models, result, tmp_path):
     whole, out, other = tmp_path / "whole", tmp_path / "out", tmp_path / "other"
     secateur.prune(models["sibling"], like=result, out=whole)
     shutil.copytree(result, other)

@@ -87,14 +87,12 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints
 
 
 @pytest.mark.slow  # by a clock; steps are stopped one by one above
-@pytest.mark.parametrize("num_kills", [30])
-@pytest.mark.parametrize("name", ["rounds"])
-def test_killed_at_random_instants(name, num_kills, checkpoints, recipe, expected, tmp_path):
+def test_killed_at_random_instants(checkpoints, recipe, expected, tmp_path):
     """SIGKILL, each time at an instant drawn from the seconds of a whole run; then on until it is done.
 
     After every other kill one bit of the store flips: the step, or the whole store, must be done again.
     """
-    out, choose = tmp_path / "out", random.Random(0)
+    out, choose, name, num_kills = tmp_path / "out", random.Random(0), "rounds", 30
     wanted = {"model": str(checkpoints["llama"]), "recipe": asked(name, checkpoints["llama"], recipe), "out": str(out)}
     child = subprocess.Popen(
         [sys.executable, Path(__file__).parents[1].joinpath("resume_child.py")],

@@ -207,7 +207,7 @@ def test_low_rank_additions_that_do_not_help_leave_the_weights(pruned, checkpoin
         assert torch.equal(weights(work.pruned)[name], tensor.to(torch.bfloat16)), name
 
 
-def test_lora_without_peft_says_what_to_install(checkpoints, monkeypatch):
+def test_lora_without_peft_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(secateur.RecipeError, match=r"^polish.train: lora needs .* pip install 'secateur\[recover\]'"):
         check_training(RecoverySettings(train="lora"), "polish")
