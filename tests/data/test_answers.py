@@ -333,6 +333,9 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
     rows = [
         {"messages": [*turns, *later]},
         {"instruction": "add", "output": "3"},
+        {"instruction": "add", "input": "1 2"},
+        {"id": "1", "prompt": "say"},
+        {"question": "what", "answer": None},
         {"text": "plain"},
         {"messages": turns, "tools": [{"name": "f"}]},
         {"messages": later[:1]},
@@ -345,6 +348,9 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
     assert found == {
         f"{system}<user>hi{end}",
         f"<user>add{end}",
+        f"<user>add\n\n1 2{end}",
+        f"<user>say{end}",
+        f"<user>what{end}",
         f"<user>plain{end}",
         f"f|{system}<user>hi{end}",
     }

@@ -82,8 +82,10 @@ ROLES = {
 }
 
 
-def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str | Chat:
+def content_of(row: Any, column: str, where: str, note: Note = unheard, *, answered: bool = False) -> str | Chat:
     """Return a row's text or chat; with the column `text` a chat is found by its fields, see `FORMS`.
+
+    `answered`: the model is to answer it, so a prompt without an answer will do.
 
     Raises NoText if it holds neither, CalibrationError, naming `where`, if it is not what it should.
     """
@@ -91,7 +93,8 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
         return _text(row, where)
     form = (column,)
     if row.get(column) is None and column == "text":
-        form = next((fields for fields in FORMS if all(row.get(key) is not None for key in fields)), form)
+        needed = slice(1 if answered else None)
+        form = next((fields for fields in FORMS if all(row.get(key) is not None for key in fields[needed])), form)
     first, *answer = (row.get(key) for key in form)
     if first is None:
         raise _without(row, column, where)
@@ -103,7 +106,8 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard) -> str |
         return _text(first, where)
     messages = _messages(first, where, note)
     if answer:
-        messages = _pair(row, messages, _messages(answer[0], where, note, "assistant"))
+        given = [] if answer[0] is None else _messages(answer[0], where, note, "assistant")
+        messages = _pair(row, messages, given)
     system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
     if system is not None and messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": _text(system, where)}, *messages]

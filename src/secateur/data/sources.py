@@ -246,7 +246,7 @@ def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
         num_before, problem = len(rows), None
         for file in files:
             try:
-                rows += _with_text(read_on(file, 0), file, domain.column)
+                rows += _with_text(read_on(file, 0), file, domain)
             except NoText as error:
                 problem = problem or error
                 note(EMPTY_FILES, str(file))
@@ -290,18 +290,19 @@ def _size(value: Any) -> int:
     return BYTES_PER_VALUE + (len(value) if isinstance(value, str) else 0)
 
 
-def _with_text(rows: list[Row], path: Path, column: str) -> list[Row]:
+def _with_text(rows: list[Row], path: Path, domain: DomainText) -> list[Row]:
     """Return a file's rows. Raises NoText, with the fields of the first, if none of them has text."""
     problem: NoText | None = None
     for where, row in rows:
         try:
-            content = content_of(row, column, where)
+            content = content_of(row, domain.column, where, answered=domain.answers)
         except NoText as error:
             problem = problem or error
             continue
         if not isinstance(content, str) or content.strip():
             return rows
-    blank = f"calibration file {path}: column '{column}' is blank in every row; set `column` to one that holds text."
+    where = f"calibration file {path}"
+    blank = f"{where}: column '{domain.column}' is blank in every row; set `column` to one that holds text."
     raise problem or NoText(blank)
 
 
@@ -345,7 +346,8 @@ SOURCES: dict[str, Source] = {
 
 
 def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, note: Note) -> str:
-    content, answered = content_of(row, domain.column, where, note), domain.answers
+    answered = domain.answers
+    content = content_of(row, domain.column, where, note, answered=answered)
     if answered:
         content = prompt_of(content, where)
     if isinstance(content, str):
