@@ -336,6 +336,8 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
         {"instruction": "add", "input": "1 2"},
         {"id": "1", "prompt": "say"},
         {"question": "what", "answer": None},
+        {"question": "how many", "answer": 72},
+        {"question": "where", "answer": ["here", "there"]},
         {"text": "plain"},
         {"messages": turns, "tools": [{"name": "f"}]},
         {"messages": later[:1]},
@@ -351,6 +353,8 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
         f"<user>add\n\n1 2{end}",
         f"<user>say{end}",
         f"<user>what{end}",
+        f"<user>how many{end}",
+        f"<user>where{end}",
         f"<user>plain{end}",
         f"f|{system}<user>hi{end}",
     }

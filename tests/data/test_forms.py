@@ -176,7 +176,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no role": ({"messages": [{"content": "x"}]}, "messages must be a list of objects with role and content"),
     "no list": ({"messages": "[{'role': 'user'}]"}, "messages must be a list of objects"),
     "content": ({"messages": [{"role": "user", "content": 3}]}, "the text must be a string, got int"),
-    "answer": ({"question": "1 + 2?", "answer": 3}, "messages must be a list of objects"),
+    "answer": ({"question": "1 + 2?", "answer": 3}, "the text must be a string, got int"),
     "calls": ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "tool_calls must be a list of objects"),
     "tools": ({"messages": SAID, "tools": ["x"]}, "tools must be a list of objects"),
     "system": ({"messages": SAID, "system": 3}, "the text must be a string, got int"),

@@ -106,7 +106,8 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard, *, answe
         return _text(first, where)
     messages = _messages(first, where, note)
     if answer:
-        given = [] if answer[0] is None else _messages(answer[0], where, note, "assistant")
+        is_needed = not answered or _are_turns(answer[0])
+        given = _messages(answer[0], where, note, "assistant") if is_needed else []
         messages = _pair(row, messages, given)
     system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
     if system is not None and messages and messages[0]["role"] != "system":
@@ -157,19 +158,22 @@ def _pair(row: dict[Any, Any], prompt: Messages, answer: Messages) -> Messages:
 
 def _messages(value: Any, where: str, note: Note, role: str = "user") -> Messages:
     """Return a list of turns, or a text of the given role, as messages."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return [_message(turn, where, note) for turn in value]
-    raise CalibrationError(f"{where}: {NO_MESSAGES}")
+    if not isinstance(value, list):
+        return [{"role": role, "content": _text(value, where)}]
+    if not _are_turns(value):
+        raise CalibrationError(f"{where}: {NO_MESSAGES}")
+    return [_message(turn, where, note) for turn in value]
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
 
 
 def _message(turn: Message, where: str, note: Note) -> Message:
     """Return a turn with a role that templates know, its content as text, and its calls as objects."""
     rest = {key: value for key, value in turn.items() if value is not None}  # tables fill fields up with null
-    role, other_role, content, other_content = (rest.pop(key, None) for key in ("role", "from", "content", "value"))
-    role = other_role if role is None else role
-    content = other_content if content is None else content
+    role = rest.pop("role", rest.pop("from", None))
+    content = rest.pop("content", rest.pop("value", None))
     if role is None:
         raise CalibrationError(f"{where}: {NO_MESSAGES}")
     calls = rest.pop("tool_calls", None) or [call for call in [rest.pop("function_call", None)] if call]

@@ -199,7 +199,7 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
             for group in range(file.num_row_groups):
                 # A list's values, too: a row of them may be packed into a few bytes.
                 about = file.metadata.row_group(group)
-                num_values = max(about.column(number).num_values for number in range(about.num_columns))
+                num_values = max((about.column(number).num_values for number in range(about.num_columns)), default=0)
                 num_bytes = max(about.total_byte_size, PARQUET_VALUE_BYTES * (num_values - about.num_rows))
                 if num_bytes > MAX_ROW_GROUP_BYTES:
                     raise CalibrationError(
