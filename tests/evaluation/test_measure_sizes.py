@@ -136,6 +136,7 @@ def test_answers_and_a_long_polish_belong_to_the_same_measurement(tmp_path):
     # A limit is on what the model answers, where it learns by answers.
     result = secateur.prune(tmp_path / "model", {"polish": False}, from_=tmp_path / "sizes", max_loss=9.0)
     assert any("held-out text (chat), of 9 that it may" in note for note in result.summary.warnings)
+    assert result.summary.widths["ffn"][1:] == (8, 8)  # all that can go
 
 
 def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, checkpoints, recipe, tmp_path):

@@ -167,7 +167,7 @@ def cut_within(ready: Prepared, measured: MeasuredSizes | None, max_loss: float)
         return mean(loss.nats_per_token for loss in text_losses(run, which, text).values())
 
     dense, factor, lost = nats(run, "held-out text"), 1.0, dict[int, float]()
-    best, fits, fails, notes = None, 0, int(resolved.largest / step) + 1, list[str]()
+    best, fits, fails, notes = None, 0, int(round(resolved.largest / step, 6)) + 1, list[str]()
     for number in range(1, NUM_CUTS + 1):
         # The most steps of the widths that the curve allows; a guess ends at a power law through both sides.
         more = range(fits + 1, fails)
@@ -179,7 +179,7 @@ def cut_within(ready: Prepared, measured: MeasuredSizes | None, max_loss: float)
 
         # Cut a copy; its lines are those of the run only if it is chosen.
         part = ready._replace(run=replace(run, services=replace(services, scratch=None)))
-        sizes = {f"cut-{number}": {"share": round(steps * step, 6)}}
+        sizes = {f"cut-{number}": {"share": min(round(steps * step, 6), resolved.recipe.remove.share)}}
         [member] = of_sizes(part, ready.opened.recipe, sizes, stays=True).values()
         [cut] = cut_and_polish(member.run)
         lost[steps] = nats(cut.run, "held-out text, cut") - dense
