@@ -14,8 +14,10 @@ from run_cli import run_cli
 
 from secateur.api import prune
 from secateur.errors import CheckpointError
-from secateur.facts import OwnAnswers
-from secateur.report.records import Summary
+from secateur.facts import Ancestor, OwnAnswers
+from secateur.recipe import RecoverySettings
+from secateur.report.records import RecoveryRecord, Summary, read_result
+from secateur.report.report import repeat_section
 from secateur.report.rows import verdict
 
 HOSTILE = "<script>alert(1)</script>"
@@ -99,6 +101,20 @@ def test_overlap_is_measured_by_the_run(result):
     assert list(shares) == [HOSTILE, ODD]
     assert shares[HOSTILE] is not None and shares[ODD] is not None and shares[HOSTILE] < shares[ODD]
     assert f"{shares[ODD]:.2%}" in page_of(result)
+
+
+def test_a_sibling_and_a_recovery_are_repeated_by_what_made_them(result):
+    """A recipe names no units of another result, and a prune refuses the settings of a recovery."""
+    files = read_result(result)
+    assert "prune llama OUT --recipe recipe.yaml\n" in repeat_section(files).code
+    sibling = dataclasses.replace(files.summary, like=Ancestor("my base", None, 1))
+    assert "prune llama OUT --like 'my base'\n" in repeat_section(dataclasses.replace(files, summary=sibling)).code
+    recovery = object.__new__(RecoveryRecord)
+    object.__setattr__(recovery, "command", "secateur recover a --teacher b --out c")
+    recipe = files.recipe.model_copy(update={"recover": RecoverySettings()})
+    recovered = repeat_section(dataclasses.replace(files, recipe=recipe, recovery=recovery)).code
+    assert "OUT --recipe recipe.yaml\nsecateur recover a --teacher b --out c\n" in recovered
+    assert "recover:" not in recovered
 
 
 def test_rebuilding_gives_the_same_bytes(copy):

@@ -190,8 +190,12 @@ def repeat_section(files: ResultFiles) -> Section:
     summary = files.summary
     lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
     lines += [f"pip install transformers=={summary.versions['transformers']}"]
-    lines += [f"secateur prune {shlex.quote(summary.model)} OUT --recipe recipe.yaml"]
-    lines += ["", "# recipe.yaml, every default filled in", dump_recipe(files.recipe, places=False).strip()]
+    how = "--recipe recipe.yaml" if summary.like is None else f"--like {shlex.quote(summary.like.name)}"
+    lines += [f"secateur prune {shlex.quote(summary.model)} OUT {how}"]
+    if files.recovery is not None:  # whose settings a prune refuses
+        lines += [files.recovery.command or "# then, from Python, secateur.recover"]
+    recipe = files.recipe.model_copy(update={"recover": None})
+    lines += ["", "# recipe.yaml, every default filled in", dump_recipe(recipe, places=False).strip()]
     made = f"This run: {summary.command}" if summary.command else "This run: secateur.prune, from Python"
     about = (
         made,
