@@ -302,10 +302,8 @@ def trim(
     Every text still reads back as it was, in more tokens. Held-out text judges what that costs, domain by domain.
     """
     scripts = [name.strip() for name in keep_script.split(",") if name]
-    remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text or [], "keep_scripts": scripts}
-    data: Keys = {"remove": remove, "seed": seed}
-    data |= {"calibration": {"domains": common.parse_domains(domain)}} if domain else {}
-    recipe = parse_recipe(data, "command line")
+    remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text, "keep_scripts": scripts}
+    recipe = parse_recipe(_keys(None, None, {"remove": remove, "seed": seed}, domain, None), "command line")
     prune_and_tell(model, out, recipe, overwrite=overwrite, force=force)
 
 

@@ -182,11 +182,6 @@ class FoundCell:
         """Geometric mean over domains."""
         return geometric_mean_perplexity(self.losses)
 
-    @property
-    def other_perplexity(self) -> float:
-        """Geometric mean over the other kinds of text."""
-        return geometric_mean_perplexity(self.others)
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Record):
@@ -282,7 +277,7 @@ def quality_table(caption: str, cells: list[FoundCell], domains: Iterable[str]) 
 
 def others_table(cells: list[FoundCell]) -> Table:
     """Return perplexity on the other kinds of text."""
-    columns: dict[str, Value] = {"perplexity (geometric mean)": lambda cell: cell.other_perplexity}
+    columns: dict[str, Value] = {"perplexity (geometric mean)": lambda cell: geometric_mean_perplexity(cell.others)}
     for name in cells[0].others:
         columns[name] = lambda cell, name=name: cell.others[name].perplexity
     return _table("Perplexity on kinds of text that no run saw", cells, columns)

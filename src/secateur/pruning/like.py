@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from secateur.errors import CheckpointError, RecipeError
 from secateur.files import sha256_of
 from secateur.methods.budget import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import open_checkpoint, planned_model
-from secateur.model.group import Group
 from secateur.model.identity import lineage
 from secateur.model.kept import KEEP_FILE, bad_keeps, kept_tokens_of, read_keeps
 from secateur.model.stock import CausalLM
@@ -60,15 +57,14 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     remove: Keys = {"layers": tuple(removed), "depth": len(removed)}
     recipe = opened.recipe.filled(remove=remove, choose={"rounds": 1})
     groups = {group.key: group for group in groups_of(recipe, opened.arch, layers)}
-    if groups.keys() != keeps.keys() or not all(_are_of(keeps[key], group) for key, group in groups.items()):
+    if groups.keys() != keeps.keys():
         raise bad_keeps(directory)
+    for key, keep in keeps.items():
+        if keep.max() >= groups[key].num_units or (keep.ndim > 1 and groups[key].kind != "expert_channels"):
+            raise bad_keeps(directory)
     tokens, source = kept_tokens_of(directory), lineage(checkpoint, other.num_parameters())[-1]
     like = Like(checkpoint, source, sha256_of(directory / KEEP_FILE), keeps, tokens)
     return replace(opened.asking(recipe), like=like)
-
-
-def _are_of(keep: Tensor, group: Group) -> bool:
-    return int(keep.max()) < group.num_units and (keep.ndim == 1 or group.kind == "expert_channels")
 
 
 def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: Path) -> None:

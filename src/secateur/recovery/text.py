@@ -90,11 +90,6 @@ class RecoveryText:
         return sum(len(block.ids_T) for block in self.blocks)
 
     @property
-    def is_masked(self) -> bool:
-        """Whether some tokens count for nothing."""
-        return any(block.counted_T is not None for block in self.blocks)
-
-    @property
     def num_held_out_tokens(self) -> int:
         """Return the tokens that guard."""
         return sum(blocks.num_tokens for blocks in self.held_out.values())

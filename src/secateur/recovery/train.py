@@ -321,7 +321,7 @@ def _trainer(
 ) -> Distiller:
     listener = Listener(work.name, checkpoints, tokens_per_step, work.services.progress)
     items: list[dict[str, Any]] = [{"input_ids": block.ids_T} for block in work.text.blocks]
-    if work.text.is_masked:
+    if any(block.counted_T is not None for block in work.text.blocks):
         for item, block in zip(items, work.text.blocks, strict=True):
             item |= {"counted": block.mask_T, "answers": block.counted_T is not None}
     if work.states is not None:

@@ -399,14 +399,9 @@ def task_table(evaluation: Evaluation) -> Table:
             cells = [of[task][metric].text() for of in scores]
             if changes is not None:
                 cells.append(changes[task][metric].text("+"))
-            rows.append((task_label(task, metric), *cells))
+            rows.append((f"{task}, {metric.removesuffix(',none')}", *cells))  # with the harness's filter, if any
     columns = (*evaluation.models, *(["difference"] if changes is not None else []))
     return Table("score ± standard error", ("task", *columns), rows)
-
-
-def task_label(task: str, metric: str) -> str:
-    """Return the label of a row of scores; it names the harness's filter, if any."""
-    return f"{task}, {metric.removesuffix(',none')}"
 
 
 def _nats_rows(evaluation: Evaluation) -> Iterator[Cells]:
