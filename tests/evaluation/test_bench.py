@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
-from models import tiny_llama
+from models import randomised, saved, tiny_llama
 from run_cli import run_cli
+from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from secateur.errors import RecipeError
 from secateur.evaluation.bench import (
@@ -120,6 +121,13 @@ def test_a_speed_up_is_told_where_1_is_not_in_its_range(ratio, is_told):
 def test_of_one_repeat_a_note_says_that_it_has_no_range(pair):
     (note,) = bench(*pair, **asdict(replace(SMALL, repeats=1))).notes
     assert note.startswith("one repeat has no range")
+
+
+def test_a_model_without_a_limit_on_positions_is_timed(tmp_path):
+    sizes = {"hidden_size": 48, "lru_width": 48, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 12}
+    config = RecurrentGemmaConfig(**sizes, num_hidden_layers=3, num_key_value_heads=1, vocab_size=320)
+    place = saved(tmp_path / "recurrent", randomised(RecurrentGemmaForCausalLM(config), 0))
+    assert list(bench(place, **asdict(replace(SMALL, batch=1))).models) == ["model"]
 
 
 def test_json_and_no_dense_model(pair):

@@ -144,9 +144,9 @@ def _check_options(device: torch.device, workload: Workload) -> None:
 def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
     shape = meta_model(checkpoint.config)
     check_weights(checkpoint, shape)
-    longest = checkpoint.config.get_text_config().max_position_embeddings
+    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     wanted = workload.prompt_tokens + workload.new_tokens
-    if wanted > longest:
+    if longest and wanted > longest:
         raise RecipeError(
             f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {wanted}, more than "
             f"the {longest} that {checkpoint.reference} can attend to; ask for fewer."

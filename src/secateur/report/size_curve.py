@@ -31,7 +31,8 @@ def measurement_table(measurement: Measurement) -> Tables:
 
 def measurement_page(measurement: Measurement) -> Page:
     """Return the page: the picture first, then the tables, and what was cut to foretell from."""
-    lines = {judged: _line(measurement.sizes, judged) for judged in (*_first(measurement.sizes), "mean of domains")}
+    judged = *_first(measurement.sizes), "mean of domains"
+    lines = {name: [(cost.removed, cost.lost.get(name, _mean(cost))) for cost in measurement.sizes] for name in judged}
     chart = Chart(
         "Nats per token lost, by the share of all parameters that goes", lines, marked(measurement), MOST_NATS
     )
@@ -64,10 +65,6 @@ def _domains(cost: SizeCost) -> list[str]:
 
 def _mean(cost: SizeCost) -> float:
     return sum(cost.lost[name] for name in _domains(cost)) / len(_domains(cost))
-
-
-def _line(costs: Sequence[SizeCost], judged: str) -> list[tuple[float, float]]:
-    return [(cost.removed, cost.lost[judged] if judged in cost.lost else _mean(cost)) for cost in costs]
 
 
 def _sizes(measurement: Measurement) -> Table:
