@@ -59,8 +59,6 @@ class Training(Strict):
     """all weights but embedding and head (`layers`), all weights (`full`), or low-rank additions
     that are merged at the end (`lora`, needs secateur[recover]).
     """
-    lora_rank: Count = 16
-    """of these."""
     gradient_checkpointing: bool = False
     """computes activations again in place of storing them."""
 

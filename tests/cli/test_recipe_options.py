@@ -82,8 +82,8 @@ def test_the_same_keys_for_inspect_and_recover(checkpoints, recipe_file):
     assert shown.status == 0, shown.stderr
     told = json.loads(shown.stdout)
     assert [group["name"] for group in told["groups"]] == ["kv_heads"] and told["remove_asked"] == 0.05
-    refused = run_cli("recover", "pruned", "--teacher", "dense", "--out", "o", "--set", "recover.lora_rank=0")
-    assert refused.status == 2 and refused.stderr.startswith("secateur: --set: recover.lora_rank: ")
+    refused = run_cli("recover", "pruned", "--teacher", "dense", "--out", "o", "--set", "recover.batch_tokens=0")
+    assert refused.status == 2 and refused.stderr.startswith("secateur: --set: recover.batch_tokens: ")
 
 
 def test_values_of_set_are_yaml():

@@ -110,7 +110,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"calibration": {}},
         {"polish": "default"},
         {"polish": {"num_tokens": 999, "train": "full", "batch_tokens": 64}},
-        {"polish": {"num_tokens": 999, "train": "lora", "lora_rank": 3}},
+        {"polish": {"num_tokens": 999, "train": "lora"}},
         {"polish": {"num_tokens": 999, "gradient_checkpointing": True}},
         {"polish": "default", "compensate": "none"},
         {"polish": "default", "memory_budget": "1GB"},

@@ -293,9 +293,9 @@ def test_the_best_weights_at_the_end_may_be_the_most():
         kept = 4 * 10**6 + 2 * (num_params - 10**6)
         found = training_bytes(low, num_params, 10**6, settings, 32, on_cpu=False)
         assert found == kept + 8 * 10**6 + max(kept, step)
-    low_rank = settings.model_copy(update={"train": "lora", "lora_rank": 2})
+    low_rank = settings.model_copy(update={"train": "lora"})
     step = 32 * (4 * activations + 2 * (3 * 4 * 112 + words) + 16 * model.config.vocab_size)
-    step += 4 * 32 * 3 * (6 * 48 + 112) + 16 * 2 * 3 * (11 * 48 + 3 * 112)  # what linears read; the additions
+    step += 4 * 32 * 3 * (6 * 48 + 112) + 16 * 16 * 3 * (11 * 48 + 3 * 112)  # what linears read; the additions
     assert num_trained(low, low_rank) == 0, "of the model's own"
     assert training_bytes(low, 10, 0, low_rank, 32, on_cpu=False) == 2 * 10 + step
     assert training_bytes(low, 10**8, 0, low_rank, 32, on_cpu=False) == 2 * 2 * 10**8, "stored, and merged at the end"
@@ -314,7 +314,7 @@ def test_activations_are_counted_by_the_widest_ffn_or_four_hidden_sizes():
 def test_where_memory_is_short_one_block_at_a_time_low_rank_additions_or_nothing_is_trained(
     checkpoints, asked, monkeypatch
 ):
-    asked = {**asked, "polish": {**TRAINING, "lora_rank": 1}}  # additions of rank 16 are as large as this model
+    monkeypatch.setattr("secateur.recovery.weights.LORA_RANK", 1)  # additions of rank 16 are as large as this model
 
     def fitted(budget: float) -> Any:
         wanted = parse_recipe(grouped({**asked, "memory_budget": f"{budget / 1000:.3f}KB"}))

@@ -27,7 +27,7 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "kl_share": 1.0,
 }
-LORA = {**SETTINGS, "train": "lora", "lora_rank": 4, "learning_rate": 3e-3}
+LORA = {**SETTINGS, "train": "lora", "learning_rate": 3e-3}
 GENTLE = {**SETTINGS, "learning_rate": 3e-4}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 FSDP = (

@@ -313,7 +313,7 @@ def recover_logits(work: Work) -> int:
 
 
 def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
-    return with_lora(model, settings.lora_rank) if settings.train == "lora" else model
+    return with_lora(model) if settings.train == "lora" else model
 
 
 def _trainer(

@@ -24,6 +24,8 @@ from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.offload import forget_weights
 
 FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
+# Of low-rank additions. Twice as much was no better than training the layers' own weights (LOG, 2026-11-28, night).
+LORA_RANK = 16
 
 
 def weight_size(model: Any) -> float:
@@ -110,14 +112,14 @@ def check_training(settings: Training, key: str) -> None:
         raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
 
 
-def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
+def with_lora(model: PreTrainedModel) -> nn.Module:
     """Return the model with trainable low-rank additions to every linear but the head.
 
-    W + (2 rank / rank) B A, B zero at first. Source: Hu et al., arXiv 2106.09685.
+    W + 2 B A, B zero at first. Source: Hu et al., arXiv 2106.09685.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules="all-linear")
     with quiet_transformers():  # peft uses what transformers deprecates
         return get_peft_model(model, config)
 
@@ -184,7 +186,7 @@ def training_bytes(
     if settings.train == "lora":  # float32 copies of what linears read; additions, gradients, moments
         hidden_size, width = config.hidden_size, _ffn_width(config)
         step += 4 * tokens * layers * (6 * hidden_size + width)
-        step += 16 * settings.lora_rank * config.num_hidden_layers * (11 * hidden_size + 3 * width)
+        step += 16 * LORA_RANK * config.num_hidden_layers * (11 * hidden_size + 3 * width)
     weights = 4 * trained + (item if low else 4) * (num_params - trained)
     return weights + 8 * trained + max(step, item * num_params if settings.train == "lora" else weights)
 
