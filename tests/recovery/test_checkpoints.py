@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_counts_as_absent(verb, name, damage, commands, run
 
 def test_the_lines_of_a_training_that_was_whole_are_those_of_the_run_that_goes_on(commands, tmp_path):
     command = with_out(commands["prune"], tmp_path / "out")
-    with patch("secateur.pruning.result.save_pruned", side_effect=Stopped), pytest.raises(Stopped):
+    with patch("secateur.pruning.prune.save_checkpoint", side_effect=Stopped), pytest.raises(Stopped):
         run_cli(*command)
     assert run_cli(*command).status == 0
     assert [line["step"] for line in lines_of(tmp_path / "out", "polish_step")] == list(range(1, 7))

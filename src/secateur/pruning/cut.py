@@ -30,11 +30,12 @@ from secateur.stream.walk import Batch
 
 
 class Cut(NamedTuple):
-    """A run whose model is cut and polished, and which units of it stay."""
+    """A run whose model is cut and polished, and which units of it stay. `peak`: bytes of memory until then."""
 
     run: Run
     keeps: Keeps
     polish: PolishRecord | None
+    peak: int
 
 
 def cut_and_polish(dense: Run, copies: Sequence[Run] = (), *, force: bool = False, cut: bool = True) -> Iterator[Cut]:
@@ -68,7 +69,7 @@ def cut_and_polish(dense: Run, copies: Sequence[Run] = (), *, force: bool = Fals
         if lesson is not None:
             with run.on_host():
                 polished = polish(run.model, lesson, first.resolved.recipe.seed, run.services, device)
-        yield Cut(run, keeps.get(id(run), Keeps()), polished)
+        yield Cut(run, keeps.get(id(run), Keeps()), polished, peak_bytes())
 
 
 def _walk_has_dense_states(run: Run) -> bool:

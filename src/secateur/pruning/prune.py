@@ -9,19 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.errors import RecipeError
+from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import Progress, Tell
+from secateur.model.kept import write_keeps
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.cut import Cut, cut_and_polish
 from secateur.pruning.like import opened_like, recipe_like
-from secateur.pruning.open import open_model, tokenizer_of
+from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prepare import Prepared, begun_run, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import checked
-from secateur.pruning.result import Result, save_and_prove, summary_of
+from secateur.pruning.result import Result, summary_of
 from secateur.pruning.sizes import MeasuredSizes, Sizes, cut_within, largest_of, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
-from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, recipe_over
+from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe, load_recipe, recipe_over
 from secateur.report.records import Summary
-from secateur.stream.device import peak_bytes, peak_bytes_on
 
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
 Finish = Callable[[Path, Summary, Recipe], Summary]
@@ -107,26 +108,36 @@ def _pruned(
         judge = judge_of(ready)
         dense = judged_dense(ready, judge)
     for name, (member, cut) in cuts:
-        opened, (run, keeps, _) = member.opened, cut
-        directory = run.services.scratch
+        opened, run, directory = member.opened, cut.run, cut.run.services.scratch
 
         # Judge it, then write it.
-        peak, pruned = peak_bytes(), None if judge is None else judged(run, f"pruned {name}".strip(), judge.pruned)
+        pruned = None if judge is None else judged(run, f"pruned {name}".strip(), judge.pruned)
         services.store.note_found()
-        device_peak = peak_bytes_on(opened.device)
         member.placement.offload()
-        proof = None if directory is None else save_and_prove(opened, run, keeps, directory)
-        summary = summary_of(
-            member,
-            cut,
-            proof,
-            dense=dense,
-            pruned=pruned,
-            command=command,
-            peak=peak,
-            device_peak=device_peak,
-        )
+        proof = None if directory is None else _saved(opened, cut, directory)
+        summary = summary_of(member, cut, proof, dense=dense, pruned=pruned, command=command)
         if directory is not None:
             run.services.log.write({"event": "seconds", **summary.seconds})
             summary = finish(directory, summary, run.resolved.recipe)
-        yield Result(run.model, tokenizer_of(opened), run.resolved.recipe, keeps, run.resolved.layers, summary)
+        yield Result(run.model, tokenizer_of(opened), run.resolved.recipe, cut.keeps, run.resolved.layers, summary)
+
+
+def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
+    """Write the model, its recipe and which units stay; have a fresh process compute the same logits."""
+    run, services = cut.run, cut.run.services
+    resolved = run.resolved
+    with services.log.time("save"):
+        left_behind = save_checkpoint(
+            run.model,
+            tokenizer_of(opened),
+            directory,
+            kept=None if opened.trim is None else opened.trim.kept,
+            max_shard_size=resolved.recipe.output.max_shard_size,
+            carry_from=opened.directory,
+        )
+        (directory / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")
+        write_keeps(directory, resolved.layers if resolved.depth else (), cut.keeps)
+        for sentence in left_behind:
+            services.log.note(sentence)
+    with services.log.time("verify"):
+        return prove_reload(run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress)

@@ -1,4 +1,4 @@
-"""What a run returns and writes: checkpoint, proof, kept units, summary."""
+"""What a run returns: the model, which units stay, and a summary in numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,35 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from secateur.facts import Judgement, Size
-from secateur.formats.save import Verification, prove_reload, save_checkpoint
+from secateur.formats.save import Verification
 from secateur.log import TELLING_SHARES, versions
 from secateur.model.group import Group
-from secateur.model.kept import Keeps, write_keeps
+from secateur.model.kept import Keeps
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cut import Cut
-from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.prepare import Prepared
-from secateur.pruning.run import Run
 from secateur.pruning.trimmed import vocabulary_facts
-from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
+from secateur.recipe import Recipe
 from secateur.report.records import Summary
-
-
-def save_pruned(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> tuple[str, ...]:
-    """Write the model; return a sentence about every side file of the source that was left behind."""
-    recipe = run.resolved.recipe
-    left = save_checkpoint(
-        run.model,
-        tokenizer_of(opened),
-        directory,
-        kept=None if opened.trim is None else opened.trim.kept,
-        max_shard_size=recipe.output.max_shard_size,
-        carry_from=opened.directory,
-    )
-    (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-    write_keeps(directory, run.resolved.layers if run.resolved.depth else (), keeps)
-    return left
-
+from secateur.stream.device import peak_bytes_on
 
 # Sums in float32 are off by 2^-24: from here on that is a good part of the least pivot.
 LARGEST_CONDITION = 2.0**20
@@ -62,16 +44,6 @@ class Result:
         return f"<Result of {self.summary.model}: secateur.table shows it, .model holds it, .out says where it is>"
 
 
-def save_and_prove(opened: Opened, run: Run, keeps: Keeps, directory: Path) -> Verification:
-    """Save the model and have a fresh process compute the same logits."""
-    services = run.services
-    with services.log.time("save"):
-        for sentence in save_pruned(opened, run, keeps, directory):
-            services.log.note(sentence)
-    with services.log.time("verify"):
-        return prove_reload(run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress)
-
-
 def summary_of(
     ready: Prepared,
     cut: Cut,
@@ -80,11 +52,9 @@ def summary_of(
     dense: Judgement | None,
     pruned: Judgement | None,
     command: str,
-    peak: int,
-    device_peak: int | None,
 ) -> Summary:
     """Return the summary of a cut. `dense`, `pruned`: as both were judged; None if they were not."""
-    opened, (run, keeps, polish) = ready.opened, cut
+    opened, (run, keeps, polish, peak) = ready.opened, cut
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = log.notes + ill_conditioned(log.lines, recipe)
@@ -118,7 +88,7 @@ def summary_of(
         other_text=dense and pruned and (dense.other, pruned.other),
         own_answers=pruned and pruned.answers,
         peak_bytes=peak,
-        device_peak_bytes=device_peak,
+        device_peak_bytes=peak_bytes_on(opened.device),
     )
 
 
