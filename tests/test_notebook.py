@@ -32,7 +32,7 @@ def shown(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Any]:
     training = TrainingRecord(100, 1.0, verdicts[2], held=True)
     figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
     figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
-    parts = {"dense": verdicts[0], "before": verdicts[1], "training": training, "notes": (HOSTILE,)}
+    parts = {"dense": verdicts[0], "before": verdicts[1], "training": training, "notes": (HOSTILE,), "judged": {}}
     grid = [("dense", 0.0, 2.0), ("ours", 0.2, 2.25), (HOSTILE, 0.2, 2.5)]
     cells = [
         FoundCell(name, gone, 0, gone, 1.0, dict.fromkeys("ab", Loss(nats, None, 1)), {}) for name, gone, nats in grid

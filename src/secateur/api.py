@@ -8,7 +8,7 @@ from secateur.log import Progress, Tell, mute, silent
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.prune import prune_run
 from secateur.pruning.result import Result
-from secateur.ranks import is_first, joined
+from secateur.ranks import joined
 from secateur.recipe import AnyRecipe, RecoverySettings, Remove, as_recipe
 from secateur.recovery import recover as recovery
 from secateur.report.records import RecoveryRecord
@@ -58,7 +58,6 @@ def prune(
 
     Raises a SecateurError, one sentence, for what a user can correct.
     """
-    progress = progress if is_first() else silent
     parsed = as_recipe(recipe)
     if parsed.recover is not None:
         raise RecipeError("recover: is what secateur recover reads, once a model is pruned; leave it out of a prune.")
@@ -115,7 +114,7 @@ def prune_sizes(
         tokenizer=tokenizer,
         overwrite=overwrite,
         command=command,
-        progress=progress if is_first() else silent,
+        progress=progress,
         tell=tell,
     )
 

@@ -46,18 +46,15 @@ class Loss:
     nats_per_token: float
     standard_error: float | None
     num_tokens: int
-    document_nats: Sequence[float] = ()
-    document_tokens: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("document_nats", "document_tokens"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives a list
+    document_nats: tuple[float, ...] = ()
+    document_tokens: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, nats_D: Sequence[float], tokens_D: Sequence[int]) -> "Loss":
         """Return the loss of sums over documents: all nats over all tokens."""
         num_tokens = sum(tokens_D)
-        return cls(math.fsum(nats_D) / num_tokens, standard_error(nats_D, tokens_D), num_tokens, nats_D, tokens_D)
+        error = standard_error(nats_D, tokens_D)
+        return cls(math.fsum(nats_D) / num_tokens, error, num_tokens, tuple(nats_D), tuple(tokens_D))
 
     @property
     def perplexity(self) -> float:
@@ -83,7 +80,7 @@ class Record:
 
     def to_json(self) -> str:
         """Return the record as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=lambda model: model.model_dump()) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls: type[Parsed], text: str | bytes, where: str) -> Parsed:

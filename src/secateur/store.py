@@ -329,7 +329,7 @@ def begun(
     """Yield what a job reports to and goes on from; its `scratch` becomes `out` when the block succeeds.
 
     `inputs`: gives those of `Store.open`, on the rank that writes; None for a job that cannot go on.
-    `protected`: the model that is read.
+    `protected`: the model that is read. Of several ranks the first one alone is heard.
     """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     target = staging_if_any(place, overwrite=overwrite, protected=protected, tell=tell)
@@ -339,9 +339,9 @@ def begun(
         steps = Store.open(place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell)
     else:
         steps = nullcontext(Store(log=log, label=str(place)))
-    told = tell if is_first() else mute
+    told, heard = (tell, progress) if is_first() else (mute, silent)
     with steps as store, target as directory:
-        yield Services(progress=log.watched(progress), log=log, store=store, scratch=directory, tell=told)
+        yield Services(progress=log.watched(heard), log=log, store=store, scratch=directory, tell=told)
 
 
 def _is_of_others(label: str, changes: str) -> CheckpointError:

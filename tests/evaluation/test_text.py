@@ -27,7 +27,7 @@ def result_of(directory: Path, recipe: dict[str, Any], judged_hash: str | None, 
         yaml.safe_dump(grouped({**recipe, **changes}), sort_keys=False), encoding="utf-8"
     )
     if judged_hash is not None:
-        text = CalibrationFacts("0", 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0}, {"prose": 64}, judged_hash)
+        text = CalibrationFacts("0", 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0}, {"prose": 64}, judged_hash, {})
         (directory / "result.json").write_text(summary_with(text).to_json(), encoding="utf-8")
     return directory
 
@@ -36,7 +36,8 @@ def summary_with(text: CalibrationFacts) -> Summary:
     """Return a result whose calibration is this; the rest says nothing."""
     size, loss = Size(100, 400), {"prose": Loss(3.0, 0.1, 100)}
     facts = ("model", "llama", "", 0.2, 0.2, size, size, (3, 3), {"ffn": (112, 64, 72)}, text)
-    return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (), {"torch": "2"})
+    rest = ("cpu", None, None, None, None, None, None, (), {})
+    return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (), {"torch": "2"}, *rest)
 
 
 @pytest.fixture

@@ -73,11 +73,13 @@ def test_the_figures_are_those_of_the_largest_difference(monkeypatch, tmp_path):
         for sign in (1, -1):
             other = logits.clone()
             other[place] = sign * 0.25
-            found = verify_reload(tmp_path, IDS, other, tolerance=0.25)
+            monkeypatch.setattr(proof, "TOLERANCE", 0.25)
+            found = verify_reload(tmp_path, IDS, other)
             assert found.max_abs_difference == 0.25
             assert found.loaded_by == "AutoModelForImageTextToText"
+            monkeypatch.setattr(proof, "TOLERANCE", 0.249)
             with pytest.raises(CheckpointError, match=r"differ from those in memory by 0\.25, allowed is 0\.249"):
-                verify_reload(tmp_path, IDS, other, tolerance=0.249)
+                verify_reload(tmp_path, IDS, other)
 
 
 def test_by_default_a_millionth_is_too_much(monkeypatch, tmp_path):
@@ -102,7 +104,8 @@ def test_one_logit_that_is_no_number_is_refused(value, where, monkeypatch, tmp_p
 def test_differences_are_taken_in_float32(monkeypatch, tmp_path):
     """The difference of two numbers in bfloat16 is rounded to one in bfloat16, but not in float32."""
     reloaded_as(monkeypatch, torch.full((2, 3, 1), 257.0).to(torch.bfloat16))
-    found = verify_reload(tmp_path, IDS, torch.full((2, 3, 1), 1.0 / 3).to(torch.bfloat16), tolerance=1e3)
+    monkeypatch.setattr(proof, "TOLERANCE", 1e3)
+    found = verify_reload(tmp_path, IDS, torch.full((2, 3, 1), 1.0 / 3).to(torch.bfloat16))
     assert found.max_abs_difference == 256.0 - float(torch.tensor(1.0 / 3).to(torch.bfloat16))
 
 

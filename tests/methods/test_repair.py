@@ -46,7 +46,7 @@ def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = 
         found.merge(own, domain_weight(weighting, case.shares[name], energy[name]))
     held_out = {name: torch.from_numpy(x).to(dtype) for name, x in case.held_out_TF.items()}
     drifts = {name: torch.from_numpy(r) for name, r in case.held_out_drift_TH.items()} if drift else {}
-    return GroupStatistics(found, energy, held_out, drifts)
+    return GroupStatistics(found, energy, held_out, drifts, {})
 
 
 class Reference:
@@ -204,7 +204,7 @@ def by_hand(betas: dict[str, float], noise: float = 0.0) -> GroupStatistics:
     found = Statistics.empty(2, torch.device("cpu"), gram=True)
     found.update(pair_TF, pair_TF.sum(dim=1, keepdim=True))
     held_out = {name: torch.stack([x_T, beta * x_T + noise * n_T], dim=1) for name, beta in betas.items()}
-    return GroupStatistics(found, {"a": 4.0}, held_out, {})
+    return GroupStatistics(found, {"a": 4.0}, held_out, {}, {})
 
 
 @pytest.mark.parametrize(

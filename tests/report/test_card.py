@@ -41,12 +41,12 @@ HOSTILE = [
 
 def summary(model: str, domain: str, note: str, command: str) -> Summary:
     loss = {domain: Loss(3.0, 0.1, 100)}
-    facts = CalibrationFacts("0" * 64, 32, {domain: 640}, {domain: 64}, {domain: 0.5}, {domain: 64})
+    facts = CalibrationFacts("0" * 64, 32, {domain: 640}, {domain: 64}, {domain: 0.5}, {domain: 64}, "", {})
     size = Size(100, 400)
     return Summary(
         *(model, "llama", command, 0.2, 0.2, size, size, (3, 3)),
         *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0),
-        *("AutoModelForCausalLM", (note,), {"torch": "2"}),
+        *("AutoModelForCausalLM", (note,), {"torch": "2"}, "cpu", None, None, None, None, None, None, (), {}),
     )
 
 
@@ -65,7 +65,7 @@ def recovery(name: str) -> RecoveryRecord:
     training = TrainingRecord(100, 1.0, verdicts, held=True)
     figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
     figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
-    parts = {"dense": verdicts, "before": verdicts, "training": training, "notes": (name,)}
+    parts = {"dense": verdicts, "before": verdicts, "training": training, "notes": (name,), "judged": {}}
     return RecoveryRecord(name, name, f"secateur recover {name}", {}, {}, **figures, **parts)
 
 

@@ -68,6 +68,8 @@ FACTS = records.CalibrationFacts(
     num_held_out_tokens={"prose": 1024, "code": 2048},
     held_out_overlap={"prose": 0.0123, "code": 0.256},
     num_judged_tokens={"prose": 4096, "code": 8192},
+    judged_hash="0" * 64,
+    allotted={},
 )
 BEFORE = {"prose": Loss.of([30.0, 60.0], [10, 20]), "code": Loss.of([20.0, 24.0], [10, 10])}
 AFTER = {"prose": Loss.of([33.0, 69.0], [10, 20]), "code": Loss.of([21.0, 22.0], [10, 10])}
@@ -103,6 +105,8 @@ FULL = records.Summary(
     loaded_by="AutoModelForCausalLM",
     warnings=("the text of code is short.",),
     versions=VERSIONS,
+    device="cpu",
+    device_peak_bytes=None,
     polish=PolishRecord(
         settings={},
         num_held_out_tokens=2048,
@@ -120,6 +124,8 @@ FULL = records.Summary(
         nats={"prose": (3.0, 3.125), "code": (2.0, 2.25)},
         foretold=0.15,
     ),
+    like=None,
+    foretold={},
     lineage=(
         Ancestor("first/model", "f" * 64, 200_000_000, hub_id="first/model", license="mit", languages=("en",)),
         Ancestor("small-model", "abcdef0123456789" * 4, 134_500_000, license="apache-2.0", languages=("en", "fr")),
@@ -312,6 +318,7 @@ MEASUREMENT = records.Measurement(
     versions=VERSIONS,
     text_hash="0" * 64,
     lineage=(),
+    profiles=(),
 )
 
 
@@ -321,7 +328,7 @@ def cell(method: str, ratio: float, seed: int, scale: float) -> FoundCell:
             scale * loss.nats_per_token,
             None,
             loss.num_tokens,
-            [scale * nats for nats in loss.document_nats],
+            tuple(scale * nats for nats in loss.document_nats),
             loss.document_tokens,
         )
         for name, loss in BEFORE.items()
@@ -360,14 +367,14 @@ STUDY = Study.model_validate(
 )
 FILES = records.ResultFiles(
     summary=FULL,
-    removed_layers=(records.RemovedLayer(7, 2, 0.03, 1.0, {"prose": 0.25, "code": 0.5}), records.RemovedLayer(9)),
+    removed_layers=(records.RemovedLayer(7, 2, 0.03, {"prose": 0.25, "code": 0.5}), records.RemovedLayer(9)),
     steps=(
-        records.GroupStep(1, 1, "ffn", 1400, 1536, 0.5),
-        records.GroupStep(1, 0, "ffn", 1300, 1536, 0.5),
-        records.GroupStep(1, 1, "kv_heads", 3, 3, 0.5),
-        records.GroupStep(2, 1, "ffn", 1280, 1400, 0.5),
-        records.GroupStep(2, 0, "ffn", 1024, 1300, 0.0),
-        records.GroupStep(2, 1, "kv_heads", 2, 3, 0.5),
+        records.GroupStep(1, 1, "ffn", 1400, 1536),
+        records.GroupStep(1, 0, "ffn", 1300, 1536),
+        records.GroupStep(1, 1, "kv_heads", 3, 3),
+        records.GroupStep(2, 1, "ffn", 1280, 1400),
+        records.GroupStep(2, 0, "ffn", 1024, 1300),
+        records.GroupStep(2, 1, "kv_heads", 2, 3),
     ),
     recipe=recipe(),
     evaluation=EVALUATION,

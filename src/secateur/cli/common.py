@@ -24,9 +24,9 @@ from rich.progress import Progress as RichProgress
 import secateur
 from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
-from secateur.log import TELLING_SHARES, Progress, Tell, mute, silent
+from secateur.log import TELLING_SHARES, Progress
 from secateur.plugins import default_domains, mixture, mixtures
-from secateur.recipe import INSTALLED_DOMAINS, SHARE_OF_ANSWERS, Keys, merged, parse_recipe, preset_texts
+from secateur.recipe import INSTALLED_DOMAINS, SHARE_OF_ANSWERS, Keys, Recipe, merged, parse_recipe, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
@@ -288,18 +288,6 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def listeners() -> Iterator[tuple[Progress, Tell]]:
-    """Yield `progress` and `tell` for a command that ranks may share: those of other ranks print nothing."""
-    from secateur.ranks import is_first
-
-    if not is_first():
-        yield silent, mute
-        return
-    with progress_bar() as progress:
-        yield progress, tell
-
-
 def show(record: Any, written: str = "", *, as_json: bool = False) -> None:
     """Print what a command found as JSON, or as tables and where it was `written`. Other ranks print nothing."""
     from secateur.ranks import is_first
@@ -399,9 +387,8 @@ def parse_sets(texts: list[str] | None) -> Keys:
     return keys
 
 
-def with_sets(data: Keys, sets: list[str] | None) -> Keys:
-    """Return a recipe's keys with those of `--set`. Raises RecipeError, naming where the mistake is."""
+def recipe_with_sets(data: Keys, sets: list[str] | None) -> Recipe:
+    """Return the recipe of these keys and those of `--set`. Raises RecipeError, naming where the mistake is."""
     whole = merged(data, parse_sets(sets))
     parse_recipe(data, "command line")
-    parse_recipe(whole, "--set")
-    return whole
+    return parse_recipe(whole, "--set")

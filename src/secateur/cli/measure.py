@@ -41,7 +41,7 @@ def evaluate(
         calibration = {"calibration": {"domains": common.parse_domains(domain)}}
         domains = parse_recipe(calibration, "--domain").calibration.domains
     names = common.task_names(tasks, tasks_data)
-    with common.listeners() as (progress, tell):
+    with common.progress_bar() as progress:
         result = secateur.evaluate(
             model,
             against,
@@ -58,7 +58,7 @@ def evaluate(
             other_dense=other_dense,
             out=out,
             progress=progress,
-            tell=tell,
+            tell=common.tell,
         )
     common.show(result, f"{(out or Path(model)) / 'evaluation.json'}", as_json=as_json)
 
@@ -215,8 +215,8 @@ def compare(
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
-    with common.listeners() as (progress, tell):
-        comparison = secateur.compare(study, out, model=model, small=small, progress=progress, tell=tell)
+    with common.progress_bar() as progress:
+        comparison = secateur.compare(study, out, model=model, small=small, progress=progress, tell=common.tell)
     common.show(comparison, f"{out}: table.md, results.json")
 
 

@@ -42,8 +42,7 @@ def inspect(
     as_json: common.Json = False,
 ) -> None:
     """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
-    keys = _keys(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
-    parsed = parse_recipe(keys, "command line")
+    parsed = _recipe_of(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
     with common.progress_bar() as progress:
         inspection = secateur.inspect(model, parsed, progress=progress)
     common.show(inspection, as_json=as_json)
@@ -133,11 +132,11 @@ def measure(
 ) -> None:
     """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
     options = {"machine": {"device": device}}
-    parsed = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
+    parsed = _recipe_of(recipe, preset, options, domain, sets, answers)
     if dry_run:
         print(secateur.foretell_measure(model, parsed))
         return
-    with common.listeners() as (progress, tell):
+    with common.progress_bar() as progress:
         measurement = secateur.measure(
             model,
             parsed,
@@ -145,7 +144,7 @@ def measure(
             overwrite=overwrite,
             command=common.command_line(out),
             progress=progress,
-            tell=tell,
+            tell=common.tell,
         )
     common.show(measurement, f"{out}: result.json, report.html")
 
@@ -190,7 +189,7 @@ def prune(
         "polish": {"num_tokens": polish},
         "machine": {"device": device},
     }
-    parsed = parse_recipe(_keys(recipe, preset, options, domain, sets, answers), "command line")
+    parsed = _recipe_of(recipe, preset, options, domain, sets, answers)
     if is_alone:
         return prune_and_tell(
             model,
@@ -205,7 +204,7 @@ def prune(
     for option, given in (("--like", like), ("--max-loss", max_loss)):
         if given is not None:
             raise RecipeError(f"{option} {given}: gives one size; leave it out, or --remove and --to.")
-    with common.listeners() as (progress, tell):
+    with common.progress_bar() as progress:
         results = secateur.prune_sizes(
             model,
             parsed,
@@ -215,7 +214,7 @@ def prune(
             overwrite=overwrite,
             command=common.command_line(out),
             progress=progress,
-            tell=tell,
+            tell=common.tell,
         )
     for made in results:
         common.show(made.summary, str(made.out))
@@ -233,7 +232,7 @@ def prune_and_tell(
     force: bool = False,
 ) -> None:
     """Prune, and print the result."""
-    with common.listeners() as (progress, tell):
+    with common.progress_bar() as progress:
         made = secateur.prune(
             model,
             recipe,
@@ -245,22 +244,22 @@ def prune_and_tell(
             force=force,
             command=common.command_line(out),
             progress=progress,
-            tell=tell,
+            tell=common.tell,
         )
     summary = made.summary
     loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
     common.show(summary, f"{out}. Load it with {loader}('{out}')")
 
 
-def _keys(
+def _recipe_of(
     file: Path | None,
     preset: str | None,
     options: Keys,
     domains: list[str] | None,
     sets: list[str] | None,
     answers: str | None = None,
-) -> Keys:
-    """Return the keys of the file over the preset, under `options`, `domains`, `answers` and `sets`."""
+) -> Recipe:
+    """Return the recipe of the file over the preset, under `options`, `domains`, `answers` and `sets`."""
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
@@ -269,7 +268,7 @@ def _keys(
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
-    return common.with_sets(common.with_answers(data, answers), sets)
+    return common.recipe_with_sets(common.with_answers(data, answers), sets)
 
 
 def _without_none(options: Keys) -> Keys:
@@ -303,7 +302,7 @@ def trim(
     """
     scripts = [name.strip() for name in keep_script.split(",") if name]
     remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text, "keep_scripts": scripts}
-    recipe = parse_recipe(_keys(None, None, {"remove": remove, "seed": seed}, domain, None), "command line")
+    recipe = _recipe_of(None, None, {"remove": remove, "seed": seed}, domain, None)
     prune_and_tell(model, out, recipe, overwrite=overwrite, force=force)
 
 
@@ -323,9 +322,8 @@ def recover(
     overwrite: common.Overwrite = False,
 ) -> None:
     """Train PRUNED on its recipe's domains, to win back quality; resumes by itself."""
-    keys = _keys(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
-    changes = parse_recipe(keys, "command line")
-    with common.listeners() as (progress, tell):
+    changes = _recipe_of(recipe, None, {"recover": {"num_tokens": tokens}}, domain, sets, answers)
+    with common.progress_bar() as progress:
         record = secateur.recover(
             pruned,
             teacher,
@@ -335,6 +333,6 @@ def recover(
             other_dense=other_dense,
             command=common.command_line(out),
             progress=progress,
-            tell=tell,
+            tell=common.tell,
         )
     common.show(record, str(out))

@@ -23,6 +23,7 @@ from secateur.data.blocks import Block, Blocks, JudgedText, LearningText
 from secateur.data.forms import chat_text, closing_of_turn
 from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
+from secateur.facts import Size
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, head_of, kv_cache_bytes_per_token
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
@@ -89,7 +90,7 @@ class Speaker:
     def rows(self) -> int:
         """Return how many conversations are written at a time; it depends on the model alone."""
         per_row = self.length * kv_cache_bytes_per_token(self.model)
-        weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        weights = Size.of(self.model).num_bytes
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS
         return max(LEAST_ROWS, min(most, max(CACHE_BYTES, weights // 4) // per_row))
 

@@ -21,7 +21,7 @@ from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, ju
 from secateur.pruning.resolve import resolve
 from secateur.pruning.sizes import at_size, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
-from secateur.ranks import is_first, joined
+from secateur.ranks import joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import write_measurement
@@ -56,7 +56,7 @@ def measure(
 
     Raises a SecateurError, one sentence, for what a user can correct.
     """
-    given, progress = as_recipe(recipe), progress if is_first() else silent
+    given = as_recipe(recipe)
     opened = _opened(model, given, weights=True)
     with begun_run(opened, out, overwrite=overwrite, progress=progress, tell=tell) as services:
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)

@@ -174,6 +174,7 @@ def _with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 # Few, so that a CPU does not wait for them.
 VERIFY_TOKENS = 64
+TOLERANCE = 1e-6
 _CHILD = Path(__file__).with_name("reload_child.py")
 OWN_CODE = Path(modeling_per_layer.__file__)
 
@@ -190,12 +191,11 @@ def verify_reload(
     directory: Path,
     input_ids_BT: Int64[Tensor, "B T"],
     logits_BTV: Float[Tensor, "B T V"],
-    tolerance: float = 1e-6,
 ) -> Verification:
     """Load `directory` in a fresh process and compare its logits with those of the model in memory.
 
-    On the same machine, device and number of threads they are equal. `tolerance`: the largest
-    allowed difference. `input_ids_BT` must leave some positions free for the sample text.
+    On the same machine, device and number of threads they are equal, or differ by `TOLERANCE`.
+    `input_ids_BT` must leave some positions free for the sample text.
 
     Raises CheckpointError if the process fails, the loader reports missing, unexpected or
     mismatched tensors, or the logits differ by more.
@@ -211,10 +211,10 @@ def verify_reload(
     # Row by row: no second copy of all logits in float32.
     rows = zip(reloaded_BTV.flatten(0, -2), logits_BTV.detach().cpu().flatten(0, -2), strict=True)
     difference = torch.stack([(a_V.float() - b_V.float()).abs().max() for a_V, b_V in rows]).max().item()
-    if not difference <= tolerance:  # so that NaN is refused too
+    if not difference <= TOLERANCE:  # so that NaN is refused too
         raise CheckpointError(
             f"{directory}: the reloaded model's logits differ from those in memory by {difference:.3g}, allowed is "
-            f"{tolerance:.3g}; the directory does not hold this model."
+            f"{TOLERANCE:.3g}; the directory does not hold this model."
         )
     return Verification(difference, metadata["class"])
 

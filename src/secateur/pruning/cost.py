@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from secateur.errors import RecipeError
+from secateur.facts import Size
 from secateur.files import parse_size
 from secateur.log import human_bytes
 from secateur.methods.scores import needs_gram
@@ -234,14 +235,12 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models:
     Results, each at most as large as the dense model; each round's refitted readers, of so many models; the
     dense layers if there are several rounds; finished layers if weights stay on disk.
     """
-    model, num_rounds = opened.model, len(resolved.plans)
-    layers = decoder_layers(model, opened.arch)
+    num_rounds, layers = len(resolved.plans), decoder_layers(opened.model, opened.arch)
     left = [layers[index] for index in resolved.layers]
     parameters = (next(iter(g.refitted(left[g.layer]).values())) for g in resolved.groups)
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
-    in_layers = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    total = num_results * num_bytes + num_models * num_rounds * readers
+    in_layers = sum(Size.of(layer).num_bytes for layer in layers)
+    total = num_results * Size.of(opened.model).num_bytes + num_models * num_rounds * readers
     if num_rounds > 1 and resolved.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

@@ -9,10 +9,10 @@ from pathlib import Path
 from secateur.facts import Judgement, TrainingRecord, Verdicts
 from secateur.files import without_places
 from secateur.formats.save import has_own, prove_reload, save_checkpoint
-from secateur.log import LOG_FILE, Progress, Tell, silent, versions
+from secateur.log import LOG_FILE, Progress, Tell, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
-from secateur.ranks import alone, is_first, meet
+from secateur.ranks import alone, meet
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
 from secateur.recovery.open import Job, inputs_of, open_job
 from secateur.recovery.train import Work, train_guarded, training_folder
@@ -52,7 +52,7 @@ def recover(
         partial(inputs_of, job),
         overwrite=overwrite,
         protected=job.pruned.directory,
-        progress=progress if is_first() else silent,
+        progress=progress,
         tell=tell,
     )
     with services_of_job as services:

@@ -68,13 +68,11 @@ class TaskResults:
     """lm-evaluation-harness's results. `sources`: by task, where rows not from the hub came from.
 
     `results`: task -> "metric,filter" -> value, the standard error under "metric_stderr,filter".
-    `more`: the harness's other keys; they are written to the file and not read back.
     """
 
     results: dict[str, dict[str, Any]]
     sources: dict[str, str]
     lm_eval_version: str
-    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,7 @@ class Differences:
 
     domains: dict[str, Change]
     other_text: Change
-    tasks: Scores | None = None
+    tasks: Scores | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -171,12 +169,12 @@ class Evaluation(Record):
     model: str
     against: str | None
     notes: tuple[str, ...]
-    dense: Measured | None = None
+    dense: Measured | None
     pruned: Measured
-    kl: Verdicts | None = None
-    differences: Differences | None = None
+    kl: Verdicts | None
+    differences: Differences | None
     versions: dict[str, str]
-    own_answers: OwnAnswers | None = None  # of a chat model, with `against`
+    own_answers: OwnAnswers | None  # of a chat model, with `against`
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -252,7 +250,7 @@ class BenchResult(Record):
     models: dict[str, ModelFigures]
     speed_ups: dict[str, SpeedUp]
     versions: dict[str, str]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +293,7 @@ class RecoveryRecord(Trained, Record):
     reload_max_abs_difference: float
     notes: tuple[str, ...]
     versions: dict[str, str]
-    judged: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
+    judged: dict[str, Judgement]
 
 
 Losses = dict[str, Loss]
@@ -397,8 +395,8 @@ class CalibrationFacts:
     num_held_out_tokens: dict[str, int]
     held_out_overlap: dict[str, float | None]
     num_judged_tokens: dict[str, int]
-    judged_hash: str = ""
-    allotted: dict[str, tuple[int | None, ...]] = field(default_factory=dict[str, tuple[int | None, ...]])
+    judged_hash: str
+    allotted: dict[str, tuple[int | None, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,17 +444,17 @@ class Summary(Record):
     loaded_by: str | None
     warnings: tuple[str, ...]
     versions: dict[str, str]
-    device: str = "cpu"
-    device_peak_bytes: int | None = None  # allocated there, where torch counts it
-    polish: PolishRecord | None = None  # if it was trained; `pruned_losses` are of the model after that
-    other_text: tuple[Loss, Loss] | None = None  # of other sources, dense and pruned, if it was judged
-    own_answers: OwnAnswers | None = None  # of a model with a chat template, if it was judged
-    vocabulary: VocabularyFacts | None = None  # if it was trimmed; losses are then per dense token
-    like: Ancestor | None = None
-    lineage: tuple[Ancestor, ...] = ()  # the original model first
-    files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
+    device: str
+    device_peak_bytes: int | None  # allocated there, where torch counts it
+    polish: PolishRecord | None  # if it was trained; `pruned_losses` are of the model after that
+    other_text: tuple[Loss, Loss] | None  # of other sources, dense and pruned, if it was judged
+    own_answers: OwnAnswers | None  # of a model with a chat template, if it was judged
+    vocabulary: VocabularyFacts | None  # if it was trimmed; losses are then per dense token
+    like: Ancestor | None
+    lineage: tuple[Ancestor, ...]  # the original model first
     # By stage of the progress: seconds as foretold at first, as foretold anew, and taken.
-    foretold: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    foretold: dict[str, list[float]]
+    files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
 
     @property
     def has_layers_of_different_widths(self) -> bool:
@@ -515,20 +513,19 @@ class Measurement(Record):
     versions: dict[str, str]
     text_hash: str  # of what was measured on
     lineage: tuple[Ancestor, ...]
-    profiles: tuple[tuple[int, str, GroupProfile], ...] = ()  # with layer and group, if widths by layer were asked for
+    profiles: tuple[tuple[int, str, GroupProfile], ...]  # with layer and group, if widths by layer were asked for
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path
 
 
 @dataclass(frozen=True, slots=True)
 class GroupStep:
-    """What a group kept in a round, of `total` units before it. `step` 0: compensation refused."""
+    """What a group kept in a round, of `total` units before it."""
 
     round: int
     layer: int
     group: str
     kept: int
     total: int
-    step: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,7 +540,6 @@ class RemovedLayer:
     layer: int
     chosen: int | None = None
     kl: float | None = None
-    step: float | None = None
     error_after: dict[str, float] | None = None
 
 
@@ -557,7 +553,7 @@ class ResultFiles:
     recipe: Recipe
     evaluation: Evaluation | None
     bench: BenchResult | None
-    recovery: RecoveryRecord | None = None
+    recovery: RecoveryRecord | None
 
 
 def read_summary(directory: Path) -> Summary:

@@ -73,8 +73,7 @@ def quality_section(files: ResultFiles) -> Section | None:
         rows = [*first, *loss_rows(summary)]
         tables.append(Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(first) + 1)), *bars]))
     if summary.polish is not None:
-        trained = _trained("The polish, on the text that guards it", summary.polish, "polished")
-        tables.append(trained)
+        tables.append(_trained("The polish, on the text that guards it", summary.polish, "polished"))
     if files.recovery is not None:
         text.append(
             f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page are of the model "
@@ -247,9 +246,8 @@ def write_report(directory: Path) -> Path:
 
     Raises CheckpointError for files that cannot be read or written.
     """
-    files, path = read_result(directory), directory / PAGE_FILE
-    html = render(report_page(files))
-    write_text(path, html)
+    path = directory / PAGE_FILE
+    write_text(path, render(report_page(read_result(directory))))
     return path
 
 

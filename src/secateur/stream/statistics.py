@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -309,7 +309,7 @@ class GroupStatistics:
     energy: dict[str, float]
     held_out_TF: dict[str, Tensor]
     held_out_drift_TH: dict[str, Tensor]
-    by_domain: dict[str, Statistics] = field(default_factory=dict)
+    by_domain: dict[str, Statistics]
 
 
 def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
