@@ -269,5 +269,6 @@ def make_directory(directory: Path, out: Path, *, exist_ok: bool = False) -> Non
     try:
         directory.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
-        reason = f"no directory can be made there ({error.strerror})"
-        raise CheckpointError(f"OUT {out}: {reason}; choose another place.") from None
+        raise CheckpointError(
+            f"OUT {out}: no directory can be made there ({error.strerror}); choose another place."
+        ) from None

@@ -210,8 +210,9 @@ class Store:
     def note_found(self) -> None:
         """Log that an earlier run did part of the work."""
         if self.num_found:
-            text = f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
-            self.log.note(text)
+            self.log.note(
+                f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
+            )
 
     def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
         """Prepare the directory for these inputs, with an earlier run's steps of the same ones."""

@@ -181,8 +181,7 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             while heard.recv(1):
                 pass
         except TimeoutError:
-            text = "interrupted in a long operation; the same command goes on"
-            print(f"secateur: {text}.", file=sys.stderr, flush=True)
+            print("secateur: interrupted in a long operation; the same command goes on.", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
 

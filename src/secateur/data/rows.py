@@ -209,8 +209,7 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], use_threads=False):
                     yield from (Row(f"{where}, row {next(numbers)}", row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
-        reason = one_line(error)
-        raise CalibrationError(f"{where}: broken parquet ({reason}); write or download it again.") from None
+        raise CalibrationError(f"{where}: broken parquet ({one_line(error)}); write or download it again.") from None
 
 
 TEXT_SUFFIXES = frozenset(

@@ -54,8 +54,10 @@ def installed_documents(kind: str, order: Random) -> Iterator[str]:
     find, carriers = _KINDS[kind]
     documents = find()
     if not documents:
-        missing = f"it comes from {carriers}, not found in this Python environment"
-        raise CalibrationError(f"calibration text '{kind}': {missing}; install it, or leave the domain out.")
+        raise CalibrationError(
+            f"calibration text '{kind}': it comes from {carriers}, not found in this Python environment; install it, "
+            "or leave the domain out."
+        )
     order.shuffle(documents)
     for document in documents:
         text = document if isinstance(document, str) else document()
@@ -301,9 +303,9 @@ def _with_text(rows: list[Row], path: Path, domain: DomainText) -> list[Row]:
             continue
         if not isinstance(content, str) or content.strip():
             return rows
-    where = f"calibration file {path}"
-    blank = f"{where}: column '{domain.column}' is blank in every row; set `column` to one that holds text."
-    raise problem or NoText(blank)
+    raise problem or NoText(
+        f"calibration file {path}: column '{domain.column}' is blank in every row; set `column` to one that holds text."
+    )
 
 
 def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
@@ -322,12 +324,13 @@ def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
-        reason = one_line(error)
         advice = "check its id, config, revision and split, and the network"
         if offline:
-            fill = "load it once with datasets.load_dataset while online to fill the local cache"
-            advice = f"HF_HUB_OFFLINE=1 forbids the network, so {fill}, or give its text as files"
-        raise CalibrationError(f"{where}: cannot be loaded ({reason}); {advice}.") from None
+            advice = (
+                "HF_HUB_OFFLINE=1 forbids the network, so load it once with datasets.load_dataset while online to fill "
+                "the local cache, or give its text as files"
+            )
+        raise CalibrationError(f"{where}: cannot be loaded ({one_line(error)}); {advice}.") from None
 
 
 def question_rows(domain: DomainText, order: Random, note: Note) -> Iterator[str]:

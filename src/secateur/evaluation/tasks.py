@@ -41,8 +41,9 @@ def saved_rows(folder: Path) -> dict[str, Any] | None:
         splits: Any = datasets.load_from_disk(str(folder), keep_in_memory=True)
         return dict(splits)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = one_line(error)
-        raise RecipeError(f"task data {folder}: cannot be read ({reason}); write or download it again.") from None
+        raise RecipeError(
+            f"task data {folder}: cannot be read ({one_line(error)}); write or download it again."
+        ) from None
 
 
 CHILD = Path(__file__).with_name("code_child.py")

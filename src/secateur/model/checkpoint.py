@@ -82,8 +82,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
             return auto.from_config(config, trust_remote_code=False)
     except BAD_VALUE as error:
-        reason = f"no model can be built from it ({one_line(error)})"
-        raise CheckpointError(f"config of a {config.model_type} model: {reason}.") from None
+        raise CheckpointError(
+            f"config of a {config.model_type} model: no model can be built from it ({one_line(error)})."
+        ) from None
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
@@ -256,8 +257,10 @@ def _refuse(checkpoint: Checkpoint, *, mismatched: list[str], missing: list[str]
     for kind, names in (("wrong shape", mismatched), ("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            got = f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}"
-            raise CheckpointError(f"{got}; use the config.json and the weights of the same model.")
+            raise CheckpointError(
+                f"{checkpoint.reference}: weights and config disagree, {kind}: {names[0]}{more}; use the config.json "
+                "and the weights of the same model."
+            )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -359,19 +362,24 @@ def check_in_memory(model: object, tokenizer: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"model: must be a transformers PreTrainedModel or a path, got {type(model).__name__}.")
     if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
-        reason = "its widths differ per layer and it runs its checkpoint's code"
-        raise CheckpointError(f"model: {reason}; load it with secateur.load(path), or give its path.")
+        raise CheckpointError(
+            "model: its widths differ per layer and it runs its checkpoint's code; load it with secateur.load(path), "
+            "or give its path."
+        )
     for name, given in {"model": model, "tokenizer": tokenizer}.items():
         if type(given).__module__.startswith("transformers_modules."):
-            reason = "it runs its checkpoint's code, which no result carries"
-            raise CheckpointError(f"{name}: {reason}; load it without trust_remote_code.")
+            raise CheckpointError(
+                f"{name}: it runs its checkpoint's code, which no result carries; load it without trust_remote_code."
+            )
     if tokenizer is None:
         raise CheckpointError("tokenizer: a model in memory comes without one; pass tokenizer=.")
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_rows(tokenizer, cast(Any, model.get_input_embeddings()).num_embeddings, "tokenizer")
     if getattr(model.config, "quantization_config", None):
-        advice = "give the path of its original checkpoint or .gguf file instead"
-        raise CheckpointError(f"model: it was loaded from quantised weights (config.quantization_config); {advice}.")
+        raise CheckpointError(
+            "model: it was loaded from quantised weights (config.quantization_config); give the path of its original "
+            "checkpoint or .gguf file instead."
+        )
 
 
 def restore_buffers(model: nn.Module) -> tuple[str, ...]:
@@ -391,6 +399,8 @@ def restore_buffers(model: nn.Module) -> tuple[str, ...]:
             ours, theirs = module.get_buffer(buffer), loaded.get_buffer(buffer)
             if ours.dtype != theirs.dtype or not torch.equal(ours.cpu(), theirs):
                 setattr(module, buffer, theirs.to(ours.device))
-                cause = "differed from what loading the checkpoint computes, as after .to(torch.bfloat16)"
-                notes.append(f"{name}.{buffer} {cause}, so it was recomputed.")
+                notes.append(
+                    f"{name}.{buffer} differed from what loading the checkpoint computes, as after "
+                    ".to(torch.bfloat16), so it was recomputed."
+                )
     return tuple(notes)

