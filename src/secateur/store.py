@@ -46,7 +46,6 @@ from secateur.result_directory import check_replaceable, restore, staging_if_any
 
 INPUTS, INPUT = "inputs", "input-"
 HOW = "the same command goes on from what is finished"
-_FORMAT = 1  # of records; part of the key of steps with `depends_on`, so older ones are ignored
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SEAL = b'{"sha256": "%s",'
 _SEAL_BYTES = len(_SEAL) - len(b"%s") + 64
@@ -373,7 +372,7 @@ def _stem(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool
     """Return the name of the step's files."""
     if depends_on is None:
         return f"{INPUT}{name}" if is_input else name
-    key = hashlib.sha256(json.dumps([_FORMAT, name, depends_on], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([name, depends_on], sort_keys=True).encode()).hexdigest()[:16]
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{key}"
 
 
