@@ -3,6 +3,7 @@
 The device is the processor, and what moves is the dtype; `test_device` has a device of its own.
 """
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,17 @@ def test_changes_survive_in_the_stored_dtype(layers: list[nn.Module], keeps: boo
     fetch(layers[1])
     assert set(weights(layers)[1].flatten().tolist()) == {rounded}
     owner.end()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_nothing_of_a_layer_before_its_cut_is_left_in_memory(layers: list[nn.Module], keeps: bool) -> None:
+    LayersOnDevice(layers, CPU, in_float32=True, keeps=keeps)
+    stored = weakref.ref(weights(layers)[0])
+    fetch(layers[0])
+    computing = weakref.ref(weights(layers)[0])
+    layers[0].linear.weight = nn.Parameter(torch.ones(2, 4), requires_grad=False)
+    settle(layers[0])
+    assert stored() is None and computing() is None
 
 
 def test_settling_leaves_alone_what_nobody_changed(layers: list[nn.Module]) -> None:

@@ -97,12 +97,13 @@ class LayersOnDevice:
         return next(index for index, mine in enumerate(self.layers) if mine is layer)
 
     def settle(self, layer: nn.Module) -> None:
-        """Round the layer's changed parameters to the dtypes in which they are stored."""
+        """Round the layer's changed parameters to the dtypes in which they are stored; drop what they were before."""
         copies = self.onloaded.get(self.index_of(layer), {})
         with torch.no_grad():
             for key, parameter in _parameters(layer):
                 if key in copies and copies[key].is_unchanged(parameter):
                     continue
+                copies.pop(key, None)
                 stored = self.dtypes.get(key, parameter.dtype)
                 if parameter.dtype != stored:
                     parameter.copy_(parameter.to(stored))
