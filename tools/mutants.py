@@ -12,7 +12,8 @@ rest, until one test fails. A test file runs once under coverage when it is firs
 those judge that ran the changed line, the quickest first, in a fork that has torch and transformers
 imported. The changed code is a copy of src. What is finished is kept in `build/mutants` until src or
 the test file changes, so that a stopped run goes on. `--reach 1` asks the first files alone, `--reach 2`
-the room's, too: what they kill is killed.
+the room's, too: what they kill is killed. What a module does when it is imported, the tests that list
+defaults and numbers judge first.
 
 `tools/equivalent.yaml` lists the changes that no test can see, with the reason: they are counted
 apart. Everything else that lives is printed. The status is 1 if fewer than `--least` are killed.
@@ -51,6 +52,8 @@ EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
 KILLED, SURVIVED, UNCOVERED, BROKEN = "killed", "SURVIVED", "NOT COVERED", "BROKEN"
 # Seconds under coverage of the tests that judge one change at once, and processor time beyond them.
 MAX_SECONDS, MORE_SECONDS = 120.0, 60
+# Its tests read what is made when a module is imported: defaults, fields and numbers. They run no function.
+READ_WHOLE = "tests/test_signatures_shown.py"
 # Leaves of cosmic-ray's syntax tree that no operator changes.
 UNCHANGED = {"name", "string", "newline", "endmarker", "fstring_start", "fstring_string", "fstring_end"}
 
@@ -457,9 +460,10 @@ def main() -> None:
         found = UNCOVERED
         near, room, rest = stages(mutant.file, test_files)
         # File by file, where the first or second one kills most changes.
-        for files in [*([each] for each in near), *[room, rest][: options.reach - 1]]:
+        first = [] if mutant.line in _lines_of_functions(mutant.file) else [[READ_WHOLE]]
+        for files in [*first, *([each] for each in near), *[room, rest][: options.reach - 1]]:
             everything = [collect(file) for file in files]
-            tests = judges(mutant, everything)
+            tests = list(everything[0].seconds) if files == [READ_WHOLE] else judges(mutant, everything)
             if not tests:
                 continue
             key = hashlib.sha256(json.dumps([asdict(mutant), tests]).encode()).hexdigest()[:16]
