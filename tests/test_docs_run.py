@@ -52,6 +52,7 @@ SETS += [
 ]
 # What makes a command small: words in place of others, and options behind it.
 INSTEAD = {
+    "Qwen/Qwen2.5-0.5B-Instruct": "path/to/model",  # a hub id
     "32768": "448",
     "300000": "640",
     "chat=~/sharegpt.json": "chat=sharegpt.json",
