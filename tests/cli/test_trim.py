@@ -130,7 +130,7 @@ def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_t
         "eos_token_id": [1, c],
         "bad_words_ids": [[d, e]],
     }
-    generation |= {"forced_eos_token_id": [f], "forced_bos_token_id": g, "pad_token_id": h}
+    generation |= {"forced_eos_token_id": [f], "forced_decoder_ids": [[1, g]], "pad_token_id": h}
     shutil.copytree(place / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     arguments = [tmp_path / "model", tmp_path / "out", "--domain", f"prose={place / 'prose.txt'}"]
@@ -141,8 +141,8 @@ def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_t
     small = AutoTokenizer.from_pretrained(tmp_path / "out")
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     ids = [*said["suppress_tokens"], *said["begin_suppress_tokens"], said["eos_token_id"][1], *said["bad_words_ids"][0]]
-    ids += [*said["forced_eos_token_id"], said["forced_bos_token_id"], said["pad_token_id"]]
-    assert small.convert_ids_to_tokens(ids) == names
+    ids += [*said["forced_eos_token_id"], said["forced_decoder_ids"][0][1], said["pad_token_id"]]
+    assert small.convert_ids_to_tokens(ids) == names and said["forced_decoder_ids"][0][0] == 1
 
 
 def test_a_size_without_room_for_them_is_refused_before_any_text(place, tmp_path):

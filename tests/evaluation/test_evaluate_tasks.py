@@ -140,8 +140,12 @@ def test_equal_to_the_harness_alone(task, rows, options, checkpoints, saved, out
     asked = {"limit": options.limit, "num_fewshot": options.num_fewshot}
     written = evaluate(checkpoints["llama"], tasks=(task,), tasks_data=saved, out=out, **asked).to_json()
     found = json.loads(written)["pruned"]["tasks"]
+    found |= found.pop("more")
     expected = direct(checkpoints["llama"], task, rows, tmp_path, limit=options.limit, num_fewshot=options.num_fewshot)
     assert found["results"][task] == expected
+    assert found["n-shot"][task] == (options.num_fewshot or 0)
+    assert found["n-samples"][task]["effective"] == (options.limit or max(len(each) for each in rows.values()))
+    assert {"results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"} <= set(found)
 
 
 def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
@@ -154,10 +158,12 @@ def test_a_group_is_its_tasks_and_their_average(checkpoints, saved, out):
         progress=lambda *parts: seen.append(parts) if "tasks" in parts[0] else None,
     )
     found = json.loads(result.to_json())["pruned"]["tasks"]
-    leaves = found["results"].keys() - {"xwinograd"}
+    found |= found.pop("more")
+    leaves = found["group_subtasks"]["xwinograd"]
     scores = [found["results"][name]["acc,none"] for name in leaves]
     assert sorted(leaves) == [f"xwinograd_{config}" for config in XWINOGRAD] and len(set(scores)) == 2
     assert found["results"]["xwinograd"]["acc,none"] == pytest.approx(sum(scores) / len(scores))
+    assert found["groups"]["xwinograd"] == found["results"]["xwinograd"]
     assert seen[0] == ("pruned: questions of tasks", 0, 36) and seen[-1] == ("pruned: questions of tasks", 36, 36)
 
 

@@ -10,12 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from secateur.evaluation import evaluate as module
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.parts import Answered
 from secateur.evaluation.tasks import LoadedTasks
 from secateur.evaluation.text import named_blocks
 from secateur.log import silent
 from secateur.recipe import Domain
-from secateur.report.records import TaskResults
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
 LENGTH, NUM_BLOCKS = 40, 6
@@ -116,9 +114,9 @@ def test_another_trim_of_the_same_files_is_measured_anew(domains, tmp_path):
 def test_each_model_s_tasks_are_asked_in_its_own_tokens(pair, tmp_path, monkeypatch):
     asked = {}
 
-    def task_parts(store: Any, subject: Any, tokenizer: Any, *_: Any) -> Answered:
+    def task_parts(store: Any, subject: Any, tokenizer: Any, *_: Any) -> dict[str, Any]:
         asked[subject.which] = tokenizer.get_vocab()
-        return Answered(TaskResults({}, {}, "0"), {})
+        return {"results": {}, "sources": {}, "lm_eval_version": "0", "item_scores": {}}
 
     monkeypatch.setattr(module, "load_tasks", lambda *_: LoadedTasks({}, {}, {}))
     monkeypatch.setattr(module.parts, "task_parts", task_parts)

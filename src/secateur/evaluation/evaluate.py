@@ -4,6 +4,7 @@ In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a re
 """
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -92,14 +93,17 @@ def evaluate(
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim)
 
-    def asked(subject: parts.Subject, own_tokenizer: PreTrainedTokenizerBase) -> parts.Answered | None:
-        return loaded and parts.task_parts(store, subject, own_tokenizer, loaded, options, progress)
+    def task_results(subject: parts.Subject, own_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        if loaded is None:
+            return {}
+        return parts.task_parts(store, subject, own_tokenizer, loaded, options, progress)
 
     # Measure the dense model, and forget it before the pruned one is loaded.
-    before = kl_of = kl = changes = dense_tasks = None
+    before = kl_of = kl = changes = None
+    dense_tasks: dict[str, Any] = {}
     if dense is not None:
         dense_scores = judge.dense(dense.to_judge())
-        dense_tasks = asked(dense, judge.dense_tokenizer)
+        dense_tasks = task_results(dense, judge.dense_tokenizer)
         before = parts.measured_by(dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks)
         if trim is not None:
             dense.keep(trim.kept)
@@ -108,12 +112,11 @@ def evaluate(
 
     # Measure the pruned one, and what lies between them.
     scores = judge.pruned(pruned.to_judge())
-    pruned_tasks = asked(pruned, tokenizer)
+    pruned_tasks = task_results(pruned, tokenizer)
     after = parts.measured_by(scores, judge.text, tokenizer, pruned_tasks)
     if before is not None and kl_of is not None:
         kl = kl_of()
-        task_changes = parts.task_changes(dense_tasks, pruned_tasks) if dense_tasks and pruned_tasks else None
-        changes = parts.differences(before, after, task_changes)
+        changes = parts.differences(before, after, parts.task_changes(dense_tasks, pruned_tasks) if loaded else None)
 
     evaluation = Evaluation(
         model=name_of(pruned.checkpoint),

@@ -4,19 +4,18 @@ In: one or two models, known by their files' fingerprint and loaded on demand. O
 """
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import Blocks, Text, blocks_of
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, num_questions, run_task, task_identity
+from secateur.evaluation.tasks import LoadedTasks, TaskOptions, merged_results, num_questions, run_task, task_identity
 from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
@@ -45,22 +44,20 @@ KL = Callable[[], Verdicts]
 SPEAKER_TOKENS = 512
 
 
-class Answered(NamedTuple):
-    """What a model was asked: the tasks' results, and its score at each question by task and metric."""
-
-    results: TaskResults
-    item_scores: dict[str, dict[str, list[Any]]]
-
-
 def measured_by(
-    scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, tasks: Answered | None
+    scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
 ) -> Measured:
-    """Return what was measured of one model. The parts save the scores by question; evaluation.json leaves them out."""
+    """Return what was measured of one model."""
     losses = {**scores.domains, OTHER: scores.other}
     sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
     qualities = {name: Quality.on(sizes[name], loss) for name, loss in losses.items()}
     other = qualities.pop(OTHER)
-    return Measured(qualities, other, None if tasks is None else tasks.results)
+    if not harness:
+        return Measured(qualities, other)
+    # The parts save the thousands of scores by question; evaluation.json leaves them out.
+    more = {key: value for key, value in harness.items() if key != "item_scores"}
+    results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
+    return Measured(qualities, other, results)
 
 
 def differences(dense: Measured, pruned: Measured, tasks: Scores | None) -> Differences:
@@ -69,17 +66,17 @@ def differences(dense: Measured, pruned: Measured, tasks: Scores | None) -> Diff
     return Differences(domains, change(dense.other_text, pruned.other_text), tasks)
 
 
-def task_changes(dense: Answered, pruned: Answered) -> Scores:
-    """Return the differences by task and metric."""
+def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> Scores:
+    """Return the differences by task and metric. In: `task_parts` of each model."""
     return {
         name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
-        for name, results in pruned.results.results.items()
+        for name, results in pruned["results"].items()
     }
 
 
-def _task_change(name: str, metric: str, dense: Answered, pruned: Answered) -> TaskScore:
-    before, after = (side.results.results[name][metric] for side in (dense, pruned))
-    old, new = (side.item_scores.get(name, {}).get(metric, []) for side in (dense, pruned))
+def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskScore:
+    before, after = dense["results"][name][metric], pruned["results"][name][metric]
+    old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
     error = standard_error([b - a for a, b in zip(old, new, strict=True)], [1] * len(old)) if paired else None
     return TaskScore(after - before, error)
@@ -160,8 +157,8 @@ def task_parts(
     loaded: LoadedTasks,
     options: TaskOptions,
     progress: Progress,
-) -> Answered:
-    """Ask the tasks of a model, and average those of groups.
+) -> dict[str, Any]:
+    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task.
 
     Ranks take whole tasks by turns, so each task is asked as by one process.
     """
@@ -186,11 +183,9 @@ def task_parts(
         return outcome
 
     names = list(loaded.tasks)
-    outcomes = dict(zip(names, in_turns(result_of, names), strict=True))
-    results = {task: scores for outcome in outcomes.values() for task, scores in outcome["results"].items()}
-    results |= {name: group.aggregate(results) for name, group in loaded.groups.items()}
-    item_scores = {name: outcome["item_scores"] for name, outcome in outcomes.items()}
-    return Answered(TaskResults(results, loaded.sources, importlib.metadata.version("lm_eval")), item_scores)
+    results = dict(zip(names, in_turns(result_of, names), strict=True))
+    item_scores = {name: result["item_scores"] for name, result in results.items()}
+    return {**merged_results(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
 
 
 def judge_of_kl(store: Store, dense: Subject, pruned: Subject, text: Mapping[str, Blocks], progress: Progress) -> KL:

@@ -41,9 +41,8 @@ def saved_rows(folder: Path) -> dict[str, Any] | None:
         splits: Any = datasets.load_from_disk(str(folder), keep_in_memory=True)
         return dict(splits)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise RecipeError(
-            f"task data {folder}: cannot be read ({one_line(error)}); write or download it again."
-        ) from None
+        reason = one_line(error)
+        raise RecipeError(f"task data {folder}: cannot be read ({reason}); write or download it again.") from None
 
 
 CHILD = Path(__file__).with_name("code_child.py")
@@ -161,6 +160,8 @@ def task_manager() -> Any:
 FEW_SHOT_SPLITS = {"train", "dev"}
 # Resamples for standard errors without a formula (perplexity); the harness's 100,000 take minutes.
 BOOTSTRAP_DRAWS = 1000
+# Keys of the harness's result that map tasks; the others describe the machine.
+BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +348,7 @@ def run_task(
     options: TaskOptions,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Return the harness's `results` of one task, and each question's score, `item_scores`."""
+    """Return the harness's result of one task, plus each question's score in `item_scores`."""
     with quiet_harness():
         import tqdm
         from lm_eval import evaluator
@@ -376,11 +377,14 @@ def run_task(
                 apply_chat_template=is_chat(task, tokenizer),
                 confirm_run_unsafe_code=options.run_code,
             )
+    result = {key: outcome[key] for key in BY_TASK}
+    for config in result["configs"].values():
+        config.get("metadata", {}).pop("config_source", None)  # a path of this machine
     scores: dict[str, list[Any]] = {}
     for sample in outcome["samples"][task.task_name]:
         for metric in sample["metrics"]:
             scores.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
-    return {"results": outcome["results"], "item_scores": scores}
+    return {**result, "item_scores": scores}
 
 
 def _check_room(task: Any, wrapper: Any) -> None:
@@ -393,3 +397,19 @@ def _check_room(task: Any, wrapper: Any) -> None:
             f"task {task.task_name}: asks for answers of up to {num_written} tokens, and the model has "
             f"{wrapper.max_length} positions for question and answer; leave the task out."
         )
+
+
+def merged_results(results: list[dict[str, Any]], loaded: LoadedTasks) -> dict[str, Any]:
+    """Merge results by task into one in the harness's shape, with the averages of groups."""
+    import lm_eval
+
+    merged: dict[str, Any] = {key: {} for key in BY_TASK}
+    for result in results:
+        for key in BY_TASK:
+            merged[key] |= result[key]
+    averages = {name: group.aggregate(merged["results"]) for name, group in loaded.groups.items()}
+    merged["results"] |= averages
+    merged["groups"] = {name: averages[name] for name, group in loaded.groups.items() if group.has_aggregation}
+    merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
+    merged["lm_eval_version"] = lm_eval.__version__
+    return merged

@@ -68,11 +68,13 @@ class TaskResults:
     """lm-evaluation-harness's results. `sources`: by task, where rows not from the hub came from.
 
     `results`: task -> "metric,filter" -> value, the standard error under "metric_stderr,filter".
+    `more`: the harness's other keys; they are written to the file and not read back.
     """
 
     results: dict[str, dict[str, Any]]
     sources: dict[str, str]
     lm_eval_version: str
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
