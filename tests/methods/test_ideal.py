@@ -1,5 +1,7 @@
 """The ideal: bytes and operations counted by hand on a tiny model, and by torch's own counter."""
 
+from typing import Any
+
 import pytest
 import torch
 from models import tiny_llama, tiny_qwen2
@@ -14,6 +16,7 @@ from secateur.evaluation.bench import (
     prefill_flops_per_token,
 )
 from secateur.facts import Workload
+from tests.families import tiny_family
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
 LINEARS = 3 * (48 * 48 + 2 * 24 * 48 + 48 * 48 + 3 * 112 * 48)
@@ -75,3 +78,25 @@ def test_a_block_is_as_long_as_the_model_allows():
         block_length(257, config)
     config.max_position_embeddings = 100_000
     assert block_length(None, config) == DEFAULT_SEQUENCE_LENGTH
+
+
+def test_a_token_needs_the_experts_that_it_is_sent_to_however_many_there_are() -> None:
+    two, four, of_four = (
+        tiny_family("qwen3_moe", num_local_experts=count, num_experts_per_tok=chosen)
+        for count, chosen in ((8, 2), (8, 4), (4, 2))
+    )
+    one_expert = sum(stack[0].numel() for stack in two.parameters() if stack.ndim == 3)
+    router = sum(weight[4:].nbytes for name, weight in two.named_parameters() if name.endswith("gate.weight"))
+    assert one_expert > 0 and router > 0
+    assert prefill_flops_per_token(four, 10) == prefill_flops_per_token(two, 10) + 2 * 2 * one_expert
+    assert prefill_flops_per_token(of_four, 10) == prefill_flops_per_token(two, 10)
+
+    def read(model: Any, batch: int) -> float:
+        """Return the bytes of weights that a batch reads."""
+        of_each = 4 * model.config.hidden_size + (256 + 32 / 2) * kv_cache_bytes_per_token(model)
+        return (decode_bytes_per_token(model, Workload(batch)) - of_each) * batch
+
+    assert read(two, 1) == pytest.approx(read(of_four, 1) + router)
+    assert [read(two, batch) - read(two, 1) for batch in (3, 4, 9)] == pytest.approx(
+        [4 * 4 * one_expert, 6 * 4 * one_expert, 6 * 4 * one_expert]
+    )

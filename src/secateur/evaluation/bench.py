@@ -230,20 +230,21 @@ def least_costs(model: Any, workload: Workload) -> Costs:
 def decode_bytes_per_token(model: Any, workload: Workload) -> float:
     """Return bytes per decoded token: (weights + B * embedding row) / B + cache of the context.
 
-    Every weight is read once per batch, tied ones too; of an embedding that is not the head, only B
-    rows are. The context is its mean over the measured steps: step i attends to T + i tokens, so
-    T + N / 2.
+    Every weight is read once per batch, tied ones too; of an embedding that is not the head only B
+    rows are, and of experts those that B tokens choose. The context is its mean over the measured
+    steps: step i attends to T + i tokens, so T + N / 2.
     """
     embedding, head = model.get_input_embeddings().weight, _head(model).weight
     assert isinstance(embedding, nn.Parameter)
     weights = sum(weight.nbytes for weight in model.parameters() if weight is not embedding or head is embedding)
+    weights -= sum((1 - share) * stack.nbytes for stack, share in _stacks_read(model, workload.batch))
     row = embedding.nbytes / len(embedding)
     mean_context = workload.prompt_tokens + workload.new_tokens / 2
     return weights / workload.batch + row + mean_context * kv_cache_bytes_per_token(model)
 
 
 def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
-    """Return the operations per prompt token: 2 * weights of linears + attention + head / T.
+    """Return the operations per prompt token: 2 * weights of linears and of its experts + attention + head / T.
 
     Attention multiplies each query with the keys up to its own, and the weights with their values:
     4 * head_dim operations per pair. A token attends to (T + 1) / 2 tokens on average. As in
@@ -253,7 +254,18 @@ def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     num_query_channels = sum(layer.num_attention_heads * head_width(layer) for layer in layer_configs(model))
     attention = 4 * num_query_channels * (prompt_tokens + 1) / 2
-    return 2 * sum(linear.weight.numel() for linear in linears) + attention + 2 * head.weight.numel() / prompt_tokens
+    weights = sum(linear.weight.numel() for linear in linears)
+    weights += sum(share * stack.numel() for stack, share in _stacks_read(model, 1))
+    return 2 * weights + attention + 2 * head.weight.numel() / prompt_tokens
+
+
+def _stacks_read(model: Any, num_tokens: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield experts' matrices, and the most of them that so many tokens choose: all where no config says how many."""
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if weight.ndim == 3 and not isinstance(module, nn.Conv1d):
+                yield weight, min(1.0, num_tokens * chosen / len(weight)) if chosen else 1.0
 
 
 def _head(model: Any) -> nn.Linear:
