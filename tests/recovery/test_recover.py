@@ -165,7 +165,7 @@ def test_never_worse(pruned, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"train": "lora", "learning_rate": 3e-3},
+        {"train": "lora", "learning_rate": 1e-3},
         {"train": "full", "learning_rate": 3e-4},
         {"blocks_per_device": 1, "learning_rate": 3e-4},
     ],

@@ -121,11 +121,11 @@ def test_low_rank_additions_start_at_nothing_and_count_twice():
     ids_BT = torch.randint(3, 300, (1, 8))
     with torch.no_grad():
         before = model(ids_BT, use_cache=False).logits
-    trained: Any = with_lora(model, 4)
+    trained: Any = with_lora(model)
     with torch.no_grad():
         assert torch.equal(trained(ids_BT, use_cache=False).logits, before)
     layer = trained.base_model.model.model.layers[0].mlp.up_proj
-    assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape == (4, 48)
+    assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape == (16, 48)
     free = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
     assert len(free) == 2 * 7 * 3 and not any("lm_head" in name for name in free)
 
@@ -138,7 +138,7 @@ def test_low_rank_additions_are_merged_in_float32_into_copies():
     assert all((dtype == torch.float32) == ("norm" in name) for name, dtype in dtypes.items())
     old = {name: parameter.data for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in old.items()}
-    trained: Any = with_lora(model, 4)
+    trained: Any = with_lora(model)
     additions = {name: module for name, module in trained.named_modules() if hasattr(module, "lora_A")}
     expected = {}
     for name, module in additions.items():
