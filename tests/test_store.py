@@ -205,3 +205,11 @@ def test_what_another_program_has_sealed_is_damage(name, tmp_path):
     assert len(heard) == 1 and heard[0].endswith(
         "number, finished by an earlier run, is damaged on disk, so it is done again."
     )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_ranks_the_first_alone_tells_of_a_lasting_store(first, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.store.is_first", lambda: first)
+    told: list[str] = []
+    Store.lasting(tmp_path / "parts", told.append).tell("a line")
+    assert told == ["a line"] * first

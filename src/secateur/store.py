@@ -81,9 +81,9 @@ class Store:
 
     @classmethod
     def lasting(cls, directory: Path, tell: Tell, label: str = "") -> "Store":
-        """Return a store that stays in its directory; steps say what they `depends_on`."""
+        """Return a store that stays in its directory; steps say what they `depends_on`. The first rank alone tells."""
         make_directory(directory, directory.parent, exist_ok=True)
-        return cls(directory, label=label, tell=tell)
+        return cls(directory, label=label, tell=tell if is_first() else mute)
 
     @classmethod
     @contextmanager
