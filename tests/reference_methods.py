@@ -154,10 +154,10 @@ def nearest(width: float, step: int, num_units: int, allows: Callable[[int], boo
     return min([*counts, num_units], key=lambda count: (abs(Fraction(width) - count), count))
 
 
-def smallest(num_units: int, step: int, min_keep: float, allows: Callable[[int], bool] = lambda _: True) -> int:
-    """The least count that may stay: a multiple of `step`, at least one step and `min_keep` of all."""
+def smallest(num_units: int, step: int, allows: Callable[[int], bool] = lambda _: True) -> int:
+    """The least count that may stay: a multiple of `step` that the config can state."""
     for count in range(step, num_units, step):
-        if count >= min_keep * num_units - 1e-9 and allows(count):
+        if allows(count):
             return count
     return num_units
 

@@ -29,7 +29,6 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("remove: 1", r"^recipe: remove\.share: .*less than 1, got 1\.$"),
         ("remove: .nan", r"remove\.share: .*finite number, got nan\.$"),
         ("remove: .inf", r"remove\.share: .*, got inf\.$"),
-        ("remove: {min_keep: 1}", r"remove\.min_keep: .*less than 1, got 1\.$"),
         (
             "remove: {groups: []}",
             r"remove: groups is empty and vocabulary is not given, so nothing would go; name a group",
@@ -73,9 +72,9 @@ def test_a_mistake_is_one_sentence_that_names_the_key(text, message):
 
 
 def test_bounds_are_allowed_where_the_text_says_so():
-    edge = {"remove": {"min_keep": 0}, "repair": {"target_mix": 1}, "calibration": {"sequence_length": 8}}
+    edge = {"remove": {"depth": 0}, "repair": {"target_mix": 1}, "calibration": {"sequence_length": 8}}
     found = parse_recipe({**edge, "recover": {"kl_share": 0}})
-    assert (found.remove.min_keep, found.repair.target_mix, found.calibration.sequence_length) == (0, 1, 8)
+    assert (found.remove.depth, found.repair.target_mix, found.calibration.sequence_length) == (0, 1, 8)
     assert found.recover is not None and found.recover.kl_share == 0
 
 

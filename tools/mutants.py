@@ -13,7 +13,9 @@ those judge that ran the changed line, the quickest first, in a fork that has to
 imported. The changed code is a copy of src. What is finished is kept in `build/mutants` until src or
 the test file changes, so that a stopped run goes on. `--reach 1` asks the first files alone, `--reach 2`
 the room's, too: what they kill is killed. What a module does when it is imported, the tests that list
-defaults and numbers judge first.
+defaults and numbers judge first; whether a function runs without gradients, those that run every verb.
+What no test is seen to run, as it runs in a process that leaves no coverage, all tests of the module's
+files and of its room judge.
 
 `tools/equivalent.yaml` lists the changes that no test can see, with the reason: they are counted
 apart. Everything else that lives is printed. The status is 1 if fewer than `--least` are killed.
@@ -54,6 +56,8 @@ KILLED, SURVIVED, UNCOVERED, BROKEN = "killed", "SURVIVED", "NOT COVERED", "BROK
 MAX_SECONDS, MORE_SECONDS = 120.0, 60
 # Its tests read what is made when a module is imported: defaults, fields and numbers. They run no function.
 READ_WHOLE = "tests/test_signatures_shown.py"
+# Its test runs every verb and lets autograd keep nothing.
+WITHOUT_GRADIENTS = "tests/test_stages_shown.py"
 # Leaves of cosmic-ray's syntax tree that no operator changes.
 UNCHANGED = {"name", "string", "newline", "endmarker", "fstring_start", "fstring_string", "fstring_end"}
 
@@ -330,6 +334,11 @@ def judges(mutant: Mutant, everything: Iterable[Covered]) -> list[str]:
         if tests:
             tests.sort(key=lambda test, seconds=covered.seconds: seconds[test])
             by_file.append((sum(covered.seconds[test] for test in tests), tests))
+    return in_time(by_file)
+
+
+def in_time(by_file: list[tuple[float, list[str]]]) -> list[str]:
+    """Return the tests of the quickest files, at least of one and of as many as MAX_SECONDS have room for."""
     ordered, total = [], 0.0
     for seconds, tests in sorted(by_file):
         if ordered and total + seconds > MAX_SECONDS:
@@ -459,11 +468,20 @@ def main() -> None:
     def judged(mutant: Mutant) -> str:
         found = UNCOVERED
         near, room, rest = stages(mutant.file, test_files)
+        whole = [] if mutant.line in _lines_of_functions(mutant.file) else [READ_WHOLE]
+        whole += [WITHOUT_GRADIENTS] if mutant.operator == "RemoveDecorator" else []
         # File by file, where the first or second one kills most changes.
-        first = [] if mutant.line in _lines_of_functions(mutant.file) else [[READ_WHOLE]]
-        for files in [*first, *([each] for each in near), *[room, rest][: options.reach - 1]]:
+        attempts = [*([each] for each in [*whole, *near]), *[room, rest][: options.reach - 1], [*near, *room]]
+        seen_to_run = False
+        for number, files in enumerate(attempts, start=1):
+            if number == len(attempts) and seen_to_run:
+                break
             everything = [collect(file) for file in files]
-            tests = list(everything[0].seconds) if files == [READ_WHOLE] else judges(mutant, everything)
+            if len(whole) < number < len(attempts):
+                tests = judges(mutant, everything)
+                seen_to_run = seen_to_run or bool(tests)
+            else:
+                tests = in_time([(sum(each.seconds.values()), list(each.seconds)) for each in everything])
             if not tests:
                 continue
             key = hashlib.sha256(json.dumps([asdict(mutant), tests]).encode()).hexdigest()[:16]

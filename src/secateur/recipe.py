@@ -207,8 +207,6 @@ class Remove(Strict):
     """remove these and measure none; `depth` is their number."""
     protected_layers: tuple[int, ...] = ()
     """stay whole. Negative layer numbers count from the end."""
-    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """the least share of a group that stays."""
     align: Count | None = None
     """widths are multiples of it. None: 256 if the dense ones are and 8 times 256 stays, which
     k-quants need; else 64, or 128 from 4096 channels on.

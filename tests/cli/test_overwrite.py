@@ -110,9 +110,10 @@ def test_a_link_is_never_deleted_nor_followed(prune, out, tmp_path):
 
 def test_a_whole_result_is_replaced_with_all_that_later_commands_wrote(prune, out, checkpoints):
     times = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
-    assert run_cli("bench", out, *times).status == 0
-    assert run_cli("evaluate", out, "--against", checkpoints["llama"]).status == 0
-    assert run_cli("report", out).status == 0
+    for command in (("bench", out, *times), ("evaluate", out, "--against", checkpoints["llama"])):
+        (out / "report.html").unlink()
+        assert run_cli(*command).status == 0
+        assert "</html>" in (out / "report.html").read_text()
     assert {"bench.json", "evaluation.json", "report.html", "evaluation"} < {path.name for path in out.iterdir()}
     outcome = prune("--set", "seed=3")
     assert outcome.status == 0, outcome.stderr
@@ -168,6 +169,7 @@ def test_other_commands_replace_no_file_of_the_user(out, checkpoints, tmp_path):
     export = ("export", out, "--no-check")
     refused(run_cli(*export, file, "--overwrite"), f"{file}: is no GGUF file, so --overwrite does not replace it")
     refused(run_cli("evaluate", out, "--out", place), "has an evaluation.json that evaluate did not write")
+    refused(run_cli("evaluate", checkpoints["llama"], "--out", out), f"--out {out}: is another result")
     options = ("--model", checkpoints["llama"], "--small")
     refused(run_cli("compare", "methods", place, *options), f"compare {place}: holds other files")
     refused(run_cli("bench", out, "--against", tmp_path / "nowhere"), "nowhere")

@@ -100,7 +100,7 @@ def test_values_of_set_are_yaml():
     [
         ("--set remove.shrae=0.2", "--set: unknown key 'remove.shrae'; did you mean 'share'?"),
         ("--set align=8", "--set: unknown key 'align'; did you mean remove.align?"),
-        ("--set remove.min_keep=2", "--set: remove.min_keep: "),
+        ("--set repair.target_mix=2", "--set: repair.target_mix: "),
         ("--set remove.share", "--set remove.share: give KEY=VALUE, such as calibration.num_tokens=8192."),
         ("--set .share=1", "--set .share=1: give KEY=VALUE"),
         ("--set seed=[", "--set seed=[: the value is no YAML"),
@@ -174,8 +174,8 @@ def test_inspect_says_what_else_could_go(checkpoints, recipe_file):
 
 
 def test_inspect_still_refuses_what_no_share_can_mend(checkpoints, recipe_file):
-    outcome = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--set", "remove.min_keep=0.999")
-    assert outcome.status == 2 and "at most 0.000" in outcome.stderr and "min_keep" in outcome.stderr
+    outcome = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--set", "remove.align=4096")
+    assert outcome.status == 2 and "at most 0.000" in outcome.stderr and "lower align" in outcome.stderr
 
 
 def test_version_order_and_completion(monkeypatch):
@@ -183,7 +183,7 @@ def test_version_order_and_completion(monkeypatch):
     assert shown.status == 0 and re.fullmatch(r"secateur \d+\.\d+\.\d+\n", shown.stdout)
     listed = re.findall(r"^│ ([a-z]+) ", run_cli("--help").stdout, re.MULTILINE)
     assert " ".join(listed) == (
-        "inspect recipe measure prune trim recover evaluate bench report export push compare verify demo"
+        "inspect recipe measure prune trim recover evaluate bench export push compare verify demo"
     )
     monkeypatch.setenv("_SECATEUR_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "secateur rec")

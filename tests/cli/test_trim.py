@@ -35,7 +35,7 @@ def trim(place: Path, out: Path, *options: object) -> Outcome:
 
 @pytest.fixture(scope="module")
 def done(place: Path) -> Outcome:
-    return trim(place, place / "smaller", "--vocabulary", SIZE, "--seed", "3")
+    return trim(place, place / "smaller", "--vocabulary", SIZE, "--set", "seed=3")
 
 
 def kept_ids(out: Path) -> list[int]:
@@ -78,7 +78,8 @@ def test_it_says_what_went_and_what_that_costs(place, done):
 
 def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
     (tmp_path / "mine.txt").write_text(SAMPLES["German"], encoding="utf-8")
-    options = ("--keep-text", tmp_path / "mine.txt", "--keep-script", "cyrillic,devanagari")
+    scripts = "remove.keep_scripts=[cyrillic,devanagari]"
+    options = ("--set", f"remove.keep_text=[{tmp_path / 'mine.txt'}]", "--set", scripts)
     outcome = trim(place, tmp_path / "out", "--vocabulary", SIZE + 64, *options)
     assert outcome.status == 0, outcome.stderr
     vocabulary = json.loads((tmp_path / "out" / "result.json").read_text())["vocabulary"]
@@ -87,6 +88,15 @@ def test_text_and_scripts_that_are_to_stay_do(place, tmp_path):
     for script in ("cyrillic", "devanagari"):
         assert vocabulary["scripts"][script][0] == vocabulary["scripts"][script][1]
     assert vocabulary["scripts"]["arabic"][0] > vocabulary["scripts"]["arabic"][1]
+
+
+def test_little_text_is_enough_with_the_key_that_the_refusal_names(place, tmp_path):
+    (tmp_path / "little.txt").write_text("\n\n".join((place / "prose.txt").read_text().splitlines()[:200]))
+    command = ("trim", place / "model", tmp_path / "out", "--domain", f"d={tmp_path}/little.txt", "--vocabulary", SIZE)
+    refused = run_cli(*command)
+    assert refused.status == 2 and "lower calibration.num_tokens" in refused.stderr
+    outcome = run_cli(*command, "--set", "calibration.num_tokens=512")
+    assert outcome.status == 0, outcome.stderr
 
 
 def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
@@ -135,7 +145,7 @@ def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_t
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     arguments = [tmp_path / "model", tmp_path / "out", "--domain", f"prose={place / 'prose.txt'}"]
     assert done.status == 0
-    outcome = run_cli("trim", *arguments, "--vocabulary", SIZE, "--seed", "3")
+    outcome = run_cli("trim", *arguments, "--vocabulary", SIZE, "--set", "seed=3")
     assert outcome.status == 0, outcome.stderr
     assert set(rarest) <= set(kept_ids(tmp_path / "out"))
     small = AutoTokenizer.from_pretrained(tmp_path / "out")

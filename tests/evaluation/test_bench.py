@@ -3,14 +3,17 @@
 import json
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
-from models import randomised, saved, tiny_llama
+from models import num_params, randomised, saved, tiny_llama
+from recipes import grouped
 from run_cli import run_cli
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
+from secateur.api import prune
 from secateur.errors import RecipeError
 from secateur.evaluation.bench import (
     bench,
@@ -22,9 +25,6 @@ from secateur.evaluation.bench import (
     take_turns,
 )
 from secateur.facts import Workload
-from secateur.formats.save import save_checkpoint
-from secateur.model.checkpoint import open_checkpoint
-from secateur.model.identity import lineage
 from secateur.report.records import BenchResult, Spread
 from tests.trims import trimmed_pair
 
@@ -32,18 +32,14 @@ SMALL = Workload(batch=2, prompt_tokens=8, new_tokens=3, repeats=2)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(pruned, dense): the same llama with half the FFN channels and with all; the first as a result."""
-    places = []
-    for name, width in (("pruned", 64), ("dense", 128)):
-        place = tmp_path_factory.mktemp(name)
-        model = tiny_llama(hidden_size=64, intermediate_size=width)
-        save_checkpoint(model, bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
-        places.append(place)
-    said = {"model": "dense", "dense_size": {"num_params": 1, "num_bytes": 4}}
-    found = [asdict(each) for each in lineage(open_checkpoint(places[1]), 1)]
-    (places[0] / "result.json").write_text(json.dumps({**said, "lineage": found}))
-    return places[0], places[1]
+def pair(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(pruned, dense): a llama, and a result without half of its FFN channels."""
+    place = tmp_path_factory.mktemp("pair")
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    dense, pruned = saved(place / "dense", model, bpe_tokenizer()), place / "pruned"
+    half = 3 * 3 * 64 * 64 / num_params(model)
+    prune(dense, grouped({**recipe, "remove": half, "align": 64}), out=pruned)
+    return pruned, dense
 
 
 def test_models_take_turns_after_one_unmeasured_run_each():

@@ -364,8 +364,11 @@ def test_structures_that_llama_cpp_does_not_run(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}
     with pytest.raises(ArchError, match="rope_type 'dynamic' has no counterpart"):
         export(save(tmp_path / "rope", tiny_llama(rope_parameters=rope)), tmp_path / "model.gguf")
-    with pytest.raises(CheckpointError, match=r"has rows of 48, which q8_0 stores in blocks of 32"):
+    with pytest.raises(CheckpointError, match=r"has rows of 48, which q8_0 stores in blocks of 32; .* bf16\.$"):
         export(save(tmp_path / "narrow", tiny_llama()), tmp_path / "model.gguf", type_name="q8_0")
+    narrow_mlp = tiny_llama(hidden_size=64, head_dim=16)
+    with pytest.raises(CheckpointError, match=r"has rows of 112, .*, or prune with align: 32\.$"):
+        export(save(tmp_path / "narrow_mlp", narrow_mlp), tmp_path / "model.gguf", type_name="q8_0")
     assert not (tmp_path / "model.gguf").exists()
 
 

@@ -185,20 +185,17 @@ def test_64_levels_are_not_too_many() -> None:
     assert len(level_grid(64 * 64, 64)) == 64 and len(level_grid(65 * 64, 64)) == 33
 
 
-@given(cases(), st.floats(0, 1))
+@given(cases())
 @settings(max_examples=50)
-def test_least_counts_are_the_first_that_are_enough(case: Case, min_keep: float) -> None:
+def test_least_counts_are_the_first_that_are_allowed(case: Case) -> None:
     for group in case.groups:
-        found = least_keep(case.groups, case.align, min_keep)[case.key(group)]
-        assert found == reference.smallest(group.num_units, case.step(group), min_keep, group.allows)
+        found = least_keep(case.groups, case.align)[case.key(group)]
+        assert found == reference.smallest(group.num_units, case.step(group), group.allows)
 
 
-def test_a_share_between_two_steps_is_rounded_up() -> None:
-    groups = (group_of(0, "ffn", 100), group_of(0, "heads", 6))
-    assert least_keep(groups, 16, 0.5) == {(0, "ffn"): 64, (0, "heads"): 3}
-    assert least_keep(groups, 16, 0.51) == {(0, "ffn"): 64, (0, "heads"): 4}
-    assert least_keep(groups, 16, 0.0) == {(0, "ffn"): 16, (0, "heads"): 1}
-    assert least_keep(groups, 16, 0.97) == {(0, "ffn"): 100, (0, "heads"): 6}
+def test_the_least_count_is_one_step() -> None:
+    groups = (group_of(0, "ffn", 100), group_of(0, "heads", 6), group_of(1, "ffn", 12))
+    assert least_keep(groups, 16) == {(0, "ffn"): 16, (0, "heads"): 1, (1, "ffn"): 12}
 
 
 @given(cases(), st.fractions(0, 50))
@@ -284,13 +281,10 @@ def profiles_of(case: Case, seed: int) -> dict:
 class Brute:
     """The same groups, every choice of levels tried."""
 
-    def __init__(self, case: Case, profiles: dict, least: dict) -> None:
+    def __init__(self, case: Case, profiles: dict) -> None:
         self.profiles = [profiles[case.key(group)] for group in case.groups]
         self.weights = {"prose": 0.5, "code": 0.5}
-        self.levels = []
-        for group, profile in zip(case.groups, self.profiles, strict=True):
-            enough = [level for level in profile.levels if level >= least.get(case.key(group), 0)]
-            self.levels.append(enough or [profile.levels[0]])
+        self.levels = [profile.levels for profile in self.profiles]
         self.prices, self.keys = [group.params_per_unit for group in case.groups], [case.key(g) for g in case.groups]
 
     def losses(self, weights: dict[str, float]) -> list[list[float]]:
@@ -310,22 +304,19 @@ class Brute:
         return {key: levels[o] for key, levels, o in zip(self.keys, self.levels, options, strict=True)}
 
 
-@given(cases(max_layers=2), st.integers(0, 999), SHARE, st.floats(0, 0.7), st.booleans())
+@given(cases(max_layers=2), st.integers(0, 999), SHARE, st.booleans())
 @settings(max_examples=80)
-def test_curve_has_the_least_loss_of_all_choices(
-    case: Case, seed: int, remove: float, min_keep: float, scaled: bool
-) -> None:
+def test_curve_has_the_least_loss_of_all_choices(case: Case, seed: int, remove: float, scaled: bool) -> None:
     profiles = profiles_of(case, seed)
-    least = least_keep(case.groups, case.align, min_keep)
-    brute = Brute(case, profiles, least)
+    brute = Brute(case, profiles)
     if scaled:  # exactly what some choice removes, up to all that can go
         remove = brute.largest() * round(remove * 4) / 4 / case.prices.total
     target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
     if target > brute.largest():
         with pytest.raises(RecipeError, match=f"at most {round_down(brute.largest() / case.prices.total)} with each"):
-            curve_plan(case.groups, profiles, case.prices, remove, min_keep=least)
+            curve_plan(case.groups, profiles, case.prices, remove)
         return
-    plan = curve_plan(case.groups, profiles, case.prices, remove, min_keep=least)
+    plan = curve_plan(case.groups, profiles, case.prices, remove)
     loss, choices = brute.best(target)
     assert plan.num_keep in [brute.counts(options) for options in choices], loss
     assert plan.cost_before - plan.cost_after >= target
@@ -339,7 +330,7 @@ def test_a_limited_curve_keeps_its_limits_and_is_no_better_than_brute_force(
     case: Case, seed: int, remove: float, tight: float, names: tuple[str, ...]
 ) -> None:
     profiles = profiles_of(case, seed)
-    brute = Brute(case, profiles, {})
+    brute = Brute(case, profiles)
     remove = remove * brute.largest() / case.prices.total
     assume(remove > 0)
     target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)

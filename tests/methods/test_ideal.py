@@ -1,11 +1,14 @@
 """The ideal: bytes and operations counted by hand on a tiny model, and by torch's own counter."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama, tiny_qwen2
+from models import opened, randomised, tiny_llama, tiny_qwen2
+from tiny_tokenizer import tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from secateur.data.blocks import DEFAULT_SEQUENCE_LENGTH, block_length
 from secateur.errors import RecipeError
@@ -16,6 +19,9 @@ from secateur.evaluation.bench import (
     prefill_flops_per_token,
 )
 from secateur.facts import Workload
+from secateur.model.bind import bind
+from secateur.pruning.text import with_share_of_answers
+from secateur.recipe import Recipe
 from tests.families import tiny_family
 
 # Width 48, FFN 112, 4 heads of 12 with 2 for keys and values, vocabulary 320, 3 layers, float32.
@@ -56,19 +62,48 @@ def test_prefill_operations_equal_those_torch_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cache_bytes_equal_a_real_cache(dtype):
-    model = tiny_llama().to(dtype)
-    with torch.inference_mode():
-        output = model(torch.arange(7)[None], use_cache=True)
-    cache = output.get("cache", output.get("past_key_values"))
-    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert kv_cache_bytes_per_token(model) * 7 == real
+def test_cache_bytes_counted_by_hand(dtype):
+    assert kv_cache_bytes_per_token(tiny_llama().to(dtype)) == 2 * 3 * 24 * dtype.itemsize
 
 
-def test_the_meta_device_is_enough():
-    with torch.device("meta"):
-        shape = type(tiny_llama())(tiny_llama().config)
-    assert least_costs(shape, Workload()) == least_costs(tiny_llama(), Workload())
+@pytest.mark.parametrize(
+    ("name", "num_states"),
+    [
+        ("qwen3_5", 2 * 2 * 16),  # one of three layers attends
+        ("deepseek_v2", 3 * (16 + 8)),  # a latent for keys and values together, and the rotated part of keys
+        ("falcon-new", 3 * 2 * 4 * 12),  # heads share keys and values, which the cache repeats
+    ],
+)
+def test_cache_bytes_of_layers_that_keep_something_else(name, num_states):
+    assert kv_cache_bytes_per_token(tiny_family(name)) == 4 * num_states
+
+
+def recurrent(**sizes: Any) -> Any:
+    """Return a model of two recurrent layers and one that attends, which keeps no keys and values outside of it."""
+    own = {"hidden_size": 48, "lru_width": 48, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 12}
+    config = RecurrentGemmaConfig(**own, num_hidden_layers=3, num_key_value_heads=1, vocab_size=320, **sizes)
+    return randomised(RecurrentGemmaForCausalLM(config), 0)
+
+
+def test_recurrent_layers_do_not_attend():
+    def operations(**sizes: Any) -> float:
+        return prefill_flops_per_token(recurrent(**sizes), 11) - prefill_flops_per_token(recurrent(**sizes), 1)
+
+    # At 11 tokens each attends to six on average, to one alone; the head runs once.
+    head = 2 * 320 * 48 * (1 / 11 - 1)
+    assert operations() == pytest.approx(4 * 48 * (6 - 1) + head)
+    assert operations(block_types=["attention"] * 3) == pytest.approx(3 * 4 * 48 * (6 - 1) + head)
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=48, num_hidden_layers=2, vocab_size=320, state_size=4))
+    costs = least_costs(mamba, Workload())
+    assert costs.kv_cache_bytes_per_token == 0 < costs.prefill_flops_per_token
+
+
+def test_a_model_without_keys_and_values_answers_nothing():
+    of = replace(opened(recurrent(), Recipe()), tokenizer=tiny_tokenizer())
+    assert not of.arch.caches and bind(tiny_family("qwen3_5")).caches
+    assert with_share_of_answers(of) is of
+    with pytest.raises(RecipeError, match="answers nothing, as the model keeps no keys and values while it writes"):
+        with_share_of_answers(of.filled(calibration={"answers": 0.5}))
 
 
 def test_a_block_is_as_long_as_the_model_allows():

@@ -84,8 +84,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"groups": ["kv_heads", "query_heads"]},
         {"rounds": 3, "remove": 0.4},
         {"rounds": 3, "target_mix": 0.0, "groups": HEADS},
-        {"min_keep": 0.5, "remove": 0.3},
-        {"min_keep": 0.5, "remove": 0.2, "budget": "curve"},
         {"budget": "curve", "remove": 0.5},
         {"budget": "curve", "remove": 0.7},
         {"budget": "curve", "remove": 0.7, "depth": 1},

@@ -394,7 +394,7 @@ def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked
         secateur.prune(tied, recipe)
 
 
-@pytest.mark.parametrize("changes", [{"removed_layers": [0]}, {"rounds": 2}, {"min_keep": 0.96}], ids=str)
+@pytest.mark.parametrize("changes", [{"removed_layers": [0]}, {"rounds": 2}], ids=str)
 def test_auto_measures_whatever_else_the_recipe_asks(changes, tied, asked):
     recipe = parse_recipe(grouped({**asked, "remove": 0.5, "vocabulary": "auto", **changes}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tied), AutoTokenizer.from_pretrained(tied)
@@ -466,6 +466,12 @@ def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_a_model_whose_rows_are_all_needed_is_told_so(tmp_path):
+    model = saved(tmp_path / "bytes", tiny_llama(vocab_size=260), tiny_tokenizer())
+    with pytest.raises(secateur.RecipeError, match=r"none of the model's 260 rows can go, .*; leave it out\.$"):
+        secateur.prune(model, {"remove": {"groups": [], "vocabulary": 192}}, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -474,7 +480,6 @@ def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
         ({"vocabulary": 6400}, r"remove\.vocabulary: 6,400 of the model's"),
         ({"keep_scripts": ["latin"]}, "448 of .* from 704"),  # 320 without it
         ({"vocabulary": 448, "remove": 0.01}, r"remove\.vocabulary: the tokens that go are 0\.\d+ of all"),
-        ({"vocabulary": 448, "min_keep": 0.99}, r"remove: "),
         ({"vocabulary": "auto", "groups": ["kv_heads"]}, "auto weighs tokens against FFN channels"),
     ],
 )
@@ -491,7 +496,7 @@ def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
     except secateur.SecateurError as told:
         assert str(told) == sentence
     else:  # a share out of reach is a note, and the nearest one is shown
-        assert sentence.removesuffix(".") in found.warnings[0] and changes.keys() & {"remove", "min_keep"}
+        assert sentence.removesuffix(".") in found.warnings[0] and "remove" in changes
 
 
 def test_tokens_that_go_leave_what_trains_as_large(tied, asked):

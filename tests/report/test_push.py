@@ -99,7 +99,6 @@ def test_bench_refuses_another_model_and_names_it_where_it_is_meant(once, places
     assert outcome.status == 0 and "note: dense is here" in outcome.stdout
     (note, *_) = json.loads((once / "bench.json").read_text())["notes"]
     assert note.startswith("dense is here other (") and "not dense (fingerprint" in note
-    assert run_cli("report", once).status == 0
     assert "not dense (fingerprint" in (once / "report.html").read_text()
     assert run_cli("bench", places["twice"], "--against", places["dense"], *TIMED).status == 0  # the original
 
@@ -122,7 +121,6 @@ def test_nothing_is_written_into_what_is_no_result(places):
     assert run_cli("evaluate", places["dense"], "--domain", "code").status == 2
     outcome = run_cli("bench", places["dense"], *TIMED)
     assert outcome.status == 0 and "Written to" not in outcome.stdout
-    assert run_cli("report", places["dense"]).status == 2
     assert names_in(places["dense"]) == before
 
 

@@ -93,7 +93,7 @@ def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "push", "report", "verify"})
+IN_ONE_PROCESS = frozenset({"bench", "export", "inspect", "push", "verify"})
 
 
 def has_ranks() -> bool:

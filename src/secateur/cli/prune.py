@@ -279,20 +279,14 @@ def _without_none(options: Keys) -> Keys:
 
 @common.app.command(
     epilog="Example: secateur trim Qwen/Qwen2.5-0.5B smaller --vocabulary 65536 --domain chat=chat.jsonl "
-    "--keep-script latin,cyrillic"
+    "--set remove.keep_scripts=[latin,cyrillic]"
 )
 def trim(
     model: common.Model,
     out: common.Out,
     vocabulary: Annotated[int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64.")],
     domain: common.Domains = None,
-    keep_text: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Keep every token that this text needs; repeatable.")
-    ] = None,
-    keep_script: Annotated[
-        str, typer.Option(metavar="NAMES", help="Keep all tokens of these scripts: latin,cyrillic.")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
+    sets: common.Sets = None,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
 ) -> None:
@@ -300,9 +294,7 @@ def trim(
 
     Every text still reads back as it was, in more tokens. Held-out text judges what that costs, domain by domain.
     """
-    scripts = [name.strip() for name in keep_script.split(",") if name]
-    remove = {"groups": [], "vocabulary": vocabulary, "keep_text": keep_text, "keep_scripts": scripts}
-    recipe = _recipe_of(None, None, {"remove": remove, "seed": seed}, domain, None)
+    recipe = _recipe_of(None, None, {"remove": {"groups": [], "vocabulary": vocabulary}}, domain, sets)
     prune_and_tell(model, out, recipe, overwrite=overwrite, force=force)
 
 

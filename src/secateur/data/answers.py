@@ -25,7 +25,7 @@ from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.facts import Size
 from secateur.log import Progress, silent
-from secateur.model.bind import Arch, head_of, kv_cache_bytes_per_token
+from secateur.model.bind import CACHE_NAMES, Arch, head_of, kv_cache_bytes_per_token
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 
 # Conversations written together. A step reads all weights, whatever its rows; on a CPU more than so
@@ -33,8 +33,6 @@ from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 CPU_ROWS, DEVICE_ROWS, LEAST_ROWS = 64, 256, 4
 # What their keys and values may take, or a quarter of the weights if that is more.
 CACHE_BYTES = 1_000_000_000
-# The KV cache's name since transformers 5.24, and before.
-CACHE_NAMES = ("cache", "past_key_values")
 # Rows leave the batch together once this share of it is finished: each time the cache is copied.
 FINISHED_SHARE = 1 / 8
 # Tokens that a layer's keys and values have room for, before they are copied to a larger place.

@@ -6,6 +6,7 @@ the configs can tell is checked before any weights are read.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,18 +18,20 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from secateur.errors import RecipeError
 from secateur.facts import Costs, Size, Workload
-from secateur.files import write_text
 from secateur.log import Progress, silent, steps, versions
-from secateur.model.bind import head_width, kv_cache_bytes_per_token, layer_configs
+from secateur.model.bind import head_width, kv_cache_bytes_per_token
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept import kept_tokens_of
 from secateur.model.stock import replaced
 from secateur.ranks import device_called
 from secateur.report.records import BenchResult, ModelFigures, Speed, SpeedUp, Spread
+from secateur.report.report import add_figures
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
 
+# The names that configs have for layers without attention.
+OTHER_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe"}
 # Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
 
@@ -69,7 +72,7 @@ def bench(
         _check_model(checkpoint, workload)
     result = _bench(checkpoints, workload, place, (*notes, *_notes(checkpoints, workload)), progress)
     if is_result(Path(model)):
-        write_text(Path(model, BENCH_FILE), result.to_json())
+        add_figures(Path(model), BENCH_FILE, result.to_json())
     return result
 
 
@@ -252,11 +255,19 @@ def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
     """
     head = _head(model)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    num_query_channels = sum(layer.num_attention_heads * head_width(layer) for layer in layer_configs(model))
+    num_query_channels = sum(layer.num_attention_heads * head_width(layer) for layer in _attending(model))
     attention = 4 * num_query_channels * (prompt_tokens + 1) / 2
     weights = sum(linear.weight.numel() for linear in linears)
     weights += sum(share * stack.numel() for stack, share in _stacks_read(model, 1))
     return 2 * weights + attention + 2 * head.weight.numel() / prompt_tokens
+
+
+def _attending(model: Any) -> list[Any]:
+    """Return the configs of the layers that have heads: recurrent ones and convolutions do not attend."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or repeat("")
+    layers = (layer for layer, kind in zip(config.per_layer_config, kinds, strict=False) if kind not in OTHER_LAYERS)
+    return [layer for layer in layers if hasattr(layer, "num_attention_heads")]
 
 
 def _stacks_read(model: Any, num_tokens: int) -> Iterator[tuple[Tensor, float]]:

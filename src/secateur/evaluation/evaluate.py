@@ -12,13 +12,13 @@ from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import TaskOptions, is_chat, load_tasks
 from secateur.evaluation.text import text_to_judge
-from secateur.files import write_text
 from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.kept import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
 from secateur.report.records import Evaluation
+from secateur.report.report import add_figures
 from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
@@ -102,7 +102,7 @@ def evaluate(
     before = kl_of = kl = changes = None
     dense_tasks: dict[str, Any] = {}
     if dense is not None:
-        dense_scores = judge.dense(dense.to_judge())
+        dense_scores = judge.dense(dense.to_judge(), asks=dense.arch.caches)
         dense_tasks = task_results(dense, judge.dense_tokenizer)
         before = parts.measured_by(dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks)
         if trim is not None:
@@ -130,7 +130,7 @@ def evaluate(
         own_answers=scores.answers,
     )
     if is_first():
-        write_text(directory / EVALUATION_FILE, evaluation.to_json())
+        add_figures(directory, EVALUATION_FILE, evaluation.to_json())
     return evaluation
 
 
@@ -145,6 +145,8 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
         return checkpoint.directory
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
+    if is_result(out) and out.resolve() != checkpoint.directory.resolve():
+        raise RecipeError(f"--out {out}: is another result, whose page would show these figures; choose another place.")
     if not is_result(out) and not (out / PARTS_FOLDER).is_dir() and (out / EVALUATION_FILE).exists():
         raise RecipeError(f"--out {out}: has an {EVALUATION_FILE} that evaluate did not write; choose another place.")
     return out

@@ -146,11 +146,12 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> li
     stored, model = stored_tensors(checkpoint.directory), meta_model(checkpoint.config)
     tensors = tensors_of(stored, model, family, type_name)
     for tensor in tensors:
-        block_size = gguf_block(tensor.type_name)[0]
-        if tensor.shape[-1] % block_size:
+        block_size, width = gguf_block(tensor.type_name)[0], tensor.shape[-1]
+        if width % block_size:
+            pruned = "" if width == checkpoint.config.hidden_size else f", or prune with align: {block_size}"
             raise CheckpointError(
-                f"{checkpoint.reference}: {tensor.name} has rows of {tensor.shape[-1]}, which {type_name} stores in "
-                f"blocks of {block_size}; export as f16 or bf16, or prune with align: {block_size}."
+                f"{checkpoint.reference}: {tensor.name} has rows of {width}, which {type_name} stores in "
+                f"blocks of {block_size}; export as f16 or bf16{pruned}."
             )
     return tensors
 

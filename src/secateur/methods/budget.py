@@ -113,7 +113,7 @@ def least_step(groups: tuple[Group, ...], align: int, *, alike: bool) -> int:
     return min(sum(steps) if alike else min(steps) for steps in kinds.values())
 
 
-def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int, min_keep: float = 0.0) -> Plan:
+def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:
     """Keep the same share of every group, so that `remove` of the whole model's cost goes.
 
     The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
@@ -135,7 +135,7 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
             step, width = align_of(group, align), group.num_units * keep_share
             num_keep[group.layer, name] = 0 if is_last and width < step / 2 else nearest_count(group, width, step)
         missing -= params_gone(members, num_keep)
-    least = least_keep(groups, align, min_keep)
+    least = least_keep(groups, align)
     # The last kind alone may not hold what the others' rounding leaves to it.
     kept = {key: max(count, least[key]) for key, count in num_keep.items()}
     if kept != num_keep and remove > (largest := params_gone(groups, least) / prices.total):
@@ -155,7 +155,7 @@ def out_of_reach(remove: float, prices: Prices, largest: float) -> RecipeError:
     """Return the error for more than the groups hold. `largest`: the most that can go, as a share."""
     return RecipeError(
         f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-        f"{round_down(largest)} with each at its smallest width; ask for less, lower min_keep or align, or remove more "
+        f"{round_down(largest)} with each at its smallest width; ask for less, lower align, or remove more "
         f"whole layers (depth)."
     )
 
@@ -165,13 +165,12 @@ def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, 
     return Plan(num_keep, prices.total, prices.total - params_gone(groups, num_keep))
 
 
-def least_keep(groups: tuple[Group, ...], align: int, min_keep: float) -> dict[GroupKey, int]:
-    """Return each group's lowest count: at least one step and `min_keep` of its units."""
+def least_keep(groups: tuple[Group, ...], align: int) -> dict[GroupKey, int]:
+    """Return each group's lowest count: one step, or as many as its config can state."""
     least: dict[GroupKey, int] = {}
     for group in groups:
         step = align_of(group, align)
-        first = max(math.ceil(min_keep * group.num_units / step), 1) * step
-        counts = (count for count in range(first, group.num_units, step) if group.allows(count))
+        counts = (count for count in range(step, group.num_units, step) if group.allows(count))
         least[group.key] = next(counts, group.num_units)
     return least
 

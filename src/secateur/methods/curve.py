@@ -1,6 +1,5 @@
 """The curve budget: widths per layer from measured error curves and KL slopes, by a knapsack."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,18 +76,17 @@ def curve_plan(
     prices: Prices,
     remove: float,
     *,
-    min_keep: Mapping[GroupKey, int] | None = None,
     max_rise: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the plan with the least predicted rise, averaged over domains.
 
     At least `remove` of the whole model's cost goes, counted from the groups' full widths, and less
-    than one level more if every level costs something. Groups keep at least `min_keep`. `max_rise`: the
-    highest predicted rise of some domains, in nats per token; if the best plan breaks a limit, limited
-    domains weigh more, but no more than needed. Raises RecipeError if the groups, with the largest possible
-    `remove`, or `max_rise` do not allow it.
+    than one level more if every level costs something. `max_rise`: the highest predicted rise of some
+    domains, in nats per token; if the best plan breaks a limit, limited domains weigh more, but no more
+    than needed. Raises RecipeError if the groups, with the largest possible `remove`, or `max_rise` do
+    not allow it.
     """
-    problem = _problem(groups, profiles, min_keep or {})
+    problem = _problem(groups, profiles)
     largest = sum(max(options) for options in problem.removals) / prices.total
     if remove > largest:
         raise out_of_reach(remove, prices, largest)
@@ -106,7 +104,7 @@ def curve_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The profiles with their allowed levels, and the cost removed at each, group by group."""
+    """The profiles, and the cost removed at each level, group by group."""
 
     profiles: dict[GroupKey, GroupProfile]
     removals: list[list[int]]
@@ -121,15 +119,11 @@ class _Problem:
         return {key: profile.levels[option] for (key, profile), option in pairs}
 
 
-def _problem(groups: tuple[Group, ...], profiles: Profiles, min_keep: Mapping[GroupKey, int]) -> _Problem:
-    allowed, removals = dict[GroupKey, GroupProfile](), []
-    for group in groups:
-        key = group.key
-        profile = profiles[key]
-        count = max(1, sum(level >= min_keep.get(key, 0) for level in profile.levels))
-        allowed[key] = dataclasses.replace(profile, levels=profile.levels[:count], errors=profile.errors[:count])
-        removals.append([(group.num_units - level) * group.params_per_unit for level in allowed[key].levels])
-    return _Problem(allowed, removals)
+def _problem(groups: tuple[Group, ...], profiles: Profiles) -> _Problem:
+    removals = [
+        [(group.num_units - level) * group.params_per_unit for level in profiles[group.key].levels] for group in groups
+    ]
+    return _Problem({group.key: profiles[group.key] for group in groups}, removals)
 
 
 def _within_limits(

@@ -296,6 +296,11 @@ def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
     Raises RecipeError if so many cannot stay.
     """
     least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
+    if size < num_rows <= least:
+        raise RecipeError(
+            f"remove.vocabulary: none of the model's {num_rows:,} rows can go, in steps of {ALIGN_TOKENS}, without "
+            "text that could not be read any more; leave it out."
+        )
     if size != num_rows and (size % ALIGN_TOKENS or not least <= size <= num_rows):
         below = size // ALIGN_TOKENS * ALIGN_TOKENS
         near = [

@@ -66,6 +66,8 @@ HEAD_KEYS = {
 }
 # A key that counts more units at once, as the number of shared experts does, leaves no choice of widths.
 MOST_PER_KEY = 4
+# What outputs call the cache of keys and values since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 # What torch and transformers raise where a guess makes shapes that do not fit.
 WRONG_GUESS = (*BAD_VALUE, NotImplementedError)
 CLOSE = 1e-4
@@ -94,7 +96,8 @@ class Arch:
     `mlp_adds_directly`: what MLPs give is added to the stream as it is. `params_per_layer`: all
     parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if it
     gives hidden states alone. `carried`: arguments of a layer that are outputs of the layer before it,
-    and which ones. `by_text`: arguments that depend on the text.
+    and which ones. `by_text`: arguments that depend on the text. `caches`: it keeps keys and values
+    while it writes.
     """
 
     family: str
@@ -112,6 +115,7 @@ class Arch:
     num_outputs: int = 0
     carried: tuple[tuple[str, int], ...] = ()
     by_text: frozenset[str] = frozenset()
+    caches: bool = False
 
     @property
     def is_chain(self) -> bool:
@@ -241,11 +245,6 @@ def head_of(model: nn.Module, arch: Arch) -> nn.Module:
     return head if arch.logits is None else ScaledHead(head, arch.logits)
 
 
-def layer_configs(model: Any) -> list[Any]:
-    """Return each layer's config, which is the model's if all layers have one."""
-    return list(model.config.get_text_config().per_layer_config)
-
-
 def head_width(config: Any) -> int:
     """Return head_dim; it follows from hidden_size if the config does not state it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -259,10 +258,14 @@ def num_kv_heads(config: Any) -> int:
     return next(count for count in counts if count)
 
 
+@torch.no_grad()
 def kv_cache_bytes_per_token(model: Any) -> int:
-    """Return 2 (K and V) * L * KV heads * head_dim * bytes per value."""
-    num_kv_channels = sum(num_kv_heads(layer) * head_width(layer) for layer in layer_configs(model))
-    return 2 * num_kv_channels * model.dtype.itemsize
+    """Return the bytes of keys and values that the model's own cache holds per token; 0 if it keeps none."""
+    ids_1T = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    output = model(ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=True)
+    cache = next((output[name] for name in output if name in CACHE_NAMES), None)
+    states = (getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in states if tensor is not None) // ids_1T.numel()
 
 
 _KNOWN: dict[tuple[type, str], tuple[Arch, list[list[Group]]]] = {}
@@ -328,6 +331,8 @@ class _Finder:
             for module in places:
                 stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
             self.logits = run(self.twin)
+        with suppress(*WRONG_GUESS):
+            self.arch = replace(self.arch, caches=kv_cache_bytes_per_token(self.twin) > 0)
 
     @torch.no_grad()
     def _find_walk(self) -> None:

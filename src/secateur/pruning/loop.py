@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from secateur.methods.budget import Plan, least_keep, plan_of
+from secateur.methods.budget import Plan, plan_of
 from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
@@ -179,9 +179,8 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
 
 def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> list[tuple[GroupKey, int]]:
     resolved, remove = run.resolved, run.resolved.removals[number - 1]
-    least = least_keep(resolved.groups, resolved.align, resolved.recipe.remove.min_keep)
     prices, profiles = resolved.prices_left, run.profiles or profiles_of(run, number, batches)
-    plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, min_keep=least, max_rise=max_rise))
+    plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, max_rise=max_rise))
     predicted = predicted_rise(profiles, plan.num_keep)
     run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
     return [*plan.num_keep.items()]

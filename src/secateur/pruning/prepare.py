@@ -216,8 +216,8 @@ def judge_of(ready: Prepared) -> Judge:
 
 
 def judged_dense(ready: Prepared, judge: Judge) -> Judgement:
-    """Judge the dense model, which answers unless each token would move weights that are not in memory."""
-    asks = not (ready.run.weights_on_disk or ready.placement.one_at_a_time)
+    """Judge the dense model, which answers if no token reads all text again or moves weights that are not in memory."""
+    asks = ready.run.arch.caches and not (ready.run.weights_on_disk or ready.placement.one_at_a_time)
     return judged(ready.run, "dense", partial(judge.dense, asks=asks))
 
 

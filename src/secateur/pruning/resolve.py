@@ -101,11 +101,9 @@ class Resolved:
     @property
     def least_keep(self) -> dict[GroupKey, int]:
         """How many units of each group stay at least."""
-        least = least_keep(self.groups, self.align, self.recipe.remove.min_keep)
         if self.is_uniform:
-            return least
-        levels = {group.key: levels_of(group, group.num_units, self.align) for group in self.groups}
-        return {key: min(level for level in levels[key] if level >= count) for key, count in least.items()}
+            return least_keep(self.groups, self.align)
+        return {group.key: levels_of(group, group.num_units, self.align)[-1] for group in self.groups}
 
     @property
     def largest(self) -> float:
@@ -211,7 +209,7 @@ def share_of_size(opened: Opened) -> Opened:
         num_bytes = left * size.num_bytes // size.num_params
         raise RecipeError(
             f"remove.to: {remove.to} is less than a cut can leave; the recipe's groups leave {left:,} parameters "
-            f"({num_bytes / 1e6:.4g} MB) at least; give that or more, lower align or min_keep, or name more groups."
+            f"({num_bytes / 1e6:.4g} MB) at least; give that or more, lower align, or name more groups."
         )
     return possible
 
@@ -224,6 +222,8 @@ def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
 def nearest(opened: Opened) -> Opened:
     """Return `opened` with the nearest share that layers, tokens and widths can give, its own if they can."""
     share, run = opened.recipe.remove.share, _unplanned(opened)
+    if not run.largest:
+        return opened
     # Where less goes, fewer layers go by default, and then the widths may give less.
     while share > (largest := math.floor(1e6 * run.largest) / 1e6) > 0:
         share, run = largest, _unplanned(_of_share(opened, largest))
@@ -305,8 +305,8 @@ def _plans(run: Resolved, remove: float, shares: list[float]) -> list[Plan]:
     if remove == 0:
         return [plan_of(groups, prices, {group.key: group.num_units for group in groups})]
     # Other budgets only count with this plan and spread it over layers in their own steps.
-    align, min_keep = (run.align, run.recipe.remove.min_keep) if run.is_uniform else (1, 0.0)
-    plan = uniform_plan(groups, prices, remove, align, min_keep)
+    align = run.align if run.is_uniform else 1
+    plan = uniform_plan(groups, prices, remove, align)
     return round_plans(groups, prices, plan, shares, align)
 
 

@@ -145,12 +145,13 @@ def with_share_of_answers(opened: Opened) -> Opened:
                 "them."
             )
         return opened.filled(calibration={"domains": text})
-    if tokenizer_of(opened).chat_template is None:
+    chats = tokenizer_of(opened).chat_template is not None
+    if not chats or not opened.arch.caches:
         if share is None and not answers:
             return opened
+        lack = "the model keeps no keys and values while it writes" if chats else "its tokenizer has no chat template"
         raise RecipeError(
-            f"calibration.answers: the tokenizer of {opened.name} has no chat template, so the model answers nothing; "
-            "leave answers out, or set them to 0."
+            f"calibration.answers: {opened.name} answers nothing, as {lack}; leave answers out, or set them to 0."
         )
     if share is None and answers:
         return opened

@@ -177,7 +177,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
     step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
     rest_N = ((to_remove - per_token * counts_N) / step_N).ceil() * step_N / channels
-    cost_N = torch.where(rest_N > 1 - remove.min_keep, torch.inf, law(rest_N))
+    cost_N = torch.where(rest_N > 1, torch.inf, law(rest_N))
     if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
         cost_N[-1] = 0
 
@@ -232,7 +232,7 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     opened = dense.opened
     # A recipe that every model can meet: memory depends on its text.
     layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
-    remove = {"vocabulary": None, "share": 0.05, "align": 1, "min_keep": 0.0, **layers}
+    remove = {"vocabulary": None, "share": 0.05, "align": 1, **layers}
     plain = opened.filled(remove=remove, choose={"rounds": 1})
     resolved = resolve(plain)
     plan = memory_for(plain, resolved)

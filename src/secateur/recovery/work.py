@@ -112,7 +112,7 @@ def judged_first(job: Job, work: Work) -> tuple[stream_judge.Judge | None, dict[
     )
     dense = teacher if job.trim is None else job.load_teacher(whole=True)
     with services.log.time("judge"):
-        judged = {"dense": judge.dense(stream_judge.ToJudge.of(dense, "dense", length))}
+        judged = {"dense": judge.dense(stream_judge.ToJudge.of(dense, "dense", length), asks=bind(dense).caches)}
         judged["pruned"] = judge.pruned(stream_judge.ToJudge.of(work.pruned, "pruned", length))
     return judge, judged
 

@@ -237,18 +237,20 @@ def write_recovered_pages(directory: Path, record: RecoveryRecord) -> None:
 def _complete(directory: Path, summary: Summary) -> Summary:
     """Write `result.json` with all digests, and the page; return the summary."""
     summary = write_summary(directory, summary)
-    write_report(directory)
+    write_page(directory)
     return summary
 
 
-def write_report(directory: Path) -> Path:
-    """Write `report.html` into a result directory; return its path.
+def add_figures(directory: Path, name: str, figures: str) -> None:
+    """Write what was measured of a model into a directory, and the page anew if that is a result."""
+    write_text(directory / name, figures)
+    if (directory / RESULT_FILE).is_file():
+        write_page(directory)
 
-    Raises CheckpointError for files that cannot be read or written.
-    """
-    path = directory / PAGE_FILE
-    write_text(path, render(report_page(read_result(directory))))
-    return path
+
+def write_page(directory: Path) -> None:
+    """Write `report.html` into a result directory. Raises CheckpointError for files that cannot be read or written."""
+    write_text(directory / PAGE_FILE, render(report_page(read_result(directory))))
 
 
 def report_page(files: ResultFiles) -> Page:

@@ -243,7 +243,7 @@ class Judge:
         self._store, self._progress, self._share = store, progress, share
         self._sheet: AnswerSheet | None = None
 
-    def dense(self, model: ToJudge, *, asks: bool = True) -> Judgement:
+    def dense(self, model: ToJudge, *, asks: bool) -> Judgement:
         """Judge the dense model, before any other. `asks`: it answers prompts, if it has a chat template.
 
         Raises NumericsError if a loss is not finite.
