@@ -78,6 +78,11 @@ def test_bounds_are_allowed_where_the_text_says_so():
     assert found.recover is not None and found.recover.kl_share == 0
 
 
+def test_no_polish_and_its_defaults_are_a_word_each():
+    assert parse_recipe({"polish": False}).polish.num_tokens == 0
+    assert parse_recipe({"polish": "default"}).polish == parse_recipe({}).polish
+
+
 def test_a_number_is_the_share_also_where_one_is_merged_over_the_other():
     assert parse_recipe({"remove": 0.4}) == parse_recipe({"remove": {"share": 0.4}})
     assert merged({"remove": 0.2}, {"remove": {"align": 64}}) == {"remove": {"share": 0.2, "align": 64}}

@@ -12,8 +12,9 @@ rest, until one test fails. A test file runs once under coverage when it is firs
 those judge that ran the changed line, the quickest first, in a fork that has torch and transformers
 imported. The changed code is a copy of src. What is finished is kept in `build/mutants` until src or
 the test file changes, so that a stopped run goes on. `--reach 1` asks the first files alone, `--reach 2`
-the room's, too: what they kill is killed. What a module does when it is imported, the tests that list
-defaults and numbers judge first; whether a function runs without gradients, those that run every verb.
+the room's, too: what they kill is killed. The tests that list defaults and numbers, and read the source
+itself, judge what a module does when it is imported first, and all else last; whether a function runs
+without gradients, the test of every verb judges.
 What no test is seen to run, as it runs in a process that leaves no coverage, all tests of the module's
 files and of its room judge.
 
@@ -54,7 +55,8 @@ EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
 KILLED, SURVIVED, UNCOVERED, BROKEN = "killed", "SURVIVED", "NOT COVERED", "BROKEN"
 # Seconds under coverage of the tests that judge one change at once, and processor time beyond them.
 MAX_SECONDS, MORE_SECONDS = 120.0, 60
-# Its tests read what is made when a module is imported: defaults, fields and numbers. They run no function.
+# Its tests read what is made when a module is imported, defaults, fields and numbers, and the source. They run no
+# function.
 READ_WHOLE = "tests/test_signatures_shown.py"
 # Its test runs every verb and lets autograd keep nothing.
 WITHOUT_GRADIENTS = "tests/test_stages_shown.py"
@@ -347,6 +349,34 @@ def in_time(by_file: list[tuple[float, list[str]]]) -> list[str]:
     return ordered
 
 
+def panels(mutant: Mutant, test_files: list[str], reach: int) -> Iterator[tuple[list[str], float]]:
+    """Yield the tests that judge a change, one panel after another, each with its seconds under coverage."""
+    near, room, rest = stages(mutant.file, test_files)
+    at_import, seen_to_run = mutant.line not in _lines_of_functions(mutant.file), False
+
+    def panel(files: list[str], *, whole: bool = False) -> Iterator[tuple[list[str], float]]:
+        """Yield the tests that ran the change, or the `whole` of the files."""
+        everything = [collect(file) for file in files]
+        all_tests = [(sum(covered.seconds.values()), list(covered.seconds)) for covered in everything]
+        if tests := in_time(all_tests) if whole else judges(mutant, everything):
+            seconds = {test: taken for covered in everything for test, taken in covered.seconds.items()}
+            yield tests, sum(seconds[test] for test in tests)
+
+    if at_import:
+        yield from panel([READ_WHOLE], whole=True)
+    if mutant.operator == "RemoveDecorator":
+        yield from panel([WITHOUT_GRADIENTS], whole=True)
+    # File by file, where the first or second one kills most changes.
+    for files in [*([file] for file in near), *[room, rest][: reach - 1]]:
+        for tests, seconds in panel(files):
+            seen_to_run = True
+            yield tests, seconds
+    if not seen_to_run:
+        yield from panel([*near, *room], whole=True)
+    if not at_import:
+        yield from panel([READ_WHOLE], whole=True)
+
+
 @cache
 def _spans(file: str) -> tuple[tuple[int, int], ...]:
     """Return the lines of each statement; those of a block are its head's."""
@@ -467,28 +497,11 @@ def main() -> None:
 
     def judged(mutant: Mutant) -> str:
         found = UNCOVERED
-        near, room, rest = stages(mutant.file, test_files)
-        whole = [] if mutant.line in _lines_of_functions(mutant.file) else [READ_WHOLE]
-        whole += [WITHOUT_GRADIENTS] if mutant.operator == "RemoveDecorator" else []
-        # File by file, where the first or second one kills most changes.
-        attempts = [*([each] for each in [*whole, *near]), *[room, rest][: options.reach - 1], [*near, *room]]
-        seen_to_run = False
-        for number, files in enumerate(attempts, start=1):
-            if number == len(attempts) and seen_to_run:
-                break
-            everything = [collect(file) for file in files]
-            if len(whole) < number < len(attempts):
-                tests = judges(mutant, everything)
-                seen_to_run = seen_to_run or bool(tests)
-            else:
-                tests = in_time([(sum(each.seconds.values()), list(each.seconds)) for each in everything])
-            if not tests:
-                continue
+        for tests, seconds in panels(mutant, test_files, options.reach):
             key = hashlib.sha256(json.dumps([asdict(mutant), tests]).encode()).hexdigest()[:16]
             found = known.get(key)
             if found is None:
-                seconds = {test: taken for covered in everything for test, taken in covered.seconds.items()}
-                found = outcome(mutant, tests, sum(seconds[test] for test in tests))
+                found = outcome(mutant, tests, seconds)
                 with results.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps({"key": key, "outcome": found, **asdict(mutant)}) + "\n")
             if found != SURVIVED:

@@ -123,6 +123,12 @@ def test_the_first_token_has_the_models_distribution() -> None:
     assert 0.5 * (shares - 1 / 257).abs().sum() > 0.2
 
 
+def test_an_answer_is_cut_at_half_of_a_block() -> None:
+    of, requests = speaker(tiny_llama(), seed="1"), [answers.Request("learning", number) for number in range(8)]
+    sizes_B2 = answers._batch(of, requests, {"learning": [[5, 6, 7]]}, "d", lambda _: None)["sizes"]
+    assert (sizes_B2[:, 0] - sizes_B2[:, 1]).max() == LENGTH // 2
+
+
 def test_a_number_between_0_and_1_names_the_token_at_which_the_sum_passes_it() -> None:
     logits_BV = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log().expand(6, -1)
     numbers = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1.0])

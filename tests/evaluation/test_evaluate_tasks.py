@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -263,6 +264,30 @@ def test_without_the_harness_the_extra_is_named(checkpoints, out, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     outcome = run_cli("evaluate", checkpoints["llama"], "--tasks", "piqa", "--out", out)
     assert outcome.status == 2 and "install secateur[evaluate]" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("langdetect", "task ifeval: needs the package langdetect; install it."),
+        ("tokenizers/punkt_tab", "task ifeval: needs nltk's punkt_tab; run: python -m nltk.downloader punkt_tab."),
+    ],
+)
+def test_what_a_task_needs_beside_the_harness_is_known_before_it_is_asked(
+    missing, expected, checkpoints, saved, out, monkeypatch
+):
+    nltk = pytest.importorskip("nltk")
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    # What nltk looks for where it keeps its data.
+    monkeypatch.setattr(nltk.data, "path", [])
+    if missing == "langdetect":
+        monkeypatch.setattr(nltk, "download", lambda _: True)
+        monkeypatch.setitem(sys.modules, missing, None)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(RecipeError) as error:
+        evaluate(checkpoints["llama"], tasks=("ifeval",), tasks_data=saved, out=out)
+    assert str(error.value) == expected
 
 
 def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_asked(

@@ -60,8 +60,8 @@ def evaluate(
             progress=progress,
             tell=common.tell,
         )
-    place = f"{model}/evaluation.json and report.html" if out is None else f"{out}/evaluation.json"
-    common.show(result, place, as_json=as_json)
+    written = f"{out}/evaluation.json" if out else f"{model}/evaluation.json and report.html"
+    common.show(result, written, as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
@@ -91,8 +91,7 @@ def bench(
             other_dense=other_dense,
             progress=progress,
         )
-    place = f"{model}/bench.json and report.html" if is_result(Path(model)) else ""
-    common.show(result, place, as_json=as_json)
+    common.show(result, f"{model}/bench.json and report.html" if is_result(Path(model)) else "", as_json=as_json)
 
 
 @common.app.command(epilog="Example: secateur export smaller smaller.gguf --type q8_0")
@@ -170,7 +169,6 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model's name on the Hugging Face hub.")],
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; by default only its owner.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent; no network.")] = False,
-    as_json: common.Json = False,
 ) -> None:
     """Upload RESULT with its model card to the hub: what secateur wrote, without local paths."""
     import yaml
@@ -180,9 +178,6 @@ def push(
 
     with common.progress_bar() as progress:
         pushed = secateur.push(result, repo, public=public, dry_run=dry_run, progress=progress)
-    if as_json:
-        print(pushed.to_json(), end="")
-        return
     rows = [(name, human_bytes(size)) for name, size in pushed.files.items()]
     rows.append(("together", human_bytes(sum(pushed.files.values()))))
     common.CONSOLE.print(terminal([Table("", ("file", "size"), rows)]))

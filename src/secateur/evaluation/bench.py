@@ -266,8 +266,8 @@ def _attending(model: Any) -> list[Any]:
     """Return the configs of the layers that have heads: recurrent ones and convolutions do not attend."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or repeat("")
-    layers = (layer for layer, kind in zip(config.per_layer_config, kinds, strict=False) if kind not in OTHER_LAYERS)
-    return [layer for layer in layers if hasattr(layer, "num_attention_heads")]
+    layers = zip(config.per_layer_config, kinds, strict=False)
+    return [layer for layer, kind in layers if kind not in OTHER_LAYERS and hasattr(layer, "num_attention_heads")]
 
 
 def _stacks_read(model: Any, num_tokens: int) -> Iterator[tuple[Tensor, float]]:

@@ -243,6 +243,7 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
     with quiet_harness():
         import datasets
         import evaluate as metrics
+        import nltk
 
         manager, tasks, groups, sources = task_manager(), {}, {}, {}
         for name in names:
@@ -253,8 +254,12 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
             with (
                 replaced(vars(datasets), "load_dataset", redirect.load_dataset),
                 replaced(vars(metrics), "load", load_metric),
+                replaced(vars(nltk), "download", partial(_downloaded, name, nltk.download)),
             ):
-                loaded = manager.load(name)
+                try:
+                    loaded = manager.load(name)
+                except ImportError as error:
+                    raise RecipeError(f"task {name}: needs the package {error.name}; install it.") from None
             tasks |= loaded["tasks"]
             groups |= loaded.get("groups", {})
             for leaf, task in loaded["tasks"].items():
@@ -268,6 +273,12 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                     _check_examples(task, options, source)
                     sources[leaf] = source
         return LoadedTasks(tasks, groups, sources)
+
+
+def _downloaded(name: str, download: Callable[..., Any], resource: str) -> None:
+    """Get what a task needs of nltk, which itself says nothing if it cannot. Raises RecipeError then."""
+    if constants.HF_HUB_OFFLINE or not download(resource):
+        raise RecipeError(f"task {name}: needs nltk's {resource}; run: python -m nltk.downloader {resource}.")
 
 
 def _check_examples(task: Any, options: TaskOptions, source: str) -> None:
