@@ -75,7 +75,7 @@ def test_prompts_do_not_count(short):
 def test_a_judge_asks_both_models_a_share_of_the_prompts(short):
     dense, other = speaker(0), speaker(1)
     judged = Judge({}, dense.tokenizer, dense.model.config, Store(), share=0.01)
-    before = judged.dense(ToJudge.of(dense.model, "dense", 64))
+    before = judged.dense(ToJudge.of(dense.model, "dense", 64), asks=True)
     after = judged.pruned(ToJudge.of(other.model, "pruned", 64))
     assert len(before.other.document_nats) == len(after.other.document_nats) == 2 and before.answers is None
     [shown] = after.answers.shown
