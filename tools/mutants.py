@@ -406,8 +406,9 @@ def outcome(mutant: Mutant, tests: list[str], seconds: float) -> str:
         (source / "secateur" / mutant.file).write_text(text, encoding="utf-8")
         limit = MORE_SECONDS + int(2 * seconds)
         status = _fork(lambda: _run_tests(tests, limit), Path(folder, "log"), source, wall=20 * limit)
-        # pytest: 0 all passed, 1 some failed, 2 a module no longer imports; by a signal: the time is over.
-        return {0: SURVIVED, 1: KILLED, 2: KILLED}.get(status, KILLED if status < 0 else BROKEN)
+        # pytest: 0 all passed, 1 some failed, 2 a module no longer imports, 4 conftest or a test's name is no longer
+        # there; by a signal: the time is over.
+        return {0: SURVIVED, 1: KILLED, 2: KILLED, 4: KILLED}.get(status, KILLED if status < 0 else BROKEN)
 
 
 def _run_tests(tests: list[str], limit: int) -> int:

@@ -243,6 +243,7 @@ def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, 
     ("arguments", "expected"),
     [
         (["--tasks", "arc_eazy"], "unknown task 'arc_eazy'; did you mean 'arc_easy'?"),
+        (["--tasks", "gsm8k_platinum"], "from the hub (HF_HUB_OFFLINE=1); save it with"),
         (["--tasks", "gsm8k_platinum"], "save_to_disk to DIR/madrylab/gsm8k-platinum/main"),
         (["--tasks", "winogrande", "--num-fewshot", "3"], "its 3 few-shot examples come from a split that"),
     ],

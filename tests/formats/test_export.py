@@ -322,7 +322,9 @@ def test_same_model_same_bytes(llama, tmp_path):
 def test_the_command(llama, tmp_path):
     file = tmp_path / "model.gguf"
     outcome = run_cli("export", llama, file, "--type", "f16", "--no-check")
-    assert outcome.status == 0 and "f16" in outcome.stdout and "Not checked against llama.cpp" in outcome.stdout
+    assert (
+        outcome.status == 0 and "f16" in outcome.stdout and "Not checked against llama.cpp: as asked." in outcome.stdout
+    )
     outcome = run_cli("export", llama, file, "--no-check")
     assert outcome.status == 2 and "already exists; choose another name or give --overwrite" in outcome.stderr
     outcome = run_cli("export", llama, file, "--no-check", "--overwrite", "--json")

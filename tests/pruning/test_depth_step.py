@@ -159,6 +159,16 @@ def test_layers_that_are_named_go_as_if_they_had_been_chosen(small, tmp_path, mo
     assert torch.equal(logits_of(again.model), logits_of(named.model))
 
 
+def test_the_named_layers_are_those_that_are_gone(small):
+    model = dense(tiny_qwen2)
+    queries = [layer.self_attn.q_proj.weight.clone() for layer in model.model.layers]
+    asked = {**small, "removed_layers": [0, 2], "remove": 0.4}
+    pruned = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER)
+    assert pruned.layers == (1, 3, 4, 5)
+    for layer, number in zip(pruned.model.model.layers, pruned.layers, strict=True):
+        assert torch.equal(layer.self_attn.q_proj.weight, queries[number])
+
+
 def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):
     model, seen = dense(tiny_llama), []
 
