@@ -10,8 +10,9 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
+from secateur.data.answers import Speaker
 from secateur.data.blocks import DEFAULT_SEQUENCE_LENGTH, block_length
-from secateur.errors import RecipeError
+from secateur.errors import CalibrationError, RecipeError
 from secateur.evaluation.bench import (
     decode_bytes_per_token,
     kv_cache_bytes_per_token,
@@ -104,6 +105,9 @@ def test_a_model_without_keys_and_values_answers_nothing():
     assert with_share_of_answers(of) is of
     with pytest.raises(RecipeError, match="answers nothing, as the model keeps no keys and values while it writes"):
         with_share_of_answers(of.filled(calibration={"answers": 0.5}))
+    # As `recover` asks, which has no share.
+    with pytest.raises(CalibrationError, match="the model keeps no keys and values while it writes; leave them out"):
+        _ = Speaker(of.model, of.arch, tiny_tokenizer(), "0", 32).rows
 
 
 def test_a_block_is_as_long_as_the_model_allows():

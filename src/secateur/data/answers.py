@@ -86,8 +86,13 @@ class Speaker:
 
     @property
     def rows(self) -> int:
-        """Return how many conversations are written at a time; it depends on the model alone."""
+        """Return how many conversations are written at a time; it depends on the model alone.
+
+        Raises CalibrationError for a model without a cache of keys and values.
+        """
         per_row = self.length * kv_cache_bytes_per_token(self.model)
+        if not per_row:
+            raise CalibrationError("answers: the model keeps no keys and values while it writes; leave them out.")
         weights = Size.of(self.model).num_bytes
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS
         return max(LEAST_ROWS, min(most, max(CACHE_BYTES, weights // 4) // per_row))

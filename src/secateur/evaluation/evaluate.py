@@ -145,9 +145,12 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
         return checkpoint.directory
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is not a directory; choose another place.")
-    if is_result(out) and out.resolve() != checkpoint.directory.resolve():
-        raise RecipeError(f"--out {out}: is another result, whose page would show these figures; choose another place.")
-    if not is_result(out) and not (out / PARTS_FOLDER).is_dir() and (out / EVALUATION_FILE).exists():
+    if is_result(out):
+        if out.resolve() != checkpoint.directory.resolve():
+            raise RecipeError(
+                f"--out {out}: is another result, whose page would show these figures; choose another place."
+            )
+    elif not (out / PARTS_FOLDER).is_dir() and (out / EVALUATION_FILE).exists():
         raise RecipeError(f"--out {out}: has an {EVALUATION_FILE} that evaluate did not write; choose another place.")
     return out
 

@@ -54,8 +54,8 @@ from secateur.model.modules import (
     silent_attention,
     text_model,
 )
-from secateur.model.stock import BAD_VALUE, quiet_transformers
-from secateur.model.twin import run, token_ids, twin
+from secateur.model.stock import quiet_transformers
+from secateur.model.twin import WRONG_GUESS, run, token_ids, twin
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
@@ -68,8 +68,6 @@ HEAD_KEYS = {
 MOST_PER_KEY = 4
 # What outputs call the cache of keys and values since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
-# What torch and transformers raise where a guess makes shapes that do not fit.
-WRONG_GUESS = (*BAD_VALUE, NotImplementedError)
 CLOSE = 1e-4
 
 
