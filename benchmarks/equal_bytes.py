@@ -4,7 +4,7 @@ Exports every model in every type, and measures each file in llama.cpp: bits per
 of six domains that no result was calibrated on, and decoded tokens/s, all models of a type in
 turns. Of each document the first `PIECE` characters are read, behind a line's end, so that every byte
 counts, until a domain has `--num-bytes`. The error is that of the paired difference
-from the dense model in the first type, over documents. A type may end in `+importance`.
+from the dense model in the first type, over documents.
 OUT/measured.json keeps what is measured; delete it to measure anew.
 
     secateur prune smollm2-135m out/20 --recipe benchmarks/equal_bytes.yaml --remove 0.2
@@ -35,9 +35,8 @@ from secateur.facts import Workload
 from secateur.formats.save import open_llama_cpp, save_checkpoint
 from secateur.log import silent
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.recipe import RECIPE_FILE
 
-TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q3_k_m+importance", "q2_k", "q2_k+importance")
+TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 PIECE = 1000  # characters
 WORK = Workload(batch=1, prompt_tokens=32, new_tokens=32, repeats=5)
 BEGIN, END = "<!-- table: equal_bytes.py --page {} -->", "<!-- end of table -->"
@@ -54,8 +53,6 @@ def directory(reference: str, place: Path) -> str:
         staged.mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(checkpoint)
         save_checkpoint(load_model(checkpoint), tokenizer, staged, max_shard_size="5GB", carry_from=None)
-        text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-        (staged / RECIPE_FILE).write_text(text, encoding="utf-8")  # importance is measured on this text
         staged.rename(place)
     return str(place)
 
@@ -122,10 +119,8 @@ def measure(rows: Rows, models: dict[str, str], types: list[str], num_bytes: int
         if not models.keys() - found.keys():
             continue
         files = {name: out / f"{name.strip('%')}-{type_name}.gguf" for name in models}
-        kind, _, weighed = type_name.partition("+")
         for name, file in files.items():
-            options: dict[str, Any] = {"importance": bool(weighed), "check": False, "overwrite": True}
-            done = secateur.export(models[name], file, type_name=kind, **options)
+            done = secateur.export(models[name], file, type_name=type_name, check=False, overwrite=True)
             bits = found[name]["bits"] if name in found else bits_per_byte(file, texts)
             found[name] = {"bytes": done.num_bytes, "bits": bits}
             print(f"{type_name} {name}: {done.num_bytes / 1e6:.1f} MB, {mean_bits(found[name]):.4f} bits", flush=True)

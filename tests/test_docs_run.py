@@ -77,7 +77,6 @@ NOT_RUN = {
     "compare": "minutes",
     "cuda:1": "a GPU",
     "demo": "minutes",
-    "--importance": "llama-cpp-python",
     "general": "a hub",
     "calibration.answers=1": "blocks in which the prompts that come with secateur fit",
     "vllm": "vLLM",  # tests/formats/test_vllm.py runs it
@@ -130,7 +129,7 @@ def check_other(words: list[str]) -> None:
         case ["python" | "bash", file, *options] if "/" in file:
             text = (ROOT / file).read_text(encoding="utf-8")
             assert all(f'"{option}"' in text for option in options if option.startswith("--")), words
-        case ["python3", "-m", "venv", _] | ["vllm", "serve", "smaller", *_]:
+        case ["python3", "-m", "venv", _] | ["vllm", "serve", "smaller", *_] | ["llama-imatrix" | "llama-quantize", *_]:
             pass
         case [("pytest" | "python"), *options] if "pytest" in words:
             assert all((ROOT / option).exists() for option in options if option.endswith(".py")), words

@@ -78,7 +78,7 @@ def test_types_that_llama_cpp_does_not_know_or_cannot_write_here(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def told_by_llama_cpp(whole: Path, type_name: str, importance: Any = None) -> dict[str, str]:
+def told_by_llama_cpp(whole: Path, type_name: str) -> dict[str, str]:
     """Return the tensors' types from a dry run of the quantiser, which computes nothing."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
@@ -86,7 +86,6 @@ def told_by_llama_cpp(whole: Path, type_name: str, importance: Any = None) -> di
     listener = llama_cpp.llama_log_callback(lambda level, text, _: said.append(text.decode()))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.dry_run, params.nthread = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"]), True, 1
-    params.imatrix = importance
     llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
     assert llama_cpp.llama_model_quantize(bytes(whole), b"unused", ctypes.byref(params)) == 0, said
     llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))

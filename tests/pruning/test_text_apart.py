@@ -17,7 +17,6 @@ from torch import Tensor
 from secateur.data import pool
 from secateur.data.blocks import JudgedText, LearningText
 from secateur.evaluation.text import named_blocks, recipe_blocks
-from secateur.formats import importance
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.model.checkpoint import load_tokenizer, open_checkpoint
@@ -30,7 +29,7 @@ from secateur.stream import judge
 DOMAINS, NUM_DOCUMENTS, LENGTH, NUM_JUDGED = ("prose", "code"), 400, 32, 8
 OPTIONS = ["--vocabulary", "auto", "--remove", "0.3", "--set", "seed=1"]
 SET = ["calibration.num_tokens=1280", f"calibration.sequence_length={LENGTH}", "polish.num_tokens=2560"]
-LEARNERS = ("counts", "price of tokens", "calibration", "polish", "importance")
+LEARNERS = ("counts", "price of tokens", "calibration", "polish")
 
 
 @dataclasses.dataclass
@@ -64,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(place: Path) -> Seen:
-    """A run by the command line, and then the importance of its channels."""
+    """A run by the command line."""
     found = Seen([], {"dense": load_tokenizer(open_checkpoint(place / "model"))}, Counter())
 
     def note(part: str, tokenizer: str, blocks: Iterable[Tensor]) -> None:
@@ -108,8 +107,6 @@ def seen(place: Path) -> Seen:
         outcome = run_cli("prune", place / "model", place / "out", *OPTIONS, *domains, *sets)
         assert outcome.status == 0, outcome.stderr
         reads = Counter(found.reads)
-        watch(importance, "make_batches", lambda _, ids_NT, **__: note("importance", "trimmed", ids_NT))
-        importance.importance_of(open_checkpoint(place / "out"), silent)
     found.reads = reads
     found.tokenizers["trimmed"] = load_tokenizer(open_checkpoint(place / "out"))
     return found

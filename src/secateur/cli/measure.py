@@ -109,14 +109,6 @@ def export(
             "weights' own type.",
         ),
     ] = None,
-    importance: Annotated[
-        bool,
-        typer.Option(
-            "--importance",
-            help="With a type of llama.cpp's quantiser: round the weights of loud channels more exactly, measured on "
-            "the text that MODEL was pruned with, else on the default domains.",
-        ),
-    ] = False,
     check: Annotated[
         bool | None,
         typer.Option(
@@ -137,7 +129,6 @@ def export(
             out,
             format=format_name,
             type_name=type_name,
-            importance=importance,
             check=check,
             overwrite=overwrite,
             progress=progress,

@@ -2,10 +2,9 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from secateur.formats.gguf_tensors import (
     read_gguf_arrays,
 )
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
-from secateur.formats.importance import importance_of
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent
 from secateur.model.bind import head_width
@@ -179,20 +177,18 @@ def export_gguf(
     file: Path,
     type_name: str,
     progress: Progress = silent,
-    importance: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write the model, its tokenizer and chat template to `file`.
 
     Types of `QUANTISED` are made by llama.cpp from a file beside it in the weights' own type, which
-    is gone afterwards. `importance`: of tensors' columns, see `importance_of`. Raises as
-    `check_exportable`, and NumericsError for a weight that the type cannot hold.
+    is gone afterwards. Raises as `check_exportable`, and NumericsError for a weight that the type cannot hold.
     """
     if type_name in QUANTISED:
         with tempfile.TemporaryDirectory(prefix=f"{file.name}-", dir=file.parent) as scratch:
             whole = Path(scratch) / "whole.gguf"
             export_gguf(checkpoint, whole, OWN_TYPES[str(checkpoint.config.dtype)], progress)
             progress("quantise", 0, 1)
-            quantise(whole, file, type_name, checkpoint.reference, importance)
+            quantise(whole, file, type_name, checkpoint.reference)
             progress("quantise", 1, 1)
         return
     family = gguf_family(checkpoint)
@@ -281,7 +277,6 @@ def export(
     *,
     format: str = "gguf",
     type_name: str | None = None,
-    importance: bool = False,
     check: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -291,8 +286,7 @@ def export(
     `model`: a local directory, a hub id or `smollm2-135m`. `out`: the file to write.
     `format`: one of `EXPORTERS`, or one that an installed package registers.
     `type_name`: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser such as q4_k_m (the option
-    --type), by default the weights' own. `importance`: that quantiser rounds the weights of loud
-    input channels more exactly, measured on the text of the result's recipe, see `importance_of`.
+    --type), by default the weights' own.
     `check`: whether llama.cpp must agree with transformers before a GGUF file appears; None: if it is
     installed.
     `overwrite`: replace the file if it exists. `progress`: called with (stage, done, total).
@@ -314,17 +308,10 @@ def export(
     checkpoint = open_checkpoint(model)
     _check_old_file(file, checkpoint, is_gguf=is_gguf)
     type_name = exporter.check(checkpoint, type_name)
-    if importance and not (is_gguf and type_name in QUANTISED):
-        raise RecipeError(
-            f"export importance: is for {', '.join(QUANTISED)}, got {type_name}; choose one of these or leave it out."
-        )
 
     # Write the file; it appears once llama.cpp agrees.
-    write = exporter.write
-    if importance:
-        write = partial(export_gguf, importance=importance_of(checkpoint, progress))
     with staged_file(file, overwrite=overwrite) as staged:
-        write(checkpoint, staged, type_name, progress)
+        exporter.write(checkpoint, staged, type_name, progress)
         num_bytes, compared = staged.stat().st_size, None
         if is_gguf and check is not False and have_llama_cpp():
             progress("check", 0, 1)

@@ -341,13 +341,10 @@ def fitting_type(chosen: str, row: int) -> str:
     return wider if row % gguf_block(wider)[0] == 0 else "f16"
 
 
-def quantise(
-    source: Path, file: Path, type_name: str, reference: str, importance: Mapping[str, np.ndarray] | None
-) -> None:
+def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
     """Write the GGUF file `source`, in f32, f16 or bf16, as `file` by llama.cpp's quantiser.
 
-    `importance`: of the columns of tensors, by their names in the file, float32. Raises
-    CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
+    Raises CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
     """
     import ctypes
 
@@ -360,10 +357,6 @@ def quantise(
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"])
     params.nthread = torch.get_num_threads()
-    if importance:
-        entry, number = llama_cpp.llama_model_imatrix_data, ctypes.POINTER(ctypes.c_float)
-        entries = [entry(name.encode(), means.ctypes.data_as(number), means.size) for name, means in importance.items()]
-        params.imatrix = (entry * (len(entries) + 1))(*entries)  # the last one, without a name, is the end
     llama_cpp.llama_log_set(listener, ctypes.c_void_p(0))
     try:
         status = llama_cpp.llama_model_quantize(bytes(source), bytes(file), ctypes.byref(params))
