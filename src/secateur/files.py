@@ -137,8 +137,8 @@ def lies_in(directory: Path, file: Path) -> bool:
     return real.is_relative_to(root) or is_blob
 
 
-# Keys of a recipe whose values are paths, also if nothing is there now.
-_KEYS_OF_PATHS = ("files", "keep_text")
+# The key of a recipe whose values are paths, also if nothing is there now.
+_KEY_OF_PATHS = "files"
 
 
 def without_places(value: Any, key: str = "") -> Any:
@@ -153,7 +153,7 @@ def without_places(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     is_place = value.startswith(("/", "~", "./", "../")) or os.path.exists(value)
-    return PurePath(value).name or value if is_place or key in _KEYS_OF_PATHS else value
+    return PurePath(value).name or value if is_place or key == _KEY_OF_PATHS else value
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

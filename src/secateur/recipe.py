@@ -215,8 +215,6 @@ class Remove(Strict):
     """the number of tokens that stay, a multiple of 64, or `auto`: as many as make tokens and units
     cost the least together; what goes is part of `share`. With `groups: []` tokens go alone.
     """
-    keep_text: tuple[str, ...] = ()
-    """files whose every token stays."""
     keep_scripts: tuple[str, ...] = ()
     """as [latin, cyrillic], scripts whose tokens stay."""
 
@@ -232,8 +230,8 @@ class Remove(Strict):
             raise ValueError("share and to each say how much goes; give one of them")
         if self.vocabulary is None and self.groups == ():
             raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
-        if self.vocabulary is None and (self.keep_text or self.keep_scripts):
-            raise ValueError("keep_text and keep_scripts say which tokens stay; give vocabulary: auto or a number too")
+        if self.vocabulary is None and self.keep_scripts:
+            raise ValueError("keep_scripts says which tokens stay; give vocabulary: auto or a number too")
         return self
 
 

@@ -104,7 +104,7 @@ def test_values_of_set_are_yaml():
         ("--set remove.share", "--set remove.share: give KEY=VALUE, such as calibration.num_tokens=8192."),
         ("--set .share=1", "--set .share=1: give KEY=VALUE"),
         ("--set seed=[", "--set seed=[: the value is no YAML"),
-        ("--set remove.keep_scripts=[latin]", "--set: remove: keep_text and keep_scripts say which tokens stay"),
+        ("--set remove.keep_scripts=[latin]", "--set: remove: keep_scripts says which tokens stay"),
         ("--vocabulary 0 --set seed=1", "command line: remove.vocabulary: "),
     ],
 )

@@ -434,27 +434,10 @@ def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
     assert found.tokenizer.decode(found.tokenizer(text)["input_ids"]) == text
 
 
-def test_what_a_file_needs_stays(tied, asked, tmp_path):
-    mine, tokenizer = tmp_path / "mine.txt", AutoTokenizer.from_pretrained(tied)
-
-    def kept_with(number: int, **more: Any) -> set[int]:
-        options = {**asked, "groups": [], "evaluate": False, **more}
-        found = kept_tokens_of(secateur.prune(tied, grouped(options), out=tmp_path / str(number), force=True).out)  # type: ignore[arg-type]
-        assert found is not None
-        return set(found.dense_ids)
-
-    texts = {index: tokenizer.decode([index]) for index in set(range(len(tokenizer))) - kept_with(0)}
-    wanted = [index for index, text in texts.items() if tokenizer(text)["input_ids"] == [index]][:9]
-    assert len(wanted) == 9
-    mine.write_text("\n".join(texts[index] for index in wanted))
-    assert set(wanted) <= set(tokenizer(mine.read_text())["input_ids"]) <= kept_with(1, keep_text=[str(mine)])
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
-        ({"keep_text": ["missing.txt"]}, r"remove\.keep_text: missing\.txt: there is no such file"),
         ({"vocabulary": None, "groups": []}, "nothing would go"),
         ({"vocabulary": None, "keep_scripts": ["latin"]}, "give vocabulary: auto or a number too"),
         ({"vocabulary": "some"}, "vocabulary"),

@@ -3,18 +3,14 @@
 In: an opened model. Out: what the run learns by, and what judges it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from secateur.data.answers import Answers, Speaker, Written, in_tokens_of, with_answers
 from secateur.data.blocks import JudgedText, LearningText, ngram_overlap
 from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, judging_tokens
-from secateur.data.rows import read_rows
 from secateur.errors import RecipeError
 from secateur.log import Progress
-from secateur.model.stock import Tokenizer
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved, text_for
 from secateur.recipe import SHARE_OF_ANSWERS, Domain, Recipe
@@ -182,19 +178,3 @@ def without_answers(opened: Opened) -> Opened:
             "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
         )
     return opened.filled(calibration={"domains": text, "answers": None})
-
-
-def ids_in(files: Sequence[str], tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens of the files that the recipe's `keep_text` names. Raises RecipeError if one has no text."""
-    ids: set[int] = set()
-    for file in files:
-        if not Path(file).exists():
-            raise RecipeError(
-                f"remove.keep_text: {file}: there is no such file; paths are relative to the working directory."
-            )
-        for where, row in read_rows(Path(file)):
-            text = row.get("text") if isinstance(row, dict) else row
-            if not isinstance(text, str):
-                raise RecipeError(f"remove.keep_text: {where} has no text; give .txt, or rows with a `text` column.")
-            ids |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return ids

@@ -24,7 +24,7 @@ from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_token
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
-from secateur.pruning.text import RunText, ids_in
+from secateur.pruning.text import RunText
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import Batch, make_batches
@@ -39,7 +39,7 @@ NUM_TRIMS = 4
 class _Dense:
     """The dense model before any token goes.
 
-    `opened`: with the recipe's text filled in. `stay`: ids that `keep_text` and `keep_scripts` name.
+    `opened`: with the recipe's text filled in. `stay`: ids that `keep_scripts` names.
     """
 
     opened: Opened
@@ -126,7 +126,6 @@ def _read(opened: Opened, services: Services) -> _Dense:
     text, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
     opened, vocabulary = opened.filled(calibration=text), read_vocabulary(tokenizer, opened.model)
     stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts)
-    stay |= from_first(partial(ids_in, recipe.remove.keep_text, tokenizer))
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 

@@ -36,8 +36,8 @@ def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     if (refusal := too_dear(trimmed, trim)) is not None:
         if not force:
             raise RecipeError(
-                f"{refusal}, so nothing is written; keep more tokens, name domains or keep_text of what the model is "
-                "to read, or write it all the same with --force."
+                f"{refusal}, so nothing is written; keep more tokens, name domains of what the model is to "
+                "read, or write it all the same with --force."
             )
         run.services.log.note(f"{refusal}; it was written all the same, as --force says.")
     return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
