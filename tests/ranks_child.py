@@ -59,8 +59,9 @@ def main(jobs_file: str, place: str) -> None:
     out.mkdir(exist_ok=True)
     for name, job in jobs.items():
         written = out / name if job["write"] and ranks.size() > 1 else None
-        recipe = grouped(job["recipe"]) if "like" not in job else None
-        result = secateur.prune(job["model"], recipe, out=written, like=job.get("like"), force=True)
+        recipe = grouped(job["recipe"]) if "recipe" in job else None
+        by = {key: job[key] for key in ("like", "from_") if key in job}
+        result = secateur.prune(job["model"], recipe, out=written, **by, force=True)
         facts = facts_of(result)
         if ranks.is_first():
             save_file(dict(result.model.state_dict()), out / f"{name}.safetensors")

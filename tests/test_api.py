@@ -30,7 +30,7 @@ def small(recipe):
 
 VERBS = ("prune", "measure", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
-    "prune": "remove to fit context type_name preset domains answers vocabulary keep_text keep_script polish "
+    "prune": "remove to fit context type_name preset domains answers vocabulary keep_script polish "
     "groups budget align rounds seed memory_budget device set",
     "measure": "preset domains answers budget device set",
     "inspect": "remove to fit context type_name preset polish groups budget align rounds memory_budget set",

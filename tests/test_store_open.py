@@ -12,7 +12,7 @@ import torch
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.log import RunLog
-from secateur.store import HOW, Store, _changes, _stem, place_beside
+from secateur.store import HOW, Store, _stem, changes_of, place_beside
 
 INPUTS = {"recipe": {"remove": {"share": 0.2}, "seed": 0}, "model file": "a" * 64}
 
@@ -67,7 +67,7 @@ def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
         store.note_found()
     assert again.said == [f"{again.out}: goes on from the 2 steps that an earlier run has finished."]
     (note,) = (line["text"] for line in again.log.lines)
-    assert note.startswith("resumed: 1 finished steps are of an earlier run")
+    assert note.startswith("1 finished steps are of an earlier run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,8 +224,8 @@ def test_a_promise_is_asked_once_and_not_given_for_what_is_missing(tmp_path):
 def test_changes_are_told_in_order_and_digests_are_not_spelt_out():
     before = {"b": {"x": 1, "y": 2}, "a": "f" * 64, "same": 1}
     now = {"b": {"x": 3}, "a": "0" * 64, "same": 1}
-    assert _changes(before, now) == ["a has changed", "b x was 1 and is 3", "b y was 2 and is None"]
-    assert _changes({"a": "f" * 64}, {}) == _changes({}, {"a": "f" * 64}) == ["a has changed"]
+    assert changes_of(before, now) == ["a has changed", "b x was 1 and is 3", "b y was 2 and is None"]
+    assert changes_of({"a": "f" * 64}, {}) == changes_of({}, {"a": "f" * 64}) == ["a has changed"]
 
 
 def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):

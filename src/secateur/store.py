@@ -62,7 +62,8 @@ class Store:
 
     `log`: a step's log lines are saved with its value and written again. `label`: the directory's
     name in sentences. `tell`: gets a line about every damaged step. `num_found`: steps found from
-    an earlier run; `num_saved`: records written by this one.
+    an earlier run; `num_saved`: records written by this one. `before`: of another job, whose steps
+    serve where they have the same name.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Store:
         tell: Tell = mute,
     ) -> None:
         self.directory, self.tell = directory, tell
+        self.before: Store | None = None
         self.log = RunLog() if log is None else log
         self.label = label or str(directory)
         self.num_found = self.num_saved = 0
@@ -147,7 +149,7 @@ class Store:
         another one.
         """
         stem = _stem(name, depends_on, is_input)
-        finished = from_first(lambda: self._record(stem))
+        finished = from_first(lambda: self._record(stem) or (self.before and self.before._record(stem)))
         if finished is not None:
             for line in finished["lines"]:
                 self.log.write(line)
@@ -179,12 +181,13 @@ class Store:
         """Return the tensors and the line of a saved step; None if it is not finished."""
 
         def found() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-            record = self._record(_stem(name))
-            if record is None or self.directory is None:
-                return None
-            # Mapped from the file: a tensor fills memory only once it is used.
-            with safe_open(self.directory / f"{_stem(name)}.safetensors", framework="pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}, record["line"]
+            for store in (self, self.before):
+                record = store and store._record(_stem(name))
+                if store is not None and store.directory is not None and record:
+                    # Mapped from the file: a tensor fills memory only once it is used.
+                    with safe_open(store.directory / f"{_stem(name)}.safetensors", framework="pt") as opened:
+                        return {key: opened.get_tensor(key) for key in opened.keys()}, record["line"]
+            return None
 
         outcome = from_first(found)
         self.num_found += outcome is not None
@@ -206,12 +209,16 @@ class Store:
         self._remove_damaged(_stem(name))
         return False
 
+    def hand_on(self, directory: Path) -> None:
+        """Move the finished steps there, for another job, and folders of parts; inputs stay."""
+        for path in (self.directory or directory).glob("[!.]*"):
+            if not path.name.startswith(INPUT[:-1]):
+                shutil.move(path, directory / path.name)
+
     def note_found(self) -> None:
         """Log that an earlier run did part of the work."""
         if self.num_found:
-            self.log.note(
-                f"resumed: {self.num_found} finished steps are of an earlier run, and seconds leave them out."
-            )
+            self.log.note(f"{self.num_found} finished steps are of an earlier run, and seconds leave them out.")
 
     def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
         """Prepare the directory for these inputs, with an earlier run's steps of the same ones."""
@@ -236,7 +243,7 @@ class Store:
     def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
         """Return the first damaged input file. Raises CheckpointError for changed inputs."""
         before = (_intact(directory / f"{INPUTS}.json") or {}).get("inputs")
-        changed = [] if before is None else _changes(before, inputs)
+        changed = [] if before is None else changes_of(before, inputs)
         if changed:
             raise _is_of_others(self.label, ", ".join(changed[:3]))
         if before is None:
@@ -426,13 +433,13 @@ def _is_whole(record: Record) -> bool:
     return has_all and all(isinstance(line, dict) for line in record.get("lines", ()))
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+def changes_of(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
     """Return differences such as "recipe remove was 0.2 and is 0.3"; digests "have changed"."""
     changed: list[str] = []
     for key in sorted({*before, *now}):
         old, new, name = before.get(key), now.get(key), f"{where} {key}".strip()
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += _changes(old, new, name)
+            changed += changes_of(old, new, name)
         elif old != new:
             is_digest = any(_DIGEST.fullmatch(str(value)) for value in (old, new))
             changed.append(f"{name} has changed" if is_digest else f"{name} was {old} and is {new}")

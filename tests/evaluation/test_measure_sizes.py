@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from models import saved, tiny_llama
 from recipes import grouped
 from run_cli import run_cli
@@ -19,10 +20,13 @@ from secateur.evaluation.measure import COPIES, PROBES, _band, _opened
 from secateur.log import human_bytes
 from secateur.pruning.cost import walk_seconds
 from secateur.pruning.resolve import resolve
+from secateur.pruning.run import Supports, keep_statistics
 from secateur.recipe import as_recipe
 from secateur.report.page import render
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import marked, measurement_page
+from secateur.store import Store
+from secateur.stream.statistics import NUM_BLOCKS, Statistics
 
 pytestmark = pytest.mark.usefixtures("unproved")
 
@@ -33,10 +37,17 @@ def measured(checkpoints, recipe, tmp_path_factory) -> tuple[Measurement, Path]:
     return secateur.measure(checkpoints["llama"], grouped({**recipe, "budget": "curve"}), out=out), out
 
 
-def test_a_probe_lost_what_a_prune_to_its_size_loses(measured, checkpoints, recipe):
-    probes = measured[0].probes
-    assert len(probes) == len(PROBES)
-    for probe in probes:
+@pytest.fixture(scope="module")
+def even(checkpoints, recipe, tmp_path_factory) -> tuple[Measurement, Path]:
+    """Of equal widths."""
+    out = tmp_path_factory.mktemp("even") / "out"
+    return secateur.measure(checkpoints["llama"], grouped(recipe), out=out), out
+
+
+def test_a_probe_lost_what_a_prune_to_its_size_loses(even, checkpoints, recipe):
+    record, _ = even
+    assert len(record.probes) == len(PROBES)
+    for probe in record.probes:
         summary = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": probe.removed, "depth": 0})).summary
         assert summary.pruned_size.num_params == probe.num_params
         lost = {
@@ -79,11 +90,42 @@ def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, rec
     with patch("secateur.pruning.loop.profile", side_effect=AssertionError("measured already")):
         planned = secateur.prune(checkpoints["llama"], {"remove": middle}, from_=out)
     alone = secateur.prune(checkpoints["llama"], grouped(asked))
-    assert {key: keep.tolist() for key, keep in planned.keeps.items()} == {
-        key: keep.tolist() for key, keep in alone.keeps.items()
-    }
-    states = planned.model.state_dict(), alone.model.state_dict()
-    assert all((states[0][name] == tensor).all() for name, tensor in states[1].items())
+    assert planned.summary.widths == alone.summary.widths
+
+
+@pytest.mark.parametrize("number", range(len(PROBES)))
+def test_a_size_that_was_measured_is_cut_as_by_a_run_of_its_own(number, even, checkpoints, recipe):
+    """Bit for bit, and no calibration text goes through a layer."""
+    record, out = even
+    share = record.probes[number].removed
+    with patch("secateur.stream.statistics.Statistics.update", side_effect=AssertionError("measured already")):
+        made = secateur.prune(checkpoints["llama"], {"remove": share, "polish": False}, from_=out)
+    alone = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": share, "depth": 0, "polish": False}))
+    assert all((made.model.state_dict()[name] == tensor).all() for name, tensor in alone.model.state_dict().items())
+    assert made.summary.dense_losses == alone.summary.dense_losses
+
+
+def test_statistics_between_two_cuts_are_their_mixture(tmp_path):
+    def empty() -> Statistics:
+        return Statistics.empty(4, torch.device("cpu"), gram=True, drift_size=2, dtype=torch.float32)
+
+    stores, parts = {share: Store(tmp_path / f"{share}") for share in (0.1, 0.5, 0.6)}, list[Statistics]()
+    for energy, store in enumerate(stores.values(), start=1):
+        part, tensors = empty(), dict[str, torch.Tensor]()
+        part.update(torch.randn(9, 4), torch.randn(9, 2), torch.randn(9, 2))
+        assert keep_statistics(tensors, part, {"a": 1.0 * energy}) == {"a": energy}
+        store.directory.mkdir()
+        store.save("step", tensors, {"output_energy": {"a": 1.0 * energy}})
+        parts.append(part)
+    between = math.log((1 - 0.1 / 0.7) / (1 - 0.2 / 0.7)) / math.log((1 - 0.1 / 0.7) / (1 - 0.5 / 0.7))
+    for share, first, weight in ((0.2, 0, between**2), (0.1, 0, 0.0), (0.05, 0, 0.0), (0.5, 1, 0.0), (0.65, 1, 1.0)):
+        mixed = empty()
+        energies = Supports(stores, units=0.7).mix("step", share, mixed, {"a": 0.0})
+        assert energies == pytest.approx({"a": 1 + first + weight}) and mixed.mass == pytest.approx(9.0)
+        for mine, before, after in zip(mixed.sums, parts[first].sums, parts[first + 1].sums, strict=True):
+            torch.testing.assert_close(mine, torch.lerp(before, after, weight))
+    with pytest.raises(CheckpointError, match=r"0\.1: lacks round-1-layer-0-ffn; measure again\.$"):
+        Supports(stores, units=0.7).mix("round-1-layer-0-ffn", 0.2, empty(), {})
 
 
 def test_another_model_text_or_version_is_refused(measured, checkpoints, tmp_path, monkeypatch):
@@ -102,7 +144,7 @@ def test_another_model_text_or_version_is_refused(measured, checkpoints, tmp_pat
         secateur.prune(checkpoints["llama"], {}, from_=damaged)
 
 
-def test_other_text_is_refused_unless_it_is_asked_for(measured, checkpoints, texts):
+def test_other_text_and_keys_of_what_was_measured_are_refused(measured, checkpoints, texts):
     _, out = measured
     before = texts["prose"].read_text(encoding="utf-8")
     try:
@@ -111,11 +153,31 @@ def test_other_text_is_refused_unless_it_is_asked_for(measured, checkpoints, tex
             secateur.prune(checkpoints["llama"], {}, from_=out)
     finally:
         texts["prose"].write_text(before, encoding="utf-8")
-    fewer = {"calibration": {"num_tokens": 640}, "polish": False}
-    result = secateur.prune(checkpoints["llama"], fewer, from_=out)
-    with pytest.raises(CheckpointError, match="was measured on another text than the domains give now"):
-        secateur.prune(checkpoints["llama"], fewer, from_=out, max_loss=1.0)
-    assert sum(result.summary.calibration.num_tokens.values()) == 640
+    for changed, key in (
+        ({"calibration": {"num_tokens": 640}}, "calibration num_tokens was 1280 and is 640"),
+        ({"choose": {"score": "wanda"}}, "choose score was obs and is wanda"),
+        ({"remove": {"vocabulary": 64}}, "remove vocabulary was None and is 64"),
+        ({"output": {"evaluate": 64}}, "output evaluate was True and is 64"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^from {out}: {key}; leave it out, or measure with it\.$"):
+            secateur.prune(checkpoints["llama"], changed, from_=out)
+
+
+def test_a_damaged_measurement_is_refused_and_left(even, checkpoints, tmp_path):
+    damaged = shutil.copytree(even[1], tmp_path / "damaged")
+    file = next((damaged / "steps" / "probe-1").glob("round-1-*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(
+        CheckpointError, match=rf"^from {damaged}: steps/probe-1/{file.name} was changed since; measure again"
+    ):
+        secateur.prune(checkpoints["llama"], {}, from_=damaged)
+    assert file.read_bytes() == raw
+    # What people lay beside it is theirs.
+    whole = shutil.copytree(even[1], tmp_path / "whole")
+    (whole / "notes.txt").write_text("mine")
+    assert secateur.prune(checkpoints["llama"], {"polish": False}, from_=whole).summary.remove_reached > 0
 
 
 def test_answers_and_a_long_polish_belong_to_the_same_measurement(tmp_path):
@@ -139,6 +201,18 @@ def test_answers_and_a_long_polish_belong_to_the_same_measurement(tmp_path):
     assert result.summary.widths["ffn"][1:] == (8, 8)  # all that can go
 
 
+def test_the_default_text_of_a_chat_model_is_that_of_its_measurement(tmp_path):
+    """Half of it answers, which a recipe that names its domains would not get by itself."""
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(9000)))
+    lines = {"lines": {"files": str(tmp_path / "a.txt")}}
+    asked = as_recipe(grouped({"align": 8, "calibration": {"num_tokens": 1152, "domains": lines}}))
+    asked.calibration.model_fields_set.discard("domains")
+    saved(tmp_path / "model", tiny_llama(max_position_embeddings=256))
+    secateur.measure(tmp_path / "model", asked, out=tmp_path / "sizes")
+    result = secateur.prune(tmp_path / "model", {"remove": 0.1, "polish": False}, from_=tmp_path / "sizes")
+    assert set(result.summary.calibration.num_tokens) == {"lines", "answers"}
+
+
 def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, checkpoints, recipe, tmp_path):
     _, whole = measured
     out, asked = tmp_path / "out", grouped({**recipe, "budget": "curve"})
@@ -149,6 +223,15 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
     assert {k: v for k, v in again.items() if k not in of_the_clock} == {
         k: v for k, v in first.items() if k not in of_the_clock
     }
+    statistics = [
+        {
+            name: digest
+            for name, digest in record["files"].items()
+            if name.startswith("steps/probe-") and name.endswith(".safetensors")
+        }
+        for record in (again, first)
+    ]
+    assert statistics[0] == statistics[1] and len(statistics[0]) == 3 * 3  # cuts, layers
 
 
 def test_the_band_is_how_far_off_the_middle_probe_is_foretold_by_the_others():
@@ -171,8 +254,11 @@ def test_a_config_alone_says_what_measuring_takes(checkpoints, recipe, recipe_fi
     does = told[0].replace(str(checkpoints["llama"]), "")
     said = secateur.foretell_measure(tmp_path / "config", grouped(recipe))
     assert said.startswith(str(tmp_path / "config")) and does in said
-    # The readers of three copies, in float32, and no result.
-    assert f"It takes {human_bytes(3 * 3 * 112 * 48 * 4)} of disk" in said
+    # The readers of three copies, in float32, half of their Gram matrices and the drift's sums, and no result.
+    sums = round(112 * 112 * (1 + 1 / NUM_BLOCKS) / 2) + 112 * 48
+    assert f"It takes {human_bytes(3 * 3 * (112 * 48 + sums) * 4)} of disk" in said
+    kept = sum(file.stat().st_size for file in (tmp_path / "out" / "steps").rglob("round-*.safetensors"))
+    assert 0.85 < kept / (3 * 3 * (112 * 48 + sums) * 4) < 1.05  # readers are cut; sums by channel, what begins a file
     hours, minutes, seconds = said.split("about ")[1].split(" here")[0].split(":")
     assert 0 <= int(hours) * 3600 + int(minutes) * 60 + int(seconds) < 600
     run = run_cli("measure", tmp_path / "config", tmp_path / "no", "--recipe", recipe_file, "--dry-run")

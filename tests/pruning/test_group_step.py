@@ -77,7 +77,7 @@ def test_no_more_is_measured_than_the_step_needs(asked, number, expected, monkey
     monkeypatch.setattr(group_step, "measure", spy)
     run = run_of(tiny_llama(), **asked)
     step(run, number, num_keep=64 if run.resolved.groups[number].name == "ffn" else 1)
-    assert seen == [expected]
+    assert seen == [{**expected, "hand": None}]
 
 
 def test_domains_count_by_the_weights_found_for_this_reader(monkeypatch):

@@ -156,6 +156,8 @@ def jobs(checkpoints, recipe, texts, unproved, tmp_path_factory) -> tuple[Path, 
     saved(place / "sibling", tiny_llama(seed=1))
     secateur.prune(model, grouped({**more, "remove": 0.3}), out=place / "pruned")
     described["like another"] = {"model": str(place / "sibling"), "like": str(place / "pruned"), "write": False}
+    secateur.measure(model, grouped({**recipe, "calibration": more["calibration"]}), out=place / "sizes")
+    described["by a measurement"] = {"model": model, "from_": str(place / "sizes"), "write": False}
     (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as each of several ranks has
@@ -267,7 +269,7 @@ def test_a_lost_rank_ends_the_others(checkpoints, recipe, tmp_path, lost):
         command = [sys.executable, *map(str, command_of(checkpoints["llama"], long, out))]
         again = subprocess.run(command, capture_output=True, text=True, check=False)  # judged as the ranks are
         assert again.returncode == 0, again.stderr
-        assert "resumed: " in (out / "run.jsonl").read_text(encoding="utf-8")
+        assert " finished steps are of an earlier run" in (out / "run.jsonl").read_text(encoding="utf-8")
 
 
 def wait_for_log_lines(place: Path, num_lines: int, process: subprocess.Popen[str]) -> None:

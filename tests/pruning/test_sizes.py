@@ -15,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.pruning.group_step import prune_group
-from secateur.pruning.sizes import steps_between
+from secateur.pruning.sizes import NEAR, steps_between
 from secateur.report.records import Summary, nats_at, read_summary
 
 POLISH = {"num_tokens": 256, "batch_tokens": 64}
@@ -140,12 +140,15 @@ def prose(taught, recipe, texts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cut_to(taught, prose, tmp_path_factory) -> Callable[[float], tuple[Path, float]]:
-    """Where a run to one size has written, and what that loses."""
+def cut_to(taught, prose, tmp_path_factory) -> Callable[..., tuple[Path, float]]:
+    """Where a run to one size has written, and what that loses; by what was measured, or a recipe of its own."""
 
-    def of(share: float) -> tuple[Path, float]:
+    def of(share: float, recipe: Any = None) -> tuple[Path, float]:
         out = tmp_path_factory.mktemp("cut") / "out"
-        made = secateur.prune(taught, {"remove": share, "polish": False}, from_=prose, out=out)
+        by = {"from_": prose} if recipe is None else {}
+        remove = {**(recipe or {}).get("remove", {}), "share": share, "depth": 0}
+        asked = {**(recipe or {}), "remove": remove, "polish": False}
+        made = secateur.prune(taught, asked, out=out, **by)
         dense, pruned = made.summary.dense_losses["prose"], made.summary.pruned_losses["prose"]
         return out, pruned.nats_per_token - dense.nats_per_token
 
@@ -159,7 +162,7 @@ def cuts(summary: Summary) -> list[str]:
 STEP = 8 * 3 * 48 * 3 / 100_176  # eight channels of each of three layers
 
 
-@pytest.mark.parametrize(("limit", "foretold"), [(0.03, 1.0), (0.2, 0.3), (0.03, 3.0)])
+@pytest.mark.parametrize(("limit", "foretold"), [(0.03, 1.0), (0.2, 0.3), (0.1, 3.0)])
 def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, prose, cut_to, tmp_path):
     """Whether the curve is right or wrong by a factor: a step more would lose too much."""
     out = tmp_path / "out"
@@ -167,7 +170,8 @@ def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, 
         made = secateur.prune(taught, {"polish": False}, from_=prose, out=out, max_loss=limit)
     alone, lost = cut_to(made.summary.remove_asked)
     assert weights(out) == weights(alone)
-    assert lost <= limit < cut_to(made.summary.remove_asked + STEP)[1]
+    # A cut that is near the limit ends the search.
+    assert NEAR * limit <= lost <= limit or lost <= limit < cut_to(made.summary.remove_asked + STEP)[1]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert 1 <= len(cuts(made.summary)) <= 3
     assert f"loses {lost:.3f} nats per token of held-out text (prose), of {limit:g} that it may" in "".join(
@@ -181,7 +185,7 @@ def test_a_limit_needs_no_measurement(taught, recipe, texts, cut_to, tmp_path):
     calibration = {**recipe["calibration"], "domains": {"prose": {"files": [str(texts["prose"])]}}}
     asked, out = grouped({**recipe, "calibration": calibration, "polish": False}), tmp_path / "out"
     made = secateur.prune(taught, asked, out=out, max_loss=limit)
-    alone, lost = cut_to(made.summary.remove_asked)
+    alone, lost = cut_to(made.summary.remove_asked, asked)
     assert weights(out) == weights(alone) and lost <= limit
     assert 1 <= len(cuts(made.summary)) <= 3 and f"loses {lost:.3f} nats" in "".join(cuts(made.summary))
     # Some cut was beyond the limit, or near it, and of those within the largest is written.
@@ -225,15 +229,19 @@ def test_the_next_cut_is_where_a_power_law_reaches_the_limit(fits, fails, limit,
     ("changes", "asked", "said"),
     [
         ({"remove": 0.2}, {}, r"^max_loss: goes over all sizes .*; leave out remove.share, to, layers and depth.$"),
-        ({"remove": {"to": "80K", "depth": 1}}, {}, "leave out remove.share, to, layers and depth.$"),
+        ({"remove": {"to": "80K"}}, {}, "leave out remove.share, to, layers and depth.$"),
+        (
+            {"remove": {"depth": 1}},
+            {},
+            r"^from .*: remove depth was 0 and is 1; leave it out, or measure with it\.$",
+        ),
         ({}, {"max_loss": 0.0}, r"^max_loss: give nats per token above 0, got 0\.0\.$"),
         ({}, {"max_loss": float("nan")}, r"^max_loss: give nats per token above 0, got nan\.$"),
         ({}, {"like": "x"}, r"^max_loss: says how much goes, and so does like; leave out one of them\.$"),
-        ({"choose": {"rounds": 2}}, {}, r"^remove: several sizes, or a limit on the loss, go in one round each"),
         (
-            {},
-            {"max_loss": 1e-4},
-            r"^max_loss: without .* it loses 0\.\d+ nats per token of held-out text \(prose\).*; allow more",
+            {"choose": {"rounds": 2}},
+            {"from_": None},
+            r"^remove: several sizes, or a limit on the loss, go in one round",
         ),
     ],
 )

@@ -206,7 +206,6 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-@torch.inference_mode()
 def _generate(model: PreTrainedModel, ids_BT: Int64[Tensor, "B T"], new_tokens: int) -> list[float]:
     generate: Any = model.generate
     clock, start = _Clock(), now(model.device)

@@ -19,7 +19,7 @@ from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import resolve
-from secateur.pruning.sizes import at_size, of_sizes, with_most
+from secateur.pruning.sizes import STEPS, at_size, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
@@ -60,9 +60,13 @@ def measure(
     opened = _opened(model, given, weights=True)
     with begun_run(opened, out, overwrite=overwrite, progress=progress, tell=tell) as services:
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
-        directory, measurement = services.scratch, _measured(ready, command)
-        if directory is not None:
-            (directory / RECIPE_FILE).write_text(dump_recipe(given.filled(remove={"depth": 0})), encoding="utf-8")
+        measurement = _measured(ready, command)
+        if (directory := services.scratch) is not None:
+            # With the share of answers, which a recipe that names its domains would not get.
+            given = given.filled(remove={"depth": 0}, calibration=vars(opened.recipe.calibration))
+            (directory / RECIPE_FILE).write_text(dump_recipe(given), encoding="utf-8")
+            (directory / STEPS).mkdir()
+            services.store.hand_on(directory / STEPS)
             measurement = write_measurement(directory, measurement)
     return measurement
 
@@ -93,12 +97,13 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     dense = judged_dense(ready, judge)
     sizes = {f"probe-{number}": {"share": part * opened.recipe.remove.share} for number, part in enumerate(PROBES)}
     even = opened.filled(choose={"budget": "uniform"})
-    members = [*of_sizes(ready, even.recipe, sizes).values()]
+    ready = ready._replace(run=replace(run, keeps_statistics=run.can_mix))
+    runs = [member.run for member in of_sizes(ready, even.recipe, sizes).values()]
 
     # Slopes are those of a cut of middle size.
     profiles: Profiles = {}
     if opened.recipe.choose.budget == "curve":
-        middle = members[len(members) // 2].run
+        middle = runs[COPIES // 2]
         with services.log.time("profile"):
             profiles = profiles_of(middle, 1, middle.batches())
 
@@ -109,7 +114,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 
     # Cut the copies in one walk, and judge them.
     probes = list[SizeCost]()
-    for name, cut in zip(sizes, cut_and_polish(run, [member.run for member in members]), strict=True):
+    for name, cut in zip(sizes, cut_and_polish(run, runs), strict=True):
         pruned = judged(cut.run, name, partial(judge.pruned, speaks=False))
         plan = cut.run.resolved.plans[-1]
         probes.append(SizeCost(plan.removed_share, plan.cost_after, pruned.lost(dense)))

@@ -341,7 +341,6 @@ def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
     return [num_groups * (size - num_taken) for num_taken in taken]
 
 
-@torch.inference_mode()
 def _routing(module: nn.Module, call: ExpertCall, num_experts: int) -> Routing:
     hidden_TD, chosen_Tk, weights_Tk = call
     norms = [torch.zeros(0, device=hidden_TD.device)] * num_experts

@@ -45,7 +45,6 @@ class Probe:
         self._walk.advance(self.position)
         self.position += 1
 
-    @torch.inference_mode()
     def kl(self) -> dict[str, float]:
         """Return each domain's divergence. Raises NumericsError if one is not finite."""
         sums: dict[str, float] = {}

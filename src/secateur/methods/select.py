@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.methods.compensate import Method
 from secateur.methods.scores import ScoreInputs, scored
 from secateur.model.group import Group, linear, unit_columns
-from secateur.stream.statistics import Statistics, damped_gram, inverse_of, keep_highest, removal_errors
+from secateur.stream.statistics import Hand, Statistics, damped_gram, inverse_of, keep_highest, removal_errors
 from secateur.stream.walk import Walk
 
 # Every batch rewrites F^2 numbers, so wide readers need a bounded number of batches.
@@ -85,6 +85,7 @@ class Task:
     """One group to prune; `walk` stands before its layer.
 
     `keep`: the units that stay, if another run has chosen them; with one row per expert for channels of experts.
+    `hand`: see `measure`.
     """
 
     walk: Walk
@@ -94,6 +95,7 @@ class Task:
     shares: dict[str, float]
     seed: int
     keep: Tensor | None = None
+    hand: Hand | None = None
 
     @property
     def layer(self) -> nn.Module:

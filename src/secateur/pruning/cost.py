@@ -13,6 +13,7 @@ from secateur.log import human_bytes
 from secateur.methods.scores import needs_gram
 from secateur.methods.select import units_at_once
 from secateur.model.bind import decoder_layers, text_config
+from secateur.model.group import OF_EXPERTS
 from secateur.pruning.open import Opened, computes_in_float32
 from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, Resolved
 from secateur.recovery.weights import autocasts, num_trained, polish_settings, training_bytes
@@ -126,14 +127,12 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
     recipe, hidden_size = resolved.recipe, text_config(opened.model).hidden_size
     num_tokens = round(resolved.num_tokens * HELD_OUT_FACTOR)
     widest = max((group.num_inputs for group in resolved.groups), default=0)
-    has_gram = needs_gram(recipe.choose.score) or recipe.repair.compensate == "least_squares"
-    square, reader = widest * widest if has_gram else 0, widest * hidden_size
-    has_drift = bool(resolved.target_mix)
-    sums = 4 * (_triangle(square) + has_drift * reader)
+    reader, has_drift = widest * hidden_size, bool(resolved.target_mix)
+    sums = 4 * _num_sums(opened, resolved, widest)
     held_out = (num_tokens - resolved.num_tokens) * (widest + has_drift * hidden_size) * bytes_per_param
     num_domains = len(recipe.calibration.domains) if recipe.choose.domain_weighting in BY_DOMAIN else 0
     at_once = units_at_once(widest, 1)
-    obs = 8 * square + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.choose.score) else 0
+    obs = 8 * widest * widest + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.choose.score) else 0
     fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.repair.compensate == "least_squares" else 0
     return MemoryEstimate(
         weights=weight_bytes,
@@ -161,6 +160,14 @@ def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int
     gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
     streams = length * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
     return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
+
+
+def _num_sums(opened: Opened, resolved: Resolved, num_inputs: int) -> int:
+    """Return the numbers in a reader's statistics: a Gram matrix, if one is summed, and the drift's."""
+    recipe = resolved.recipe
+    has_gram = needs_gram(recipe.choose.score) or recipe.repair.compensate == "least_squares"
+    drift = num_inputs * text_config(opened.model).hidden_size if resolved.target_mix else 0
+    return _triangle(num_inputs * num_inputs * has_gram) + drift
 
 
 def _triangle(square: int) -> int:
@@ -232,15 +239,21 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
 def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models: int = 1, num_results: int = 1) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
-    Results, each at most as large as the dense model; each round's refitted readers, of so many models; the
-    dense layers if there are several rounds; finished layers if weights stay on disk.
+    Results, each at most as large as the dense model, or without one each model's statistics; each round's
+    refitted readers, of so many models; the dense layers if there are several rounds; finished layers if weights
+    stay on disk.
     """
     num_rounds, layers = len(resolved.plans), decoder_layers(opened.model, opened.arch)
     left = [layers[index] for index in resolved.layers]
     parameters = (next(iter(g.refitted(left[g.layer]).values())) for g in resolved.groups)
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(Size.of(layer).num_bytes for layer in layers)
-    total = num_results * Size.of(opened.model).num_bytes + num_models * num_rounds * readers
+    sums = 4 * sum(
+        _num_sums(opened, resolved, group.num_inputs) for group in resolved.groups if group.kind not in OF_EXPERTS
+    )
+    total = num_results * Size.of(opened.model).num_bytes + num_models * (
+        num_rounds * readers + sums * (not num_results)
+    )
     if num_rounds > 1 and resolved.target_mix:
         total += in_layers
     return total + (min(num_rounds, 2) * in_layers if plan.weights_on_disk else 0)

@@ -75,7 +75,7 @@ def cut_and_polish(dense: Run, copies: Sequence[Run] = (), *, force: bool = Fals
 def _walk_has_dense_states(run: Run) -> bool:
     """Whether the prune's dense stream ends in what the polish asks the dense model for, on the same text."""
     resolved = run.resolved
-    whole = run.trim is None and not resolved.depth and size() == 1
+    whole = run.trim is None and not resolved.depth and size() == 1 and run.supports is None
     walks_once = len(resolved.plans) == 1 and resolved.removals[0] > 0 and resolved.target_mix > 0
     return whole and walks_once
 

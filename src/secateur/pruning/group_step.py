@@ -24,18 +24,19 @@ from secateur.model.per_layer import record_widths
 from secateur.model.stock import CausalLM
 from secateur.recipe import Recipe
 from secateur.stream.measure import measure, minimax_weights
-from secateur.stream.statistics import GroupStatistics, decided, pool
+from secateur.stream.statistics import GroupStatistics, Hand, decided, pool
 from secateur.stream.walk import Walk
 
 
-@torch.no_grad()
 def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     """Measure, select, compensate and cut one group; return the kept indices and the log line."""
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
     is_mlp = group.kind != "heads"
     reader, num_units = linear(layer, group.reader.module), group.num_units_left(layer)
     gram, drift = needs_gram(method.score) or method.compensate == "least_squares", is_mlp and bool(walk.dense_BTD)
-    measured = measure(walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp)
+    measured = measure(
+        walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp, hand=task.hand
+    )
     weights: dict[str, float] = {}
     if measured.by_domain and task.num_keep < num_units:
         weights = decided(lambda: _weights(task, measured, reader))
@@ -57,7 +58,6 @@ def _weights(task: Task, measured: GroupStatistics, reader: nn.Linear) -> dict[s
     return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
 
 
-@torch.no_grad()
 def model_left(
     config: Any, layers: Collection[int], num_keep: Mapping[GroupKey, int], num_tokens: int | None
 ) -> CausalLM:
@@ -107,10 +107,14 @@ def prune_group(
     shares: dict[str, float],
     seed: int,
     keep: Tensor | None,
+    hand: Hand | None = None,
 ) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
-    """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before."""
+    """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before.
+
+    `hand`: what the statistics of channels and heads go through, see `measure`.
+    """
     with walk.layer(group.layer):
-        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, keep)
+        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, keep, hand)
         return STEPS[group.kind](task)
 
 

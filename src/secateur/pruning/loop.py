@@ -22,7 +22,7 @@ from secateur.model.group import Group, GroupKey, original_units
 from secateur.model.kept import Keeps
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
-from secateur.pruning.run import LossWatch, Run
+from secateur.pruning.run import LossWatch, Run, keep_statistics
 from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
 from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
@@ -125,13 +125,13 @@ def _one_layer(member: _Member, index: int, number: int) -> None:
     for group in member.run.resolved.groups:
         if group.layer == index:
             key = (index, group.name)
-            keep = _group_step(member.run, member.walk, group, number, member.plan.num_keep[key])
+            keep = _group_step(member.run, member.walk, group, number, member.plan)
             member.keeps[key] = original_units(member.keeps[key], keep.cpu())
     if index + 1 < member.run.arch.num_layers:
         member.walk.advance(index)
 
 
-def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) -> Tensor:
+def _group_step(run: Run, walk: Walk, group: Group, number: int, plan: Plan) -> Tensor:
     """Prune the group, or repeat the stored step; return the kept indices."""
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
     finished = run.services.store.find(name)
@@ -140,11 +140,16 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, num_keep: int) 
         keep = redo_group(layer, group, outcome)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
-        kept = run.kept.get(group.key)
-        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, kept)
+        kept, num_keep = run.kept.get(group.key), plan.num_keep[group.key]
+        hand, statistics = None, dict[str, Tensor]()
+        if run.supports is not None:
+            hand = partial(run.supports.mix, name, plan.removed_share)
+        elif run.keeps_statistics:
+            hand = partial(keep_statistics, statistics)
+        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, kept, hand)
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
-        run.services.store.save(name, outcome_of(layer, group, keep), line)
+        run.services.store.save(name, outcome_of(layer, group, keep) | statistics, line)
     run.services.log.write(line)
     return keep
 

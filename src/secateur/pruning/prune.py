@@ -21,7 +21,7 @@ from secateur.pruning.resolve import checked
 from secateur.pruning.result import Result, summary_of
 from secateur.pruning.sizes import MeasuredSizes, Sizes, cut_within, largest_of, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
-from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe, load_recipe, recipe_over
+from secateur.recipe import RECIPE_FILE, Recipe, dump_recipe
 from secateur.report.records import Summary
 
 # Writes card, result.json and page into the run's directory; returns the summary as it was written.
@@ -59,7 +59,7 @@ def prune_run(
     given = recipe
     recipe = recipe if like is None else recipe_like(Path(like), recipe)
     measured = None if from_ is None else MeasuredSizes.of(Path(from_))
-    recipe = recipe if from_ is None else recipe_over(load_recipe(Path(from_, RECIPE_FILE)), recipe)
+    recipe = recipe if measured is None else measured.recipe_with(recipe)
     opened = open_model(model, recipe, tokenizer)
     if measured is not None:
         measured.check_model(opened)
@@ -79,11 +79,12 @@ def prune_run(
         if is_alone and services.scratch is not None:
             services.log.append_to(services.scratch)
         does = "removes" if is_alone else "removes up to"
+        if measured is not None:
+            measured.check_files(services.progress)
+            services.store.before = measured.steps
         ready = prepared(opened, services, does=does, num_models=num_models, num_results=num_results)
         if measured is not None:
-            if max_loss is not None or "calibration" not in given.model_fields_set:
-                measured.check_text(ready.run)
-            ready = ready._replace(run=replace(ready.run, profiles=measured.profiles))
+            ready = ready._replace(run=measured.served(ready.run))
         if measured or max_loss:
             services.store.check_input("limit or measurement", f"{max_loss} {measured and measured.digest}")
         with eval_mode(ready.run.model):

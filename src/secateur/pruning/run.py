@@ -5,21 +5,65 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from secateur.data.blocks import Blocks, LearningText, Text
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Loss
 from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
-from secateur.model.group import GroupKey
+from secateur.model.group import OF_EXPERTS, GroupKey
 from secateur.model.kept import Keeps, Trim
 from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
-from secateur.store import Services
+from secateur.store import Services, Store
 from secateur.stream.losses import domain_losses, predicted_tokens
+from secateur.stream.statistics import BY_DOMAIN, Statistics
 from secateur.stream.walk import Batch, Walk, make_batches
+
+
+def keep_statistics(into: dict[str, Tensor], pooled: Statistics, energies: dict[str, float]) -> dict[str, float]:
+    """Put statistics into a step's tensors, for `Supports`; return the energies."""
+    into |= {f"sums-{place}": part for place, part in enumerate(pooled.sums)}
+    into["mass"] = torch.tensor(pooled.mass, dtype=torch.float64)
+    return energies
+
+
+@dataclass(frozen=True, slots=True)
+class Supports:
+    """A few cuts of a model with their statistics; those of a cut between two are a mixture of both.
+
+    `stores`: of their steps, by the share of all parameters that each takes, ascending. `units`: the share that all
+    units are.
+    """
+
+    stores: dict[float, Store]
+    units: float
+
+    def mix(self, step: str, removed: float, pooled: Statistics, energies: dict[str, float]) -> dict[str, float]:
+        """Make the empty `pooled` and energies those of a cut that takes the share `removed`; return the energies.
+
+        S = (1 - a^2) S_k + a^2 S_k+1, with a = (x - x_k) / (x_k+1 - x_k) and x = -ln(1 - removed / units), and those
+        of the nearest outside of all: what less was cut away from says more. `step`: the group's. Raises
+        CheckpointError if a store lacks it.
+        """
+        *measured, now = -np.log1p(-np.array([*self.stores, removed]) / self.units)
+        nearest = float(np.interp(now, measured, range(len(measured))))
+        part = (nearest % 1) ** 2
+        for store, weight in zip([*self.stores.values()][int(nearest) :], (1 - part, part), strict=False):
+            kept = store.find(step)
+            if kept is None:
+                raise CheckpointError(f"{store.label}: lacks {step}; measure again.")
+            tensors, line = kept
+            for number, mine in enumerate(pooled.sums):
+                mine.add_(tensors[f"sums-{number}"].to(mine.device), alpha=weight)
+            pooled.mass += weight * float(tensors["mass"])
+            for name, energy in line["output_energy"].items():
+                energies[name] = energies.get(name, 0.0) + weight * energy
+        return energies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +77,8 @@ class Run:
     losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
     `kept`: the units that stay, if another result has chosen them. `after_dense`: called with the first
     round's walk when its dense stream has left the last layer. `profiles`: of the groups, if known.
+    `supports`: whose statistics stand for its own, so that it needs no calibration text. `keeps_statistics`: beside
+    each finished step, to be mixed.
     """
 
     model: CausalLM
@@ -49,6 +95,8 @@ class Run:
     kept: Keeps = field(default_factory=Keeps)
     after_dense: Callable[[Walk], None] | None = None
     profiles: Profiles = field(default_factory=dict[GroupKey, GroupProfile])
+    supports: Supports | None = None
+    keeps_statistics: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -73,14 +121,21 @@ class Run:
         return {name: (dense.get(name, count), count) for name, count in now.items()}
 
     def batches(self) -> list[Batch]:
-        """Return this rank's part of the batches of a round, held-out text too."""
+        """Return this rank's part of the batches of a round, held-out text too; that alone if it has supports."""
         device = self.device
         batches: list[Batch] = []
         for domain in self.text.domains:
             for blocks, held_out in ((domain.calibration.to(device), False), (domain.held_out.to(device), True)):
-                batches += make_batches(domain.name, blocks.ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
+                if held_out or self.supports is None:
+                    batches += make_batches(domain.name, blocks.ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
         # Whole batches, so that every hidden state equals that of one process bit for bit.
         return own_part(batches)
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether other cuts' statistics can stand for its own: no experts go, and no cut decides how domains count."""
+        kinds = {group.kind for group in self.resolved.groups}
+        return not (kinds & OF_EXPERTS or self.resolved.recipe.choose.domain_weighting in BY_DOMAIN)
 
 
 def text_losses(

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from secateur.errors import CheckpointError, RecipeError
-from secateur.log import versions
+from secateur.log import Progress, versions
 from secateur.methods.curve import Profiles
 from secateur.model.kept import KEEP_FILE
 from secateur.pruning.cost import with_polish_that_fits
@@ -22,11 +22,16 @@ from secateur.pruning.cut import Cut, cut_and_polish
 from secateur.pruning.open import Opened, onload
 from secateur.pruning.prepare import Prepared
 from secateur.pruning.resolve import checked, nearest, resolve
-from secateur.pruning.run import Run, text_losses
-from secateur.recipe import Recipe
+from secateur.pruning.run import Run, Supports, text_losses
+from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe, recipe_over
 from secateur.report.records import LEAST_NATS, Measurement, nats_at
-from secateur.result_directory import RESULT_FILE, read_digests
+from secateur.result_directory import RESULT_FILE, mismatches, read_digests
+from secateur.store import Store, changes_of
 
+# Where a measurement keeps what serves its cuts.
+STEPS = "steps"
+# Keys that a prune by a measurement may have of its own.
+FREE: Any = {"remove": {"share", "to"}, "output": {"max_shard_size"}, "polish": True, "recover": True, "machine": True}
 # What is to go, by the name of a size: keys of the recipe's `remove`.
 Sizes = Mapping[str, dict[str, Any]]
 # A limit on the loss: how many cuts look for it at most, and the part of it by which one is near enough.
@@ -125,9 +130,25 @@ class MeasuredSizes:
         return self.record.files[RESULT_FILE]
 
     @property
-    def profiles(self) -> Profiles:
-        """The profiles of the groups; none where widths by layer were not asked for."""
-        return {(layer, group): profile for layer, group, profile in self.record.profiles}
+    def steps(self) -> Store:
+        """What the dense model answered and lost."""
+        return Store(self.directory / STEPS)
+
+    def recipe_with(self, given: Recipe) -> Recipe:
+        """Return its recipe with the keys given. Raises RecipeError for those that change what was measured."""
+        measured = parse_recipe(load_recipe(self.directory / RECIPE_FILE), RECIPE_FILE)
+        recipe = recipe_over(load_recipe(self.directory / RECIPE_FILE), given)
+        before, now = (one.model_dump(mode="json", exclude=FREE) for one in (measured, recipe))
+        if changes := changes_of(before, now):
+            raise RecipeError(f"from {self.directory}: {changes[0]}; leave it out, or measure with it.")
+        return recipe
+
+    def check_files(self, progress: Progress) -> None:
+        """Raise CheckpointError if a file is not as it was written."""
+        for wrong in mismatches(self.directory, self.record.files, progress):
+            if wrong.what not in self.record.files:
+                continue
+            raise CheckpointError(f"from {self.directory}: {wrong.what} was changed since; measure again.")
 
     def check_model(self, opened: Opened) -> None:
         """Raise CheckpointError if it is of another model or version."""
@@ -138,10 +159,14 @@ class MeasuredSizes:
             if measured.get(name) != version:
                 raise self._other(f"was measured with {name} {measured.get(name)}, and here is {version}")
 
-    def check_text(self, run: Run) -> None:
-        """Raise CheckpointError if it was measured on another text."""
-        if self.record.text_hash != run.text.measured_hash:
+    def served(self, run: Run) -> Run:
+        """Return the run by what was measured. Raises CheckpointError if that was on another text."""
+        record = self.record
+        if record.text_hash != run.text.measured_hash:
             raise self._other("was measured on another text than the domains give now")
+        profiles: Profiles = {(layer, group): profile for layer, group, profile in record.profiles}
+        cuts = {probe.removed: Store(self.directory / STEPS / f"probe-{n}") for n, probe in enumerate(record.probes)}
+        return replace(run, profiles=profiles, supports=Supports(cuts, record.units) if run.can_mix else None)
 
     def _other(self, how: str) -> CheckpointError:
         return CheckpointError(f"from {self.directory}: {how}; measure again, or leave it out.")

@@ -17,6 +17,7 @@ from secateur.stream.statistics import (
     BY_DOMAIN,
     Gram,
     GroupStatistics,
+    Hand,
     InOrder,
     Statistics,
     damped_gram,
@@ -130,11 +131,13 @@ def measure(
     drift: bool = False,
     to_middle: bool = False,
     to_end: bool = False,
+    hand: Hand | None = None,
 ) -> GroupStatistics:
     """Return the group's statistics on the pruned stream; the walk must stand before its layer.
 
     `drift`: also of (dense stream - pruned stream) after the layer; the dense stream must be there
     already. `to_middle`, `to_end`: leave the walk after the attention or the layer, see `Walk.run`.
+    `hand`: what the pooled statistics and the domains' energies go through.
 
     Raises NumericsError naming layer, module and domain if an input is not finite.
     """
@@ -181,6 +184,8 @@ def measure(
                 if drift_TH is not None:
                     held_out_drift[batch.domain].append(drift_TH)
         domains.begin("")
+        if hand is not None:
+            energy = hand(pooled, energy)
 
         # One domain at a time, to bound peak memory.
         both = held_out, held_out_drift

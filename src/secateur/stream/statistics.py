@@ -123,6 +123,8 @@ def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
 T = TypeVar("T")
 Key = TypeVar("Key")
 
+# Takes pooled statistics, which it may fill, and domains' energies; returns the energies.
+Hand = Callable[["Statistics", dict[str, float]], dict[str, float]]
 # Weightings that need each domain's own statistics.
 BY_DOMAIN = frozenset({"minimax"})
 
