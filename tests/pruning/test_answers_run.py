@@ -180,8 +180,14 @@ def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path)
 
     steps = [(name, lambda name=name: step(name)) for name in ("a", "b", "c")]
     with pytest.raises(KeyboardInterrupt):
-        in_steps(store)(steps)
+        in_steps(store, "x")(steps)
     assert done == ["a", "b", "c"]
     with pytest.raises(KeyboardInterrupt):
-        in_steps(Store(tmp_path))(steps)
+        in_steps(Store(tmp_path), "x")(steps)
     assert done == ["a", "b", "c", "c"]
+    # A measurement of the same prompts serves, one of others does not.
+    other = Store()
+    other.before = Store(tmp_path)
+    assert len(in_steps(other, "x")(steps[:2])) == 2 and done == ["a", "b", "c", "c"]
+    in_steps(other, "y")(steps[:2])
+    assert done == ["a", "b", "c", "c", "a", "b"]

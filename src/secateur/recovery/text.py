@@ -42,9 +42,9 @@ def answers_of(
     num_blocks = num_tokens // speaker.length
     for name, domain in recipe.calibration.answered.items():
         prompts[name] = from_first(partial(_prompts, name, domain, speaker.tokenizer, recipe.seed, num_blocks))
-    # What is answered is kept by its number, whatever was asked.
-    store.check_input("set of prompts", hashlib.sha256(json.dumps(prompts).encode()).hexdigest())
-    return Answers(speaker, prompts, in_steps(store), progress, written)
+    # What is answered is kept by its number, and by what was asked: a measurement may be of other prompts.
+    store.check_input("set of prompts", digest := hashlib.sha256(json.dumps(prompts).encode()).hexdigest())
+    return Answers(speaker, prompts, in_steps(store, digest), progress, written)
 
 
 def _prompts(name: str, source: Domain, tokenizer: Tokenizer, seed: int, num_blocks: int) -> list[str]:
@@ -53,17 +53,20 @@ def _prompts(name: str, source: Domain, tokenizer: Tokenizer, seed: int, num_blo
     return list(dict.fromkeys(read))
 
 
-def in_steps(store: Store) -> Steps:
-    """Return what does named steps: those that `store` has are read, the others shared out and kept."""
+def in_steps(store: Store, asked: str) -> Steps:
+    """Return what does named steps: those that `store` has are read, the others shared out and kept.
+
+    `asked`: what they rest on, as part of their names.
+    """
 
     def do(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
-        done = {name: kept[0] for name, _ in steps if (kept := store.find(name)) is not None}
+        done = {name: kept[0] for name, _ in steps if (kept := store.find(f"{name}-{asked}")) is not None}
         missing = [step for step in steps if step[0] not in done]
         # So many at a time as there are ranks: what is finished is kept at once.
         for start in range(0, len(missing), size()):
             part = missing[start : start + size()]
             for (name, _), tensors in zip(part, spread(lambda step: step[1](), part), strict=True):
-                store.save(name, tensors, {})
+                store.save(f"{name}-{asked}", tensors, {})
                 done[name] = tensors
         return [done[name] for name, _ in steps]
 
