@@ -125,23 +125,6 @@ def test_at_least_one_column_stays() -> None:
     assert int(kept.sum()) == 1 and torch.equal(found[:, kept], model.model.layers[0].mlp.down_proj.weight[:, kept])
 
 
-@torch.no_grad()
-def test_a_divergence_is_the_mean_over_all_tokens_of_all_domains() -> None:
-    model = tiny_llama(num_layers=3)
-    skipped = copy.deepcopy(model)
-    del skipped.model.layers[1]
-    skipped.config.num_hidden_layers = 2
-    total, count = 0.0, 0
-    for ids in TEXT.values():
-        log_p, log_q = (
-            torch.log_softmax(each(ids, use_cache=False).logits[:, :-1].double(), -1) for each in (model, skipped)
-        )
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-        count += ids[:, 1:].numel()
-    found = layer_kl(model, bind(model), batches_of(TEXT, HELD_OUT), (), [1])
-    assert float(found[1]) == pytest.approx(total / count, rel=1e-4)
-
-
 def test_one_divergence_that_is_no_number_is_enough(monkeypatch) -> None:
     monkeypatch.setattr(depth, "_divergences", lambda *_: [torch.tensor([1.0, torch.inf, 2.0])])
     model = tiny_llama()

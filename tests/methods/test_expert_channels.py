@@ -42,8 +42,9 @@ def test_the_readers_inputs_give_what_the_expert_gives(name: str) -> None:
         torch.testing.assert_close(given, expert_output(name, module, expert, x_TD), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mixtral", torch.float32), ("gpt_oss", torch.bfloat16), ("qwen2_moe", torch.float32)]
+)
 def test_refits_lower_held_out_error_and_the_models(name: str, dtype: torch.dtype) -> None:
     calibration = random_calibration(num_domains=2, blocks=48)
     ids_BT = torch.cat([domain.held_out.ids_NT for domain in calibration.domains])
@@ -114,9 +115,8 @@ def test_a_score_of_channels_and_heads_alone_is_refused(monkeypatch: pytest.Monk
         opened(model, recipe)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(dtype, recipe, tmp_path) -> None:
-    model = tiny_family("qwen3_moe", dtype=dtype, vocab_size=512)
+def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(recipe, tmp_path) -> None:
+    model = tiny_family("qwen3_moe", dtype=torch.bfloat16, vocab_size=512)
     dense = copy.deepcopy(model.state_dict())
     settings = recipe | {"groups": ["expert_ffn"], "remove": 0.2, "rounds": 2, "compensate": "none"}
     result = secateur.prune(model, grouped(settings), out=tmp_path / "out", tokenizer=tiny_tokenizer())

@@ -8,7 +8,7 @@ from secateur.methods.experts import _steps, best_step, keep_experts, observe_ro
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import Experts, Stacks
 from secateur.stream.walk import Walk, make_batches
-from tests.families import DTYPES, FAMILIES, GROUPS, row, tiny_family
+from tests.families import FAMILIES, GROUPS, row, tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration
 from tests.models import tiny_ids
 
@@ -86,11 +86,10 @@ def test_experts_that_give_what_is_wanted_stay_as_they_are() -> None:
 
 
 # Not of experts whose inputs are weighted.
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [row(name) for name in FAMILIES if "experts" in GROUPS[name] and name != "llama4"])
-def test_a_refit_brings_every_family_nearer_to_what_it_was(name: str, dtype: torch.dtype) -> None:
-    calibration = random_calibration(blocks=96)
-    _, lines = prune_tiny(tiny_family(name).to(dtype), calibration, groups=("experts",), remove=0.15)
+def test_a_refit_brings_every_family_nearer_to_what_it_was(name: str) -> None:
+    model = tiny_family(name).to(torch.bfloat16 if name == "gpt_oss" else torch.float32)
+    _, lines = prune_tiny(model, random_calibration(blocks=48), groups=("experts",), remove=0.15)
     lines = [line for line in lines if line["kept"] < line["total"]]
     assert lines
     for line in lines:

@@ -32,7 +32,7 @@ def as64(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: part.astype(np.float64) for name, part in parts.items()}
 
 
-def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = torch.float32) -> GroupStatistics:
+def measured(case: Reader, *, drift: bool) -> GroupStatistics:
     """What `measure` would return for these inputs."""
     weight_HF = torch.from_numpy(case.weight_HF)
     num_outputs, num_inputs = weight_HF.shape
@@ -40,11 +40,11 @@ def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = 
     found = Statistics.empty(num_inputs, torch.device("cpu"), dtype=torch.float32, **sizes)
     energy = {}
     for name, x in case.inputs_TF.items():
-        x_TF, own = torch.from_numpy(x).to(dtype), Statistics.empty(num_inputs, torch.device("cpu"), **sizes)
-        own.update(x_TF, x_TF.float() @ weight_HF.T, torch.from_numpy(case.drift_TH[name]) if drift else None)
+        x_TF, own = torch.from_numpy(x), Statistics.empty(num_inputs, torch.device("cpu"), **sizes)
+        own.update(x_TF, x_TF @ weight_HF.T, torch.from_numpy(case.drift_TH[name]) if drift else None)
         energy[name] = float(own.energy)
-        found.merge(own, domain_weight(weighting, case.shares[name], energy[name]))
-    held_out = {name: torch.from_numpy(x).to(dtype) for name, x in case.held_out_TF.items()}
+        found.merge(own, domain_weight("energy", case.shares[name], energy[name]))
+    held_out = {name: torch.from_numpy(x) for name, x in case.held_out_TF.items()}
     drifts = {name: torch.from_numpy(r) for name, r in case.held_out_drift_TH.items()} if drift else {}
     return GroupStatistics(found, energy, held_out, drifts, {})
 
@@ -52,7 +52,7 @@ def measured(case: Reader, weighting: str, *, drift: bool, dtype: torch.dtype = 
 class Reference:
     """The same by the reference: tokens of all domains under each other, rows weighted."""
 
-    def __init__(self, case: Reader, weighting: str) -> None:
+    def __init__(self, case: Reader) -> None:
         self.weight_HF, self.inputs, self.drift = (
             case.weight_HF.astype(float),
             as64(case.inputs_TF),
@@ -60,12 +60,10 @@ class Reference:
         )
         self.held_out, self.held_out_drift = as64(case.held_out_TF), as64(case.held_out_drift_TH)
         energy = {name: float(((x @ self.weight_HF.T) ** 2).sum()) for name, x in self.inputs.items()}
-        factors = {n: reference.domain_factor(weighting, case.shares[n], energy[n]) for n in energy}
-        parts = {n: (x, self.drift[n], np.ones((len(x), 1))) for n, x in self.inputs.items()}
-        self.x_TF, self.r_TH, self.one_T1 = reference.pooled(parts, factors)
+        factors = {n: reference.domain_factor("energy", case.shares[n], energy[n]) for n in energy}
+        parts = {n: (x, self.drift[n]) for n, x in self.inputs.items()}
+        self.x_TF, self.r_TH = reference.pooled(parts, factors)
         self.gram_FF = self.x_TF.T @ self.x_TF
-        mass = float((self.one_T1**2).sum())
-        self.mean_F = (self.x_TF * self.one_T1).sum(axis=0) / mass if mass else np.zeros(self.x_TF.shape[1])
 
     def refit(self, keep: list[int], damping: float, mix: float) -> np.ndarray:
         ridge_F = reference.ridge(self.gram_FF, damping)
@@ -97,9 +95,9 @@ def is_near(found_HS: torch.Tensor, expected_HS: np.ndarray, gram_SS: np.ndarray
 @given(readers(), st.sampled_from([1e-4, 1e-2, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.data())
 @settings(max_examples=60)
 def test_a_fit_is_the_least_squares_of_the_reference(case: Reader, damping: float, mix: float, data) -> None:
-    own, size = Reference(case, "energy"), case.weight_HF.shape[1]
+    own, size = Reference(case), case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
-    found = measured(case, "energy", drift=True).pooled
+    found = measured(case, drift=True).pooled
     weight_HF = torch.from_numpy(case.weight_HF)
     fit = least_squares(weight_HF, found.gram, torch.tensor(keep), damping, found.cross_FH, mix)
     assert fit.damping == damping
@@ -141,7 +139,7 @@ def assert_errors(found: dict[str, float], expected: dict[str, float]) -> None:
 def test_least_squares_takes_the_best_damping_and_the_guards_step(case: Reader, factors, mix: float, data) -> None:
     size = case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
-    own, numbers = Reference(case, "energy"), measured(case, "energy", drift=True)
+    own, numbers = Reference(case), measured(case, drift=True)
     found = repair(linear_of(case), numbers, torch.tensor(keep), method(damping_factors=factors, target_mix=mix))
     tried = own.repair(keep, [1e-3 * factor for factor in factors], mix)
     assert found.guard is not None
@@ -166,7 +164,7 @@ def test_least_squares_takes_the_best_damping_and_the_guards_step(case: Reader, 
 @settings(max_examples=25)
 def test_without_drift_in_the_statistics_the_mix_has_no_effect(case: Reader, data) -> None:
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, case.weight_HF.shape[1] - 1), min_size=1))))
-    numbers = measured(case, "energy", drift=False)
+    numbers = measured(case, drift=False)
     mixed, plain = (repair(linear_of(case), numbers, keep, method(target_mix=mix)) for mix in (0.5, 0.0))
     assert mixed.guard == plain.guard and mixed.damping == plain.damping
     assert mixed.weight_HS is plain.weight_HS is None or torch.equal(mixed.weight_HS, plain.weight_HS)
@@ -179,7 +177,7 @@ def test_weights_are_judged_as_they_are_stored(dtype: str, case: Reader, mix: fl
     size = case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
     case.weight_HF[:] = reference.rounded(case.weight_HF.astype(float), dtype)
-    own, numbers = Reference(case, "energy"), measured(case, "energy", drift=True)
+    own, numbers = Reference(case), measured(case, drift=True)
     found = repair(linear_of(case, getattr(torch, dtype)), numbers, torch.tensor(keep), method(target_mix=mix))
     assert found.guard is not None
     assert_errors(found.guard.error_before, own.errors(keep, own.weight_HF[:, keep], mix=mix))
@@ -325,7 +323,7 @@ def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensat
         held_out_drift,
         SHARES,
     )
-    own = Reference(case, "energy")
+    own = Reference(case)
     hessian_FF = own.gram_FF + np.diag(reference.ridge(own.gram_FF, 1e-2))
     gone = reference.greedy_obs(own.weight_HF, hessian_FF, [[unit] for unit in range(112)], 60, 32)
     columns = sorted(set(range(112)) - {unit for each in gone for unit in each})

@@ -65,19 +65,6 @@ def test_greedy_obs_takes_the_least_errors_of_the_reference(width: int, case: Re
         assert float(found.error_curve[number]) == pytest.approx(expected, rel=SCORE, abs=slack)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
-def test_the_order_is_that_of_the_reference(batch: int) -> None:
-    rng = np.random.default_rng(4)
-    x_TF = (rng.standard_normal((100, 12)) @ rng.standard_normal((12, 12))).astype(np.float32)
-    weight_HF = rng.standard_normal((3, 12)).astype(np.float32)
-    gram = gram_of(torch.from_numpy(x_TF))
-    hessian_FF = x_TF.T.astype(float) @ x_TF.astype(float)
-    hessian_FF += np.diag(reference.ridge(hessian_FF, 1e-3))
-    found = greedy_obs(torch.from_numpy(weight_HF), damped_gram(gram, 1e-3), torch.arange(12)[:, None], 2, batch)
-    expected = reference.greedy_obs(weight_HF.astype(float), hessian_FF, units_of(12, 1), 2, batch)
-    assert found.removed.tolist() == [unit for each in expected for unit in each]
-
-
 def test_of_equals_the_lower_number_goes() -> None:
     x_TF = torch.eye(6)
     for batch in (1, 4):
