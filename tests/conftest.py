@@ -21,7 +21,7 @@ from little import JUDGED_BY_LITTLE, UNPROVED
 from models import saved, tiny_llama, tiny_qwen2
 from recipes import grouped
 from skips import pytest_terminal_summary  # noqa: F401  # a hook
-from warm import WarmProcesses, fresh
+from warm import WarmProcesses
 
 # The same examples on each run and machine; how long one takes proves nothing.
 SLOW = HealthCheck.too_slow
@@ -76,13 +76,6 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcesses]:
     with patched({"secateur.formats.save.subprocess": processes}):
         yield processes
     processes.close()
-
-
-@pytest.fixture
-def fresh_processes() -> Iterator[None]:
-    """For tests of the proof itself: each process starts from nothing, as in a user's run."""
-    with fresh():
-        yield
 
 
 @pytest.fixture(scope="session")

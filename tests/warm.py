@@ -1,7 +1,7 @@
 """Processes with torch and transformers imported already: forks of one that is started once per run of pytest.
 
 A tiny model is pruned in a second, while the imports of a new process take five. What runs in a fork knows nothing of
-the tests' own process. In such forks results are proved; tests of the proof itself use the fixture `fresh_processes`.
+the tests' own process. In such forks results are proved, but within `fresh`.
 """
 
 import json

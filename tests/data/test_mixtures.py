@@ -14,16 +14,17 @@ import pyarrow.parquet
 import pytest
 from hub import Served, hub
 
-from secateur.data.sources import DomainText
 from secateur.plugins import mixtures
-from secateur.recipe import INSTALLED_DOMAINS, Calibration, Recipe
+from secateur.recipe import INSTALLED_DOMAINS, Calibration
 
 # Prints a document of each domain of a mixture.
 READ = """
 import json, sys
+import datasets.config
 from tiny_tokenizer import tiny_tokenizer
 from secateur.data.sources import documents
 from secateur.recipe import Calibration
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # so long datasets waits behind each stream of parquet
 domains = Calibration(domains=sys.argv[1]).domains
 print(json.dumps({name: next(documents(name, each, tiny_tokenizer(), 0)) for name, each in domains.items()}))
 """
@@ -39,6 +40,14 @@ FILES = {
 }
 
 
+def packed(path: str, row: dict[str, Any]) -> bytes:
+    if path.endswith(".json.gz"):
+        return gzip.compress(json.dumps(row).encode())
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), data)
+    return data.getvalue()
+
+
 def served(domains: dict[str, Any]) -> Served:
     found: Served = {}
     for name, domain in domains.items():
@@ -46,34 +55,22 @@ def served(domains: dict[str, Any]) -> Served:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
         row = {domain.column: turns if domain.column == "messages" else said, "other": "not this"}
         path = FILES[domain.dataset]
-        write = _parquet if path.endswith(".parquet") else _json
-        files = {path: write(row)}
+        files = {path: packed(path, row)}
         if domain.config:
-            other = f"other/{path}"
-            files[other] = write({domain.column: "not this"})
-            configs = {"another": other, domain.config: path}
+            files[f"other/{path}"] = packed(path, {domain.column: "not this"})
             readme = [
                 {"config_name": config, "data_files": [{"split": domain.split, "path": file}]}
-                for config, file in configs.items()
+                for config, file in zip(("another", domain.config), (f"other/{path}", path), strict=True)
             ]
             files["README.md"] = f"---\n{json.dumps({'configs': readme})}\n---\n".encode()
         found[domain.dataset] = (domain.revision, files)
     return found
 
 
-def _json(row: dict[str, Any]) -> bytes:
-    return gzip.compress(json.dumps(row).encode())
-
-
-def _parquet(row: dict[str, Any]) -> bytes:
-    data = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), data)
-    return data.getvalue()
-
-
 @pytest.mark.parametrize("mixture", mixtures())
 def test_a_mixture_is_streamed_at_its_revisions(mixture: str, tmp_path: Path) -> None:
     domains = Calibration(domains=mixture).domains  # pyright: ignore[reportArgumentType]
+    assert all(domain.source[0] == "dataset" and len(domain.revision or "") == 40 for domain in domains.values())
     with hub(served(dict(domains))) as address:
         online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
         path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
@@ -85,13 +82,6 @@ def test_a_mixture_is_streamed_at_its_revisions(mixture: str, tmp_path: Path) ->
     read = json.loads(done.stdout)
     assert read.keys() == domains.keys()
     assert all(f"text of {name}" in text and "not this" not in text for name, text in read.items())
-
-
-@pytest.mark.parametrize("mixture", mixtures())
-def test_every_domain_of_a_mixture_names_a_revision_and_no_other_source(mixture: str) -> None:
-    for domain in Recipe.model_validate({"calibration": {"domains": mixture}}).calibration.domains.values():
-        assert isinstance(domain, DomainText) and domain.source[0] == "dataset"
-        assert domain.revision is not None and len(domain.revision) == 40
 
 
 def test_the_general_mixture_has_the_kinds_of_text_of_the_defaults() -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.files import lies_in
 from secateur.formats.reload_child import runs_own_code
-from secateur.formats.save import OWN_CODE, Verification, save_checkpoint, verify_reload
+from secateur.formats.save import OWN_CODE, save_checkpoint, verify_reload
 from secateur.model.checkpoint import check_in_memory, load_tokenizer, open_checkpoint
 
 CODE = """
@@ -59,6 +58,12 @@ def save_source(directory: Path) -> Path:
     return saved(directory, tiny_llama(), bpe_tokenizer())
 
 
+def save(source: Path | None, out: Path, model: Any = None, tokenizer: Any = None) -> tuple[str, ...]:
+    out.mkdir()
+    model, tokenizer = model or tiny_llama(), tokenizer or tiny_tokenizer()
+    return save_checkpoint(model, tokenizer, out, max_shard_size="5GB", carry_from=source)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """Two hostile sources: `local` holds its code, `hub` names that of a repository in the user's cache."""
@@ -66,11 +71,11 @@ def place(tmp_path_factory) -> Path:
     for name, module in {"local": "evil", "hub": "evil/code--evil"}.items():
         name_code(save_source(place / name), module)
     repository = place / "cache" / "models--evil--code"
-    for folder in (place / "local", place / "local" / "custom_generate", repository / "snapshots" / COMMIT):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ("generate.py" if folder.name == "custom_generate" else "evil.py")).write_text(CODE)
-    (repository / "refs").mkdir()
+    (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
+    for file in ("local/evil.py", "local/custom_generate/generate.py", repository / "snapshots" / COMMIT / "evil.py"):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text(CODE)
     return place
 
 
@@ -94,8 +99,7 @@ def results(place, marker, recipe) -> dict[str, secateur.Result]:
         assert marker.exists(), "the trap works: who trusts it runs it"
         marker.unlink()
         asked = grouped({**recipe, "protected_layers": [0], "remove": 0.1, "evaluate": False})
-        with fresh() if source == "hub" else nullcontext():  # whose cache a process reads as it starts
-            found[source] = secateur.prune(place / source, asked, out=place / f"{source}-out")
+        found[source] = secateur.prune(place / source, asked, out=place / f"{source}-out")
         assert not marker.exists()
     return found
 
@@ -130,20 +134,6 @@ def test_code_that_a_source_names_neither_runs_nor_travels(source, results, mark
     assert configs["processor_config.json"] == {"image_processor": {"x": 1}}
 
 
-@pytest.fixture
-def unproved(monkeypatch) -> None:
-    """Runs without the reload, which takes a process of its own."""
-    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
-
-
-def test_a_result_of_equal_widths_names_no_code(place, recipe, unproved, tmp_path):
-    out = tmp_path / "even"
-    pruned = secateur.prune(place / "hub", grouped({**recipe, "remove": 0.1, "evaluate": False}), out=out)
-    said = " ".join(file.read_text(encoding="utf-8") for file in out.glob("*.json"))
-    assert "auto_map" not in said and "custom_pipelines" not in said and "evil" not in said
-    assert list(out.glob("*.py")) == [] and not hasattr(pruned.model.config, "auto_map")
-
-
 class OwnTokenizer(PreTrainedTokenizerFast):
     """A class of this file, which saving a tokenizer would copy."""
 
@@ -154,8 +144,7 @@ def test_a_class_that_a_user_registered_is_not_copied(tmp_path):
     tokenizer = OwnTokenizer(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     tokenizer.save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "theirs" / Path(__file__).name).is_file()
-    (tmp_path / "out").mkdir()
-    save_checkpoint(tiny_llama(), tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=None)
+    save(None, tmp_path / "out", tokenizer=tokenizer)
     assert list((tmp_path / "out").glob("*.py")) == []
     assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8")
 
@@ -165,16 +154,14 @@ def test_a_config_that_is_not_json_is_not_carried(tmp_path):
     (source / "processor_config.json").write_text("[" * 100_000)
     (source / "preprocessor_config.json").write_text('{"auto_map"')
     save(source, tmp_path / "out")
-    assert not (tmp_path / "out" / "processor_config.json").exists()
-    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert not list((tmp_path / "out").glob("*processor_config.json"))
 
 
 def test_a_word_called_auto_map_stays_in_the_vocabulary(tmp_path):
     said = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     size = said["model"]["vocab"]["auto_map"] = len(said["model"]["vocab"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=BackendTokenizer.from_str(json.dumps(said)))
-    (tmp_path / "out").mkdir()
-    save_checkpoint(tiny_llama(vocab_size=size + 1), tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=None)
+    save(None, tmp_path / "out", tiny_llama(vocab_size=size + 1), tokenizer)
     assert load_tokenizer(open_checkpoint(tmp_path / "out")).get_vocab()["auto_map"] == size
 
 
@@ -182,7 +169,7 @@ def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
     out, logits = copy_of(results["hub"], tmp_path)
     # A tokenizer that names code: the model's own file is run, and this is not.
     edit(out / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil/code--evil.EvilTokenizer"]})
-    with fresh():
+    with fresh():  # whose cache a process reads as it starts
         assert verify_reload(out, tiny_ids(), logits).max_abs_difference == 0
     assert not marker.exists()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
@@ -203,9 +190,7 @@ def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
 
 def test_models_and_tokenizers_in_memory_that_run_foreign_code_are_refused():
     foreign = type("Foreign", (), {"__module__": "transformers_modules.evil.code"})
-    with pytest.raises(
-        CheckpointError, match=r"^tokenizer: it runs its checkpoint's code, .*without trust_remote_code.$"
-    ):
+    with pytest.raises(CheckpointError, match=r"^tokenizer: it runs its checkpoint's code, .*trust_remote_code\.$"):
         check_in_memory(tiny_llama(), foreign())
     model = tiny_llama()
     model.__class__ = type("Evil", (type(model),), {"__module__": "transformers_modules.evil.code"})
@@ -227,11 +212,6 @@ def texts_in(directory: Path) -> str:
     return b"\n".join(file.read_bytes() for file in directory.rglob("*") if file.is_file()).decode("utf-8", "replace")
 
 
-def save(source: Path, out: Path) -> tuple[str, ...]:
-    out.mkdir()
-    return save_checkpoint(tiny_llama(), tiny_tokenizer(), out, max_shard_size="5GB", carry_from=source)
-
-
 def test_links_out_of_the_source_are_left_behind_and_told(secret, tmp_path):
     source = save_source(tmp_path / "source")
     (source / "LICENSE-extra").symlink_to(secret)
@@ -248,12 +228,14 @@ def test_links_out_of_the_source_are_left_behind_and_told(secret, tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "ours"
 
 
-def test_a_run_says_what_it_left_behind(checkpoints, recipe, unproved, secret, tmp_path):
-    source = Path(shutil.copytree(checkpoints["llama"], tmp_path / "source"))
+def test_a_result_of_equal_widths_names_no_code_and_says_what_it_left_behind(place, recipe, secret, tmp_path):
+    source, out = Path(shutil.copytree(place / "hub", tmp_path / "source")), tmp_path / "out"
     (source / "LICENSE").symlink_to(secret)
-    result = secateur.prune(source, grouped({**recipe, "evaluate": False}), out=tmp_path / "out")
+    result = secateur.prune(source, grouped({**recipe, "remove": 0.1, "evaluate": False}), out=out)
     assert "LICENSE: is a link to a file outside the model's directory" in " ".join(result.summary.warnings)
-    assert SECRET not in texts_in(tmp_path / "out")
+    said = texts_in(out)
+    assert SECRET not in said and "auto_map" not in said and "custom_pipelines" not in said and "evil" not in said
+    assert list(out.glob("*.py")) == [] and not hasattr(result.model.config, "auto_map")
 
 
 def test_blobs_of_the_same_cached_repository_are_carried_and_no_others(secret, tmp_path):
@@ -281,18 +263,22 @@ def test_blobs_of_the_same_cached_repository_are_carried_and_no_others(secret, t
     assert not lies_in(source, source / "LICENSE")
 
 
-@pytest.mark.parametrize(
-    "name",
-    "config.json generation_config.json tokenizer_config.json tokenizer.json vocab.txt vocab.json merges.txt "
-    "tokenizer.model chat_template.jinja additional_chat_templates/tool.jinja special_tokens_map.json".split(),
-)
-def test_what_is_read_into_a_result_may_not_be_a_link_out(name, secret, tmp_path):
+READ = "config.json generation_config.json tokenizer_config.json tokenizer.json vocab.txt vocab.json merges.txt "
+READ += "tokenizer.model chat_template.jinja additional_chat_templates/tool.jinja special_tokens_map.json"
+
+
+def test_what_is_read_into_a_result_may_not_be_a_link_out(secret, tmp_path):
     source = save_source(tmp_path / "source")
-    (source / name).unlink(missing_ok=True)
-    (source / name).parent.mkdir(exist_ok=True)
-    (source / name).symlink_to(secret)
-    with pytest.raises(CheckpointError, match=rf"^{source / name}: is a link to a file outside .*copy the file there"):
-        open_checkpoint(source)
+    (source / "additional_chat_templates").mkdir()
+    for name in READ.split():
+        own = (source / name).read_bytes() if (source / name).exists() else None
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(secret)
+        with pytest.raises(CheckpointError, match=rf"^{source / name}: is a link to a file outside .*copy the file"):
+            open_checkpoint(source)
+        (source / name).unlink()
+        if own is not None:
+            (source / name).write_bytes(own)
 
 
 def test_weights_may_be_links(tmp_path):

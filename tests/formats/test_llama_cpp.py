@@ -71,7 +71,9 @@ def pruned(name: str, place: Path) -> Path:
     """Save a model of the family without half of its channels, experts and, where llama.cpp takes fewer, heads."""
     row = ROWS.get(name, name)
     sizes = SIZES | CHANGES.get(row, {})
-    model = tiny_family(row, **{key: value for key, value in sizes.items() if key in known_keys(row)})
+    config = tiny_family(row).config
+    known = {*config.to_dict(), *config.attribute_map, "sliding_window_pattern"}
+    model = tiny_family(row, **{key: value for key, value in sizes.items() if key in known})
     arch = bind(model)
     for group in arch.groups:
         heads = group.name in ("kv_heads", "query_heads")
@@ -102,11 +104,6 @@ PRUNED = [pytest.param(pruned, name, id=name) for name in GGUF_FAMILIES]
 PRUNED += [
     pytest.param(pruned_per_layer, name, id=f"{name}-per-layer") for name, row in GGUF_FAMILIES.items() if row.per_layer
 ]
-
-
-def known_keys(row: str) -> set[str]:
-    config = tiny_family(row).config
-    return set(config.to_dict()) | set(config.attribute_map) | {"sliding_window_pattern"}
 
 
 @pytest.mark.parametrize(("prune", "name"), PRUNED)
