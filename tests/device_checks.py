@@ -28,7 +28,7 @@ from secateur.ranks import device_called
 from secateur.stream import walk
 from secateur.stream.device import float64_device, multiplies_in_software
 from secateur.stream.offload import LayersOnDevice, fetch, offload
-from tests.model.test_vocabulary import NUM_PADDING, made
+from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Every measurement and every sum that a run can ask for.

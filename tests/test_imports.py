@@ -20,13 +20,14 @@ PACKAGES = [
     "formats report",
     "methods",
     "stream",
+    "vocabulary",
     "data",
     "model",
     "store result_directory files ranks recipe log plugins facts errors",
 ]
 GROUND = set(PACKAGES[-1].split())
-WITHOUT_RECIPE = {"model", "stream", "data", "methods"}
-WITH_TRANSFORMERS = {"model", "data", "formats", "evaluation", "recovery"}
+WITHOUT_RECIPE = {"model", "data", "vocabulary", "stream", "methods"}
+WITH_TRANSFORMERS = {"model", "vocabulary", "data", "formats", "evaluation", "recovery"}
 WITH_RANKS = {
     "cli",
     "api",

@@ -12,7 +12,7 @@ from secateur.errors import MAX_SENTENCE, CalibrationError, CheckpointError, Rec
 from secateur.files import MAX_NESTING, json_of, yaml_of
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.config import directory_config
-from secateur.model.kept import KEEP_FILE, read_keeps
+from secateur.pruning.like import KEEP_FILE, read_keeps
 from secateur.recipe import as_recipe
 from secateur.report.records import Summary
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.formats.save import save_checkpoint
-from secateur.model.kept import KeptTokens, keep_tokens
-from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer
-from tests.model.test_vocabulary import NUM_PADDING, PROSE, made, some_kept
+from secateur.vocabulary.kept import KeptTokens, keep_tokens
+from secateur.vocabulary.tokenizer import read_vocabulary, trimmed_tokenizer
+from tests.vocabulary.test_tokenizer import NUM_PADDING, PROSE, made, some_kept
 
 
 def bytes_of(tokenizer: Any, ids_T: torch.Tensor) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 import secateur
 from secateur.formats.save import save_checkpoint
 from secateur.model.checkpoint import load
-from secateur.model.kept import KeptTokens, keep_tokens
+from secateur.vocabulary.kept import KeptTokens, keep_tokens
 from tests.families import tiny_family
 
 WIDTH, FFN = 48, 112

@@ -22,9 +22,9 @@ from secateur.formats.gguf_families import rotary
 from secateur.formats.gguf_tensors import interleave_rotary
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
-from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.stock import quiet_transformers
-from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
+from secateur.vocabulary.kept import KeptTokens, keep_tokens
+from secateur.vocabulary.tokenizer import read_vocabulary, trimmed_tokenizer, with_parts
 from tests.families import tiny_family
 
 needs_llama_cpp = pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")

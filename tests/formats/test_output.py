@@ -16,9 +16,9 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.files import check_free_space, parse_size
 from secateur.formats.save import has_own, save_checkpoint
 from secateur.log import Tell, mute
-from secateur.model.kept import KeptTokens, keep_tokens, kept_tokens_of
-from secateur.model.vocabulary import trimmed_tokenizer
 from secateur.result_directory import staging
+from secateur.vocabulary.kept import KeptTokens, keep_tokens, kept_tokens_of
+from secateur.vocabulary.tokenizer import trimmed_tokenizer
 
 
 def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:

@@ -12,8 +12,8 @@ from secateur.errors import CheckpointError
 from secateur.formats import save as proof
 from secateur.formats.save import save_checkpoint, verify_reload
 from secateur.model.checkpoint import load_model, open_checkpoint
-from secateur.model.kept import KeptTokens, keep_tokens
-from secateur.model.vocabulary import trimmed_tokenizer
+from secateur.vocabulary.kept import KeptTokens, keep_tokens
+from secateur.vocabulary.tokenizer import trimmed_tokenizer
 
 # What the fresh process says beside the logits.
 SAID = {"problem": "", "class": "AutoModelForImageTextToText"}

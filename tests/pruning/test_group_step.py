@@ -15,10 +15,10 @@ from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.methods.compensate import Guard, Repaired
 from secateur.model.bind import decoder_layers
-from secateur.model.kept import read_keeps, write_keeps
 from secateur.pruning import group_step
 from secateur.pruning.cut import Cut
 from secateur.pruning.group_step import prune_group
+from secateur.pruning.like import read_keeps, write_keeps
 from secateur.pruning.open import onload
 from secateur.pruning.prepare import Prepared
 from secateur.pruning.result import group_widths, ill_conditioned, summary_of

@@ -15,7 +15,6 @@ from recipes import grouped
 from shown import assert_shown
 
 from secateur.errors import SecateurError
-from secateur.model.kept import KeptTokens, Trim
 from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.open import Opened
@@ -23,6 +22,7 @@ from secateur.pruning.prepare import foretold
 from secateur.pruning.resolve import nearest, resolve
 from secateur.recipe import parse_recipe
 from secateur.stream.device import CPU
+from secateur.vocabulary.kept import KeptTokens, Trim
 from tests.families import tiny_family
 
 DOMAINS = {"mine": {"files": ["mine.txt"]}, "code": {"files": ["code.py"]}}

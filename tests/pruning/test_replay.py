@@ -18,9 +18,9 @@ import secateur
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import identity
-from secateur.model.kept import kept_tokens_of
 from secateur.report.records import read_result, read_summary
-from tests.model.test_vocabulary import NUM_PADDING, made
+from secateur.vocabulary.kept import kept_tokens_of
+from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {"polish": {"num_tokens": 640}},

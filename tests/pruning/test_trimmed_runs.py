@@ -25,8 +25,6 @@ from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.methods.budget import token_prices
-from secateur.methods.vocabulary import PieceNats
-from secateur.model.kept import KeptTokens, Trim, kept_tokens_of
 from secateur.pruning import trim as trimming
 from secateur.pruning.cost import polish_bytes
 from secateur.pruning.resolve import Resolved, resolve
@@ -35,8 +33,10 @@ from secateur.pruning.trim import plan_trim
 from secateur.pruning.trimmed import too_dear
 from secateur.recipe import Domain, parse_recipe
 from secateur.store import Services
-from tests.model.test_vocabulary import NUM_PADDING, made
+from secateur.vocabulary.kept import KeptTokens, Trim, kept_tokens_of
+from secateur.vocabulary.order import PieceNats
 from tests.trims import prose_file
+from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
 
 @pytest.fixture(autouse=True)
@@ -324,7 +324,7 @@ def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
     """Return the run that `auto` plans if tokens cost nothing and channels much."""
     asking = replace(opened(model, parse_recipe(grouped({**short, "vocabulary": "auto"}))), tokenizer=tokenizer)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.methods.vocabulary.nats_with", lambda *_: 0.0)
+        patched.setattr("secateur.methods.tokens.nats_with", lambda *_: 0.0)
         patched.setattr("secateur.pruning.trim._channel_law", lambda *_: lambda share_N: 1e6 * share_N.clamp(min=0))
         return resolve(plan_trim(asking, Services(), run_text(asking, silent)))
 
@@ -342,7 +342,7 @@ def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, aske
             trims.append(0 if trim is None else trim.kept.num_dense - len(trim.kept.dense_ids))
             return 3 + factor * trims[-1] ** 2
 
-        monkeypatch.setattr("secateur.methods.vocabulary.nats_with", nats_with)
+        monkeypatch.setattr("secateur.methods.tokens.nats_with", nats_with)
         trim = plan_trim(asking, Services(), run_text(asking, silent)).trim
         assert trim is not None
         gone = trim.kept.num_dense - len(trim.kept.dense_ids)

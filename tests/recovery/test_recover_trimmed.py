@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import recover
 from secateur.facts import mean_kl
-from secateur.model.kept import kept_tokens_of
 from secateur.recipe import as_recipe
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
 from secateur.recovery.open import inputs_of, open_job
 from secateur.report.records import RecoveryRecord
+from secateur.vocabulary.kept import kept_tokens_of
 from tests.trims import TrimmedPair, prose_file, trimmed_pair
 
 TRAINING = {"num_tokens": 1024, "batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}

@@ -12,10 +12,7 @@ from models import tiny_llama
 from page_checks import PageChecks
 from test_card import HOSTILE, READER, shown, summary, tokens
 
-from secateur.data.retokenised import retokenised
 from secateur.facts import Loss
-from secateur.model.kept import KeptTokens, Trim
-from secateur.model.vocabulary import read_vocabulary, trimmed_tokenizer, with_parts
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
 from secateur.report.card import model_card
@@ -23,6 +20,9 @@ from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
 from secateur.report.report import removed_section
 from secateur.stream.losses import predicted_tokens
+from secateur.vocabulary.kept import KeptTokens, Trim
+from secateur.vocabulary.retokenised import retokenised
+from secateur.vocabulary.tokenizer import read_vocabulary, trimmed_tokenizer, with_parts
 
 RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
 LEARNT = [

@@ -24,7 +24,6 @@ from secateur.data.blocks import Blocks
 from secateur.errors import NumericsError
 from secateur.facts import standard_error
 from secateur.model.bind import bind
-from secateur.model.token_bytes import num_bytes as text_bytes
 from secateur.report.records import Change, Quality, change, mean_change
 from secateur.stream import losses as product
 from secateur.stream.judge import digest_of
@@ -37,6 +36,7 @@ from secateur.stream.losses import (
     predicted_tokens,
     token_divergences,
 )
+from secateur.vocabulary.tokenizer import num_bytes as text_bytes
 
 MODEL = tiny_llama()
 # Behind each logit lie three layers of 112 inputs; a softmax sums 320 words.

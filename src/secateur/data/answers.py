@@ -19,9 +19,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from secateur.data.blocks import Block, Blocks, JudgedText, LearningText
+from secateur.data.blocks import Blocks, JudgedText, LearningText
 from secateur.data.forms import chat_text, closing_of_turn
-from secateur.data.retokenised import retokenised
 from secateur.errors import CalibrationError, NumericsError
 from secateur.facts import Size
 from secateur.log import Progress, silent
@@ -234,19 +233,6 @@ def with_answers(
         domains[index] = replace(domain, held_out=blocks["held-out"], blocks=blocks["learning"])
         judging[domain.name] = blocks["held-out"]
     return replace(text, domains=tuple(domains)), replace(judged, blocks=judging)
-
-
-def in_tokens_of(source: Tokenizer, target: Tokenizer) -> Told:
-    """Return what tells a conversation in tokens of `target`, prompt and answer each by itself."""
-
-    def told(conversation: Conversation) -> Conversation:
-        ids_T = conversation.ids_T
-        is_answer_T = torch.arange(len(ids_T)) >= conversation.num_prompt
-        [block] = retokenised({"": [Block(ids_T, torch.zeros_like(ids_T), is_answer_T)]}, source, target)[""]
-        assert block.counted_T is not None, "it had a mask"
-        return Conversation(block.ids_T, int((~block.counted_T).sum()))
-
-    return told
 
 
 def _filled(written: list[Conversation], num_blocks: int, length: int, filler: int) -> Blocks | None:

@@ -22,13 +22,13 @@ from secateur.log import Progress, silent, steps, versions
 from secateur.model.bind import head_width, kv_cache_bytes_per_token
 from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
 from secateur.model.identity import check_dense, is_result, name_of
-from secateur.model.kept import kept_tokens_of
 from secateur.model.stock import replaced
 from secateur.ranks import device_called
 from secateur.report.records import BenchResult, ModelFigures, Speed, SpeedUp, Spread
 from secateur.report.report import add_figures
 from secateur.result_directory import BENCH_FILE
 from secateur.stream.device import now
+from secateur.vocabulary.kept import kept_tokens_of
 
 # The names that configs have for layers without attention.
 OTHER_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe"}

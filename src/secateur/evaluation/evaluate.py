@@ -14,7 +14,6 @@ from secateur.evaluation.tasks import TaskOptions, is_chat, load_tasks
 from secateur.evaluation.text import text_to_judge
 from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.model.identity import check_dense, is_result, name_of
-from secateur.model.kept import Trim, kept_tokens_of, trim_between
 from secateur.ranks import check_same, is_first, joined
 from secateur.recipe import Domain
 from secateur.report.records import Evaluation
@@ -23,6 +22,7 @@ from secateur.result_directory import EVALUATION_FILE, PARTS_FOLDER
 from secateur.store import Store
 from secateur.stream.device import keeping_freed
 from secateur.stream.judge import Judge
+from secateur.vocabulary.kept import Trim, kept_tokens_of, trim_between
 
 
 @joined()

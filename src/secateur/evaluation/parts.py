@@ -20,9 +20,7 @@ from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
 from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, load_tokenizer, meta_model, open_checkpoint
-from secateur.model.kept import KeptTokens, keep_tokens
 from secateur.model.modules import text_model
-from secateur.model.token_bytes import num_bytes
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
 from secateur.report.records import (
@@ -38,6 +36,8 @@ from secateur.report.records import (
 from secateur.store import Store
 from secateur.stream.device import on_device
 from secateur.stream.judge import OTHER, ToJudge, digest_of
+from secateur.vocabulary.kept import KeptTokens, keep_tokens
+from secateur.vocabulary.tokenizer import num_bytes
 
 KL = Callable[[], Verdicts]
 # What a conversation may have; how many are asked at a time follows from it.

@@ -9,17 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.blocks import NGRAM_TOKENS, Blocks, JudgedText, LearningText, block_length, ngram_overlap
 from secateur.data.pool import MOST_COUNTED, TextPool
-from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.checkpoint import Checkpoint
-from secateur.model.kept import Trim
 from secateur.recipe import RECIPE_FILE, Calibration, Domain, as_recipe
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
+from secateur.vocabulary.kept import Trim
+from secateur.vocabulary.retokenised import retokenised
 
 SEED = 0  # for text that no recipe describes
 # The share of n-grams from which a reader is told: boilerplate of the same kind has as many.

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import CheckpointError
-from secateur.model.token_bytes import SPACE, byte_piece
+from secateur.vocabulary.tokenizer import SPACE, byte_piece
 
 _ESCAPE, _NO_SPLIT = ("Replace", " ", SPACE), ("Split", " ", "MergedWithPrevious")
 

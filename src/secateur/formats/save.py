@@ -37,11 +37,11 @@ from secateur.files import disk_errors, lies_in, parse_size
 from secateur.log import Progress, silent
 from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, left_aside, load_model, load_tokenizer, open_checkpoint
-from secateur.model.kept import KeptTokens
 from secateur.model.modules import text_model
 from secateur.model.stock import quiet_transformers, replaced
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 from secateur.result_directory import RESULT_FILE, Mismatch, mismatches, read_digests
+from secateur.vocabulary.kept import KeptTokens
 
 # Files of a model directory that saving does not write anew.
 _SIDE_FILES = """

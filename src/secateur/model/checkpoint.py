@@ -322,7 +322,7 @@ def _check_tokenizer_files(directory: Path) -> None:
 
 
 SAMPLED_BYTES = 1 << 20
-TOKENS_FILE = "tokens.json"  # of `model.kept`: the dense model's tokens that stayed
+TOKENS_FILE = "tokens.json"  # of `vocabulary.kept`: the dense model's tokens that stayed
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 Segments = tuple[int, ...]
 
 GroupKey = tuple[int, str]  # (layer, group name)
+# The original indices of the units that stay, sorted, by layer and group.
+Keeps = dict[GroupKey, Tensor]
 
 Kind = Literal["channels", "heads", "experts", "expert_channels"]
 """What a unit is: an FFN channel, a head, an expert, or one channel of every expert of a layer."""

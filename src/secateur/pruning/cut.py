@@ -16,8 +16,7 @@ from torch import Tensor
 from secateur.methods.depth import choose_layers, fold_patch, narrow_readers, remove_layers
 from secateur.methods.profile import PROBE_BLOCKS, first_blocks
 from secateur.model.bind import Arch, decoder_layers
-from secateur.model.group import linear
-from secateur.model.kept import Keeps
+from secateur.model.group import Keeps, linear
 from secateur.pruning.loop import prune_together
 from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
 from secateur.pruning.run import Run, watched_losses

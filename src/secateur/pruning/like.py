@@ -1,24 +1,69 @@
-"""What a run takes from another result (`--like`): its recipe, and which units stay.
+"""Layers and units that stay in a result (`keep.json`), and what a run takes from another one (`--like`).
 
-In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays.
+In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays. Layers
+that went are named by the first entry of the file, group `layers`: those that stayed, by their dense numbers.
+The other entries number layers as the result does: n is the n-th of these.
 """
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from secateur.errors import CheckpointError, RecipeError
-from secateur.files import sha256_of
+from secateur.files import json_of, sha256_of
 from secateur.methods.budget import token_prices
 from secateur.model.bind import text_config
 from secateur.model.checkpoint import open_checkpoint, planned_model
+from secateur.model.group import GroupKey, Keeps
 from secateur.model.identity import lineage
-from secateur.model.kept import KEEP_FILE, bad_keeps, kept_tokens_of, read_keeps
 from secateur.model.stock import CausalLM
 from secateur.pruning.open import Like, Opened
 from secateur.pruning.resolve import groups_of
 from secateur.recipe import RECIPE_FILE, Keys, Recipe, load_recipe, parse_recipe, recipe_over
 from secateur.report.records import Summary, read_summary
+from secateur.vocabulary.kept import kept_tokens_of
+
+KEEP_FILE = "keep.json"
+
+
+def write_keeps(directory: Path, layers: Sequence[int], keeps: Mapping[GroupKey, Tensor]) -> None:
+    """Write the file. `layers`: those that stayed; empty if all did."""
+    entries = [{"group": "layers", "keep": layers}] if layers else []
+    units = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
+    (directory / KEEP_FILE).write_text(json.dumps([*entries, *units]) + "\n", encoding="utf-8")
+
+
+def read_keeps(directory: Path, num_layers: int) -> tuple[tuple[int, ...], Keeps]:
+    """Return the dense layers that stayed, and the units of each group. `num_layers`: of the dense model.
+
+    Raises CheckpointError for a missing or damaged file.
+    """
+    layers, keeps = tuple(range(num_layers)), Keeps()
+    try:
+        for entry in json_of((directory / KEEP_FILE).read_text(encoding="utf-8")):
+            keep = torch.tensor(entry["keep"])
+            ascends = bool((keep >= 0).all() and (keep.diff() > 0).all())
+            if keep.dtype != torch.long or not keep.numel() or not ascends:
+                raise bad_keeps(directory)
+            if entry["group"] == "layers":
+                layers = tuple(keep.tolist())
+            else:
+                keeps[int(entry["layer"]), str(entry["group"])] = keep
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+        raise bad_keeps(directory) from None
+    return layers, keeps
+
+
+def bad_keeps(directory: Path) -> CheckpointError:
+    """Return the error for a file that names no units of the model."""
+    return CheckpointError(
+        f"{directory / KEEP_FILE}: does not name units that stay; use the file that secateur prune wrote."
+    )
 
 
 def recipe_like(directory: Path, changes: Recipe) -> Recipe:

@@ -18,8 +18,7 @@ from secateur.methods.budget import Plan, plan_of
 from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.model.bind import decoder_layers
-from secateur.model.group import Group, GroupKey, original_units
-from secateur.model.kept import Keeps
+from secateur.model.group import Group, GroupKey, Keeps, original_units
 from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import outcome_of, prune_group, redo_group
 from secateur.pruning.run import LossWatch, Run, keep_statistics

@@ -29,14 +29,14 @@ from secateur.model.checkpoint import (
     restore_buffers,
     weight_digests,
 )
-from secateur.model.group import GroupKey
+from secateur.model.group import GroupKey, Keeps
 from secateur.model.identity import in_memory, lineage, name_of
-from secateur.model.kept import Keeps, KeptTokens, Trim
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import check_same, device_called, size
 from secateur.recipe import Keys, Recipe, dump_recipe
 from secateur.stream.device import CPU, LOW, multiplies_in_software
 from secateur.stream.offload import Placement
+from secateur.vocabulary.kept import KeptTokens, Trim
 
 # These keys change no byte of the result.
 _WITHOUT_EFFECT = {"machine": {"memory_budget", "device_budget"}}

@@ -11,10 +11,9 @@ from pathlib import Path
 from secateur.errors import RecipeError
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import Progress, Tell
-from secateur.model.kept import write_keeps
 from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.cut import Cut, cut_and_polish
-from secateur.pruning.like import opened_like, recipe_like
+from secateur.pruning.like import opened_like, recipe_like, write_keeps
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prepare import Prepared, begun_run, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import checked

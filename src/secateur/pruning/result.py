@@ -10,8 +10,7 @@ from torch import Tensor
 from secateur.facts import Judgement, Size
 from secateur.formats.save import Verification
 from secateur.log import TELLING_SHARES, versions
-from secateur.model.group import Group
-from secateur.model.kept import Keeps
+from secateur.model.group import Group, Keeps
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cut import Cut
 from secateur.pruning.prepare import Prepared

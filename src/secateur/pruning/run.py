@@ -14,8 +14,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Loss
 from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
-from secateur.model.group import OF_EXPERTS, GroupKey
-from secateur.model.kept import Keeps, Trim
+from secateur.model.group import OF_EXPERTS, GroupKey, Keeps
 from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
@@ -23,6 +22,7 @@ from secateur.store import Services, Store
 from secateur.stream.losses import domain_losses, predicted_tokens
 from secateur.stream.statistics import BY_DOMAIN, Statistics
 from secateur.stream.walk import Batch, Walk, make_batches
+from secateur.vocabulary.kept import Trim
 
 
 def keep_statistics(into: dict[str, Tensor], pooled: Statistics, energies: dict[str, float]) -> dict[str, float]:

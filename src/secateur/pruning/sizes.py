@@ -16,9 +16,9 @@ from typing import Any
 from secateur.errors import CheckpointError, RecipeError
 from secateur.log import Progress, versions
 from secateur.methods.curve import Profiles
-from secateur.model.kept import KEEP_FILE
 from secateur.pruning.cost import with_polish_that_fits
 from secateur.pruning.cut import Cut, cut_and_polish
+from secateur.pruning.like import KEEP_FILE
 from secateur.pruning.open import Opened, onload
 from secateur.pruning.prepare import Prepared
 from secateur.pruning.resolve import checked, nearest, resolve

@@ -6,7 +6,7 @@ In: an opened model. Out: what the run learns by, and what judges it.
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from secateur.data.answers import Answers, Speaker, Written, in_tokens_of, with_answers
+from secateur.data.answers import Answers, Speaker, Written, with_answers
 from secateur.data.blocks import JudgedText, LearningText, ngram_overlap
 from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, judging_tokens
 from secateur.errors import RecipeError
@@ -17,6 +17,7 @@ from secateur.recipe import SHARE_OF_ANSWERS, Domain, Recipe
 from secateur.recovery.text import answers_of
 from secateur.report.records import CalibrationFacts
 from secateur.store import Services
+from secateur.vocabulary.retokenised import in_tokens_of
 
 # The domain of what the dense model answers to prompts that come with secateur.
 ANSWERS = "answers"

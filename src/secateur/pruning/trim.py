@@ -12,22 +12,31 @@ from functools import partial
 
 import torch
 
-import secateur.methods.vocabulary as methods
+import secateur.methods.tokens as methods
 from secateur.data.blocks import Blocks, TokenCounts
-from secateur.errors import CheckpointError
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
-from secateur.methods.vocabulary import PieceNats
-from secateur.model.checkpoint import load_tokenizer
-from secateur.model.kept import KeptTokens, Trim
 from secateur.model.stock import Tokenizer, eval_mode
-from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
 from secateur.pruning.cost import memory_for
-from secateur.pruning.open import Like, Opened, loaded, onload, tokenizer_of
+from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
 from secateur.pruning.text import RunText
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
 from secateur.stream.walk import Batch, make_batches
+from secateur.vocabulary.kept import KeptTokens, Trim
+from secateur.vocabulary.order import (
+    ALIGN_TOKENS,
+    PieceNats,
+    Removal,
+    count_for_size,
+    kept_after,
+    nats_of_trims,
+    of_scripts,
+    removal_by_counts,
+    removal_order,
+    sizes_within,
+)
+from secateur.vocabulary.tokenizer import Vocabulary, read_vocabulary, trim_like, trimmed_tokenizer
 
 # FFNs that lose more of their channels than this are extrapolated, not measured.
 MOST_CHANNELS = 0.85
@@ -48,10 +57,10 @@ class _Dense:
     vocabulary: Vocabulary
     stay: set[int]
 
-    def trim(self, removal: methods.Removal, num_gone: int) -> Trim:
+    def trim(self, removal: Removal, num_gone: int) -> Trim:
         """Return the trim after which so many tokens are gone."""
         num_rows = self.vocabulary.num_rows
-        kept = KeptTokens(methods.kept_after(removal, num_rows, num_gone), num_rows)
+        kept = KeptTokens(kept_after(removal, num_rows, num_gone), num_rows)
         new = trimmed_tokenizer(self.tokenizer, kept, self.opened.model.config)
         return Trim(kept, self.tokenizer, new)
 
@@ -66,7 +75,8 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
     """
     size, log, store = opened.recipe.remove.vocabulary, services.log, services.store
     if opened.like is not None and opened.like.tokens is not None:
-        return replace(opened, trim=_trim_like(opened, opened.like, opened.like.tokens))
+        there, kept = opened.like.checkpoint, opened.like.tokens
+        return replace(opened, trim=trim_like(there, kept, tokenizer_of(opened), opened.model, opened.name))
     with log.time("vocabulary"):
         dense = _read(opened, services)
         num_rows = dense.vocabulary.num_rows
@@ -77,7 +87,7 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
             nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
-                num_gone = methods.count_for_size(removal, num_rows, size)
+                num_gone = count_for_size(removal, num_rows, size)
                 foretold = nats.token * float(removal.growth(torch.tensor([num_gone])))
             else:
                 num_gone, foretold = store.value("vocabulary", partial(_count, dense, hand, removal, nats))
@@ -85,24 +95,6 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
         line = {"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows}
         log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": trim.foretold})
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
-
-
-def _trim_like(opened: Opened, like: Like, tokens: KeptTokens) -> Trim:
-    """Return the trim to the tokens that stayed in another result, which has them in its files.
-
-    Raises CheckpointError if they are not the same tokens here, or if one goes that is needed here.
-    """
-    tokenizer, there = tokenizer_of(opened), load_tokenizer(like.checkpoint).get_vocab()
-    vocabulary, stay = read_vocabulary(tokenizer, opened.model), set(tokens.dense_ids)
-    new = trimmed_tokenizer(tokenizer, tokens, opened.model.config)
-    lost, differ = sorted(vocabulary.fixed - stay), sorted(new.get_vocab().items() ^ there.items())
-    if lost or differ:
-        odd = vocabulary.texts.get(lost[0], lost[0]) if lost else differ[0][0]
-        raise CheckpointError(
-            f"like {like.checkpoint.reference}: token {odd!r} is not the same in the tokenizer of {opened.name}, so "
-            "the tokens that stayed there cannot stay here; leave like out to choose them anew."
-        )
-    return Trim(tokens, tokenizer, new)
 
 
 def trim_to(opened: Opened, size: int, services: Services) -> Trim:
@@ -115,8 +107,8 @@ def trim_to(opened: Opened, size: int, services: Services) -> Trim:
 
 def _trim_to(dense: _Dense, size: int) -> Trim:
     num_rows = dense.vocabulary.num_rows
-    removal = methods.removal_order(dense.vocabulary, torch.zeros(num_rows), dense.stay)
-    kept = num_rows - methods.count_for_size(removal, num_rows, size)
+    removal = removal_order(dense.vocabulary, torch.zeros(num_rows), dense.stay)
+    kept = num_rows - count_for_size(removal, num_rows, size)
     return Trim(KeptTokens(tuple(range(kept)), num_rows), dense.tokenizer, dense.tokenizer)
 
 
@@ -125,7 +117,7 @@ def _read(opened: Opened, services: Services) -> _Dense:
     tokenizer, recipe = tokenizer_of(opened), opened.recipe
     text, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
     opened, vocabulary = opened.filled(calibration=text), read_vocabulary(tokenizer, opened.model)
-    stay = methods.of_scripts(vocabulary, recipe.remove.keep_scripts)
+    stay = of_scripts(vocabulary, recipe.remove.keep_scripts)
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
@@ -139,15 +131,15 @@ def _counts(dense: _Dense, text: RunText, answers: Mapping[str, Blocks], opened:
     return text.learning().counts(num_rows, progress, answers=expected)
 
 
-def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) -> methods.Removal:
+def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) -> Removal:
     """Put the tokens in the order in which they go."""
     recipe = dense.opened.recipe
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     minimax = recipe.choose.domain_weighting == "minimax"
-    return methods.removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax)
+    return removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax)
 
 
-def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: PieceNats) -> tuple[int, float]:
+def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) -> tuple[int, float]:
     """Return how many tokens go with `auto`, and the nats per token of text that this is to cost."""
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
@@ -156,10 +148,10 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
     to_remove = max(0.0, remove.share * prices.total - prices.taken(layers))
     per_token = token_prices(opened.model, 1)
     if not remove.group_names or not to_remove:
-        most_1 = methods.sizes_within(removal, num_rows, int(to_remove // per_token))[-1:]
+        most_1 = sizes_within(removal, num_rows, int(to_remove // per_token))[-1:]
         return int(most_1), pieces.token * float(removal.growth(most_1))
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
-    counts_N = methods.sizes_within(removal, num_rows, int(to_remove // per_token) + methods.ALIGN_TOKENS)
+    counts_N = sizes_within(removal, num_rows, int(to_remove // per_token) + ALIGN_TOKENS)
     groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
     least = least_step(groups, align_for(opened.recipe, groups, prices, int(to_remove)), alike=uniform)
     if per_token * int(counts_N[-1]) - to_remove > least / 2:
@@ -189,7 +181,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
 
     before, growth_N, measured, num_gone = nats_with(None), removal.growth(counts_N), dict[float, float](), 0
     for number in range(NUM_TRIMS):
-        sum_N = cost_N + methods.nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
+        sum_N = cost_N + nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
         place = len(counts_N) * (number + 1) // 4 if number < 2 else int(sum_N.argmin())
         num_gone, more = int(counts_N[place]), float(growth_N[place])
         if more and more not in measured:
@@ -197,7 +189,7 @@ def _count(dense: _Dense, hand: "_Hand", removal: methods.Removal, pieces: Piece
             dense.services.log.write({"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]})
     if not measured:
         return num_gone, 0.0
-    nats_N = methods.nats_of_trims(removal, counts_N, measured)
+    nats_N = nats_of_trims(removal, counts_N, measured)
     within_N = growth_N <= max(measured)
     best = int(torch.where(within_N, cost_N + nats_N, torch.inf).argmin())
     num_gone, nats = int(counts_N[best]), float(nats_N[best])

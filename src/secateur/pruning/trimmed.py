@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.data.retokenised import retokenised
 from secateur.errors import RecipeError
 from secateur.facts import Loss
-from secateur.model.kept import Trim, keep_tokens
 from secateur.model.stock import Tokenizer
-from secateur.model.vocabulary import scripts_of
 from secateur.pruning.run import Run, is_watched, text_losses
 from secateur.report.records import VocabularyFacts, change, mean_change
 from secateur.stream.losses import predicted_tokens
+from secateur.vocabulary.kept import Trim, keep_tokens
+from secateur.vocabulary.retokenised import retokenised
+from secateur.vocabulary.tokenizer import scripts_of
 
 # A trim that costs a domain more nats per dense token, or in the mean more than so many times what
 # its counts foretold, is not written; means below the least are not told apart.

@@ -25,11 +25,11 @@ from secateur.model.checkpoint import (
     weight_digests,
 )
 from secateur.model.identity import check_dense
-from secateur.model.kept import Trim, keep_tokens, trim_between
 from secateur.ranks import launched_size
 from secateur.recipe import RECIPE_FILE, Recipe, RecoverySettings, load_recipe, recipe_over
 from secateur.recovery.text import shared_out
 from secateur.recovery.weights import check_training, wants_shards
+from secateur.vocabulary.kept import Trim, keep_tokens, trim_between
 
 
 @dataclass(frozen=True, slots=True)

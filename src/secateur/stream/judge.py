@@ -18,19 +18,19 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.data.answers import Conversation, Speaker, greedy_answers, in_tokens_of
+from secateur.data.answers import Conversation, Speaker, greedy_answers
 from secateur.data.blocks import Block, Text, blocks_of, other_text
-from secateur.data.retokenised import retokenised
 from secateur.data.sources import shipped
 from secateur.errors import NumericsError
 from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
 from secateur.log import Progress, silent
 from secateur.model.bind import Arch, bind, head_of
-from secateur.model.kept import Trim
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first
 from secateur.store import Store
 from secateur.stream.losses import HEAD_POSITIONS, domain_losses, head_inputs, predicted_tokens
+from secateur.vocabulary.kept import Trim
+from secateur.vocabulary.retokenised import in_tokens_of, retokenised
 
 # A text that says the same four tokens again repeats itself.
 REPEATED_TOKENS = 4

@@ -8,8 +8,8 @@ import torch
 from bpe_tokenizer import SPACE, bpe_tokenizer, sentencepiece_tokenizer
 from transformers import BertTokenizer
 
-from secateur.model.token_bytes import num_bytes
-from tests.model.test_vocabulary import MADE, made, random_texts
+from secateur.vocabulary.tokenizer import num_bytes
+from tests.vocabulary.test_tokenizer import MADE, made, random_texts
 
 # What the tokenizers without an alphabet for everything know, single spaces between words.
 KNOWN = ["the ferry leaves at", "they said; it's 3.5 hours, isn't it?", "naïve", "海面很平静。"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from secateur.data.blocks import Block
-from secateur.data.retokenised import retokenised as retold
-from secateur.model.kept import KeptTokens
-from secateur.model.vocabulary import trimmed_tokenizer
-from tests.model.test_vocabulary import MADE, made, random_texts, some_kept
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.retokenised import retokenised as retold
+from secateur.vocabulary.tokenizer import trimmed_tokenizer
 from tests.trims import bytes_of
+from tests.vocabulary.test_tokenizer import MADE, made, random_texts, some_kept
 
 LENGTH = 24
 

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import open_checkpoint
-from secateur.model.kept import (
+from secateur.vocabulary.kept import (
     KeptTokens,
     check_weights_by_token,
     ids_named_by,

@@ -15,32 +15,28 @@ from models import tiny_ids, tiny_llama
 from secateur.data.blocks import Block, TokenCounts, count_tokens
 from secateur.errors import RecipeError
 from secateur.log import silent
-from secateur.methods import vocabulary as module
+from secateur.methods import tokens as module
 from secateur.methods.depth import narrow_kl, narrow_readers
-from secateur.methods.vocabulary import (
+from secateur.methods.tokens import channel_law, expected_counts, nats_with, piece_nats
+from secateur.model.bind import bind
+from secateur.stream.losses import block_losses
+from secateur.stream.walk import Batch, make_batches
+from secateur.vocabulary.kept import KeptTokens, Trim
+from secateur.vocabulary.order import (
     PieceNats,
     Removal,
-    channel_law,
     count_for_size,
-    expected_counts,
     kept_after,
     nats_of_trims,
-    nats_with,
     of_scripts,
-    piece_nats,
     removal_by_counts,
     removal_order,
-    scripts_of,
     sizes_within,
     token_use,
     with_prior,
     with_prior_by_script,
 )
-from secateur.model.bind import bind
-from secateur.model.kept import KeptTokens, Trim
-from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer
-from secateur.stream.losses import block_losses
-from secateur.stream.walk import Batch, make_batches
+from secateur.vocabulary.tokenizer import Vocabulary, read_vocabulary, scripts_of, trimmed_tokenizer
 
 
 def vocabulary_of(*, needs_parts: bool, seed: int, num_tokens: int = 40, num_padding: int = 3) -> Vocabulary:
@@ -242,7 +238,7 @@ def test_the_order_is_of_damped_counts_and_the_growth_of_plain_ones():
 
 
 def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeypatch):
-    monkeypatch.setattr(module, "NEIGHBOURS", 4)
+    monkeypatch.setattr("secateur.vocabulary.order.NEIGHBOURS", 4)
     use_V, ids = torch.linspace(1, 2, 30, dtype=torch.float64).sin(), sorted(random.Random(1).sample(range(30), 20))
     found = with_prior(use_V, ids, 0.25)
     for place, index in enumerate(ids):

@@ -1,7 +1,7 @@
-"""A tokenizer's tokens: which may go, what they are merged from, and the tokenizer of those that stay.
+"""A tokenizer's tokens: which may go, what they are merged from, the tokenizer of those that stay, and bytes.
 
 All of it is read from the backend's JSON; texts are split by the `tokenizers` library alone. The
-model's own side, rows and configs, is `model.kept`.
+model's own side, rows and configs, is `vocabulary.kept`.
 """
 
 import json
@@ -10,6 +10,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,18 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
+from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.errors import CheckpointError
-from secateur.model.kept import KeptTokens, check_weights_by_token, ids_named_by
+from secateur.model.checkpoint import Checkpoint, load_tokenizer
 from secateur.model.stock import CausalLM, Tokenizer, quiet_transformers
-from secateur.model.token_bytes import SPACE, byte_piece, decoder_steps
+from secateur.vocabulary.kept import KeptTokens, Trim, check_weights_by_token, ids_named_by
 
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces of SentencePiece spell a space
+# Steps of decoders that read pieces one by one.
+_BY_PIECE = ("ByteLevel", "ByteFallback", "Metaspace", "Replace")
 # A part of tokenizer.json.
 Parsed = dict[str, Any]
 
@@ -286,6 +292,25 @@ def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens, config: Any = None
     return trimmed
 
 
+def trim_like(there: Checkpoint, kept: KeptTokens, tokenizer: Tokenizer, model: CausalLM, name: str) -> Trim:
+    """Return the trim to the tokens that stayed in another result, `there`, which has them in its files.
+
+    `name`: of the model. Raises CheckpointError if they are not the same tokens here, or if one goes that is needed
+    here.
+    """
+    vocabulary, expected = read_vocabulary(tokenizer, model), load_tokenizer(there).get_vocab()
+    new = trimmed_tokenizer(tokenizer, kept, model.config)
+    lost = sorted(vocabulary.fixed - set(kept.dense_ids))
+    differ = sorted(new.get_vocab().items() ^ expected.items())
+    if lost or differ:
+        odd = vocabulary.texts.get(lost[0], lost[0]) if lost else differ[0][0]
+        raise CheckpointError(
+            f"like {there.reference}: token {odd!r} is not the same in the tokenizer of {name}, so the tokens that "
+            "stayed there cannot stay here; leave like out to choose them anew."
+        )
+    return Trim(kept, tokenizer, new)
+
+
 def _check_tokens(loaded: Any, expected: dict[str, int]) -> None:
     name, ids = type(loaded).__name__, loaded.get_vocab()
     if ids != expected:
@@ -352,3 +377,61 @@ def _renumbered(step: Parsed | None, new: Any) -> Parsed | None:
     for key in {"sep", "cls"} & step.keys():
         step[key] = [step[key][0], new(step[key][1])]
     return step
+
+
+def byte_piece(byte: int) -> str:
+    """Return SentencePiece's name of a byte."""
+    return f"<0x{byte:02X}>"
+
+
+def num_bytes(tokenizer: Tokenizer, blocks_NT: Iterable[Tensor]) -> int:
+    """Return how many bytes of text the tokens after the first of each block stand for.
+
+    A byte token is one byte, a symbol of byte-level BPE one, any other piece its UTF-8 with spaces
+    for their marks; a special token is none. So the tokens of a text add up to the length of its
+    UTF-8, and so do those of blocks that cut it within a character. A space that the tokenizer puts
+    before every text does not count behind a special token, where a text begins.
+
+    Tokenizers that spell words in another way, as WordPiece does, never cut a character: their text
+    is decoded.
+    """
+    reader: Any = tokenizer
+    if not (steps := decoder_steps(reader)):
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return sum(len(str(reader.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
+    added = reader.added_tokens_decoder
+    special = {*reader.all_special_ids, *(index for index, token in added.items() if token.special)}
+    before_text = reader.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0][0]
+
+    @cache
+    def piece(index: int) -> str:
+        return str(reader.convert_ids_to_tokens(index))
+
+    @cache
+    def length(index: int) -> int:
+        if index in special:
+            return 0
+        if "ByteLevel" in steps:
+            return len(piece(index).encode() if index in added else piece(index))
+        is_byte = "ByteFallback" in steps and piece(index).startswith("<0x") and len(piece(index)) == len("<0x00>")
+        return 1 if is_byte else len(piece(index).replace(SPACE, " ").encode())
+
+    total = 0
+    for ids_T in blocks_NT:
+        for last, index in pairwise(ids_T.tolist()):
+            total += length(index)
+            if before_text != "a" and last in special and piece(index).startswith(before_text):
+                total -= 1
+    return total
+
+
+def decoder_steps(reader: Any) -> set[str]:
+    """Return the kinds of steps of a decoder that reads pieces one by one; none if it does not."""
+    backend = getattr(reader, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return set()
+    if any(getattr(backend.model, key, None) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
+        return set()
+    decoder = json.loads(backend.decoder.__getstate__())
+    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
+    return kinds if kinds.intersection(_BY_PIECE) else set()

@@ -22,9 +22,9 @@ from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import load_tokenizer, open_checkpoint
-from secateur.model.kept import KeptTokens
 from secateur.model.stock import quiet_transformers
-from secateur.model.vocabulary import Vocabulary, read_vocabulary, trimmed_tokenizer, with_parts
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.tokenizer import Vocabulary, read_vocabulary, trimmed_tokenizer, with_parts
 
 NUM_PADDING = 7
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -1,6 +1,6 @@
 """The same text in another tokenizer, so that a model and its trimmed one can be asked the same.
 
-In: blocks of token ids. Out: blocks of the other tokenizer's ids, of as many tokens as it takes.
+In: blocks of token ids, or conversations. Out: those of the other tokenizer's ids, of as many tokens as it takes.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from tokenizers import decoders
 
+from secateur.data.answers import Conversation, Told
 from secateur.data.blocks import Block, Text, blocks_of
 from secateur.model.stock import Tokenizer
-from secateur.model.token_bytes import decoder_steps
+from secateur.vocabulary.tokenizer import decoder_steps
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 CHARACTERS = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # spaces stay as pieces spell them
@@ -52,6 +53,19 @@ def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) 
         return Block(torch.tensor([index for index, _ in ids]), torch.tensor([mark[0] for _, mark in ids]), counted_T)
 
     return {domain: [retold(block) for block in blocks_of(blocks)] for domain, blocks in text.items()}
+
+
+def in_tokens_of(source: Tokenizer, target: Tokenizer) -> Told:
+    """Return what tells a conversation in tokens of `target`, prompt and answer each by itself."""
+
+    def told(conversation: Conversation) -> Conversation:
+        ids_T = conversation.ids_T
+        is_answer_T = torch.arange(len(ids_T)) >= conversation.num_prompt
+        [block] = retokenised({"": [Block(ids_T, torch.zeros_like(ids_T), is_answer_T)]}, source, target)[""]
+        assert block.counted_T is not None, "it had a mask"
+        return Conversation(block.ids_T, int((~block.counted_T).sum()))
+
+    return told
 
 
 # A token's document, and whether it counts.
