@@ -118,18 +118,14 @@ def test_the_model_that_was_pruned_and_its_ancestors_are_dense(dense, other, tmp
 
 def test_another_model_is_refused_by_both_names_unless_it_is_meant(dense, other, tmp_path):
     pruned = made_from(dense, tmp_path / "pruned")
-    with pytest.raises(CheckpointError) as raised:
-        check(pruned, other)
     prints = [identity(open_checkpoint(each))[:12] for each in (other, dense)]
-    assert str(raised.value) == (
-        f"--against {other}: is not the model that {pruned} was pruned from, but fingerprint {prints[0]}; give dense "
-        f"(fingerprint {prints[1]}), or --other-dense if another model is meant."
+    said = (
+        rf"^--against {other}: .* but fingerprint {prints[0]}; give dense \(fingerprint {prints[1]}\), or --other-dense"
     )
+    with pytest.raises(CheckpointError, match=said):
+        check(pruned, other)
     (note,) = check(pruned, other, other=True)
-    assert note == (
-        f"dense is here other (fingerprint {prints[0]}), and not dense (fingerprint {prints[1]}), which pruned was "
-        "pruned from."
-    )
+    assert note.startswith(f"dense is here other (fingerprint {prints[0]}), and not dense (fingerprint {prints[1]}), ")
 
 
 def test_swapped_arguments_are_noticed_also_where_another_model_is_meant(dense, other, tmp_path):
@@ -137,12 +133,8 @@ def test_swapped_arguments_are_noticed_also_where_another_model_is_meant(dense, 
     for meant in (False, True):
         with pytest.raises(CheckpointError, match=r"was itself pruned from .* so the two are swapped; give"):
             check(dense, pruned, other=meant)
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises(CheckpointError, match=rf"; give {pruned} as the result, and {dense} with --against\.$"):
         check(dense, pruned)
-    assert str(raised.value) == (
-        f"--against {pruned}: was itself pruned from {dense}, so the two are swapped; give {pruned} as the result, and "
-        f"{dense} with --against."
-    )
     with pytest.raises(CheckpointError, match=r"is itself a result of pruning .* and .* is none; swap the two"):
         check(other, pruned)
     assert check(other, pruned, other=True) == check(other, dense) == ()
@@ -155,10 +147,8 @@ def test_of_a_result_of_a_model_in_memory_nobody_knows_what_is_dense(other, tmp_
         "lineage": [asdict(each) for each in in_memory("tiny", 7)],
     }
     (tmp_path / "pruned" / "result.json").write_text(json.dumps(said))
-    assert check(tmp_path / "pruned", other) == (
-        "whether other is the model that pruned was pruned from (tiny) is not known: its result.json has no "
-        "fingerprint of it.",
-    )
+    (note,) = check(tmp_path / "pruned", other)
+    assert note.startswith("whether other is the model that pruned was pruned from (tiny) is not known: ")
 
 
 def test_a_result_is_not_its_own_dense_model(dense, tmp_path):

@@ -1,6 +1,7 @@
 """A language model inside a larger class: it is pruned in place, and what sees images stays as it was, bit for bit."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,20 +12,25 @@ from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file
 
-import secateur
 from secateur.model.checkpoint import load
 from tests.families import tiny_family
 
 
-@pytest.mark.parametrize("name", ["gemma3_multimodal", "qwen2_5_vl"])
-def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path) -> None:
-    model = tiny_family(name)
+@pytest.mark.parametrize(
+    ("name", "task", "loaded_by"),
+    [
+        ("gemma3_multimodal", "text-generation", "AutoModelForCausalLM"),
+        ("qwen2_5_vl", "image-text-to-text", "AutoModelForImageTextToText"),
+    ],
+)
+def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, task, loaded_by, recipe, tmp_path) -> None:
+    model, out = tiny_family(name), tmp_path / "out"
     model.config.get_text_config().vocab_size = 320
     saved(tmp_path / "model", model)
     (tmp_path / "model/preprocessor_config.json").write_text("{}")
-    result = secateur.prune(tmp_path / "model", grouped(recipe | {"remove": 0.15, "rounds": 2}), out=tmp_path / "out")
-    assert result.summary.reload_max_abs_difference == 0
-    assert (tmp_path / "out/preprocessor_config.json").is_file()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(grouped(recipe | {"remove": 0.15, "rounds": 2})))
+    outcome = run_cli("prune", tmp_path / "model", out, "--recipe", tmp_path / "recipe.yaml")
+    assert (out / "preprocessor_config.json").is_file()
     before, after = (load_file(tmp_path / which / "model.safetensors") for which in ("model", "out"))
     assert set(before) == set(after)
     seeing = [key for key in before if "vis" in key or "projector" in key]
@@ -32,19 +38,12 @@ def test_a_run_on_a_saved_model_leaves_the_rest_untouched(name, recipe, tmp_path
     assert all(torch.equal(before[key], after[key]) for key in seeing)
     narrower = {key for key in before if before[key].shape != after[key].shape}
     assert len(narrower) == 3 * 3 and all("vis" not in key and ".mlp." in key for key in narrower)
-
-
-def test_terminal_card_and_result_name_the_class_that_reloads_it(recipe, tmp_path) -> None:
-    model = tiny_family("qwen2_5_vl")
-    model.config.get_text_config().vocab_size = 320
-    saved(tmp_path / "model", model)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(grouped(recipe | {"remove": 0.15, "evaluate": False})))
-    out = tmp_path / "out"
-    outcome = run_cli("prune", tmp_path / "model", out, "--recipe", tmp_path / "recipe.yaml")
-    assert outcome.stdout.endswith(f"Load it with AutoModelForImageTextToText.from_pretrained('{out}').\n")
-    assert json.loads((out / "result.json").read_text())["loaded_by"] == "AutoModelForImageTextToText"
+    # Terminal, card and result name the class that reloads it.
+    assert outcome.stdout.endswith(f"Load it with {loaded_by}.from_pretrained('{out}').\n")
+    result = json.loads((out / "result.json").read_text())
+    assert result["loaded_by"] == loaded_by and result["reload_max_abs_difference"] == 0
     card = (out / "README.md").read_text()
-    assert "pipeline_tag: image-text-to-text" in card and "AutoModelForCausalLM" not in card
+    assert f"pipeline_tag: {task}" in card and set(re.findall("AutoModelFor[A-Z][A-Za-z]+", card)) == {loaded_by}
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/directory", str(out))
     found: dict[str, Any] = {}
     exec(code, found)  # what a reader copies

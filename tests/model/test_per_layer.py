@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from warm import WarmProcesses
 import secateur
 from secateur.errors import CheckpointError
 from secateur.formats.save import save_checkpoint, verify_reload
-from secateur.model.bind import bind, decoder_layers
+from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     check_in_memory,
     check_weights,
@@ -50,11 +50,16 @@ def uneven(family: str, *, heads: bool = True) -> PreTrainedModel:
     """Return a tiny model cut to FFN_WIDTHS and, if `heads`, to HEADS, with a config that says so."""
     model = FAMILIES[family](**SIZES)
     arch = bind(model)
-    for layer, group, width in zip(decoder_layers(model, arch), arch.select(("ffn",)), FFN_WIDTHS, strict=True):
-        cut(layer, group, torch.arange(width))
     if heads:
         for layer, counts in zip(decoder_layers(model, arch), HEADS, strict=True):
             keep_heads(layer, *counts)
+    return with_ffns(model, arch, FFN_WIDTHS)
+
+
+def with_ffns(model: Any, arch: Arch, widths: Iterable[int]) -> PreTrainedModel:
+    """Cut the FFNs to so many channels, and say so in the config."""
+    for layer, group, width in zip(decoder_layers(model, arch), arch.select(("ffn",)), widths, strict=True):
+        cut(layer, group, torch.arange(width))
     record_widths(model, arch)
     return model
 
@@ -74,13 +79,8 @@ def keep_heads(layer: Any, num_heads: int, num_key_value_heads: int) -> None:
 
 
 def evenly_cut() -> PreTrainedModel:
-    """Return a tiny llama with every FFN cut to 64."""
     model = FAMILIES["llama"](**SIZES)
-    arch = bind(model)
-    for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
-        cut(layer, group, torch.arange(64))
-    record_widths(model, arch)
-    return model
+    return with_ffns(model, bind(model), [64] * 4)
 
 
 def save(model: PreTrainedModel, directory: Path, max_shard_size: str = "60KB") -> Path:
@@ -206,10 +206,7 @@ def test_the_decoder_alone_loads_too(family, saved, tmp_path, monkeypatch):
 def test_a_model_whose_class_is_no_for_causal_lm_is_opened_again(tmp_path):
     """GPT-2's is called GPT2LMHeadModel, and has its maps the other way round."""
     model = tiny_family("gpt2")
-    arch = bind(model)
-    for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
-        cut(layer, group, torch.arange(40 + 8 * group.layer))
-    record_widths(model, arch)
+    with_ffns(model, bind(model), (40, 48, 56))
     again = secateur.load(save(model, tmp_path / "out"))
     assert config_of(tmp_path / "out")["architectures"] == ["PerLayerGPT2LMHeadModel"]
     assert torch.equal(logits(again), logits(model))
@@ -268,10 +265,7 @@ def test_equal_but_smaller_widths_give_the_plain_checkpoint(saved, fresh):
 
 def test_a_model_evened_out_again_is_a_plain_one(tmp_path):
     model: Any = secateur.load(save(uneven("llama", heads=False), tmp_path / "uneven"))
-    arch = bind(FAMILIES["llama"](**SIZES))
-    for layer, group in zip(decoder_layers(model, arch), arch.select(("ffn",)), strict=True):
-        cut(layer, group, torch.arange(40))
-    record_widths(model, arch)
+    with_ffns(model, bind(FAMILIES["llama"](**SIZES)), [40] * 4)
     directory = save(model, tmp_path / "even")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not {"per_layer_config", "auto_map"} & config_of(directory).keys()

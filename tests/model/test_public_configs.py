@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from recipes import grouped
 from shown import assert_shown
-from transformers import CONFIG_MAPPING
 
 from secateur.errors import RecipeError
 from secateur.formats.gguf_families import gguf_specs
@@ -24,33 +23,27 @@ from secateur.model.per_layer import record_widths
 from secateur.pruning.inspect import inspect
 from secateur.recipe import parse_recipe
 from secateur.report.records import Inspection
-from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
+from tests.families import FAMILIES, GROUPS, tiny_family
 from tests.model.test_families import cut_units, kept_of
+from tests.model.test_twin import CONFIGS, config_of
 
-CONFIGS = sorted((Path(__file__).parent / "public_configs").glob("*.json"))
 NEWEST = sorted((Path(__file__).parent / "public_configs" / "newest").glob("*.json"))
 
 
 @cache
 def inspected(file: Path) -> tuple[Inspection, dict]:
-    facts = json.loads(file.read_text())
-    config = dict(facts["config"])
     with tempfile.TemporaryDirectory() as directory:
-        CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(directory)
-        return inspect(directory, parse_recipe(grouped(dict(remove=0.1)))), facts
+        config_of(file).save_pretrained(directory)
+        return inspect(directory, parse_recipe(grouped(dict(remove=0.1)))), json.loads(file.read_text())
 
 
 def named(name: str) -> Path:
     return next(file for file in CONFIGS if file.stem == name)
 
 
-def smallest_of_each_kind() -> list[Any]:
-    """Return all configs, those slow that are not the smallest of their model type, or of a type like another."""
-    facts = {file: json.loads(file.read_text()) for file in CONFIGS}
-    by_size = sorted(CONFIGS, key=lambda file: facts[file]["num_params"], reverse=True)
-    smallest = {facts[file]["config"]["model_type"]: file for file in by_size}
-    quick = {smallest.get(FAMILIES[name][0]) for name in (*KINDS, "llama", "exaone4", "phimoe")}
-    return [pytest.param(file, id=file.stem, marks=() if file in quick else pytest.mark.slow) for file in CONFIGS]
+# The others run with the slow tests.
+QUICK = """smollm2-135m gemma-3-4b phi-2 gpt2 falcon-7b command-r7b exaone-4.0-32b mixtral-8x7b gpt-oss-20b
+    deepseek-v3""".split()
 
 
 # By model type; the rest of the public configs hold what llama.cpp takes for granted.
@@ -59,9 +52,11 @@ NOT_IN_LLAMA_CPP = {
 }
 
 
-@pytest.mark.parametrize("file", smallest_of_each_kind())
-def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: Path) -> None:
-    found, facts = inspected(file)
+@pytest.mark.parametrize(
+    "name", [pytest.param(file.stem, marks=() if file.stem in QUICK else pytest.mark.slow) for file in CONFIGS]
+)
+def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(name: str) -> None:
+    found, facts = inspected(named(name))
     assert found.size.num_params == pytest.approx(facts["num_params"], rel=0.005)
     model_type = facts["config"]["model_type"]
     assert found.family == model_type
@@ -78,8 +73,7 @@ def test_inspect_knows_the_parameters_the_groups_and_what_llama_cpp_takes(file: 
 @pytest.mark.parametrize("file", NEWEST, ids=lambda file: file.stem)
 def test_the_newest_checkpoints_have_the_published_parameters(file: Path) -> None:
     facts = json.loads(file.read_text())
-    config = dict(facts["config"])
-    counted = meta_model(CONFIG_MAPPING[config.pop("model_type")](**config)).num_parameters()
+    counted = meta_model(config_of(file)).num_parameters()
     least = -0.025 if "num_params_with" in facts else -0.005  # a layer that predicts a second token is left aside
     assert least < counted / facts["num_params"] - 1 < 0.005
 
@@ -103,22 +97,19 @@ def test_of_a_model_with_experts_these_go_unless_told_otherwise() -> None:
         ("qwen2.5-0.5b", {"protected_layers": (0,)}, None),
         ("gemma-2-2b", {"protected_layers": (0,)}, "different widths, which llama.cpp runs of the families"),
         ("qwen3-8b", {"protected_layers": (0,)}, "openelm takes tie_word_embeddings to be True"),
-        ("qwen3-0.6b", {"protected_layers": (0,)}, None),
     ],
 )
 def test_what_llama_cpp_runs_once_a_recipe_has_cut(
     name: str, recipe: dict[str, Any], problem: str | None, tmp_path: Path
 ) -> None:
-    config = json.loads(named(name).read_text())["config"]
-    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
+    config_of(named(name)).save_pretrained(tmp_path)
     found = inspect(tmp_path, parse_recipe(grouped(dict(**{"remove": 0.1} | recipe))))
     assert bool(found.files) == (problem is None) and re.search(problem or "^$", found.files_problem or "")
 
 
 def test_a_budget_in_which_nothing_works_names_what_needs_how_much(tmp_path: Path) -> None:
     """With weights on disk: hidden states, Gram matrices and a solve of 8192 channels; or the choice of layers."""
-    config = json.loads(named("llama-3.2-1b").read_text())["config"]
-    CONFIG_MAPPING[config.pop("model_type")](**config).save_pretrained(tmp_path)
+    config_of(named("llama-3.2-1b")).save_pretrained(tmp_path)
     told = []
     for changes in ({"remove": 0.1}, {"remove": 0.5}):
         with pytest.raises(RecipeError) as refused:

@@ -25,16 +25,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from secateur.errors import ArchError, RecipeError
-from secateur.model.bind import Arch, bind, decoder_layers, head_of, places
+from secateur.model.bind import bind, decoder_layers, head_of, places
 from secateur.model.group import cut, linear
 from secateur.model.guesses import Unrouted, close_to, mask, some_units
 from secateur.model.modules import Logits
 from secateur.model.per_layer import record_widths
 from secateur.pruning.resolve import layers_to_expect
 from secateur.recipe import parse_recipe
-from secateur.stream.losses import states_for_head
-from secateur.stream.walk import Walk, make_batches
-from tests.model.test_exactness import logits_of
+from tests.model.test_exactness import check_walk, logits_of
 from tests.models import randomised, tiny_ids
 
 SIZES = {
@@ -58,109 +56,65 @@ class Plain(nn.Module):
         self.down_proj = nn.Linear(self.width, hidden, bias=False)
 
     def inner(self, x: Tensor) -> Tensor:
-        """Return the channels."""
         return nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the stream."""
         return self.down_proj(self.inner(x))
 
 
-def plain_but(**methods: Callable[..., Tensor]) -> type[Plain]:
-    return type("Odd", (Plain,), methods)
+def plain_but(change: Callable[[Any, Any], None] = lambda *_: None, **methods: Callable[..., Tensor]) -> type[Plain]:
+    """Return an FFN of which `change` makes other parts, or with other methods."""
 
-
-class Fused(Plain):
-    """Gate and up in one linear; how the rows lie is left to others."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * self.width, bias=False)
-        del self.gate_proj, self.up_proj
-
-
-class Triple(Plain):
-    """Three parts in one linear."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.all_proj = nn.Linear(config.hidden_size, 3 * self.width, bias=False)
-        del self.gate_proj, self.up_proj
-
-    def inner(self, x: Tensor) -> Tensor:
-        """Return the channels."""
-        a, b, c = self.all_proj(x).chunk(3, dim=-1)
-        return a * b.sigmoid() * c.tanh()
-
-
-class Two(Plain):
-    """Two FFNs of one width, side by side in one module."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.other_up = nn.Linear(config.hidden_size, self.width, bias=False)
-        self.other_down = nn.Linear(self.width, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the sum."""
-        return super().forward(x) + self.other_down(self.other_up(x).relu())
-
-
-class Nested(Plain):
-    """An FFN whose output gates another."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.router = Plain(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is let through."""
-        return super().forward(x) * self.router(x).sigmoid()
-
-
-class OfItsOwnWidth(Plain):
-    """A width that the config does not say."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(LlamaConfig(**SIZES | {"intermediate_size": 72}))
-
-
-class RoundedUp(Plain):
-    """A width that is 141 rounded up to a multiple of the key, as xLSTM has it."""
-
-    def __init__(self, config: Any) -> None:
-        multiple = config.intermediate_size
-        super().__init__(LlamaConfig(**SIZES | {"intermediate_size": -(-141 // multiple) * multiple}))
-
-
-class ByTheSameKey(Plain):
-    """The config key of the width is that of a norm, too."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.scale = nn.Parameter(torch.ones(self.width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the stream, times a number."""
-        return super().forward(x) * self.scale.mean()
-
-
-class Tied(Plain):
-    """Gate and up have one weight."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.up_proj.weight = self.gate_proj.weight
-
-
-def of_a_key_times(number: int) -> type[Plain]:
-    """The config's key counts so many channels at once."""
-
-    class Several(Plain):
+    class Odd(Plain):
         def __init__(self, config: Any) -> None:
-            super().__init__(LlamaConfig(**SIZES | {"intermediate_size": number * config.intermediate_size}))
+            super().__init__(config)
+            change(self, config)
 
-    return Several
+    for name, method in methods.items():
+        setattr(Odd, name, method)
+    return Odd
+
+
+def of_width(width: Callable[[int], int]) -> type[Plain]:
+    """Return an FFN as wide as this function of the config's number says."""
+
+    class Odd(Plain):
+        def __init__(self, config: Any) -> None:
+            super().__init__(LlamaConfig(**SIZES | {"intermediate_size": width(config.intermediate_size)}))
+
+    return Odd
+
+
+def fused(number: int) -> Callable[[Any, Any], None]:
+    """Put so many parts into one linear; how its rows lie is left to others."""
+
+    def change(ffn: Any, config: Any) -> None:
+        ffn.all_proj = nn.Linear(config.hidden_size, number * ffn.width, bias=False)
+        del ffn.gate_proj, ffn.up_proj
+
+    return change
+
+
+def three_parts(ffn: Any, x: Tensor) -> Tensor:
+    a, b, c = ffn.all_proj(x).chunk(3, dim=-1)
+    return a * b.sigmoid() * c.tanh()
+
+
+def another_beside(ffn: Any, config: Any) -> None:
+    ffn.other_up = nn.Linear(config.hidden_size, ffn.width, bias=False)
+    ffn.other_down = nn.Linear(ffn.width, config.hidden_size, bias=False)
+
+
+def another_within(ffn: Any, config: Any) -> None:
+    ffn.router = Plain(config)
+
+
+def a_norm_of_the_same_key(ffn: Any, _: Any) -> None:
+    ffn.scale = nn.Parameter(torch.ones(ffn.width))
+
+
+def one_weight(ffn: Any, _: Any) -> None:
+    ffn.up_proj.weight = ffn.gate_proj.weight
 
 
 def model_with(ffn: type[nn.Module], change: Callable[[Any], None] = lambda _: None, **sizes: Any) -> Any:
@@ -179,25 +133,25 @@ def model_with(ffn: type[nn.Module], change: Callable[[Any], None] = lambda _: N
 
 
 def alternating(ffn: Any, x: Tensor) -> Tensor:
-    both = ffn.gate_up_proj(x).unflatten(-1, (-1, 2))
+    both = ffn.all_proj(x).unflatten(-1, (-1, 2))
     return both[..., 0].sigmoid() * both[..., 1]
 
 
 def halves(ffn: Any, x: Tensor) -> Tensor:
-    up, gate = ffn.gate_up_proj(x).chunk(2, dim=-1)
+    up, gate = ffn.all_proj(x).chunk(2, dim=-1)
     return gate.sigmoid() * up
 
 
 RIGHT = {
     "plain": (Plain, {}),
-    "up before gate, in halves": (type("Odd", (Fused,), {"inner": halves}), {}),
-    "gate and up alternate": (type("Odd", (Fused,), {"inner": alternating}), {}),
+    "up before gate, in halves": (plain_but(fused(2), inner=halves), {}),
+    "gate and up alternate": (plain_but(fused(2), inner=alternating), {}),
     "as wide as the stream": (Plain, {"intermediate_size": 48, "hidden_size": 48}),
     "reader used twice": (
         plain_but(forward=lambda self, x: self.down_proj(self.inner(x)) + self.down_proj(self.up_proj(x))),
         {},
     ),
-    "weights tied": (Tied, {}),
+    "weights tied": (plain_but(one_weight), {}),
     "changes its input in place": (plain_but(forward=lambda self, x: self.down_proj(self.inner(x.mul_(2)))), {}),
     "one channel squared": (plain_but(inner=lambda self, x: self.up_proj(x).square()), {}),
 }
@@ -242,11 +196,17 @@ WRONG = {
         forward=lambda self, x: self.down_proj(self.inner(x)) / self.down_proj.in_features**0.5 * 9
     ),
     "their number is written down": plain_but(inner=lambda self, x: self.up_proj(x).view(*x.shape[:-1], self.width)),
-    "three parts in one linear": Triple,
-    "two side by side": Two,
-    "one gates another": Nested,
-    "a width that no key says": OfItsOwnWidth,
-    "a key that says more": ByTheSameKey,
+    "three parts in one linear": plain_but(fused(3), inner=three_parts),
+    "two side by side": plain_but(
+        another_beside, forward=lambda self, x: Plain.forward(self, x) + self.other_down(self.other_up(x).relu())
+    ),
+    "one gates another": plain_but(
+        another_within, forward=lambda self, x: Plain.forward(self, x) * self.router(x).sigmoid()
+    ),
+    "a width that no key says": of_width(lambda _: 72),
+    "a key that says more": plain_but(
+        a_norm_of_the_same_key, forward=lambda self, x: Plain.forward(self, x) * self.scale.mean()
+    ),
     "no two calls alike": plain_but(inner=lambda self, x: self.up_proj(x) * torch.rand(())),
 }
 
@@ -266,14 +226,15 @@ def test_an_ffn_that_cannot_be_cut_is_refused_with_a_reason(name: str) -> None:
 
 @pytest.mark.parametrize("multiple", [47, 48, 49, 50, 72, 75])
 def test_a_key_to_whose_multiple_the_width_is_rounded_does_not_say_it(multiple: int) -> None:
-    arch = bind(model_with(RoundedUp, intermediate_size=multiple))
+    rounded_up = of_width(lambda key: -(-141 // key) * key)  # as xLSTM has it
+    arch = bind(model_with(rounded_up, intermediate_size=multiple))
     assert "ffn" not in {group.name for group in arch.groups}
     assert arch.omits["ffn"] == "no key of the config says how many there are"
 
 
 @pytest.mark.parametrize(("number", "is_cut"), [(4, True), (5, False)])
 def test_a_key_may_count_a_few_channels_at_once(number: int, is_cut: bool) -> None:
-    groups = bind(model_with(of_a_key_times(number), intermediate_size=64)).groups
+    groups = bind(model_with(of_width(lambda key: number * key), intermediate_size=64)).groups
     assert {group.per_key for group in groups if group.name == "ffn"} == ({number} if is_cut else set())
 
 
@@ -299,31 +260,11 @@ def test_an_ffn_that_layers_share_is_not_cut() -> None:
 
 
 class Looped(LlamaModel):
-    """Runs its layers twice."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        for layer in list(self.layers):
-            layer.register_forward_hook(lambda module, args, output: output)
+    """Runs its layers twice, the second time on the first one's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the second pass, on the first one's output."""
         first = super().forward(*args, **kwargs).last_hidden_state
         return super().forward(inputs_embeds=first, use_cache=False)
-
-
-class OfLoops(LlamaForCausalLM):
-    """A model with such a backbone."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = Looped(config)
-        self.post_init()
-
-
-def test_layers_that_run_twice_are_refused() -> None:
-    with pytest.raises(ArchError, match="cannot be walked layer by layer: layers do not run once each, in order"):
-        bind(randomised(OfLoops(LlamaConfig(**SIZES)), 0))
 
 
 class ByKeywords(LlamaModel):
@@ -336,7 +277,6 @@ class ByKeywords(LlamaModel):
             layer.forward = lambda hidden_states, plain=plain, **others: plain(hidden_states, **others)
 
     def forward(self, input_ids: Any, **_: Any) -> Any:
-        """Return the states behind all layers."""
         hidden = self.embed_tokens(input_ids)
         positions = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
         for layer in self.layers:
@@ -344,14 +284,18 @@ class ByKeywords(LlamaModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
-def test_layers_that_are_called_by_keywords_alone_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("backbone", "why"),
+    [(Looped, "layers do not run once each, in order"), (ByKeywords, "layers are called by keywords alone")],
+)
+def test_a_backbone_that_cannot_be_walked_is_refused(backbone: type[LlamaModel], why: str) -> None:
     class Odd(LlamaForCausalLM):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.model = ByKeywords(config)
+            self.model = backbone(config)
             self.post_init()
 
-    with pytest.raises(ArchError, match="cannot be walked layer by layer: layers are called by keywords alone"):
+    with pytest.raises(ArchError, match=f"cannot be walked layer by layer: {why}"):
         bind(randomised(Odd(LlamaConfig(**SIZES)), 0))
 
 
@@ -462,22 +406,6 @@ def test_no_expert_goes_whose_tokens_a_table_names_as_in_deepseek_v4() -> None:
         arch.select(("ffn",))
 
 
-def check_walk(model: Any, arch: Arch, tolerance: float) -> None:
-    """Walk several batches of one shape layer by layer: that is the forward pass of each."""
-    ids = tiny_ids(batch=6, vocab_size=64)
-    walk = Walk(model, arch, make_batches("d", ids, held_out=False, batch_tokens=2 * ids.shape[1]))
-    for layer in range(arch.num_layers):
-        for _ in walk.run(layer, to_middle=True):
-            pass
-        walk.advance(layer)
-    assert len(walk.batches) == 3
-    with torch.no_grad():
-        pairs = zip(walk.batches, walk.hidden_BTD, strict=True)
-        logits = head_of(model, arch)(torch.cat([states_for_head(model, arch, *pair) for pair in pairs]))
-    expected = logits_of(model, ids)[:, :-1].flatten(0, 1)
-    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_layers_that_are_given_what_depends_on_the_text_as_in_gemma_4(dtype: torch.dtype, tolerance: float) -> None:
     config = Gemma4TextConfig(**GEMMA4 | {"hidden_size_per_layer_input": 8, "enable_moe_block": False})
@@ -485,7 +413,7 @@ def test_layers_that_are_given_what_depends_on_the_text_as_in_gemma_4(dtype: tor
     arch = bind(model)
     assert (arch.by_text, arch.middle) == ({"per_layer_input"}, None)
     assert "ffn" in {group.name for group in arch.groups}
-    check_walk(model, arch, tolerance)
+    check_walk(model, tiny_ids(batch=6, vocab_size=64), tolerance)
 
 
 def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> None:
@@ -500,8 +428,7 @@ def test_layers_that_read_what_the_one_before_them_computed_as_in_glm_5() -> Non
     arch = bind(model)
     assert (arch.carried, arch.middle) == ((("prev_topk_indices", 1),), None)
     assert {"ffn", "experts"} <= {group.name for group in arch.groups}
-
-    check_walk(model, arch, 1e-5)
+    check_walk(model, tiny_ids(batch=6, vocab_size=64), 1e-5)
     with pytest.raises(RecipeError, match=r"^remove.depth: layers of glm_moe_dsa are given more than hidden states"):
         layers_to_expect(parse_recipe({"remove": {"share": 0.2, "depth": 1}}), arch, config)
 

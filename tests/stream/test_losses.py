@@ -153,7 +153,7 @@ def test_blocks_of_one_document_say_nothing_of_others() -> None:
     assert (Change(0.1, 0.2).text(), Change(-0.1, 1e-5).text()) == ("+0.100 ± 0.200", "-0.100")
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 99))
 def test_a_loss_is_of_the_documents_that_its_tokens_are_of_and_of_those_that_count(seed: int) -> None:
     generator, model = torch.Generator().manual_seed(seed), MODEL
@@ -195,16 +195,6 @@ def test_bits_per_byte_over_several_blocks() -> None:
     assert found.standard_error == pytest.approx(mean_error(means), abs=2 * TOLERANCE * max(means))
 
 
-logits = st.builds(
-    lambda seed, positions, words, scale, kind: degenerate_logits(seed, positions, words, scale, kind),
-    st.integers(0, 999),
-    st.integers(1, 20),
-    st.integers(2, 30),
-    st.sampled_from([0.0, 1.0, 30.0]),
-    st.sampled_from(["", "sure", "shifted"]),
-)
-
-
 def degenerate_logits(seed: int, positions: int, words: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:
     """Return a dense and a pruned model's logits: equal words, one word sure, or far from zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -215,9 +205,15 @@ def degenerate_logits(seed: int, positions: int, words: int, scale: float, kind:
 
 
 @settings(max_examples=50)
-@given(pair=logits)
-def test_divergences_are_those_of_the_formula(pair: tuple[Tensor, Tensor]) -> None:
-    dense, pruned = pair
+@given(
+    seed=st.integers(0, 999),
+    positions=st.integers(1, 20),
+    words=st.integers(2, 30),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    kind=st.sampled_from(["", "sure", "shifted"]),
+)
+def test_divergences_are_those_of_the_formula(seed: int, positions: int, words: int, scale: float, kind: str) -> None:
+    dense, pruned = degenerate_logits(seed, positions, words, scale, kind)
     next_P = torch.arange(len(dense)) % dense.shape[1]
     found, reverse, agree, nats = compare_tokens(dense, nn.Identity(), pruned, next_P)
     expected = kl_per_token(dense, pruned)

@@ -60,19 +60,19 @@ def sums(model: Any, own: list[Batch]) -> list[Tensor]:
     return [*found.pooled.sums, *found.held_out_TF.values(), *found.held_out_drift_TH.values()]
 
 
-def losses(model: Any, own: list[Batch]) -> list[Tensor]:
+def held_out(own: list[Batch]) -> dict[str, Blocks]:
     held = [batch for batch in own if batch.held_out]
     counted = None if held[0].counted_BT is None else torch.cat([batch.counted_BT for batch in held])
     ids_NT = torch.cat([batch.ids_BT for batch in held])
-    blocks = Blocks(ids_NT, torch.zeros_like(ids_NT), counted)
-    return [torch.tensor(domain_losses(model, bind(model), {"a": blocks})["a"].nats_per_token, dtype=torch.float64)]
+    return {"a": Blocks(ids_NT, torch.zeros_like(ids_NT), counted)}
+
+
+def losses(model: Any, own: list[Batch]) -> list[Tensor]:
+    return [torch.tensor(domain_losses(model, bind(model), held_out(own))["a"].nats_per_token, dtype=torch.float64)]
 
 
 def verdicts(model: Any, own: list[Batch]) -> list[Tensor]:
-    held = [batch for batch in own if batch.held_out]
-    counted = None if held[0].counted_BT is None else torch.cat([batch.counted_BT for batch in held])
-    ids_NT = torch.cat([batch.ids_BT for batch in held])
-    judge = Judge(model, bind(model), {"a": Blocks(ids_NT, torch.zeros_like(ids_NT), counted)})
+    judge = Judge(model, bind(model), held_out(own))
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight[:, ::3] = 0

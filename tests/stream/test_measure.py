@@ -236,19 +236,3 @@ def test_what_is_not_finite_is_named_by_layer_reader_and_domain(value: float, wh
     with pytest.raises(NumericsError, match=rf"^layer 1, mlp\.down_proj, domain {domain}: .*\.$"):
         measure(walk, group, "energy", SHARES, gram=gram)
     assert not layer.mlp.down_proj._forward_hooks  # nothing stays behind
-
-
-def test_a_silent_domain_has_no_say_in_the_energy_weighting() -> None:
-    model, batches = tiny_llama(), batches_of()
-    group = group_of(model, 0, "ffn")
-    walk = Walk(model, bind(model), batches)
-    for batch, hidden in zip(batches, walk.hidden_BTD, strict=True):
-        if batch.domain == "b":
-            with torch.inference_mode():
-                hidden.zero_()
-    found = measure(walk, group, "energy", SHARES, gram=True)
-    assert found.energy["b"] == 0 < found.energy["a"]
-    assert found.pooled.mass == pytest.approx(
-        sum(SHARES[name] / found.energy[name] * NUM_BLOCKS[name] * LENGTH for name in ("a", "c"))
-    )
-    assert float(found.pooled.energy) == pytest.approx(SHARES["a"] + SHARES["c"])

@@ -20,7 +20,7 @@ from reference import (
 
 from secateur.stream import statistics as product
 from secateur.stream.measure import _at_least, minimax_weights, removal_damage
-from secateur.stream.statistics import Gram, Statistics, damped_gram, domain_weight, inverse_of, keep_highest, pool
+from secateur.stream.statistics import Gram, Statistics, damped_gram, inverse_of, keep_highest, pool
 from secateur.stream.statistics import removal_errors as product_errors
 
 HALF_STEP = FLOAT32_STEP / 2  # the relative error of one rounded operation
@@ -87,47 +87,6 @@ def test_pieces_of_tokens_and_rows_lose_nothing(dtype: torch.dtype) -> None:
 
 
 @FEW
-@given(examples=st.lists(drawn(channels=(6, 6)), min_size=1, max_size=4), data=st.data())
-def test_merging_adds_weighted_sums(examples: list[Drawn], data: st.DataObject) -> None:
-    weights = data.draw(st.lists(st.sampled_from([0.0, 0.3, 1.0, 7.5]), min_size=len(examples), max_size=len(examples)))
-    found = Statistics.empty(6, CPU, gram=True, drift_size=NUM_OUTPUTS)
-    expected, sizes = [], []
-    for example, weight in zip(examples, weights, strict=True):
-        parts = example.x_TF, example.other(NUM_OUTPUTS), example.other(NUM_OUTPUTS, 2)
-        own = sums_of(*parts)
-        before = [each.clone() for each in own.sums]
-        found.merge(own, weight)
-        assert all(torch.equal(each, old) for each, old in zip(own.sums, before, strict=True))
-        expected.append((weight, domain_sums(*parts)))
-        sizes.append((weight, domain_sums(*(part.abs() for part in parts))))
-    assert_sums(found, weighted(expected), weighted(sizes), 40 + len(examples))
-
-
-def test_gram_matrices_merge_by_weight_and_clear() -> None:
-    mine, theirs = (hessian_of(Drawn(seed, 10, 9))[0] for seed in (1, 2))
-    expected = mine.full(torch.float64) + 0.25 * theirs.full(torch.float64)
-    mine.merge(theirs, 0.25)
-    assert torch.equal(mine.full(torch.float64), expected)
-    theirs.clear()
-    assert not bool(theirs.full().any()) and torch.equal(mine.full(torch.float64), expected)
-
-
-def test_merging_without_a_weight_is_one_pass_over_both() -> None:
-    first, second = (drawn_sums(Drawn(seed, 10, 4))[0] for seed in (1, 2))
-    halves = [float(each.sum()) for each in first.sums], [float(each.sum()) for each in second.sums]
-    first.merge(second)
-    assert first.mass == 20
-    assert [float(each.sum()) for each in first.sums] == pytest.approx([a + b for a, b in zip(*halves, strict=True)])
-
-
-@FEW
-@given(energy=st.sampled_from([0.0, 1e-30, 0.5, 3e8]), share=st.floats(0, 1))
-def test_domain_weights_are_those_of_the_formula(energy: float, share: float) -> None:
-    for weighting in ("tokens", "energy", "minimax"):
-        assert domain_weight(weighting, share, energy) == domain_factor(weighting, share, energy)
-
-
-@FEW
 @given(examples=st.lists(drawn(channels=(6, 6)), min_size=1, max_size=4), silent=st.booleans())
 def test_pooling_is_the_sum_of_weighted_domains(examples: list[Drawn], silent: bool) -> None:
     domains, sums, sizes = {}, [], []
@@ -152,17 +111,6 @@ def test_clearing_leaves_nothing(name: str) -> None:
     kept = getattr(found, name)
     assert kept == 0 if name == "mass" else not bool((kept.full() if name == "gram" else kept).any())
     assert not found.mean_F.any() and not found.mean_square_F.any(), "and no division by no token"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["inputs", "outputs"])
-@pytest.mark.parametrize("gram", [True, False])
-def test_what_is_not_finite_is_seen_in_inputs_and_outputs(value: float, where: str, gram: bool) -> None:
-    example = Drawn(1, 12, 4)
-    parts = {"inputs": example.x_TF, "outputs": example.other(NUM_OUTPUTS), "drift": example.other(NUM_OUTPUTS, 2)}
-    assert sums_of(*parts.values(), gram=gram).is_finite()
-    parts[where][7, 2] = value
-    assert not sums_of(*parts.values(), gram=gram).is_finite()
 
 
 def test_sums_over_batches_are_in_float64() -> None:

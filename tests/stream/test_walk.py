@@ -47,17 +47,6 @@ def assert_at(hidden_BTD: list[Tensor], expected: list[list[Tensor]], layer: int
         assert error <= TOLERANCE * float(each[layer].abs().max()), layer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_advancing_stands_before_every_layer_in_turn(family: str) -> None:
-    model = tiny_family(family)
-    expected, walk = entered(model, batches()), Walk(model, bind(model), batches())
-    assert walk.dense_BTD == []
-    for layer in range(3):
-        assert_at(walk.hidden_BTD, expected, layer)
-        walk.advance(layer)
-    assert_at(walk.hidden_BTD, expected, 3)
-
-
 @pytest.mark.parametrize("to_end", [False, True])
 @pytest.mark.parametrize("to_middle", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
