@@ -12,21 +12,10 @@ from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--allow-file-access-from-files",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--enable-logging=stderr",
-    "--dump-dom",
-)
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars --allow-file-access-from-files
+    --enable-logging=stderr --dump-dom""".split()
+NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +30,14 @@ class Loaded:
 def load(page: Path, scratch: Path) -> Loaded:
     """Load a page; `scratch`, a directory, takes the browser's own files."""
     log = scratch / "net.json"
-    command = [str(CHROMIUM), *FLAGS, f"--log-net-log={log}", f"--user-data-dir={scratch / 'profile'}", page.as_uri()]
+    command = [
+        str(CHROMIUM),
+        *FLAGS,
+        NO_NAMES,
+        f"--log-net-log={log}",
+        f"--user-data-dir={scratch / 'profile'}",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
     events = [event.get("params", {}) for event in json.loads(log.read_text(encoding="utf-8"))["events"]]
     # What the browser wants for itself (updates, the time) has no origin.

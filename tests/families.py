@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import randomised
+from models import randomised, sizes
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -16,18 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-SIZES = {
-    "hidden_size": 48,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = {key: value for key, value in sizes().items() if key != "tie_word_embeddings"}
 HEADS = {"head_dim": 16}
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
 SCALAR = {"query_pre_attn_scalar": 16}
@@ -94,12 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", TWO_KINDS),
     "granite": (
         "granite",
-        {
-            "residual_multiplier": 0.5,
-            "logits_scaling": 4.0,
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.2,
-        },
+        {"residual_multiplier": 0.5, "logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0]}),
     "stablelm": ("stablelm", ROTATED_PART | {"use_qkv_bias": True}),

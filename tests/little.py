@@ -1,6 +1,7 @@
 """What runs of the tests leave out, in the tests' own process and in those that they start."""
 
 from importlib import import_module
+from pathlib import Path
 
 from secateur.formats.save import Verification
 
@@ -21,3 +22,7 @@ def leave_out() -> None:
     for name, value in (JUDGED_BY_LITTLE | UNPROVED).items():
         module, _, attribute = name.rpartition(".")
         setattr(import_module(module), attribute, value)
+
+
+# Begins the code of a process that is started by `python -c`.
+BEGUN = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import little; little.leave_out()\n"

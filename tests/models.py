@@ -35,37 +35,37 @@ def opened(model: Any, recipe: Recipe) -> Opened:
 
 def tiny_llama(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """Return a random llama in eval mode; `overrides` replace config values."""
-    return randomised(LlamaForCausalLM(LlamaConfig(**_sizes(tied, num_layers) | overrides)), seed)
+    return randomised(LlamaForCausalLM(LlamaConfig(**sizes(tied, num_layers) | overrides)), seed)
 
 
 def tiny_qwen2(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
     """Return a random qwen2 in eval mode, its q, k and v biases not zero; `overrides` replace config values."""
-    return randomised(Qwen2ForCausalLM(Qwen2Config(**_sizes(tied, num_layers) | overrides)), seed)
+    return randomised(Qwen2ForCausalLM(Qwen2Config(**sizes(tied, num_layers) | overrides)), seed)
 
 
 def tiny_qwen3(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
     """Return a random qwen3 in eval mode, heads wider than hidden size / heads; `overrides` replace config values."""
-    sizes = _sizes(tied, num_layers) | {"head_dim": 16} | overrides
-    return randomised(Qwen3ForCausalLM(Qwen3Config(**sizes)), seed)
+    values = sizes(tied, num_layers) | {"head_dim": 16} | overrides
+    return randomised(Qwen3ForCausalLM(Qwen3Config(**values)), seed)
 
 
 def tiny_mistral(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> MistralForCausalLM:
     """Return a random mistral in eval mode with a sliding window of 8; `overrides` replace config values."""
-    sizes = _sizes(tied, num_layers) | {"sliding_window": 8} | overrides
-    return randomised(MistralForCausalLM(MistralConfig(**sizes)), seed)
+    values = sizes(tied, num_layers) | {"sliding_window": 8} | overrides
+    return randomised(MistralForCausalLM(MistralConfig(**values)), seed)
 
 
 def tiny_gemma(*, tied: bool = True, num_layers: int = 3, seed: int = 0, **overrides: Any) -> GemmaForCausalLM:
     """Return a random gemma in eval mode; `overrides` replace config values."""
-    sizes = _sizes(tied, num_layers) | {"head_dim": 16} | overrides
-    return randomised(GemmaForCausalLM(GemmaConfig(**sizes)), seed, norm_mean=0)
+    values = sizes(tied, num_layers) | {"head_dim": 16} | overrides
+    return randomised(GemmaForCausalLM(GemmaConfig(**values)), seed, norm_mean=0)
 
 
 def tiny_gemma3(*, tied: bool = True, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Gemma3ForCausalLM:
     """Return a random gemma3 text model in eval mode, every other layer with a window of 8; `overrides` replace."""
     special = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2}
-    sizes = _sizes(tied, num_layers) | special | overrides
-    return randomised(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)), seed, norm_mean=0)
+    values = sizes(tied, num_layers) | special | overrides
+    return randomised(Gemma3ForCausalLM(Gemma3TextConfig(**values)), seed, norm_mean=0)
 
 
 def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int = 320) -> torch.Tensor:
@@ -73,7 +73,8 @@ def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _sizes(tied: bool, num_layers: int) -> dict[str, Any]:
+def sizes(tied: bool = False, num_layers: int = 3) -> dict[str, Any]:
+    """Return what the config of a tiny model says."""
     return {
         "hidden_size": 48,
         "intermediate_size": 112,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from reference_methods import domain_factor as domain_factor
 from torch import Tensor
 
 # Statistics, losses
@@ -29,13 +30,6 @@ def domain_sums(x_TF: Tensor, y_TH: Tensor, drift_TH: Tensor | None = None) -> S
     cross = None if drift_TH is None else torch.einsum("ti,tj->ij", x, drift_TH.double())
     gram = torch.einsum("ti,tj->ij", x, x)
     return Sums(float(len(x)), x.sum(0), (x * x).sum(0), float((y * y).sum()), gram, cross)
-
-
-def domain_factor(weighting: str, share: float, energy: float) -> float:
-    """Return what one domain's sums are multiplied by: 1, or its share over its energy."""
-    if weighting == "tokens":
-        return 1.0
-    return 0.0 if energy == 0 else share / energy
 
 
 def weighted(parts: list[tuple[float, Sums]]) -> Sums:

@@ -25,17 +25,7 @@ def start_ranks(num_ranks: int, *arguments: object) -> subprocess.Popen[str]:
 def run_machines(directories: list[Path], *arguments: object, timeout: float = 3600) -> None:
     """Run one rank per directory to its end, each by a launcher of its own that works there, as on several machines."""
     port, size = _free_port(), len(directories)
-    where = [
-        "--nproc-per-node",
-        1,
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        port,
-        "--nnodes",
-        size,
-        "--node-rank",
-    ]
+    where = f"--nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port} --nnodes {size} --node-rank".split()
     launchers = [_launched([*where, number, *arguments], place) for number, place in enumerate(directories)]
     for launcher in launchers:
         _, stderr = launcher.communicate(timeout=timeout)

@@ -66,10 +66,16 @@ def test_a_run_is_judged_by_text_that_nothing_else_looked_at(small, monkeypatch)
     assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), text.judged.blocks)
 
 
-def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
-    model = tiny_llama()
-    result = secateur.prune(model, grouped(small), tokenizer=TOKENIZER)
+@pytest.fixture(scope="module")
+def pruned(small) -> secateur.Result:
+    """What a model in memory became."""
+    result = secateur.prune(model := tiny_llama(), grouped(small), tokenizer=TOKENIZER)
     assert result.model is model and result.tokenizer is TOKENIZER and result.out is None
+    return result
+
+
+def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(pruned):
+    model, result = pruned.model, pruned
     assert model.config.intermediate_size == 64
     assert sum(p.numel() for p in model.parameters()) == result.summary.pruned_size.num_params
     assert {key: len(keep) for key, keep in result.keeps.items()} == {(layer, "ffn"): 64 for layer in range(3)}
@@ -81,21 +87,18 @@ def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(small):
     assert model.generate(tiny_ids(batch=1), attention_mask=torch.ones(1, 16), max_new_tokens=4).shape == (1, 20)
 
 
-def test_a_path_and_a_model_in_memory_give_the_same_weights(checkpoints, small):
-    model = tiny_llama()
-    secateur.prune(model, grouped(small), tokenizer=TOKENIZER)
-    loaded = secateur.prune(str(checkpoints["llama"]), grouped(small))
+def test_a_path_and_a_model_in_memory_give_the_same_weights(checkpoints, small, pruned):
+    loaded, weights = secateur.prune(str(checkpoints["llama"]), grouped(small)), pruned.model.state_dict()
     assert loaded.summary.model == checkpoints["llama"].name
-    assert loaded.model.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_dropout_is_off_while_measuring_and_on_again_afterwards(small):
-    quiet, noisy = tiny_llama(), tiny_llama(attention_dropout=0.5).train()
+def test_dropout_is_off_while_measuring_and_on_again_afterwards(small, pruned):
+    noisy, quiet = tiny_llama(attention_dropout=0.5).train(), pruned.model.state_dict()
     noisy.lm_head.eval()
-    for model in (quiet, noisy):
-        secateur.prune(model, grouped(small), tokenizer=TOKENIZER)
-    assert all(torch.equal(tensor, quiet.state_dict()[name]) for name, tensor in noisy.state_dict().items())
+    secateur.prune(noisy, grouped(small), tokenizer=TOKENIZER)
+    assert all(torch.equal(tensor, quiet[name]) for name, tensor in noisy.state_dict().items())
     assert noisy.training and noisy.model.layers[0].mlp.down_proj.training and not noisy.lm_head.training
 
 

@@ -9,7 +9,6 @@ import ast
 import csv
 import gzip
 import importlib
-import importlib.util
 import inspect
 import json
 import re
@@ -17,8 +16,10 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,8 @@ HISTORY = ("docs/LOG.md",)  # commands as they were on the day
 GUIDES = sorted(page for page in PAGES if page not in (*ELSEWHERE, *HISTORY))
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
+pytestmark = pytest.mark.usefixtures("unproved")
+
 WORDS = "the pruned channels of a layer are read by one linear map and written by two others".split()
 DOMAINS = {"prose": {"files": ["law.txt"]}, "chat": {"files": ["chat.jsonl"]}}
 SMALL = {"num_tokens": 640, "sequence_length": 32}
@@ -58,17 +61,14 @@ INSTEAD = {
     "chat=~/sharegpt.json": "chat=sharegpt.json",
     "benchmarks/equal_bytes.yaml": "recipe.yaml",  # its text is beside the repository
     "tasks.yaml": "recipe.yaml",
-}
-# Sizes of the tiny model in place of a large one's; the first that occurs.
-SIZES = {
-    "--to 0.4B": "--to 170K",
-    "--to 250MB": "--to 360KB",
+    "0.4B": "170K",  # sizes of the tiny model
+    "250MB": "360KB",
 }
 BEHIND = {
-    "prune": [*SETS],
-    "measure": [*SETS],
+    "prune": SETS,
+    "measure": SETS,
     "inspect": SETS,
-    "trim": ["--domain=prose=law.txt"],
+    "trim": ["--domain=prose=law.txt", *SETS[:2]],
     "recover": ["--set=recover.held_out_blocks=1", "--set=recover.batch_tokens=64"],
     "bench": ["--prompt-tokens=16", "--new-tokens=2", "--repeats=1"],
     "push": ["--dry-run"],  # there is no hub
@@ -92,7 +92,7 @@ def pages_with(language: str) -> list[str]:
 
 
 def fast_first(pages: list[str]) -> list[Any]:
-    """Return the pages as parameters, all but README slow: each prune reloads its result in a process of its own."""
+    """Return the pages as parameters, all but README slow."""
     return [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in pages]
 
 
@@ -186,9 +186,6 @@ def run_small(words: list[str]) -> None:
     verb, *rest = words
     file = rest.pop() if ">" in rest else None
     rest = [INSTEAD.get(word, word) for word in rest if word != ">"]
-    said = shlex.join(rest)
-    if size := next((each for each in SIZES if each in said), None):
-        rest = shlex.split(said.replace(size, SIZES[size]))
     for option in ("--tasks", "--limit"):  # these need rows of questions
         if option in rest:
             del rest[rest.index(option) : rest.index(option) + 2]
@@ -268,7 +265,7 @@ def test_what_a_script_imports_is_there(script: Path) -> None:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("secateur"):
             module = importlib.import_module(str(node.module))
             for each in node.names:
-                assert hasattr(module, each.name) or importlib.util.find_spec(f"{node.module}.{each.name}"), each.name
+                assert hasattr(module, each.name) or find_spec(f"{node.module}.{each.name}"), each.name
 
 
 @pytest.mark.parametrize("page", fast_first(pages_with("python")))
@@ -317,10 +314,7 @@ def test_a_notebook_runs(name: str, inside: Path) -> None:
 
 
 def test_the_pictures_show_todays_tables() -> None:
-    spec = spec_from_file_location("pictures", ROOT / "tools" / "pictures.py")
-    assert spec is not None and spec.loader is not None
-    tool: Any = module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = SimpleNamespace(**run_path(str(ROOT / "tools" / "pictures.py")))
     for name, (measured, _) in tool.PICTURES.items():
         picture = (ROOT / "docs" / "images" / f"{name}.svg").read_text(encoding="utf-8")
         assert tool.digest(measured()) in picture, f"{name}: run python tools/pictures.py"

@@ -3,10 +3,9 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import numpy
 import pytest
 import torch
 import yaml
-from models import randomised, saved
+from models import randomised, saved, sizes
 from recipes import grouped
 from transformers import HeliumConfig, HeliumForCausalLM
-from warm import WarmProcesses
 
 from secateur import PluginError, RecipeError, Score, plugins
 from secateur.data.sources import SOURCES
@@ -28,8 +26,6 @@ from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
 WORDS = "the notes of a small office say who called and what was ordered on which day".split()
-
-Installed = Callable[..., Path]
 
 
 def lay_out(root: Path, name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
@@ -43,7 +39,7 @@ def lay_out(root: Path, name: str, files: dict[str, str], entry_points: dict[str
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n", encoding="utf-8")
     groups = (
-        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in points.items())
+        "\n".join([f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""])
         for group, points in entry_points.items()
     )
     (metadata / "entry_points.txt").write_text("\n".join(groups), encoding="utf-8")
@@ -68,9 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def helium(site: Path) -> Path:
     """A tiny model."""
-    sizes = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 12, "vocab_size": 320, "max_position_embeddings": 256}
-    config = HeliumConfig(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    config = HeliumConfig(**sizes(), head_dim=12)
     saved(site / "helium", randomised(HeliumForCausalLM(config), 0))
     return site / "helium"
 
@@ -79,44 +73,43 @@ def helium(site: Path) -> Path:
 def notes(tmp_path: Path) -> Path:
     choose = torch.Generator().manual_seed(0)
     picks = torch.randint(len(WORDS), (300, 20), generator=choose).tolist()
-    (tmp_path / "notes.jsonl").write_text(
-        "".join(json.dumps({"text": " ".join(WORDS[i] for i in row)}) + "\n" for row in picks)
-    )
+    lines = [json.dumps({"text": " ".join(WORDS[i] for i in row)}) for row in picks]
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
     return tmp_path / "notes.jsonl"
 
 
-def secateur_from(site: Path, warm: WarmProcesses, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, which finds what lies in `site`."""
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); from secateur.cli import main; main()"
-    return warm.run([sys.executable, "-c", code, *arguments], env=dict(os.environ))
+# The command line in a process of its own, which finds what lies in a directory: each argument is a command in JSON.
+COMMANDS = f"""
+import json, sys
+sys.path += [sys.argv[1], {str(Path(__file__).parent)!r}]
+from run_cli import run_cli
+for command in sys.argv[2:]:
+    done = run_cli(*json.loads(command))
+    print(json.dumps([done.status, " ".join((done.stdout + done.stderr).split())]))
+"""
 
 
-def test_the_package_of_the_page_prunes_and_exports(
-    site: Path, helium: Path, notes: Path, tmp_path: Path, warm: WarmProcesses
-) -> None:
+def test_the_package_of_the_page_prunes_and_exports(site, helium, notes, tmp_path, warm):
     calibration = {"domains": {"notes": {"files": str(notes)}}, "num_tokens": 640, "sequence_length": 32}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump(grouped({"score": "loudest", "align": 8, "calibration": calibration, "evaluate": False})),
-        encoding="utf-8",
-    )
-    out, file = tmp_path / "out", tmp_path / "out.npz"
-    pruned = secateur_from(site, warm, "prune", helium, out, "--recipe", recipe)
-    assert pruned.returncode == 0, pruned.stderr
+    keys = {"score": "loudest", "align": 8, "calibration": calibration, "evaluate": False}
+    recipe, out, file = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "out.npz"
+    recipe.write_text(yaml.safe_dump(grouped(keys)), encoding="utf-8")
+    export = ("export", out, tmp_path / "b", "--format", "npz")
+    commands = [("prune", helium, out, "--recipe", recipe), ("export", out, file, "--format", "npz")]
+    commands += [(*export, "--type", "f16"), (*export, "--check")]
+    given = [json.dumps(command, default=str) for command in commands]
+    done = warm.run([sys.executable, "-c", COMMANDS, site, *given], env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    pruned, written, other_type, checked = map(json.loads, done.stdout.splitlines())
+    assert pruned[0] == 0, pruned
     result = json.loads((out / "result.json").read_text())
     assert result["calibration"]["num_tokens"] == {"notes": 640} and result["versions"]["secateur-example"] == "0.1"
-    used = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert used["choose"]["score"] == "loudest"
-
-    written = secateur_from(site, warm, "export", out, file, "--format", "npz")
-    assert written.returncode == 0, written.stderr
-    assert f"Written to {file}: f32," in " ".join(written.stdout.split())
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["choose"]["score"] == "loudest"
+    assert written[0] == 0 and f"Written to {file}: f32," in written[1]
     width = json.loads((out / "config.json").read_text())["intermediate_size"]
     assert numpy.load(file)["model.layers.0.mlp.down_proj.weight"].shape == (48, width) and width < 112
-    refused = secateur_from(site, warm, "export", out, tmp_path / "b", "--format", "npz", "--type", "f16")
-    assert refused.returncode == 2 and "npz has f32 alone, got f16" in refused.stderr
-    refused = secateur_from(site, warm, "export", out, tmp_path / "b", "--format", "npz", "--check")
-    assert refused.returncode == 2 and "format npz has nothing that checks it" in refused.stderr
+    assert other_type[0] == checked[0] == 2
+    assert "npz has f32 alone, got f16" in other_type[1] and "format npz has nothing that checks it" in checked[1]
 
 
 def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
@@ -127,13 +120,12 @@ def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Install a package into this process: `installed(name, files, entry_points)`."""
-
     forget = plugins._entry_points.cache_clear
 
-    def install(name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
-        lay_out(tmp_path / name, name, files, entry_points)
+    def install(name: str, *contents: Any) -> None:
+        lay_out(tmp_path / name, name, *contents)
         monkeypatch.syspath_prepend(str(tmp_path / name))
         forget()
 
@@ -143,7 +135,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     forget()
 
 
-def test_names_are_checked_without_an_import(installed: Installed) -> None:
+def test_names_are_checked_without_an_import(installed):
     installed("absent", {}, {"secateur.scores": {"mine": "absent_module:mine"}})
     assert parse_recipe(grouped({"score": "mine"})).choose.score == "mine"
     sentence = r"unknown choose.score 'mino'; allowed: .*, reap, mine; did you mean 'mine'\?"
@@ -162,9 +154,7 @@ def test_names_are_checked_without_an_import(installed: Installed) -> None:
         ("exporters", "mine", "package bad, exporter 'mine': must be a secateur.Exporter, got int"),
     ],
 )
-def test_an_entry_point_that_is_wrong_is_one_sentence(
-    group: str, name: str, message: str, installed: Installed, tmp_path: Path
-) -> None:
+def test_an_entry_point_that_is_wrong_is_one_sentence(group, name, message, installed, tmp_path):
     installed("bad", {"bad/things.py": "thing = 3\n"}, {f"secateur.{group}": {name: "bad.things:thing"}})
     with pytest.raises(PluginError, match=message):
         if group == "scores":
@@ -173,7 +163,7 @@ def test_an_entry_point_that_is_wrong_is_one_sentence(
             export.export(tmp_path, tmp_path / "out", format=name)
 
 
-def test_two_packages_with_one_name(installed: Installed) -> None:
+def test_two_packages_with_one_name(installed):
     for name in ("one", "two"):
         installed(name, {}, {"secateur.scores": {"mine": f"{name}:mine"}})
     with pytest.raises(PluginError, match=r"score 'mine': (one|two) has one of that name too; uninstall one"):

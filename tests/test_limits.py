@@ -27,23 +27,19 @@ def nested(levels: int, text: str = "[]") -> str:
 @pytest.mark.parametrize("read", [json_of, yaml_of])
 def test_levels_are_counted(read):
     assert read(nested(MAX_NESTING)) == json.loads(nested(MAX_NESTING))
-    with pytest.raises(ValueError, match="it nests more than 100 levels"):
-        read(nested(MAX_NESTING + 1))
-    with pytest.raises(ValueError, match="it nests more than 100 levels"):
-        read(nested(MAX_NESTING, '{"a": []}'))
-
-
-@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
-def test_no_depth_of_json_exhausts_the_stack(text):
-    for given in (text, text.encode()):
+    for text in (nested(MAX_NESTING + 1), nested(MAX_NESTING, '{"a": []}')):
         with pytest.raises(ValueError, match="it nests more than 100 levels"):
-            json_of(given)
+            read(text)
 
 
-def test_no_depth_of_yaml_exhausts_the_stack():
-    for text in ("[" * 100_000, "\n".join(" " * n + "a:" for n in range(2000)), "- " * 5000 + "a"):
+YAML = "[" * 100_000, "\n".join(" " * n + "a:" for n in range(2000)), "- " * 5000 + "a"
+
+
+@pytest.mark.parametrize("read", [json_of, lambda text: json_of(text.encode()), yaml_of])
+def test_no_depth_exhausts_the_stack(read):
+    for text in YAML if read is yaml_of else DEEP.values():
         with pytest.raises(ValueError, match="it nests more than 100 levels"):
-            yaml_of(text)
+            read(text)
 
 
 @pytest.mark.parametrize("text", ["a: &a [x, y]\nb: [*a, *a]", "a: &a [1, *a]", "a: &a {x: 1}\nb: {<<: *a}"])
@@ -78,50 +74,57 @@ def model(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_deep_files_of_a_model(name, model):
-    (model / name).write_text(DEEP["objects"])
-    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as JSON \(it nests more than 100 levels\)"):
-        load_tokenizer(open_checkpoint(model))
+def headed(header: bytes) -> bytes:
+    """Return the bytes of a safetensors file with this header."""
+    return len(header).to_bytes(8, "little") + header + b"0000"
 
 
-@pytest.mark.parametrize("text", [*DEEP.values(), "{", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_an_index_without_shards(text, model):
-    (model / "model.safetensors").unlink()
-    (model / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"index.json: has no weight_map from tensor names to shard files; copy"):
-        open_checkpoint(model)
+DAMAGED = "is truncated, damaged or not safetensors"
+NO_MAP = "index.json: has no weight_map from tensor names to shard files; copy"
+NO_UNITS = "keep.json: does not name units"
+WEIGHTS, INDEX, KEEPS = "model.safetensors", "model.safetensors.index.json", KEEP_FILE
+# Of all files that a model's directory may have: what is in it, and what is said.
+FILES: list[tuple[str, str | bytes, str]] = [
+    ("config.json", DEEP["objects"], r"config.json: cannot be read as JSON \(it nests more than 100 levels\)"),
+    ("tokenizer.json", DEEP["objects"], r"tokenizer.json: cannot be read as JSON \(it nests more than 100 levels\)"),
+    ("tokenizer_config.json", DEEP["objects"], "nests more than 100 levels|its tokenizer cannot be loaded"),
+    ("special_tokens_map.json", DEEP["objects"], "nests more than 100 levels|its tokenizer cannot be loaded"),
+    ("added_tokens.json", DEEP["objects"], "nests more than 100 levels|its tokenizer cannot be loaded"),
+    *((INDEX, text, NO_MAP) for text in (*DEEP.values(), "{", "{}", "[]", '{"weight_map": {}}')),
+    (INDEX, '{"weight_map": {"a": 1}}', NO_MAP),
+    (
+        INDEX,
+        json.dumps({"weight_map": {"a": "9" * 5000}}),
+        r"shard 9+.* named in model.safetensors.index.json is missing",
+    ),
+    (WEIGHTS, headed(b"[" * 100_000), DAMAGED),
+    (WEIGHTS, headed(b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'), DAMAGED),
+    *(("generation_config.json", text, "generation_config.json: ") for text in (DEEP["lists"], "{", "[]")),
+    ("generation_config.json", '{"pad_token_id": {"a": 0}}', "generation_config.json: "),
+    *(
+        (KEEPS, text, NO_UNITS)
+        for text in (DEEP["lists"], "7", '[{"group": "layers", "keep": ["a"]}]', '[{"keep": []}]')
+    ),
+]
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
-def test_deep_files_of_a_tokenizer(name, model):
-    (model / name).write_text(DEEP["objects"])
-    with pytest.raises(CheckpointError, match=r"nests more than 100 levels|its tokenizer cannot be loaded"):
-        load_tokenizer(open_checkpoint(model))
+@pytest.mark.parametrize(
+    ("name", "content", "said"), FILES, ids=[f"{number} {row[0]}" for number, row in enumerate(FILES)]
+)
+def test_damaged_files_of_a_model(name, content, said, model):
+    if name == INDEX:
+        (model / WEIGHTS).unlink()
+    (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint = open_checkpoint(model)
+        load_tokenizer(checkpoint)
+        load_model(checkpoint)
+        read_keeps(model, 3)
 
 
-def test_a_deep_header(model):
-    (model / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
-    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors"):
-        open_checkpoint(model)
-
-
-def test_a_header_and_an_index_with_what_no_disk_has(model):
-    header = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
-    with pytest.raises(CheckpointError, match="is truncated, damaged or not safetensors"):
-        open_checkpoint(model)
-    (model / "model.safetensors").unlink()
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "9" * 5000}}))
-    with pytest.raises(CheckpointError, match=r"shard 9+.* named in model.safetensors.index.json is missing"):
-        open_checkpoint(model)
-
-
-@pytest.mark.parametrize("text", [DEEP["lists"], "{", '{"pad_token_id": {"a": 0}}', "[]"])
-def test_a_damaged_generation_config(text, model):
-    (model / "generation_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"generation_config.json: "):
-        load_model(open_checkpoint(model))
+def test_a_list_of_layers_that_names_none(model):
+    (model / KEEP_FILE).write_text("{}")
+    assert read_keeps(model, 3) == ((0, 1, 2), {}), "all stayed"
 
 
 def test_a_tokenizer_with_a_setting_that_only_its_use_reads(model):
@@ -135,16 +138,6 @@ def test_a_deep_result():
     for text in DEEP.values():
         with pytest.raises(CheckpointError, match="where: "):
             Summary.from_json(text, "where")
-
-
-@pytest.mark.parametrize("text", [DEEP["lists"], "{}", "7", '[{"group": "layers", "keep": ["a"]}]', '[{"keep": []}]'])
-def test_a_damaged_list_of_layers(text, model):
-    (model / KEEP_FILE).write_text(text)
-    if text == "{}":
-        assert read_keeps(model, 3) == ((0, 1, 2), {}), "names no layers, so all stayed"
-        return
-    with pytest.raises(CheckpointError, match=r"keep.json: does not name units"):
-        read_keeps(model, 3)
 
 
 SIZES: list[tuple[dict[str, Any], str]] = [

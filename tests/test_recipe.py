@@ -1,8 +1,9 @@
 """The recipe's keys: as docs/recipe.md tells them, limits, merging, and one sentence per mistake."""
 
 import math
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,10 +15,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
 
 def test_the_page_of_the_recipe_is_what_the_schema_says():
-    spec = spec_from_file_location("recipe_page", TOOL)
-    assert spec is not None and spec.loader is not None
-    tool = module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = SimpleNamespace(**run_path(str(TOOL)))
     assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run python tools/recipe_page.py"
     assert not [line for line in tool.tables().splitlines() if line.endswith("|  |")], "a key without a docstring"
 
@@ -29,14 +27,8 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("remove: 1", r"^recipe: remove\.share: .*less than 1, got 1\.$"),
         ("remove: .nan", r"remove\.share: .*finite number, got nan\.$"),
         ("remove: .inf", r"remove\.share: .*, got inf\.$"),
-        (
-            "remove: {groups: []}",
-            r"remove: groups is empty and vocabulary is not given, so nothing would go; name a group",
-        ),
-        (
-            "remove: {vocabulary: many}",
-            r"remove\.vocabulary: must be auto, or how many tokens stay, a multiple of 64, got",
-        ),
+        ("remove: {groups: []}", r"remove: groups is empty and vocabulary is not given, .*; name a group"),
+        ("remove: {vocabulary: many}", r"remove\.vocabulary: must be auto, or how many tokens stay, a multiple of 64"),
         ("remove: {depth: -1}", r"remove\.depth: .*greater than or equal to 0"),
         ("remove: {align: 0}", r"remove\.align: .*greater than or equal to 1"),
         ("choose: {rounds: 0}", r"choose\.rounds: "),
@@ -49,10 +41,7 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("calibration: {domains: {}}", r"calibration\.domains: "),
         ("calibration: {domains: {a: {}}}", r"calibration\.domains\.a: needs exactly one of .*; got none"),
         ("calibration: {domains: {a: {files: x, installed: code}}}", r"got installed and files"),
-        (
-            "calibration: {domains: {a: {file: x}}}",
-            r"unknown key 'calibration\.domains\.a\.file'; did you mean 'files'",
-        ),
+        ("calibration: {domains: {a: {file: x}}}", r"'calibration\.domains\.a\.file'; did you mean 'files'"),
         ("recover: {kl_share: 1.5}", r"recover\.kl_share: "),
         ("polish: {num_tokens: -1}", r"polish\.num_tokens: .*greater than or equal to 0, got -1\.$"),
         ("polish: much", r"polish: must be default, false or a mapping of its keys, got 'much'\.$"),

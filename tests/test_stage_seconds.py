@@ -1,13 +1,7 @@
 """What the stages of a job are to take, as their progress tells it, beside what they took."""
 
-import itertools
-import json
-from types import SimpleNamespace
-
 import pytest
-from recipes import grouped
 
-import secateur
 from secateur.log import RunLog, silent
 
 
@@ -58,13 +52,3 @@ def test_a_stage_that_goes_on_or_begins_anew_has_a_clock_of_its_own(clock: Clock
         listen("polish", done, 3)
         clock.now += 1
     assert log.foretold["polish"] == [3, 3, 3]
-
-
-def test_a_result_has_what_its_stages_were_to_take(checkpoints, recipe, tmp_path, monkeypatch) -> None:
-    ticks = itertools.count(0.0, 2.0)
-    monkeypatch.setattr("secateur.log.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2}), out=tmp_path / "out")
-    foretold = json.loads((tmp_path / "out" / "result.json").read_text())["foretold"]
-    # One look as the stage begins and one at each layer; loading and the proof have one step and are not told.
-    assert foretold["prune, round 1 of 1"] == [6, 6, 6]
-    assert not {"load", "verify"} & set(foretold)

@@ -1,11 +1,9 @@
 """The store of finished steps: whatever of it is damaged on disk is found, said in one line, and done again."""
 
 import json
-import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,13 +18,9 @@ from secateur.store import Store, place_beside
 RECIPE = {"remove": 0.35, "budget": "curve", "rounds": 2, "groups": ["ffn"]}
 NUM_STEPS = 12
 
-STEPS = {
-    "tensors": "round-1-layer-1-ffn.safetensors",
-    "record of tensors": "round-1-layer-1-ffn.json",
-    "value": "round-1-plan.json",
-    "losses": "evaluate dense.json",
-}
-INPUTS = {"inputs": "inputs.json", "text": "input-calibration text.json"}
+# A file of each kind.
+STEPS = ("round-1-layer-1-ffn.safetensors", "round-1-layer-1-ffn.json", "round-1-plan.json", "evaluate dense.json")
+INPUTS = ("inputs.json", "input-calibration text.json")
 
 
 def flip(file: Path, place: int, bit: int = 0) -> None:
@@ -46,62 +40,33 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("unproved")
-
-
-@pytest.fixture(scope="module")
-def whole(checkpoints, recipe, tmp_path_factory) -> Path:
-    """What an uninterrupted run has written."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    secateur.prune(checkpoints["llama"], grouped({**recipe, **RECIPE}), out=out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def interrupted(checkpoints, recipe, tmp_path_factory) -> Path:
-    """The store of a run that was stopped in its second round."""
-    out = tmp_path_factory.mktemp("interrupted") / "out"
-    with pytest.raises(Stopped), stopped_after(NUM_STEPS):
-        secateur.prune(checkpoints["llama"], grouped({**recipe, **RECIPE}), out=out)
-    names = {file.name for file in place_beside(out).iterdir()}
-    assert {*STEPS.values(), *INPUTS.values()} < names and any(name.startswith("round-2") for name in names)
-    return place_beside(out)
-
-
-def num_steps(store: Path) -> int:
-    """Return how many steps are finished there."""
-    return len(list(store.glob("*.json"))) - len(INPUTS)
-
-
-def resumed(store: Path, model: Path, recipe: dict[str, Any], place: Path, damage: Callable[[Path], object]) -> Any:
-    """Resume from a copy of the store that was damaged; return what was said, the summary's notes, and the result."""
-    out, heard = place / "out", list[str]()
-    damage(Path(shutil.copytree(store, place_beside(out))))
-    result = secateur.prune(model, grouped({**recipe, **RECIPE}), out=out, tell=heard.append)
-    assert [path.name for path in place.iterdir()] == ["out"]
-    heard = [line.removeprefix(f"{out}: ") for line in heard if ": removes " not in line]  # what the run will do
-    return heard, result.summary.warnings, out
-
-
-def test_damaged_steps_are_done_again(interrupted, whole, checkpoints, recipe, tmp_path):
+def test_damaged_steps_are_done_again(checkpoints, recipe, unproved, tmp_path):
     """A file of each kind, and two that are whole but not what their names say; without a run in all ways below."""
+    asked, whole, out = grouped({**recipe, **RECIPE}), tmp_path / "whole", tmp_path / "out"
+    secateur.prune(checkpoints["llama"], asked, out=whole)
+    with pytest.raises(Stopped), stopped_after(NUM_STEPS):
+        secateur.prune(checkpoints["llama"], asked, out=out)
+    store = place_beside(out)
+    names = {file.name for file in store.iterdir()}
+    assert {*STEPS, *INPUTS} < names and any(name.startswith("round-2") for name in names)
+    num_found = sum(name.endswith(".json") for name in names) - len(INPUTS) - 5
+    for name, spoil in zip(STEPS, DAMAGES.values(), strict=False):
+        spoil(store / name)
+    for kind in (".json", ".safetensors"):
+        one, other = (store / f"round-1-layer-{layer}-ffn{kind}" for layer in (0, 2))
+        one.rename(store / "aside")
+        other.rename(one)
+        (store / "aside").rename(other)
 
-    def damage(store: Path) -> None:
-        for name, spoil in zip(STEPS.values(), DAMAGES.values(), strict=False):
-            spoil(store / name)
-        for kind in (".json", ".safetensors"):
-            one, other = (store / f"round-1-layer-{layer}-ffn{kind}" for layer in (0, 2))
-            one.rename(store / "aside")
-            other.rename(one)
-            (store / "aside").rename(other)
-
-    heard, notes, out = resumed(interrupted, checkpoints["llama"], recipe, tmp_path, damage)
-    num_found, damaged = num_steps(interrupted) - 5, " is damaged on disk, so it is done again."
+    heard = list[str]()
+    result = secateur.prune(checkpoints["llama"], asked, out=out, tell=heard.append)
+    heard = [line.removeprefix(f"{out}: ") for line in heard if ": removes " not in line]  # what the run will do
+    damaged = ", finished by an earlier run, is damaged on disk, so it is done again."
     spoilt = {"round-1-layer-0-ffn", "round-1-layer-1-ffn", "round-1-layer-2-ffn", "round-1-plan", "evaluate dense"}
-    assert {line.removesuffix(f", finished by an earlier run,{damaged}") for line in heard[:-1]} == spoilt
+    assert {line.removesuffix(damaged) for line in heard[:-1]} == spoilt
     assert heard[-1] == f"goes on from the {num_found} steps that an earlier run has finished."
-    assert any(note.startswith(f"{num_found} finished steps are of an earlier run") for note in notes)
-    assert weights(out) == weights(whole)
+    assert any(note.startswith(f"{num_found} finished steps are of an earlier run") for note in result.summary.warnings)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"} and weights(out) == weights(whole)
 
 
 def kept(directory: Path) -> Store:

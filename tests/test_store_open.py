@@ -53,7 +53,8 @@ def test_nothing_is_left_of_a_job_that_ends_well(tmp_path):
     with job.begun() as store:
         assert place_beside(job.out).is_dir() and job.value(store, "one") == 1
         assert (store.num_found, store.num_saved) == (0, 1)
-    assert list(tmp_path.iterdir()) == [] and job.said == []
+        store.note_found()
+    assert list(tmp_path.iterdir()) == [] and job.said == [] and job.log.lines == []
 
 
 def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
@@ -69,14 +70,6 @@ def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
     (note,) = (line["text"] for line in again.log.lines)
     assert note.startswith("1 finished steps are of an earlier run")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_there_may_be_nothing_to_go_on_from(tmp_path):
-    job = Job(tmp_path / "out")
-    with job.begun() as store:
-        job.value(store, "one")
-        store.note_found()
-    assert job.said == [] and job.log.lines == [], "nothing is of an earlier run"
 
 
 @pytest.mark.parametrize(
@@ -111,16 +104,14 @@ def test_text_that_becomes_known_later_is_an_input_too(tmp_path):
     assert place_beside(again.out).is_dir()
 
 
-@pytest.mark.parametrize("error", [RecipeError("x: y."), NumericsError("x: y.")])
-def test_what_would_fail_again_is_not_kept(error, tmp_path):
-    job = interrupted(tmp_path / "out", error)
-    assert list(tmp_path.iterdir()) == [] and job.said == []
+KEPT: dict[BaseException, bool] = dict.fromkeys((RecipeError("x: y."), NumericsError("x: y.")), False)
+KEPT |= dict.fromkeys((CheckpointError("x: y."), OSError("disk"), ValueError("bug"), KeyboardInterrupt()), True)
 
 
-@pytest.mark.parametrize("error", [CheckpointError("x: y."), OSError("disk"), ValueError("bug"), KeyboardInterrupt()])
-def test_what_may_go_well_next_time_is_kept(error, tmp_path):
+@pytest.mark.parametrize(("error", "is_kept"), KEPT.items())
+def test_what_may_go_well_next_time_is_kept_and_what_would_fail_again_is_not(error, is_kept, tmp_path):
     job = interrupted(tmp_path / "out", error)
-    assert place_beside(job.out).is_dir() and job.said == [HOW]
+    assert list(tmp_path.iterdir()) == [place_beside(job.out)] * is_kept and job.said == [HOW] * is_kept
 
 
 def test_a_mistake_before_any_step_of_this_run_leaves_an_earlier_runs_steps(tmp_path):
@@ -197,11 +188,8 @@ def test_a_first_run_gets_the_types_that_a_later_one_reads(tmp_path):
 
 def test_steps_of_a_lasting_store_are_known_by_what_they_depend_on(tmp_path):
     store = Store.lasting(tmp_path / "a" / "b", lambda text: None)
-    assert [store.value("x y/z", lambda found=found: found, depends_on={"n": found}) for found in (1, 2, 1)] == [
-        1,
-        2,
-        1,
-    ]
+    for found in (1, 2, 1):
+        assert store.value("x y/z", lambda found=found: found, depends_on={"n": found}) == found
     assert store.num_saved == 2 and store.num_found == 1
     stems = {file.stem for file in (tmp_path / "a" / "b").iterdir()}
     assert len(stems) == 2 and all(stem.startswith("x-y-z-") for stem in stems)

@@ -20,13 +20,6 @@ def split_text(
     return pool.split(calibration, Amounts(num_tokens=num_tokens, **amounts))
 
 
-def learning_text(
-    calibration: CalibrationText,
-    num_tokens: int,
-    tokenizer: Any,
-    seed: int = 0,
-    progress: Progress = silent,
-    **amounts: int,
-) -> LearningText:
-    """Return what may be learnt by."""
-    return split_text(calibration, num_tokens, tokenizer, seed, progress, **amounts).learning.text
+def learning_text(*given: Any, **amounts: Any) -> LearningText:
+    """Return what may be learnt by, of the arguments of `split_text`."""
+    return split_text(*given, **amounts).learning.text

@@ -1,7 +1,7 @@
 """Each command draws progress: bars on a terminal, lines on standard error without one, times of each stage anew."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -75,25 +75,23 @@ def test_of_several_sizes_each_is_told(monkeypatch: Any) -> None:
     assert (outcome.status, outcome.stdout.split("\n")[::2]) == (0, ["table of a", "table of b", ""]), outcome.stderr
 
 
+def said(capsys: Any, steps: Iterable[tuple[float, str, int, int]]) -> list[str]:
+    """Return the lines about stages: (seconds, stage, done, total)."""
+    steps = list(steps)
+    clock = iter([0.0, *(seconds for seconds, *_ in steps)])
+    listen = _lines(lambda: next(clock))
+    for _, *step in steps:
+        listen(*step)
+    told = capsys.readouterr()
+    assert told.out == ""
+    return told.err.splitlines()
+
+
 def test_lines_of_stages(capsys):
     """One as a stage begins, then one every ten seconds with what is left at its speed so far."""
-    now = 0.0
-    listen = _lines(lambda: now)
-    listen("load", 0, 1)
-    listen("load", 1, 1)
-    for layer in range(31):
-        listen("prune", layer, 30)
-        now += 4
-    listen("verify", 0, 1)
-    now = 36_000.0
-    listen("check", 2, 4000)
-    now = 36_500.0
-    listen("check", 1002, 4000)
-    now = 36_700.0
-    listen("check", 2002, 4000)
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines() == [
+    layers = ((4.0 * layer, "prune", layer, 30) for layer in range(31))
+    hours = (36_000, "check", 2, 4000), (36_500, "check", 1002, 4000), (36_700, "check", 2002, 4000)
+    assert said(capsys, [(0, "load", 0, 1), (0, "load", 1, 1), *layers, (124, "verify", 0, 1), *hours]) == [
         "0:00:00 load",
         "0:00:00 prune",
         *(f"0:00:{4 * n:02} prune: {n} of 30, about 0:01:{48 - 4 * (n - 3):02} left" for n in (3, 6, 9, 12)),
@@ -107,12 +105,8 @@ def test_lines_of_stages(capsys):
 
 def test_what_is_left_is_told_once_a_hundredth_is_done(capsys):
     """The first step of a stage may read what all others need: ten hours were foretold for minutes."""
-    now = 0.0
-    listen = _lines(lambda: now)
-    for done in (0, 99, 100, 5_000):
-        listen("answers", done, 10_000)
-        now += 20
-    assert capsys.readouterr().err.splitlines() == [
+    steps = ((20.0 * number, "answers", done, 10_000) for number, done in enumerate((0, 99, 100, 5_000)))
+    assert said(capsys, steps) == [
         "0:00:00 answers",
         "0:00:20 answers: 99 of 10,000",
         "0:00:40 answers: 100 of 10,000, about 1:06:00 left",
@@ -122,13 +116,7 @@ def test_what_is_left_is_told_once_a_hundredth_is_done(capsys):
 
 def test_a_stage_that_goes_back_has_begun_anew(capsys):
     """What is left follows from the speed of this time, not from the hours between two of a grid's cells."""
-    now = 0.0
-    listen = _lines(lambda: now)
-    for start in (0, 5_000):
-        for at in range(4):
-            now = start + 100.0 * at
-            listen("piqa", at, 3)
-    assert capsys.readouterr().err.splitlines() == [
+    assert said(capsys, ((start + 100.0 * at, "piqa", at, 3) for start in (0, 5_000) for at in range(4))) == [
         "0:00:00 piqa",
         "0:01:40 piqa: 1 of 3, about 0:03:20 left",
         "0:03:20 piqa: 2 of 3, about 0:01:40 left",

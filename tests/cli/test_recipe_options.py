@@ -15,20 +15,10 @@ from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
 
 
 def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
-    options = ["--polish", "0", "--remove", "0.1"]
-    sets = [
-        "remove.groups=[ffn, kv_heads]",
-        "remove.share=0.15",
-        "repair.damping_factors=[1, 10]",
-        "calibration.domains.prose.share=3",
-        "seed=5",
-    ]
-    sets += ["remove.align=4", "choose.rounds=2", "choose.budget=curve"]
-    run = run_cli(
-        *("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file),
-        *options,
-        *(word for each in sets for word in ("--set", each)),
-    )
+    sets = "remove.groups=[ffn,kv_heads] remove.share=0.15 repair.damping_factors=[1,10] seed=5 remove.align=4"
+    sets += " calibration.domains.prose.share=3 choose.rounds=2 choose.budget=curve"
+    options = ["--polish", 0, "--remove", 0.1, *(word for each in sets.split() for word in ("--set", each))]
+    run = run_cli("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, *options)
     assert run.status == 0, run.stderr
     saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert (saved.remove.groups, saved.remove.align, saved.remove.share) == (("ffn", "kv_heads"), 4, 0.15)
@@ -41,10 +31,8 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
 def test_prompts_of_a_file_are_answered_beside_the_text(recipe_file, tmp_path):
     saved(tmp_path / "chat", tiny_llama())
     (tmp_path / "asked.csv").write_text("question\n" + "".join(f"q{number}\n" for number in range(40)))
-    run = run_cli(
-        *("prune", tmp_path / "chat", tmp_path / "out", "--recipe", recipe_file, "--polish", "0"),
-        *("--answers", f"{tmp_path / 'asked.csv'}:question"),
-    )
+    options = ("--recipe", recipe_file, "--polish", "0", "--answers", f"{tmp_path / 'asked.csv'}:question")
+    run = run_cli("prune", tmp_path / "chat", tmp_path / "out", *options)
     assert run.status == 0, run.stderr
     written = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())).calibration
     assert set(written.of_text) == {"prose", "code"} and list(written.answered) == ["answers"]
@@ -66,19 +54,18 @@ def test_the_default_text_is_beside_the_prompts_of_a_file(texts):
 
 def test_answers_are_a_share_or_a_file(texts, tmp_path):
     asking = ("prune", "model", tmp_path / "out", "--answers")
-    refused = run_cli(*asking, "half")
-    assert refused.status == 2
-    assert "--answers half: is no share and no file; give a share from 0 to 1, or a file" in refused.stderr
-    refused = run_cli(*asking, texts["prose"], "--domain", f"answers={texts['code']}")
-    assert refused.status == 2
-    assert "a domain of text is called 'answers'; call it by another name." in refused.stderr
+    no_share, named_twice = (
+        run_cli(*asking, "half"),
+        run_cli(*asking, texts["prose"], "--domain", f"answers={texts['code']}"),
+    )
+    assert no_share.status == named_twice.status == 2
+    assert "--answers half: is no share and no file; give a share from 0 to 1, or a file" in no_share.stderr
+    assert "a domain of text is called 'answers'; call it by another name." in named_twice.stderr
 
 
 def test_the_same_keys_for_inspect_and_recover(checkpoints, recipe_file):
-    shown = run_cli(
-        *("inspect", checkpoints["llama"], "--recipe", recipe_file, "--json", "--set", "remove.groups=[kv_heads]"),
-        *("--set", "remove.align=1", "--set", "remove.share=0.05"),
-    )
+    sets = ("--set", "remove.groups=[kv_heads]", "--set", "remove.align=1", "--set", "remove.share=0.05")
+    shown = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--json", *sets)
     assert shown.status == 0, shown.stderr
     told = json.loads(shown.stdout)
     assert [group["name"] for group in told["groups"]] == ["kv_heads"] and told["remove_asked"] == 0.05
@@ -100,6 +87,7 @@ def test_values_of_set_are_yaml():
     [
         ("--set remove.shrae=0.2", "--set: unknown key 'remove.shrae'; did you mean 'share'?"),
         ("--set align=8", "--set: unknown key 'align'; did you mean remove.align?"),
+        ("--set num_tokens=1", "--set: unknown key 'num_tokens'; did you mean calibration.num_tokens or "),
         ("--set repair.target_mix=2", "--set: repair.target_mix: "),
         ("--set remove.share", "--set remove.share: give KEY=VALUE, such as calibration.num_tokens=8192."),
         ("--set .share=1", "--set .share=1: give KEY=VALUE"),
@@ -153,13 +141,12 @@ def test_the_comments_of_the_recipe_are_the_docstrings():
 
 
 def test_inspect_describes_the_model_whatever_is_asked(checkpoints, recipe_file):
-    remove, reached, why = 0.9, 0.6114, "at most 0.6"
-    shown = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", remove, "--json")
+    shown = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", 0.9, "--json")
     assert shown.status == 0, shown.stderr
     told = json.loads(shown.stdout)
-    assert told["remove_asked"] == remove and told["remove_reached"] == pytest.approx(reached, abs=2e-3)
+    assert told["remove_asked"] == 0.9 and told["remove_reached"] == pytest.approx(0.6114, abs=2e-3)
     [note] = [note for note in told["warnings"] if note.startswith("a run would be refused (remove: ")]
-    assert why in note
+    assert "at most 0.6" in note
     found = re.search(r"shown is remove: (\S+)\.$", note)
     assert found is not None
     assert run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", found[1]).status == 0
