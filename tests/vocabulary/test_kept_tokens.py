@@ -3,9 +3,6 @@
 import copy
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -114,35 +111,16 @@ def test_a_model_without_a_generation_config_or_with_a_padding_id_below_zero():
     assert model.config.pad_token_id == -1 and model.config.bos_token_id == 0
 
 
-class SecondEmbedding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_token = nn.Embedding(NUM_ROWS, 4)
-
-
-def with_second(model: nn.Module) -> None:
-    model.model.layers[1].other = SecondEmbedding()
-
-
-def with_buffer(model: nn.Module) -> None:
-    model.register_buffer("final_logits_bias", torch.zeros(1, NUM_ROWS))
-
-
-def with_per_layer(model: nn.Module) -> None:
-    model.config.vocab_size_per_layer_input = 100
-
-
-def with_other_head(model: nn.Module) -> None:
-    model.lm_head = nn.Linear(48, NUM_ROWS - 1, bias=False)
-
-
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (with_second, "model.layers.1.other.by_token.weight"),
-        (with_buffer, "final_logits_bias"),
-        (with_per_layer, "vocab_size_per_layer_input"),
-        (with_other_head, "head"),
+        (
+            lambda model: model.model.layers[1].add_module("other", nn.Embedding(NUM_ROWS, 4)),
+            "model.layers.1.other.weight",
+        ),
+        (lambda model: model.register_buffer("final_logits_bias", torch.zeros(1, NUM_ROWS)), "final_logits_bias"),
+        (lambda model: setattr(model.config, "vocab_size_per_layer_input", 100), "vocab_size_per_layer_input"),
+        (lambda model: setattr(model, "lm_head", nn.Linear(48, NUM_ROWS - 1, bias=False)), "head"),
     ],
 )
 def test_other_weights_by_token_are_refused_and_nothing_is_changed(change, name):
@@ -204,13 +182,6 @@ def test_the_map_is_written_and_read(tmp_path):
             kept_tokens_of(tmp_path)
 
 
-def changed(directory: Path, file: str, change: Callable[[Any], None]) -> None:
-    """Change a JSON file of the directory in place."""
-    content = json.loads((directory / file).read_text(encoding="utf-8"))
-    change(content)
-    (directory / file).write_text(json.dumps(content), encoding="utf-8")
-
-
 def test_the_trim_between_two_models(tmp_path):
     pair = trimmed_pair(tmp_path)
     pruned, dense = open_checkpoint(pair.pruned), open_checkpoint(pair.dense)
@@ -222,33 +193,29 @@ def test_the_trim_between_two_models(tmp_path):
     message = (
         r"^--against .*dense: its tokenizer \(701 tokens\) is not that of .*pruned \(\d+ tokens\), so .*; or else\.$"
     )
-    for damage in (
-        lambda content: content["new_ids"].append(None),  # of a model with another row
-        lambda content: content["new_ids"].insert(0, content["new_ids"].pop()),  # of other tokens
-        lambda content: content.update(new_ids=content["new_ids"][:-1]),
-    ):
-        before = (pair.pruned / "tokens.json").read_text(encoding="utf-8")
-        changed(pair.pruned, "tokens.json", damage)
+    file = pair.pruned / "tokens.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    ids = content["new_ids"]
+    # Of a model with another row, of other tokens, with fewer, and none at all.
+    for new_ids in ([*ids, None], [ids[-1], *ids[:-1]], ids[:-1], None):
+        file.unlink()
+        if new_ids is not None:
+            file.write_text(json.dumps(content | {"new_ids": new_ids}), encoding="utf-8")
         with pytest.raises(CheckpointError, match=message):
             trim_between(pruned, dense, "--against", "or else")
-        (pair.pruned / "tokens.json").write_text(before, encoding="utf-8")
-    (pair.pruned / "tokens.json").unlink()
-    with pytest.raises(CheckpointError, match=message):
-        trim_between(pruned, dense, "--against", "or else")
 
 
 def test_a_trim_of_padding_rows_alone_and_special_tokens_without_a_row(tmp_path):
-    def without_row(content: Any) -> None:
-        special = content["added_tokens"][0]  # behind the 701 tokens, the last two also behind the 7 padding rows
-        content["added_tokens"] += [{**special, "id": 701 + i, "content": f"<|image{i}|>"} for i in range(9)]
-
     pair = trimmed_pair(tmp_path, share=1.0)
     pruned, dense = open_checkpoint(pair.pruned), open_checkpoint(pair.dense)
     assert pair.tokenizer.get_vocab() == pair.dense_tokenizer.get_vocab()
     found = trim_between(pruned, dense, "--against")
     assert found is not None and found.kept.dense_ids == tuple(range(701)) and found.kept.num_dense == 708
     for directory in (pair.dense, pair.pruned):  # a tokenizer that has lost it, and one that was saved with it
-        changed(directory, "tokenizer.json", without_row)
+        content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        special = content["added_tokens"][0]  # behind the 701 tokens, the last two also behind the 7 padding rows
+        content["added_tokens"] += [{**special, "id": 701 + i, "content": f"<|image{i}|>"} for i in range(9)]
+        (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
         assert trim_between(pruned, dense, "--against") is not None
     (pair.pruned / "tokens.json").unlink()
     with pytest.raises(CheckpointError, match=r"it gives 708 logits and .*pruned 701, so their predictions"):

