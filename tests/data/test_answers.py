@@ -36,13 +36,14 @@ LENGTH = 64
 def speaker(model: Any, *, seed: str = "0", length: int = LENGTH, template: str = TEMPLATE) -> Speaker:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    model_without_bias = tiny_llama() if isinstance(model, LlamaForCausalLM) else model
+    is_llama, num_layers = isinstance(model, LlamaForCausalLM), model.config.num_hidden_layers
+    model_without_bias = tiny_llama(num_layers=num_layers) if is_llama else model
     return Speaker(model, bind(model_without_bias), tokenizer, seed, length)
 
 
-def talkative(**options: Any) -> Any:
+def talkative() -> Any:
     """Return a model that ends a turn after some fifteen tokens."""
-    model = tiny_llama(**options)
+    model = tiny_llama(num_layers=1)
     bias = torch.zeros(model.config.vocab_size)
     bias[256] = 2.9
     model.lm_head.bias = torch.nn.Parameter(bias)

@@ -74,11 +74,7 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a call alone": (
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
-        '<assistant>sum!{"of": [1, 2]}</>',
-    ),
-    "fields that a table fills up": (
-        {"messages": [{**SAID[0], "tool_calls": None, "name": None}, {**SAID[1], "tool_calls": None}]},
-        HI,
+        CALLED.removesuffix("<tool>3</>"),
     ),
     "calls of sharegpt, and tools": (
         {

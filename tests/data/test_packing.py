@@ -18,7 +18,7 @@ from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from secateur.data.blocks import Blocks, LearningText
+from secateur.data.blocks import Blocks
 from secateur.data.pool import CHARACTERS_PER_TOKEN, MOST_REPEATS, Amounts, Split, TextPool, _pieces, _Texts, _Tokens
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration, Domain
@@ -246,14 +246,15 @@ def put(path: Path, num_lines: int = 4000, size: int = 24) -> Domain:
     return Domain(files=(str(path),))
 
 
-def build(num_tokens: int, seed: int = 0, **domains: Domain) -> LearningText:
-    calibration = Calibration(domains=domains, sequence_length=LENGTH)
-    return learning_text(calibration, num_tokens, TOKENIZER, seed)
-
-
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
     return put(tmp_path_factory.mktemp("text") / "a.jsonl")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> list[Domain]:
+    place = tmp_path_factory.mktemp("several")
+    return [put(place / f"{number}.jsonl") for number in range(4)]
 
 
 @settings(max_examples=25)
@@ -261,24 +262,15 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
     shares=st.lists(st.sampled_from([0.01, 0.3, 1.0, 7.0]), min_size=1, max_size=4),
     num_tokens=st.integers(1, 120).map(lambda blocks: LENGTH * blocks + 3),
 )
-def test_blocks_follow_the_shares(tmp_path_factory: Any, shares: list[float], num_tokens: int) -> None:
-    place = tmp_path_factory.mktemp("text")
-    domains = {
-        f"d{number}": put(place / f"{number}.jsonl").model_copy(update={"share": share})
-        for number, share in enumerate(shares)
-    }
-    found = build(num_tokens, **domains)
+def test_blocks_follow_the_shares(several: list[Domain], shares: list[float], num_tokens: int) -> None:
+    domains = {f"d{number}": several[number].model_copy(update={"share": share}) for number, share in enumerate(shares)}
+    found = learning_text(Calibration(domains=domains, sequence_length=LENGTH), num_tokens, TOKENIZER)
     assert found.sequence_length == LENGTH
     for (name, asked), blocks in zip(domains.items(), found.domains, strict=True):
         share = asked.share / sum(shares)
         own = max(1, round(share * num_tokens / LENGTH))
         assert (blocks.name, blocks.share) == (name, pytest.approx(share))
-        assert len(blocks.calibration) == own
-        assert len(blocks.held_out) == math.ceil(own / 9)
-
-
-def rows(blocks: torch.Tensor) -> list[str]:
-    return [TOKENIZER.decode(ids_T) for ids_T in blocks]
+        assert (len(blocks.calibration), len(blocks.held_out)) == (own, math.ceil(own / 9))
 
 
 def test_what_judges_comes_before_all_and_gives_way_in_short_texts(domain: Domain) -> None:
