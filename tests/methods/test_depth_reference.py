@@ -14,6 +14,7 @@ from secateur.methods import depth
 from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers
 from secateur.model.bind import bind
 from secateur.stream.walk import Batch, make_batches
+from tests.methods.test_repair import observed
 
 # Domains of unequal size: a fold and a divergence are sums over tokens, not means over domains.
 TEXT = {"a": tiny_ids(batch=24, length=20, seed=1), "b": tiny_ids(batch=6, length=20, seed=2) % 20}
@@ -25,20 +26,10 @@ def batches_of(text: dict[str, torch.Tensor], held_out: dict[str, torch.Tensor])
     return [b for ids, flag in parts for name, each in ids.items() for b in make_batches(name, each, held_out=flag)]
 
 
-@torch.no_grad()
 def seen_by(model, ids_BT: torch.Tensor, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """The FFN reader's inputs in the layer before `layer`, and what `layer` adds to the hidden state."""
-    inputs, streams = [], []
-    reader = model.model.layers[layer - 1].mlp.down_proj
-    handle = reader.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0].flatten(0, 1)))
-    hook = model.model.layers[layer].register_forward_hook(
-        lambda _, arguments, output: streams.extend((arguments[0], output))
-    )
-    model(ids_BT, use_cache=False)
-    handle.remove()
-    hook.remove()
-    before, after = (each.flatten(0, 1).double() for each in streams)
-    return inputs[0].double().numpy(), (after - before).numpy()
+    (inputs_TF, before_TD), (_, after_TD) = (observed(model, ids_BT, index) for index in (layer - 1, layer))
+    return inputs_TF, after_TD - before_TD
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Experts against the reference: who goes, step by step, the refit of those that stay, channels inside them."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,24 +23,11 @@ from secateur.methods.experts import (
 from secateur.methods.select import Task
 from secateur.model.bind import bind
 from secateur.model.group import cut
-from secateur.stream.walk import Batch, Walk, make_batches
+from secateur.stream.walk import Walk
 from tests.families import tiny_family
-from tests.models import tiny_ids
+from tests.methods.test_repair import HELD_OUT, SHARES, TEXT, batches_of
 
-SHARES = {"a": 0.7, "b": 0.3}
-TEXT = {"a": tiny_ids(batch=12, length=20, seed=1), "b": tiny_ids(batch=6, length=20, seed=2) % 30}
-HELD_OUT = {"a": tiny_ids(batch=2, length=20, seed=3), "b": tiny_ids(batch=2, length=20, seed=4) % 30}
 CHANNELS = 112
-
-
-def batches_of(text: dict[str, torch.Tensor]) -> list[Batch]:
-    """Each domain's text in batches of 60 tokens, its held-out text behind it."""
-    return [
-        batch
-        for name in SHARES
-        for held_out, ids in ((False, text[name]), (True, HELD_OUT[name]))
-        for batch in make_batches(name, ids, held_out=held_out, batch_tokens=60)
-    ]
 
 
 def method(**changes) -> Method:
@@ -58,20 +46,16 @@ class Layer:
         self.mlp = model.model.layers[index].mlp
         self.hidden, self.call, self.given, self.behind = {}, {}, {}, {}
         for name, ids in text.items():
-            inputs, outputs, behind = [], [], []
-            hooks = (
-                self.mlp.experts.register_forward_hook(
-                    lambda _, arguments, output, i=inputs, o=outputs: (i.append(arguments), o.append(output), None)[2]
-                ),
-                model.model.layers[index].register_forward_hook(lambda _, __, output, b=behind: b.append(output)),
-            )
-            with torch.no_grad():
+            seen: list[Any] = []
+            with (
+                self.mlp.experts.register_forward_hook(lambda _, *call, seen=seen: seen.extend(call)),
+                model.model.layers[index].register_forward_hook(lambda _, __, output, seen=seen: seen.append(output)),
+                torch.no_grad(),
+            ):
                 model(ids, use_cache=False)
-            for hook in hooks:
-                hook.remove()
-            ((hidden_TD, chosen_Tk, weights_Tk),) = inputs
+            (hidden_TD, chosen_Tk, weights_Tk), given_TD, behind_BTD = seen
             self.hidden[name], self.call[name] = hidden_TD, (chosen_Tk.numpy(), numbers(weights_Tk))
-            self.given[name], self.behind[name] = numbers(outputs[0]), numbers(behind[0].flatten(0, 1))
+            self.given[name], self.behind[name] = numbers(given_TD), numbers(behind_BTD.flatten(0, 1))
 
     @torch.no_grad()
     def inputs_of(self, name: str, expert: int) -> np.ndarray:

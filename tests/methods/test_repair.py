@@ -17,7 +17,7 @@ from secateur.model.bind import bind
 from secateur.model.group import cut
 from secateur.pruning.group_step import prune_channels
 from secateur.stream.statistics import GroupStatistics, Statistics, domain_weight
-from secateur.stream.walk import Walk, make_batches
+from secateur.stream.walk import Batch, Walk, make_batches
 
 # Sums of float32 products: a few hundred times 2^-24, over the root of the smallest damping (1e-4) in the fit's norm.
 FIT, ERROR = 1e-3, 1e-4
@@ -259,28 +259,32 @@ def test_a_silent_layer_stays_silent(score: str, compensate: str) -> None:
     assert torch.equal(mlp.down_proj.bias, bias_H)
 
 
-def numbers_of(seen: list[torch.Tensor]) -> np.ndarray:
-    return torch.cat([each.flatten(0, 1) for each in seen]).double().numpy()
-
-
 @torch.no_grad()
 def observed(model, ids_BT: torch.Tensor, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """The FFN reader's inputs and the layer's output, by the model's own forward."""
-    inputs, outputs = [], []
-    module = model.model.layers[layer]
-    hooks = (
-        module.mlp.down_proj.register_forward_hook(lambda _, arguments, __: inputs.append(arguments[0])),
-        module.register_forward_hook(lambda _, __, output: outputs.append(output)),
-    )
-    model(ids_BT, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return numbers_of(inputs), numbers_of(outputs)
+    found, module = [], model.model.layers[layer]
+    with (
+        module.mlp.down_proj.register_forward_hook(lambda _, arguments, __: found.append(arguments[0])),
+        module.register_forward_hook(lambda _, __, output: found.append(output)),
+    ):
+        model(ids_BT, use_cache=False)
+    inputs_TF, outputs_TD = (each.flatten(0, 1).double().numpy() for each in found)
+    return inputs_TF, outputs_TD
 
 
 SHARES = {"a": 0.7, "b": 0.3}
 TEXT = {"a": tiny_ids(batch=12, length=20, seed=1), "b": tiny_ids(batch=6, length=20, seed=2) % 30}
 HELD_OUT = {"a": tiny_ids(batch=2, length=20, seed=3), "b": tiny_ids(batch=2, length=20, seed=4) % 30}
+
+
+def batches_of(text: dict[str, torch.Tensor]) -> list[Batch]:
+    """Each domain's text in batches of 60 tokens, its held-out text behind it."""
+    return [
+        batch
+        for name in SHARES
+        for held_out, ids in ((False, text[name]), (True, HELD_OUT[name]))
+        for batch in make_batches(name, ids, held_out=held_out, batch_tokens=60)
+    ]
 
 
 @pytest.mark.parametrize("compensate", ["least_squares", "none"])
@@ -292,12 +296,7 @@ def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensat
     first, group = arch.select(("ffn",))
     cut(model.model.layers[0], first, torch.arange(0, 112, 2))
     before = copy.deepcopy(model)
-    batches = [
-        batch
-        for name in SHARES
-        for held_out, ids in ((False, TEXT[name]), (True, HELD_OUT[name]))
-        for batch in make_batches(name, ids, held_out=held_out, batch_tokens=60)
-    ]
+    batches = batches_of(TEXT)
     mix = 0.5 if compensate == "least_squares" else 0.0
     walk, of_dense = (Walk(each, arch, batches) for each in (model, dense))
     walk.dense_BTD = of_dense.hidden_BTD if mix else []
