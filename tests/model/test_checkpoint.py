@@ -116,10 +116,22 @@ def test_no_such_model_names_the_nearest(directory):
         open_checkpoint(directory.parent / "model-d")
 
 
-@pytest.mark.parametrize("reference", ["smolm2-135m", "SmolLM2-135M", "no/such/folder/smollm2-135"])
-def test_the_name_of_an_installed_model_may_be_meant(reference):
-    with pytest.raises(CheckpointError, match=r"no such directory.*; did you mean smollm2-135m\?"):
+@pytest.mark.parametrize(
+    ("reference", "meant"),
+    [
+        ("smolm2-135m", r"; did you mean smollm2-135m\?$"),
+        ("SmolLM2-135M", r"; did you mean smollm2-135m\?$"),
+        ("no/such/folder/smollm2-135", r"; did you mean smollm2-135m\?$"),
+        ("nothing-like-it", ""),
+        ("/nowhere/at/all", ""),
+        ("missing.gguf", ""),
+        ("bad id/x", ""),
+    ],
+)
+def test_the_name_of_an_installed_model_may_be_meant(reference, meant):
+    with pytest.raises(CheckpointError, match=f"model {reference}: no such directory or .gguf file.*{meant}") as found:
         open_checkpoint(reference)
+    assert ("did you mean" in str(found.value)) == bool(meant)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +153,6 @@ def test_weights_that_change_while_they_are_read(change, directory):
     change(stored.file)
     with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read again \(.*\); is something writing"):
         read_tensor(stored)
-
-
-@pytest.mark.parametrize("reference", ["nothing-like-it", "/nowhere/at/all", "missing.gguf", "bad id/x"])
-def test_no_such_model(reference):
-    with pytest.raises(CheckpointError, match=f"model {reference}: no such directory or .gguf file") as found:
-        open_checkpoint(reference)
-    assert "did you mean" not in str(found.value)
 
 
 def test_a_file_that_is_no_gguf(directory):

@@ -142,14 +142,10 @@ def fresh(saved, warm: WarmProcesses, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
-def test_plain_transformers_with_trust_gives_the_model_in_memory(name, saved, fresh):
+def test_plain_transformers_gives_the_model_in_memory_with_trust_and_stops_without(name, saved, fresh):
     model, directory = saved[name]
     assert len(list(directory.glob("model-*.safetensors"))) > 1
     assert torch.equal(torch.tensor(fresh(name, True)), logits(model))
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
-def test_plain_transformers_without_trust_stops(name, fresh):
     assert "is a per-layer attribute and may vary across layers" in fresh(name, False)
 
 
