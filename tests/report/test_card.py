@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from test_shown import BARE, RECOVERY
 
-from secateur.facts import Loss, Size, TrainingRecord, Verdict
+from secateur.facts import Loss
 from secateur.report.card import model_card
 from secateur.report.page import Table, code, escaped, markdown
-from secateur.report.records import CalibrationFacts, RecoveryRecord, Summary
+from secateur.report.records import RecoveryRecord, Summary
 from secateur.report.rows import recovery_card
 
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -40,14 +41,11 @@ HOSTILE = [
 
 
 def summary(model: str, domain: str, note: str, command: str) -> Summary:
+    counts = {key: {domain: 640} for key in ("num_tokens", "num_held_out_tokens", "num_judged_tokens")}
+    facts = dataclasses.replace(BARE.calibration, held_out_overlap={domain: 0.5}, **counts)
     loss = {domain: Loss(3.0, 0.1, 100)}
-    facts = CalibrationFacts("0" * 64, 32, {domain: 640}, {domain: 64}, {domain: 0.5}, {domain: 64}, "", {})
-    size = Size(100, 400)
-    return Summary(
-        *(model, "llama", command, 0.2, 0.2, size, size, (3, 3)),
-        *({"ffn": (112, 64, 72)}, facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0),
-        *("AutoModelForCausalLM", (note,), {"torch": "2"}, "cpu", None, None, None, None, None, None, (), {}),
-    )
+    changes = {"dense_losses": loss, "pruned_losses": loss, "warnings": (note,), "calibration": facts}
+    return dataclasses.replace(BARE, model=model, command=command, **changes)
 
 
 def test_the_three_domains_that_lost_most_are_named():
@@ -61,12 +59,12 @@ def test_the_three_domains_that_lost_most_are_named():
 
 
 def recovery(name: str) -> RecoveryRecord:
-    verdicts = {name: Verdict(0.5, 0.1, 3.0, 0.9, 100, 0.4)}
-    training = TrainingRecord(100, 1.0, verdicts, held=True)
-    figures = {"seed": 0, "content_hash": "0", "sequence_length": 32, "num_held_out_tokens": 64, "seconds": {}}
-    figures |= {"peak_bytes": 1, "reload_max_abs_difference": 0.0, "versions": {}}
-    parts = {"dense": verdicts, "before": verdicts, "training": training, "notes": (name,), "judged": {}}
-    return RecoveryRecord(name, name, f"secateur recover {name}", {}, {}, **figures, **parts)
+    verdicts = {name: RECOVERY.dense["prose"]}
+    training = dataclasses.replace(RECOVERY.training, after=verdicts)
+    changes = {"dense": verdicts, "before": verdicts, "training": training, "notes": (name,), "judged": {}}
+    return dataclasses.replace(
+        RECOVERY, pruned=name, teacher=name, command=f"secateur recover {name}", content_hash="0", **changes
+    )
 
 
 def tokens(text: str) -> list[Token]:

@@ -9,50 +9,24 @@ import pytest
 from rich.console import Console
 from shown import assert_shown
 
+from secateur import facts
 from secateur.evaluation.study import Comparison, FoundCell, Study, comparison_table, save_comparison
-from secateur.facts import (
-    Ancestor,
-    AnswerPair,
-    Costs,
-    Judgement,
-    Loss,
-    OwnAnswers,
-    Size,
-    TrainingRecord,
-    Verdict,
-    Workload,
-)
 from secateur.recipe import Recipe
 from secateur.report import records, rows
 from secateur.report.card import model_card, recovered_card
 from secateur.report.page import Page, Table
-from secateur.report.records import (
-    BenchResult,
-    Change,
-    Differences,
-    Evaluation,
-    Measured,
-    ModelFigures,
-    PolishRecord,
-    Quality,
-    RecoveryRecord,
-    Speed,
-    SpeedUp,
-    Spread,
-    TaskResults,
-    TaskScore,
-)
+from secateur.report.records import Change, ModelFigures, SpeedUp, Spread, TaskResults, TaskScore
 from secateur.report.report import report_page
 from secateur.report.size_curve import measurement_page, measurement_table
 
 VERSIONS = {"secateur": "1.2", "torch": "2.9+cpu", "transformers": "5.1"}
 
 
-def verdicts(kl: float, nats: float) -> dict[str, Verdict]:
+def verdicts(kl: float, nats: float) -> dict[str, facts.Verdict]:
     """Two domains, the second a little worse and of one document."""
     return {
-        "prose": Verdict(kl, 0.02, nats, 0.875, 4000, kl + 0.1),
-        "code": Verdict(kl + 0.2, None, nats + 1, 0.5, 1000, kl),
+        "prose": facts.Verdict(kl, 0.02, nats, 0.875, 4000, kl + 0.1),
+        "code": facts.Verdict(kl + 0.2, None, nats + 1, 0.5, 1000, kl),
     }
 
 
@@ -71,10 +45,10 @@ FACTS = records.CalibrationFacts(
     judged_hash="0" * 64,
     allotted={},
 )
-BEFORE = {"prose": Loss.of([30.0, 60.0], [10, 20]), "code": Loss.of([20.0, 24.0], [10, 10])}
-AFTER = {"prose": Loss.of([33.0, 69.0], [10, 20]), "code": Loss.of([21.0, 22.0], [10, 10])}
-OTHER = Loss.of([90.0, 120.0, 100.0], [30, 40, 30]), Loss.of([105.0, 160.0, 125.0], [30, 40, 30])
-ANSWERS = OwnAnswers(
+BEFORE = {"prose": facts.Loss.of([30.0, 60.0], [10, 20]), "code": facts.Loss.of([20.0, 24.0], [10, 10])}
+AFTER = {"prose": facts.Loss.of([33.0, 69.0], [10, 20]), "code": facts.Loss.of([21.0, 22.0], [10, 10])}
+OTHER = facts.Loss.of([90.0, 120.0, 100.0], [30, 40, 30]), facts.Loss.of([105.0, 160.0, 125.0], [30, 40, 30])
+ANSWERS = facts.OwnAnswers(
     num_prompts=48,
     num_tokens=3000,
     dense_nats=0.75,
@@ -83,7 +57,7 @@ ANSWERS = OwnAnswers(
     same_first=0.812,
     ended=(0.9, 0.85),
     repeated=(0.02, 0.055),
-    shown=(AnswerPair("Why is the sky blue?", "Because of\nscattering.", "Because because."),),
+    shown=(facts.AnswerPair("Why is the sky blue?", "Because of\nscattering.", "Because because."),),
 )
 FULL = records.Summary(
     model="small-model",
@@ -91,8 +65,8 @@ FULL = records.Summary(
     command="secateur prune small-model out --remove 0.2",
     remove_asked=0.2,
     remove_reached=0.1973,
-    dense_size=Size(134_500_000, 269_000_000),
-    pruned_size=Size(107_963_000, 215_926_000),
+    dense_size=facts.Size(134_500_000, 269_000_000),
+    pruned_size=facts.Size(107_963_000, 215_926_000),
     num_layers=(30, 28),
     widths={"ffn": (1536, 1024, 1280), "kv_heads": (3, 2, 2)},
     calibration=FACTS,
@@ -107,12 +81,12 @@ FULL = records.Summary(
     versions=VERSIONS,
     device="cpu",
     device_peak_bytes=None,
-    polish=PolishRecord(
+    polish=records.PolishRecord(
         settings={},
         num_held_out_tokens=2048,
         dense=verdicts(0.0, 2.0),
         before=verdicts(0.4, 2.5),
-        training=TrainingRecord(50_000, 30.0, verdicts(0.1, 2.25), held=True),
+        training=facts.TrainingRecord(50_000, 30.0, verdicts(0.1, 2.25), held=True),
     ),
     other_text=OTHER,
     own_answers=ANSWERS,
@@ -127,8 +101,10 @@ FULL = records.Summary(
     like=None,
     foretold={},
     lineage=(
-        Ancestor("first/model", "f" * 64, 200_000_000, hub_id="first/model", license="mit", languages=("en",)),
-        Ancestor("small-model", "abcdef0123456789" * 4, 134_500_000, license="apache-2.0", languages=("en", "fr")),
+        facts.Ancestor("first/model", "f" * 64, 200_000_000, hub_id="first/model", license="mit", languages=("en",)),
+        facts.Ancestor(
+            "small-model", "abcdef0123456789" * 4, 134_500_000, license="apache-2.0", languages=("en", "fr")
+        ),
     ),
 )
 BARE = dataclasses.replace(
@@ -151,12 +127,14 @@ BARE = dataclasses.replace(
 # Trained without a gain, refused once, of one ancestor; no domain lost, one is a single document; no answers.
 IDLE = dataclasses.replace(
     FULL,
-    dense_losses={"prose": AFTER["prose"], "code": Loss.of([21.0], [10])},
-    pruned_losses={"prose": BEFORE["prose"], "code": Loss.of([20.0], [10])},
+    dense_losses={"prose": AFTER["prose"], "code": facts.Loss.of([21.0], [10])},
+    pruned_losses={"prose": BEFORE["prose"], "code": facts.Loss.of([20.0], [10])},
     guard_refusals=1,
     own_answers=None,
     vocabulary=dataclasses.replace(FULL.vocabulary, nats={}, foretold=None, scripts={"latin": (900, 900)}),
-    polish=dataclasses.replace(FULL.polish, training=TrainingRecord(50_000, 30.0, verdicts(0.5, 2.75), held=False)),
+    polish=dataclasses.replace(
+        FULL.polish, training=facts.TrainingRecord(50_000, 30.0, verdicts(0.5, 2.75), held=False)
+    ),
     lineage=FULL.lineage[1:],
 )
 
@@ -166,15 +144,15 @@ def spread(middle: float, part: float) -> Spread:
 
 
 def figures(name: str, scale: float) -> ModelFigures:
-    speed = Speed(spread(1234.5 * scale, 0.1), spread(12.34 * scale, 0.1))
-    costs = Costs(2.5e8 / scale, 3.21e9 / scale, 11_520)
-    return ModelFigures(name, "bfloat16", Size(int(1e8 / scale), int(2e8 / scale)), costs, speed)
+    speed = records.Speed(spread(1234.5 * scale, 0.1), spread(12.34 * scale, 0.1))
+    costs = facts.Costs(2.5e8 / scale, 3.21e9 / scale, 11_520)
+    return ModelFigures(name, "bfloat16", facts.Size(int(1e8 / scale), int(2e8 / scale)), costs, speed)
 
 
-BENCH = BenchResult(
+BENCH = records.BenchResult(
     device="cpu",
     num_threads=2,
-    workload=Workload(batch=1, prompt_tokens=256, new_tokens=32, repeats=5),
+    workload=facts.Workload(batch=1, prompt_tokens=256, new_tokens=32, repeats=5),
     models={"dense": figures("small-model", 1.0), "pruned": figures("small-model-pruned", 1.25)},
     speed_ups={
         "prefill": SpeedUp(Spread(1.2, 1.1, 1.3), 1.25, (1234.5, 1543.125)),
@@ -189,21 +167,21 @@ BENCH_ALONE = dataclasses.replace(
 BENCH_GPU = dataclasses.replace(BENCH, device="cuda")
 
 
-def measured(losses: dict[str, Loss], other: Loss, accuracy: float) -> Measured:
+def measured(losses: dict[str, facts.Loss], other: facts.Loss, accuracy: float) -> records.Measured:
     scores = {"acc,none": accuracy, "acc_stderr,none": 0.05, "f1,strict": 0.3, "f1_stderr,strict": "N/A"}
     tasks = TaskResults({"copa": {"alias": "copa", **scores}}, {"copa": "a file"}, "0.4.9")
-    qualities = {name: Quality.on(4 * loss.num_tokens, loss) for name, loss in losses.items()}
-    return Measured(qualities, Quality.on(400, other), tasks)
+    qualities = {name: records.Quality.on(4 * loss.num_tokens, loss) for name, loss in losses.items()}
+    return records.Measured(qualities, records.Quality.on(400, other), tasks)
 
 
-EVALUATION = Evaluation(
+EVALUATION = records.Evaluation(
     model="out",
     against="small-model",
     notes=("the text of code is short.",),
     dense=measured(BEFORE, OTHER[0], 0.75),
     pruned=measured(AFTER, OTHER[1], 0.5),
     kl=verdicts(0.3, 2.5),
-    differences=Differences(
+    differences=records.Differences(
         domains={"prose": Change(0.4, 0.05), "code": Change(-0.05, None)},
         other_text=Change(0.8, 0.1),
         tasks={"copa": {"acc,none": TaskScore(-0.25, 0.06), "f1,strict": TaskScore(0.0, None)}},
@@ -221,7 +199,7 @@ EVALUATION_ALONE = dataclasses.replace(
     own_answers=None,
     pruned=dataclasses.replace(EVALUATION.pruned, tasks=TaskResults({"copa": {"acc,none": 0.5}}, {}, "0.4.9")),
 )
-RECOVERY = RecoveryRecord(
+RECOVERY = records.RecoveryRecord(
     pruned="out",
     teacher="small-model",
     command="secateur recover out better",
@@ -233,16 +211,16 @@ RECOVERY = RecoveryRecord(
     num_held_out_tokens=2048,
     dense=verdicts(0.0, 2.0),
     before=verdicts(0.4, 2.5),
-    training=TrainingRecord(100_000, 40.0, verdicts(0.2, 2.25), held=True),
+    training=facts.TrainingRecord(100_000, 40.0, verdicts(0.2, 2.25), held=True),
     seconds={"train": 40.0},
     peak_bytes=2_000_000_000,
     reload_max_abs_difference=0.5,
     notes=("the text was read twice.",),
     versions=VERSIONS,
     judged={
-        "dense": Judgement(BEFORE, OTHER[0]),
-        "pruned": Judgement(AFTER, OTHER[1], ANSWERS),
-        "recovered": Judgement(BEFORE, OTHER[0], dataclasses.replace(ANSWERS, nats=0.85)),
+        "dense": facts.Judgement(BEFORE, OTHER[0]),
+        "pruned": facts.Judgement(AFTER, OTHER[1], ANSWERS),
+        "recovered": facts.Judgement(BEFORE, OTHER[0], dataclasses.replace(ANSWERS, nats=0.85)),
     },
 )
 UNDONE = dataclasses.replace(
@@ -250,7 +228,7 @@ UNDONE = dataclasses.replace(
     command="",
     judged={},
     notes=(),
-    training=TrainingRecord(100_000, 0.0, verdicts(0.2, 2.25), held=False),
+    training=facts.TrainingRecord(100_000, 0.0, verdicts(0.2, 2.25), held=False),
 )
 FFN = records.GroupFacts("ffn", "channel", 30, 1536, 1024, 1728, 26_500_000)
 HEADS = records.GroupFacts("kv_heads", "head", 30, 3, 3, 294_912, 9_000_000)
@@ -258,7 +236,7 @@ INSPECTION = records.Inspection(
     model="small-model",
     family="llama",
     dtype="bfloat16",
-    size=Size(134_500_000, 269_000_000),
+    size=facts.Size(134_500_000, 269_000_000),
     num_layers=(30, 28),
     groups=(FFN,),
     remove_asked=0.2,
@@ -302,7 +280,7 @@ def cost(removed: float, *lost: float) -> records.SizeCost:
 MEASUREMENT = records.Measurement(
     model="small-model",
     command="secateur measure small-model sizes",
-    dense_size=Size(134_500_000, 269_000_000),
+    dense_size=facts.Size(134_500_000, 269_000_000),
     calibration=FACTS,
     probes=(cost(0.1, 0.04, 0.06, 0.05, 0.07), cost(0.2, 0.2, 0.3, 0.25, 0.35), cost(0.4, 1.2, 1.5, 1.4, 1.6)),
     sizes=(
@@ -324,7 +302,7 @@ MEASUREMENT = records.Measurement(
 
 def cell(method: str, ratio: float, seed: int, scale: float) -> FoundCell:
     losses = {
-        name: Loss(
+        name: facts.Loss(
             scale * loss.nats_per_token,
             None,
             loss.num_tokens,
@@ -345,7 +323,7 @@ def cell(method: str, ratio: float, seed: int, scale: float) -> FoundCell:
             "piqa": {"acc_norm,none": 0.5 / scale, "acc_norm_stderr,none": 0.03},
         },
         num_tokens={"prose": 640, "code": 1280},
-        others={"poems": Loss(4 * scale, None, 1)},
+        others={"poems": facts.Loss(4 * scale, None, 1)},
     )
 
 
@@ -426,19 +404,9 @@ TEXTS: dict[str, Callable[[Path], str]] = {
     "card-recovered": lambda _: recovered_card(model_card(BARE), RECOVERY),
     "card-undone": lambda _: recovered_card(None, UNDONE),
     "page": lambda _: plain(report_page(FILES)),
-    "page-bare": lambda _: plain(
-        report_page(
-            dataclasses.replace(
-                FILES, summary=BARE, removed_layers=(), steps=(), evaluation=None, bench=None, recovery=None
-            )
-        )
-    ),
+    "page-bare": lambda _: plain(report_page(records.ResultFiles(BARE, (), (), FILES.recipe, None, None, None))),
     "page-idle": lambda _: plain(
-        report_page(
-            dataclasses.replace(
-                FILES, summary=IDLE, removed_layers=(), evaluation=EVALUATION_ALONE, bench=BENCH_ALONE, recovery=UNDONE
-            )
-        )
+        report_page(records.ResultFiles(IDLE, (), FILES.steps, FILES.recipe, EVALUATION_ALONE, BENCH_ALONE, UNDONE))
     ),
     "inspection": lambda _: in_terminal(rows.inspection_table(INSPECTION)),
     "inspection-bare": lambda _: in_terminal(rows.inspection_table(INSPECTION_BARE)),
