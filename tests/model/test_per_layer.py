@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import logits_of as logits
 from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -87,11 +88,6 @@ def save(model: PreTrainedModel, directory: Path, max_shard_size: str = "60KB") 
     directory.mkdir()
     save_checkpoint(model, tiny_tokenizer(), directory, max_shard_size=max_shard_size, carry_from=None)
     return directory
-
-
-@torch.inference_mode()
-def logits(model: Any) -> torch.Tensor:
-    return model(tiny_ids(), use_cache=False).logits
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:

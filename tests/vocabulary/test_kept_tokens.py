@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from models import tiny_gemma3, tiny_llama, tiny_qwen2
+from models import logits_of, tiny_gemma3, tiny_llama, tiny_qwen2
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig
 
@@ -33,11 +33,6 @@ def kept_of(model: nn.Module, seed: int = 0) -> KeptTokens:
     return KeptTokens(tuple(sorted({*drawn.nonzero().flatten().tolist(), *named})), NUM_ROWS)
 
 
-def logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids_BT, use_cache=False).logits
-
-
 @pytest.mark.parametrize("name", [row(name) for name in FAMILIES])
 def test_logits_are_the_dense_ones_of_the_kept_tokens(name):
     text = FAMILIES[name][1].get("text_config")
@@ -45,11 +40,11 @@ def test_logits_are_the_dense_ones_of_the_kept_tokens(name):
     model = tiny_family(name, **(sizes if text is None else {"text_config": SIZES | text | sizes}))
     kept = kept_of(model)
     new_BT = torch.randint(len(kept.dense_ids), (2, 12), generator=torch.Generator().manual_seed(1))
-    dense_BTV = logits(model, torch.tensor(kept.dense_ids)[new_BT])[..., list(kept.dense_ids)]
+    dense_BTV = logits_of(model, torch.tensor(kept.dense_ids)[new_BT])[..., list(kept.dense_ids)]
     cut = copy.deepcopy(model)
     keep_tokens(cut, kept)
     # Hidden states are the same bits; a product with fewer rows may add up its 48 terms in another order.
-    torch.testing.assert_close(logits(cut, new_BT), dense_BTV, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits_of(cut, new_BT), dense_BTV, rtol=1e-6, atol=1e-6)
     assert cut.config.get_text_config().vocab_size == len(kept.dense_ids)
     assert cut.get_input_embeddings().num_embeddings == len(kept.dense_ids)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -208,18 +208,6 @@ def test_stock_loading_gives_the_same_tokenizer(kind, tmp_path):
     assert {index: str(token) for index, token in loaded.added_tokens_decoder.items()} == added
 
 
-@pytest.mark.parametrize("kind", [*BPE, *UNIGRAM])
-def test_a_kept_token_comes_out_of_its_own_text(kind):
-    tokenizer, vocabulary = made(kind)
-    kept = some_kept(vocabulary, 4)
-    old, new = tokenizer.backend_tokenizer.model, trimmed_tokenizer(tokenizer, kept).backend_tokenizer.model
-    names = {index: text for text, index in tokenizer.get_vocab().items() if index not in vocabulary.fixed}
-    alone = [index for index in names if [token.id for token in old.tokenize(names[index])] == [index]]
-    assert len(alone) > 0.9 * len(names)
-    for index in set(alone) & set(kept.dense_ids):
-        assert [token.id for token in new.tokenize(names[index])] == [kept.new_ids[index]]
-
-
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
 def test_parts_suffice(kind):
     tokenizer, vocabulary = made(kind)
