@@ -7,7 +7,7 @@ so that results are equal to the bit.
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "flap": {"score": "flap", "compensate": "none", "evaluate": False},
     "on disk": {"memory_budget": "0.1MB", "evaluate": False},
+    "tokens": {"remove": 0.3, "vocabulary": "auto"},
 }
 # What is run with all of the model on the device, too.
-WHOLE = "layers, then curves in rounds"
+WHOLE = ("layers, then curves in rounds", "tokens")
 
 
 @pytest.fixture(autouse=True)
@@ -61,22 +62,21 @@ def _same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of few channels: each operation of the device costs, whatever its size."""
-    return saved(tmp_path_factory.mktemp("llama"), tiny_llama(intermediate_size=48))
+    """A model of few channels, each operation of the device costs, whatever its size; some of its tokens can go."""
+    tokenizer, _ = made("byte-level")
+    sizes = {"intermediate_size": 48, "vocab_size": len(tokenizer) + NUM_PADDING}
+    return saved(tmp_path_factory.mktemp("llama"), tiny_llama(tied=True, **sizes), tokenizer)
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> Callable[[Path, dict[str, Any]], secateur.Result]:
-    """Prune on the CPU, once for each model and recipe."""
-    made = dict[str, secateur.Result]()
+def on_cpu(llama: Path) -> Callable[[dict[str, Any]], secateur.Result]:
+    """Prune on the CPU, once for each recipe."""
 
-    def prune(model: Path, asked: dict[str, Any]) -> secateur.Result:
-        key = json.dumps([str(model), asked])
-        if key not in made:
-            made[key] = secateur.prune(model, grouped({**asked, "device": "cpu"}))
-        return made[key]
+    @cache
+    def pruned(asked: str) -> secateur.Result:
+        return secateur.prune(llama, grouped({**json.loads(asked), "device": "cpu"}))
 
-    return prune
+    return lambda asked: pruned(json.dumps(asked))
 
 
 def by_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,52 +86,30 @@ def by_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "memory_for", lambda *facts: apart(planned(*facts)))
 
 
-def assert_same(found: secateur.Result, expected: secateur.Result) -> None:
-    """Units and weights, bit by bit, and what they cost."""
-    assert found.keeps.keys() == expected.keeps.keys() and found.recipe.remove == expected.recipe.remove
-    assert all(torch.equal(found.keeps[key], keep) for key, keep in expected.keeps.items())
-    theirs = expected.model.state_dict()
-    for name, tensor in found.model.state_dict().items():
-        assert torch.equal(tensor, theirs[name]), name
-    assert found.summary.pruned_losses == expected.summary.pruned_losses
-    assert found.summary.dense_losses == expected.summary.dense_losses
-
-
-@pytest.mark.parametrize(("name", "by_layers"), [*((name, True) for name in RECIPES), (WHOLE, False)])
+@pytest.mark.parametrize(
+    ("name", "by_layers"), [*((name, True) for name in RECIPES), *((name, False) for name in WHOLE)]
+)
 def test_a_device_gives_what_the_cpu_gives(name, by_layers, llama, recipe, on_cpu, monkeypatch):
     asked = {**recipe, **RECIPES[name]}
-    expected = on_cpu(llama, {key: value for key, value in asked.items() if key != "memory_budget"})
+    expected = on_cpu({key: value for key, value in asked.items() if key != "memory_budget"})
     if by_layers:
         by_layers_alone(monkeypatch)
     found = secateur.prune(llama, grouped({**asked, "device": "pretend"}))
-    assert_same(found, expected)
+    assert found.keeps.keys() == expected.keeps.keys() and found.recipe.remove == expected.recipe.remove
+    assert all(torch.equal(found.keeps[key], keep) for key, keep in expected.keeps.items())
+    theirs = expected.model.state_dict()
+    for tensor_name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, theirs[tensor_name]), tensor_name
+    assert found.summary.pruned_losses == expected.summary.pruned_losses
+    assert found.summary.dense_losses == expected.summary.dense_losses
     assert found.summary.device == "pretend:0" and expected.summary.device == "cpu"
     assert any("one at a time" in note for note in found.summary.warnings) == by_layers
     assert {p.device.type for p in found.model.parameters()} == {"cpu"}
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model some of whose tokens can go."""
-    tokenizer, _ = made("byte-level")
-    sizes = {"intermediate_size": 48, "vocab_size": len(tokenizer) + NUM_PADDING}
-    return saved(tmp_path_factory.mktemp("words"), tiny_llama(tied=True, **sizes), tokenizer)
-
-
-@pytest.mark.parametrize("by_layers", [True, False])
-def test_tokens_go_on_a_device_as_on_the_cpu(by_layers, words, recipe, on_cpu, monkeypatch):
-    asked = {**recipe, "remove": 0.3, "vocabulary": "auto"}
-    expected = on_cpu(words, asked)
-    if by_layers:
-        by_layers_alone(monkeypatch)
-    found = secateur.prune(words, grouped({**asked, "device": "pretend"}))
-    assert isinstance(found.recipe.remove.vocabulary, int)
-    assert_same(found, expected)
-
-
 def test_a_device_without_float64_has_its_solves_done_on_the_cpu(llama, recipe, on_cpu, monkeypatch):
     asked = {**recipe, "groups": ["ffn", "kv_heads"], "evaluate": False}
-    expected = on_cpu(llama, asked)
+    expected = on_cpu(asked)
     monkeypatch.setattr(pretend_device, "LACKING", {torch.float64})
     found = secateur.prune(llama, grouped({**asked, "device": "pretend"}))
     assert float64_device(torch.device("pretend:0")) == torch.device("cpu")
@@ -142,41 +120,30 @@ def test_a_device_without_float64_has_its_solves_done_on_the_cpu(llama, recipe, 
         torch.testing.assert_close(tensor, theirs[tensor_name], rtol=0, atol=close)
 
 
-@pytest.fixture(scope="module")
-def low(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in bfloat16."""
-    return saved(tmp_path_factory.mktemp("low"), tiny_llama(intermediate_size=48).to(torch.bfloat16))
-
-
-def test_bfloat16_is_computed_in_float32_and_stored_as_it_was(low, recipe, tmp_path):
+def test_bfloat16_is_computed_in_float32_and_stored_as_it_was_also_if_interrupted(recipe, tmp_path):
+    low = saved(tmp_path / "low", tiny_llama(intermediate_size=48).to(torch.bfloat16))
     asked = {**recipe, "compute_dtype": "float32", "rounds": 2, "target_mix": 0.5}
-    result = secateur.prune(low, grouped(asked), out=tmp_path / "out")
+    result = secateur.prune(low, grouped(asked), out=tmp_path / "whole")
     assert any("computed in float32" in note for note in result.summary.warnings)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
     assert result.summary.dense_size.num_bytes == 2 * result.summary.dense_size.num_params
-    dense = load_file(low / "model.safetensors")
-    stored = load_file(tmp_path / "out" / "model.safetensors")
+    dense, stored = (load_file(tmp_path / name / "model.safetensors") for name in ("low", "whole"))
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     # What was not cut is what it was.
     for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"):
         assert torch.equal(stored[name], dense[name])
     assert all(torch.equal(tensor, stored[name]) for name, tensor in result.model.state_dict().items())
-    secateur.load(tmp_path / "out")
-    stays = secateur.prune(low, grouped({**recipe, "compute_dtype": "stored", "evaluate": False}))
-    assert not any("float32" in note for note in stays.summary.warnings)
+    secateur.load(tmp_path / "whole")
 
-
-def test_an_interrupted_run_in_float32_ends_with_the_same_bytes(low, recipe, tmp_path):
-    asked = {**recipe, "compute_dtype": "float32", "target_mix": 0.5, "evaluate": False}
-    secateur.prune(low, grouped(asked), out=tmp_path / "whole")
-    stop = killed_in("prune, round 1 of 1")
     with pytest.raises(Stopped):
-        secateur.prune(low, grouped(asked), out=tmp_path / "out", progress=stop)
+        secateur.prune(low, grouped(asked), out=tmp_path / "out", progress=killed_in("prune, round 2 of 2"))
+    stays = grouped({**asked, "compute_dtype": "stored"})
     with pytest.raises(CheckpointError, match="computes in float32 was True and is False"):
-        secateur.prune(low, grouped({**asked, "compute_dtype": "stored"}), out=tmp_path / "out")
+        secateur.prune(low, stays, out=tmp_path / "out")
     secateur.prune(low, grouped(asked), out=tmp_path / "out")
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not any("float32" in note for note in secateur.prune(low, stays).summary.warnings)
 
 
 def test_offloading_keeps_what_was_changed():

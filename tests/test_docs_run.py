@@ -61,6 +61,7 @@ INSTEAD = {
     "chat=~/sharegpt.json": "chat=sharegpt.json",
     "benchmarks/equal_bytes.yaml": "recipe.yaml",  # its text is beside the repository
     "tasks.yaml": "recipe.yaml",
+    "code": "code=notes",  # all of Python's library
     "0.4B": "170K",  # sizes of the tiny model
     "250MB": "360KB",
 }

@@ -28,19 +28,8 @@ PACKAGES = [
 GROUND = set(PACKAGES[-1].split())
 WITHOUT_RECIPE = {"model", "data", "vocabulary", "stream", "methods"}
 WITH_TRANSFORMERS = {"model", "vocabulary", "data", "formats", "evaluation", "recovery"}
-WITH_RANKS = {
-    "cli",
-    "api",
-    "recovery",
-    "evaluation",
-    "pruning",
-    "stream.statistics",
-    "stream.losses",
-    "stream.judge",
-    "store",
-    "result_directory",
-    "files",
-}
+WITH_RANKS = {"cli", "api", "recovery", "evaluation", "pruning", "store", "result_directory", "files"}
+WITH_RANKS |= {"stream.statistics", "stream.losses", "stream.judge"}
 # Plain numbers, which all rooms above may read; the rest of report makes pages of them.
 RECORDS = {"report.records"}
 ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "gguf", "pyarrow", "datasets", "llama_cpp", "vllm"}
@@ -48,15 +37,7 @@ ONLY_INSIDE_FUNCTIONS = {"lm_eval", "peft", "gguf", "pyarrow", "datasets", "llam
 MAX_TOKENS = 175_241
 MAX_MODULES, MAX_CHAIN, MAX_FAN_OUT = 105, 14, 15
 
-LAYOUT = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENCODING,
-    tokenize.ENDMARKER,
-}
+LAYOUT = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()}
 
 MODULES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
