@@ -50,7 +50,14 @@ def talkative() -> Any:
     return model
 
 
-def at_once(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+Steps = Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]
+
+
+def unheard(_: int) -> None:
+    """Hear of no progress."""
+
+
+def at_once(steps: Steps) -> list[dict[str, Tensor]]:
     return [compute() for _, compute in steps]
 
 
@@ -83,9 +90,7 @@ def test_every_token_follows_from_its_own_prompt_and_all_those_before(
     of = speaker(model)
     expected = [likeliest(model, prompt, 17) for prompt in prompts]
     ends = {tuple(ids[:size]): size for ids, size in zip(expected, lengths, strict=True)}
-    drawn = answers._continued(
-        of, prompts, ["a", "b", "c"], lambda ids: tuple(ids) in ends or len(ids) > 17, lambda _: None
-    )
+    drawn = answers._continued(of, prompts, [*"abc"], lambda ids: tuple(ids) in ends or len(ids) > 17, unheard)
     assert drawn == [ids[:size] for ids, size in zip(expected, lengths, strict=True)]
 
 
@@ -118,15 +123,18 @@ def test_the_first_token_has_the_models_distribution() -> None:
     with torch.no_grad():
         likely = (model(torch.tensor([prompt])).logits[0, -1, :257] / answers.TEMPERATURE).softmax(dim=-1)
     seeds = [str(number) for number in range(4000)]
-    drawn = answers._continued(speaker(model), [prompt] * 4000, seeds, lambda ids: True, lambda _: None)
+    drawn = answers._continued(speaker(model), [prompt] * 4000, seeds, lambda ids: True, unheard)
     shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=257) / 4000
     assert 0.5 * (shares - likely).abs().sum() < 0.12  # total variation; 257 equal shares of 4000 would be 0.3 away
     assert 0.5 * (shares - 1 / 257).abs().sum() > 0.2
 
 
 def test_an_answer_is_cut_at_half_of_a_block() -> None:
-    of, requests = speaker(tiny_llama(), seed="1"), [answers.Request("learning", number) for number in range(8)]
-    sizes_B2 = answers._batch(of, requests, {"learning": [[5, 6, 7]]}, "d", lambda _: None)["sizes"]
+    of, requests = (
+        speaker(tiny_llama(num_layers=1), seed="1"),
+        [answers.Request("learning", number) for number in range(8)],
+    )
+    sizes_B2 = answers._batch(of, requests, {"learning": [[5, 6, 7]]}, "d", unheard)["sizes"]
     assert (sizes_B2[:, 0] - sizes_B2[:, 1]).max() == LENGTH // 2
 
 
@@ -230,19 +238,16 @@ def test_a_model_without_finite_logits_is_refused() -> None:
 def test_steps_are_what_is_kept_and_read_back() -> None:
     of, kept, asked = speaker(talkative()), dict[str, dict[str, Tensor]](), list[str]()
 
-    def keeping(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+    def keeping(steps: Steps) -> list[dict[str, Tensor]]:
         asked.extend(name for name, _ in steps)
         for name, compute in steps:
             if name not in kept:
                 kept[name] = compute()
         return [kept[name] for name, _ in steps]
 
-    def refusing(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
-        return [kept[name] for name, _ in steps]
-
     first = Answers(of, {"own": ASKED}, keeping).blocks("own", {"learning": 4})["learning"]
     assert len(asked) == len(set(asked)) and all(name.startswith("answers-own-learning-") for name in asked)
-    again = Answers(of, {"own": ASKED}, refusing)
+    again = Answers(of, {"own": ASKED}, lambda steps: [kept[name] for name, _ in steps])
     assert torch.equal(again.blocks("own", {"learning": 4})["learning"].ids_NT, first.ids_NT)
     # What is written already is not asked for again.
     num_asked = len(asked)
@@ -281,7 +286,7 @@ def test_what_guards_judges_too_and_nothing_else_is_written_to_judge() -> None:
 def test_both_parts_are_written_in_few_batches_of_like_size() -> None:
     of, sizes = speaker(talkative()), list[int]()
 
-    def measuring(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
+    def measuring(steps: Steps) -> list[dict[str, Tensor]]:
         found = at_once(steps)
         sizes.extend(len(tensors["sizes"]) for tensors in found)
         return found
@@ -323,13 +328,9 @@ def test_a_gap_is_filled_with_a_conversation_that_is_cut() -> None:
     # The second has a prompt that is longer than the gap.
     assert blocks.ids_NT.tolist()[0] == [*range(10), *range(40, 46)]
     assert blocks.counted_NT[0, -4:].tolist() == [False, True, True, True]
-
-
-def test_a_block_begins_with_the_conversation_that_is_first() -> None:
-    given = [conversation(6, 2, 10 * number) for number in range(8)]
-    blocks = packed(given, 12, 0)
-    assert blocks.ids_NT[:, 0].tolist() == [0, 20, 40, 60]
-    assert blocks.document_NT[:, 0].tolist() == [0, 2, 4, 6]
+    each = packed([conversation(6, 2, 10 * number) for number in range(8)], 12, 0)
+    assert each.ids_NT[:, 0].tolist() == [0, 20, 40, 60], "a block begins with the conversation that is first"
+    assert each.document_NT[:, 0].tolist() == [0, 2, 4, 6]
 
 
 def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
@@ -337,34 +338,23 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
     tokenizer = speaker(tiny_llama(), template=template).tokenizer
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     later = [{"role": "assistant", "content": "no"}, {"role": "user", "content": "why"}]
-    rows = [
-        {"messages": [*turns, *later]},
-        {"instruction": "add", "output": "3"},
-        {"instruction": "add", "input": "1 2"},
-        {"id": "1", "prompt": "say"},
-        {"question": "what", "answer": None},
-        {"question": "how many", "answer": 72},
-        {"question": "where", "answer": ["here", "there"]},
-        {"text": "plain"},
-        {"messages": turns, "tools": [{"name": "f"}]},
-        {"messages": later[:1]},
-    ]
+    asked: dict[str, dict[str, Any]] = {
+        "add": {"instruction": "add", "output": "3"},
+        "add\n\n1 2": {"instruction": "add", "input": "1 2"},
+        "say": {"id": "1", "prompt": "say"},
+        "what": {"question": "what", "answer": None},
+        "how many": {"question": "how many", "answer": 72},
+        "where": {"question": "where", "answer": ["here", "there"]},
+        "plain": {"text": "plain"},
+    }
+    chats = [[*turns, *later], later[:1]]
+    rows = [*asked.values(), *({"messages": chat} for chat in chats), {"messages": turns, "tools": [{"name": "f"}]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     noted = list[str]()
     domain = Domain(files=(str(tmp_path / "rows.jsonl"),), answers=True)
     found = set(documents("a", domain, tokenizer, 0, lambda what, _: noted.append(what)))
     system, end = "<system>be brief<eos>", "<eos><assistant>~"
-    assert found == {
-        f"{system}<user>hi{end}",
-        f"<user>add{end}",
-        f"<user>add\n\n1 2{end}",
-        f"<user>say{end}",
-        f"<user>what{end}",
-        f"<user>how many{end}",
-        f"<user>where{end}",
-        f"<user>plain{end}",
-        f"f|{system}<user>hi{end}",
-    }
+    assert found == {f"{system}<user>hi{end}", f"f|{system}<user>hi{end}", *(f"<user>{said}{end}" for said in asked)}
     assert noted == ["chats left out, since no user says anything in them"]
 
 
