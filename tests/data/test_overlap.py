@@ -9,36 +9,18 @@ from secateur.data.blocks import NGRAM_TOKENS, ngram_overlap
 BLOCKS = tiny_ids(batch=3, length=40, seed=1)
 
 
-def test_the_same_text_overlaps_wholly_and_other_text_not_at_all():
-    other = tiny_ids(batch=3, length=40, seed=2)
-    assert ngram_overlap({"a": BLOCKS}, {"same": BLOCKS[:1], "other": other}) == {"same": 1.0, "other": 0.0}
-
-
 def test_a_passage_counts_by_its_ngrams_whatever_domain_it_is_from():
-    held_out = tiny_ids(batch=1, length=40, seed=2)
-    held_out[0, 20:34] = BLOCKS[2, 5:19]  # 14 tokens: two 13-grams of 28
-    calibration = {"a": tiny_ids(batch=1, length=40, seed=3), "b": BLOCKS}
-    assert ngram_overlap(calibration, {"a": held_out})["a"] == pytest.approx(2 / 28)
-
-
-def test_twelve_tokens_in_common_are_no_overlap():
-    held_out = tiny_ids(batch=1, length=40, seed=2)
-    held_out[0, 20:32] = BLOCKS[2, 5:17]
-    assert ngram_overlap({"a": BLOCKS}, {"a": held_out}) == {"a": 0.0}
-
-
-def test_ngrams_do_not_reach_over_the_end_of_a_block():
-    joined = torch.cat([BLOCKS[0, -7:], BLOCKS[1, :7]])[None]
-    assert ngram_overlap({"a": BLOCKS}, {"a": joined}) == {"a": 0.0}
-
-
-def test_tokens_are_compared_whole():
-    small = BLOCKS % 64
+    other = tiny_ids(batch=3, length=40, seed=2)
+    fourteen, twelve = other[:1].clone(), other[:1].clone()
+    fourteen[0, 20:34] = BLOCKS[2, 5:19]  # two 13-grams of 28
+    twelve[0, 20:32] = BLOCKS[2, 5:17]
+    over_the_end_of_a_block = torch.cat([BLOCKS[0, -7:], BLOCKS[1, :7]])[None]
+    held_out = {"same": BLOCKS[:1], "other": other, "14": fourteen, "12": twelve, "end": over_the_end_of_a_block}
+    found = ngram_overlap({"a": tiny_ids(batch=1, length=40, seed=3), "b": BLOCKS}, held_out)
+    assert found == {"same": 1.0, "other": 0.0, "14": pytest.approx(2 / 28), "12": 0.0, "end": 0.0}
+    assert ngram_overlap({"a": BLOCKS[:, :12]}, {"short": BLOCKS[:, :12]}) == {"short": None}
+    small = BLOCKS % 64  # tokens are compared whole
     assert ngram_overlap({"a": small}, {"byte": small + 256, "word": small + 2**16}) == {"byte": 0.0, "word": 0.0}
-
-
-def test_blocks_shorter_than_an_ngram_have_no_share():
-    assert ngram_overlap({"a": BLOCKS[:, :12]}, {"a": BLOCKS[:, :12]}) == {"a": None}
 
 
 def test_every_position_counts_as_a_slow_count_says():

@@ -300,15 +300,13 @@ MEASUREMENT = records.Measurement(
 )
 
 
+def scaled(loss: facts.Loss, scale: float) -> tuple[float, ...]:
+    return tuple(scale * nats for nats in loss.document_nats)
+
+
 def cell(method: str, ratio: float, seed: int, scale: float) -> FoundCell:
     losses = {
-        name: facts.Loss(
-            scale * loss.nats_per_token,
-            None,
-            loss.num_tokens,
-            tuple(scale * nats for nats in loss.document_nats),
-            loss.document_tokens,
-        )
+        name: facts.Loss(scale * loss.nats_per_token, None, loss.num_tokens, scaled(loss, scale), loss.document_tokens)
         for name, loss in BEFORE.items()
     }
     return FoundCell(
