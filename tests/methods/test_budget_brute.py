@@ -155,21 +155,18 @@ def test_out_of_reach_and_less_than_half_a_step_say_what_is_possible_and_that_wo
     assert uniform_plan(smollm, prices, 0.0124, 64).removed_share > 0
 
 
-@given(cases())
-@settings(max_examples=50)
-def test_least_counts_are_the_first_that_are_allowed(case: Case) -> None:
-    for group in case.groups:
-        found = least_keep(case.groups, case.align)[case.key(group)]
-        assert found == reference.smallest(group.num_units, case.step(group), group.allows)
-
-
 @given(cases(), st.fractions(0, 50))
-@settings(max_examples=50)
-def test_counts_are_the_nearest_that_the_config_can_state(case: Case, width: Fraction) -> None:
+@settings(max_examples=60)
+def test_counts_and_levels_are_those_that_the_config_can_state(case: Case, width: Fraction) -> None:
+    least = least_keep(case.groups, case.align)
     for group in case.groups:
-        count = nearest_count(group, float(width), case.step(group))
+        step = case.step(group)
+        assert least[case.key(group)] == reference.smallest(group.num_units, step, group.allows)
+        count = nearest_count(group, float(width), step)
         assert is_nearest(count, Fraction(float(width)), case, group)
-        assert count == group.num_units or (group.allows(count) and count % case.step(group) == 0)
+        assert count == group.num_units or (group.allows(count) and count % step == 0)
+        levels = [n for n in range(group.num_units - 1, 0, -1) if n % step == 0 and group.allows(n)]
+        assert list(levels_of(group, group.num_units, case.align)) == [group.num_units, *levels]
 
 
 def test_halves_go_to_the_even_multiple_and_never_above_all() -> None:
@@ -185,15 +182,6 @@ def test_levels_are_multiples_of_the_least_stride_that_gives_few_enough(num_unit
     stride = next(step * k for k in itertools.count(1) if num_units <= MAX_LEVELS * step * k)
     expected = [num_units, *(count for count in range(num_units - 1, 0, -1) if count % stride == 0)]
     assert list(level_grid(num_units, step)) == expected
-
-
-@given(cases())
-@settings(max_examples=40)
-def test_levels_leave_out_what_the_config_cannot_state(case: Case) -> None:
-    for group in case.groups:
-        counts = range(group.num_units - 1, 0, -1)
-        expected = [n for n in counts if n % case.step(group) == 0 and group.allows(n)]
-        assert list(levels_of(group, group.num_units, case.align)) == [group.num_units, *expected]
 
 
 @settings(max_examples=50)

@@ -101,6 +101,9 @@ def test_kept_layers_stay_in_float32_until_the_end(layers: list[nn.Module]) -> N
 def test_changes_survive_in_the_stored_dtype(layers: list[nn.Module], keeps: bool) -> None:
     owner = LayersOnDevice(layers, CPU, in_float32=True, keeps=keeps)
     fetch(layers[1])
+    before = weights(layers)[1]._version
+    settle(layers[1])
+    assert weights(layers)[1]._version == before, "what nobody changed is left alone"
     weights(layers)[1].fill_(THIRD)  # in place
     settle(layers[1])
     rounded = float(torch.tensor(THIRD).bfloat16())
@@ -128,15 +131,6 @@ def test_nothing_of_a_layer_before_its_cut_is_left_in_memory(layers: list[nn.Mod
     layers[0].linear.weight = nn.Parameter(torch.ones(2, 4), requires_grad=False)
     settle(layers[0])
     assert stored() is None and computing() is None
-
-
-def test_settling_leaves_alone_what_nobody_changed(layers: list[nn.Module]) -> None:
-    owner = LayersOnDevice(layers, CPU, in_float32=True)
-    fetch(layers[0])
-    before = weights(layers)[0]._version
-    settle(layers[0])
-    assert weights(layers)[0]._version == before
-    owner.end()
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "anew"])
@@ -210,6 +204,7 @@ def test_on_the_processor_nothing_moves() -> None:
     before = [id(p) for p in model.parameters()]
     placement = Placement(model, decoder_layers(model, bind(model)), CPU, one_at_a_time=True, in_float32=False)
     placement.onload()
+    assert float64_device(CPU) == CPU
     assert placement.stays and placement.layers == [] and placement.layers_on_device is None
     placement.offload()
     assert [id(p) for p in model.parameters()] == before
@@ -271,7 +266,7 @@ def test_avx512_alone_multiplies_bfloat16_in_software(
 
 
 def test_a_part_of_the_free_memory_is_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert free_bytes(CPU) is None and peak_bytes_on(CPU) is None
+    assert free_bytes(CPU) is None and peak_bytes_on(CPU) is None and product.peak_bytes() > 10**7
     gpu = torch.device("cuda")
     told = {
         "cuda": SimpleNamespace(mem_get_info=lambda _: (1000, 4000), max_memory_allocated=lambda _: 70),
@@ -281,10 +276,6 @@ def test_a_part_of_the_free_memory_is_for_a_run(monkeypatch: pytest.MonkeyPatch)
     for name, (free, peak) in {"cuda": (850, 70), "apple": (1700, None), "silent": (None, None)}.items():
         monkeypatch.setattr(torch, "get_device_module", lambda _, name=name: told[name])
         assert free_bytes(gpu) == free and peak_bytes_on(gpu) == peak
-
-
-def test_float64_is_computed_where_it_is() -> None:
-    assert float64_device(CPU) == CPU and product.peak_bytes() > 10**7
 
 
 def test_embeddings_are_on_disk_inside_the_context_alone(tmp_path: Path) -> None:
