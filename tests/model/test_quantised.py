@@ -1,7 +1,6 @@
 """Quantised checkpoints: what is read equals what transformers or compressed-tensors make of the same files."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.formats import reload_child
 from secateur.model.checkpoint import load_model, meta_model, notes_on, open_checkpoint
 from secateur.model.stock import quiet_transformers
 from tests.families import tiny_family
@@ -334,22 +332,13 @@ def mxfp8(directory: Path, model: Any) -> Path:
 RUN = {form: FORMS[form][0] for form in ("fp8 in blocks, experts", "mxfp4")} | {
     "mxfp8": lambda path: mxfp8(path, llama())
 }
-IN_A_PROCESS_OF_ITS_OWN = ("fp8 in blocks, experts",)
-
-
-def in_this_process(command: list[str], **_: Any) -> SimpleNamespace:
-    """Run what a reload's fresh process runs, without its seconds of imports."""
-    reload_child.main(*command[-5:])
-    return SimpleNamespace(returncode=0)
 
 
 @pytest.mark.parametrize("form", RUN)
 def test_a_run_writes_bfloat16_that_loads_without_a_quantiser(
-    form: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     directory = RUN[form](tmp_path / "model")
-    if form not in IN_A_PROCESS_OF_ITS_OWN:
-        monkeypatch.setattr(subprocess, "run", in_this_process)
     experts = form in ("fp8 in blocks, experts", "mxfp4")
     share = {"share": 0.15} | ({"groups": ["experts"]} if experts else {})
     result = secateur.prune(directory, grouped(recipe | {"remove": share}), out=tmp_path / "out")
