@@ -132,32 +132,28 @@ def test_several_ranks_compare_what_they_run(monkeypatch):
 @pytest.fixture(scope="module")
 def jobs(checkpoints, recipe, texts, unproved, tmp_path_factory) -> tuple[Path, Path]:
     """A file of jobs, and what one process makes of them."""
-    model, blocks = str(checkpoints["llama"]), {"num_tokens": 4096, "sequence_length": 64}
+    model, blocks = str(checkpoints["llama"]), {"num_tokens": 2048, "sequence_length": 64}
     more = {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], **blocks}}
-    recipes = {
-        "uniform": more,
-        "curve": {**more, "budget": "curve", "rounds": 2},
-        "depth": {**more, "remove": 0.35, "depth": 1},
-        # Fewer batches than ranks: one rank has no text of a domain, and no held-out text at all.
-        "few": {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], "num_tokens": 256}},
-    }
+    more = {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], **blocks}}
+    few = {"calibration": {**recipe["calibration"], "num_tokens": 256}}
     experts = {**more, "groups": ["experts"], "align": 1}
-    few_experts = {**experts, "calibration": recipes["few"]["calibration"]}
-    channels = {**few_experts, "groups": ["expert_ffn"]}
     place = tmp_path_factory.mktemp("ranks")
-    saved(place / "mixtral", tiny_family("mixtral"))
-    low = tiny_llama().to(torch.bfloat16)
-    saved(place / "bfloat16", low)
-    described = {name: {"model": model, "recipe": each, "write": name == "uniform"} for name, each in recipes.items()}
-    described["bfloat16"] = {"model": str(place / "bfloat16"), "recipe": more, "write": False}
-    of_experts = {"experts": experts, "few tokens for experts": few_experts, "channels in experts": channels}
-    for name, each in of_experts.items():
-        described[name] = {"model": str(place / "mixtral"), "recipe": each, "write": False}
-    saved(place / "sibling", tiny_llama(seed=1))
+    mixtral = str(saved(place / "mixtral", tiny_family("mixtral")))
+    low = str(saved(place / "bfloat16", tiny_llama().to(torch.bfloat16)))
+    described: dict[str, dict[str, Any]] = {
+        "depth": {"model": model, "recipe": {**more, "remove": 0.35, "depth": 1}, "write": True},
+        "curve in bfloat16": {"model": low, "recipe": {**more, "budget": "curve", "rounds": 2}},
+        # Fewer batches than ranks: one rank has no text of a domain, and no held-out text at all.
+        "few": {"model": model, "recipe": {**more, **few}},
+        "experts": {"model": mixtral, "recipe": experts},
+        "few tokens for experts": {"model": mixtral, "recipe": {**experts, **few}},
+        "channels in experts": {"model": mixtral, "recipe": {**experts, **few, "groups": ["expert_ffn"]}},
+        "like another": {"model": str(saved(place / "sibling", tiny_llama(seed=1))), "like": str(place / "pruned")},
+        "by a measurement": {"model": model, "from_": str(place / "sizes")},
+    }
     secateur.prune(model, grouped({**more, "remove": 0.3}), out=place / "pruned")
-    described["like another"] = {"model": str(place / "sibling"), "like": str(place / "pruned"), "write": False}
     secateur.measure(model, grouped({**recipe, "calibration": more["calibration"]}), out=place / "sizes")
-    described["by a measurement"] = {"model": model, "from_": str(place / "sizes"), "write": False}
+    described = {name: {"write": False, **each} for name, each in described.items()}
     (place / "jobs.json").write_text(json.dumps(described), encoding="utf-8")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as each of several ranks has
@@ -180,9 +176,9 @@ def check_against_one(jobs: tuple[Path, Path], num_ranks: int, launch: Callable[
         for key, tensor in expected.items():
             close = TOLERANCE * float(tensor.abs().max()) if "experts" in name else 0.0
             torch.testing.assert_close(weights[key], tensor, rtol=0, atol=close)
-    written = load_file(out / "uniform" / "model.safetensors")
-    assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(out / "uniform.safetensors").items())
-    assert {"config.json", "keep.json", "run.jsonl", "tokenizer.json"} <= {p.name for p in (out / "uniform").iterdir()}
+    written = load_file(out / "depth" / "model.safetensors")
+    assert all(torch.equal(tensor, written[key]) for key, tensor in load_file(out / "depth.safetensors").items())
+    assert {"config.json", "keep.json", "run.jsonl", "tokenizer.json"} <= {p.name for p in (out / "depth").iterdir()}
     assert not list(out.glob(".*"))
     said = json.loads((out / "said.json").read_text(encoding="utf-8"))
     assert said["first"] == ["a mistake"] * num_ranks
@@ -229,20 +225,17 @@ def command_of(model: Path, recipe: dict[str, Any], out: Path) -> list[object]:
 
 
 @pytest.mark.slow
-def test_a_mistake_is_said_once(checkpoints, recipe, tmp_path):
+def test_a_mistake_is_said_once_and_so_is_that_a_command_is_for_one_process(checkpoints, recipe, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    status, _, stderr = run_ranks(2, *command_of(checkpoints["llama"], recipe, out))
-    assert status != 0
-    assert stderr.count("secateur: OUT ") == stderr.count("secateur: ") == 1
-
-
-@pytest.mark.slow
-def test_a_command_for_one_process_says_so_once(checkpoints):
-    status, _, stderr = run_ranks(2, "-m", "secateur", "inspect", checkpoints["llama"])
-    assert status != 0
-    assert stderr.count("secateur: inspect: runs in one process, got 2 ranks") == 1
-    assert stderr.count("secateur: ") == 1
+    model = checkpoints["llama"]
+    for command, said in (
+        (command_of(model, recipe, out), "OUT "),
+        (["-m", "secateur", "inspect", model], "inspect: runs in one process, got 2 ranks"),
+    ):
+        status, _, stderr = run_ranks(2, *command)
+        assert status != 0
+        assert stderr.count(f"secateur: {said}") == stderr.count("secateur: ") == 1
 
 
 @pytest.mark.slow
