@@ -66,20 +66,15 @@ def test_the_dense_model_agrees_with_itself():
 
 
 def test_the_judge_stands_without_the_dense_model():
-    dense, model = tiny_llama(), tiny_llama(seed=1)
-    judge = Judge(dense, bind(dense), TEXT)
+    dense, model, seen = tiny_llama(), tiny_llama(seed=1), list[tuple[str, int, int]]()
+    judge = Judge(dense, bind(dense), TEXT, lambda *where: seen.append(where))
+    assert seen == [("judge dense", done, 3) for done in range(4)], "layers are counted"
     before = judge.verdicts(lambda ids_BT: logits_of(model, ids_BT))
     judge.own_head()
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.zero_()
     assert judge.verdicts(lambda ids_BT: logits_of(model, ids_BT)) == before
-
-
-def test_progress_counts_layers():
-    seen: list[tuple[str, int, int]] = []
-    Judge(tiny_llama(), bind(tiny_llama()), TEXT, lambda *where: seen.append(where))
-    assert seen == [("judge dense", done, 3) for done in range(4)]
 
 
 def verdicts(**kl: float) -> dict[str, Verdict]:
