@@ -196,23 +196,6 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     assert few.character == few.token == found.token
 
 
-def test_the_cost_is_the_number_of_tokens_that_a_text_has_more():
-    vocabulary = vocabulary_of(needs_parts=True, seed=3)
-    draw = random.Random(0)
-    text = [draw.randrange(40) for _ in range(500)]
-    counts = count_tokens(torch.tensor(text).split(100), vocabulary.num_rows)
-    use_V, damped_V = (token_use({"d": counts}, {"d": 2.0}, damped=each) for each in (False, True))
-    found = removal_order(vocabulary, use_V, order_by_V=damped_V)
-    for number in (5, 20, len(found.ids)):
-        gone = set(found.ids[:number])
-
-        def spelt(index: int, gone: set[int] = gone) -> int:
-            return 1 if index not in gone else sum(map(spelt, vocabulary.parts[index]))
-
-        more = sum(map(spelt, text)) / len(text) - 1
-        assert float(found.cost_R[number - 1]) == pytest.approx(more, rel=1e-12)
-
-
 def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
     zeros_V = torch.zeros(3, dtype=torch.float64)
     counts = {
