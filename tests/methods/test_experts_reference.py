@@ -1,6 +1,7 @@
 """Experts against the reference: who goes, step by step, the refit of those that stay, channels inside them."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from torch.nn.functional import silu
 
 from secateur.errors import NumericsError
-from secateur.methods.compensate import Method
 from secateur.methods.experts import (
     _refit,
     _routing_of_weighted,
@@ -26,13 +26,12 @@ from secateur.model.group import cut
 from secateur.stream.walk import Walk
 from tests.families import tiny_family
 from tests.methods.test_repair import HELD_OUT, SHARES, TEXT, batches_of
+from tests.methods.test_repair import method as any_method
 
 CHANNELS = 112
 
 
-def method(**changes) -> Method:
-    plain = {"score": "obs", "compensate": "none", "damping": 1e-2, "damping_factors": (1.0,)}
-    return Method(**plain | {"target_mix": 0.0, "weighting": "energy"} | changes)
+method = partial(any_method, compensate="none", damping=1e-2)
 
 
 def numbers(tensor: torch.Tensor) -> np.ndarray:

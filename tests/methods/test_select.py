@@ -13,13 +13,13 @@ from models import tiny_ids, tiny_llama, tiny_qwen2
 from random_readers import Reader, readers
 
 from secateur.errors import NumericsError
-from secateur.methods.compensate import Method
 from secateur.methods.scores import SCORES, ScoreInputs
 from secateur.methods.select import Task, greedy_obs, select, unit_scores, units_at_once
 from secateur.model.bind import bind
 from secateur.model.group import Axis, Group, Linears, cut
 from secateur.stream.statistics import Statistics, damped_gram, domain_weight, inverse_of
 from secateur.stream.walk import Walk, make_batches
+from tests.methods.test_repair import method
 
 # Scores and weights are float32 sums over outputs; damping 1e-3 and pivots in float64 lose little more.
 SCORE = 1e-4
@@ -121,11 +121,6 @@ def test_so_many_units_go_at_once(num_columns: int, width: int, expected: int) -
     assert units_at_once(num_columns, width) == expected
 
 
-def method(**changes) -> Method:
-    plain = {"score": "obs", "compensate": "none", "damping": 1e-3, "damping_factors": (1.0,)}
-    return Method(**plain | {"target_mix": 0.0, "weighting": "energy"} | changes)
-
-
 def heads_of(model) -> Group:
     """Layer 0's KV groups with their two query heads: three writers, wide units."""
     writers = tuple(
@@ -171,7 +166,7 @@ def task_of(num_keep: int, seed: int = 0, **changes) -> tuple[Task, Statistics]:
     generator = torch.Generator().manual_seed(1)
     x_TF = torch.randn(150, 112, generator=generator) @ torch.randn(112, 112, generator=generator)
     statistics.update(x_TF, x_TF[:, :48])
-    return Task(walk, group, num_keep, method(**changes), {"a": 1.0}, seed), statistics
+    return Task(walk, group, num_keep, method(**{"compensate": "none"} | changes), {"a": 1.0}, seed), statistics
 
 
 @torch.no_grad()
