@@ -15,21 +15,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from recipes import grouped
 from run_cli import run_cli
 
 from secateur.errors import CheckpointError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_families import gguf_family, gguf_specs
 from secateur.formats.gguf_tensors import gguf_tensors, planned_tensors
-from secateur.formats.save import TEXT, check_gguf, have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.formats.save import TEXT, check_gguf, have_llama_cpp, open_llama_cpp
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.checkpoint import load_model, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.per_layer import record_widths
 from tests.bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from tests.families import tiny_family
 from tests.model.test_families import cut_units, kept_of
-from tests.models import tiny_ids, tiny_llama
+from tests.models import saved, tiny_ids, tiny_llama
 
 GGUF_FAMILIES = gguf_specs()
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
@@ -81,8 +80,7 @@ def pruned(name: str, place: Path) -> Path:
             cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.5))
     record_widths(model, arch)
     tokenizer = sentencepiece_tokenizer("gemma") if name.startswith("gemma") else bpe_tokenizer()
-    save_checkpoint(model, tokenizer, place, max_shard_size="5GB", carry_from=None)
-    return place
+    return saved(place, model, tokenizer)
 
 
 def pruned_per_layer(name: str, place: Path) -> Path:
@@ -96,8 +94,7 @@ def pruned_per_layer(name: str, place: Path) -> Path:
         (each,) = (found for found in arch.select((group,)) if found.layer == index)
         cut_units(layers[index], each, kept_of(each, share))
     record_widths(model, arch)
-    save_checkpoint(model, bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
-    return place
+    return saved(place, model, bpe_tokenizer())
 
 
 PRUNED = [pytest.param(pruned, name, id=name) for name in GGUF_FAMILIES]
@@ -110,7 +107,7 @@ PRUNED += [
 def test_every_weight_is_in_the_file_once_as_the_config_alone_tells(
     prune: Callable[[str, Path], Path], name: str, tmp_path: Path
 ) -> None:
-    source = prune(name, grouped(tmp_path))
+    source = prune(name, tmp_path / "source")
     export(source, tmp_path / "model.gguf", check=False)
     checkpoint = open_checkpoint(source)
     model, family = load_model(checkpoint), gguf_family(checkpoint)
@@ -140,7 +137,7 @@ def test_every_weight_is_in_the_file_once_as_the_config_alone_tells(
 def test_llama_cpp_gives_the_pruned_models_logits(
     prune: Callable[[str, Path], Path], name: str, tmp_path: Path
 ) -> None:
-    source = prune(name, grouped(tmp_path))
+    source = prune(name, tmp_path / "source")
     export(source, tmp_path / "model.gguf", check=False)
     ids = tiny_ids(batch=1, length=24, vocab_size=310)[0]
     with torch.inference_mode():
@@ -184,8 +181,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     module.Llama, module.__spec__ = ReadByTransformers, ModuleSpec("llama_cpp", None)
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     model = tiny_llama(vocab_size=400, max_position_embeddings=2048)
-    save_checkpoint(model, bpe_tokenizer(), tmp_path / "model", max_shard_size="5GB", carry_from=None)
-    return tmp_path / "model"
+    return saved(tmp_path / "model", model, bpe_tokenizer())
 
 
 def test_an_export_says_what_its_check_has_found(checked: Path) -> None:
@@ -208,8 +204,7 @@ def test_an_export_says_what_its_check_has_found(checked: Path) -> None:
 def test_a_file_that_llama_cpp_reads_otherwise_is_refused(checked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, file = open_checkpoint(checked), checked.with_name("a.gguf")
     other = tiny_llama(vocab_size=400, max_position_embeddings=2048, seed=1)
-    save_checkpoint(other, bpe_tokenizer(), checked.with_name("other"), max_shard_size="5GB", carry_from=None)
-    export(checked.with_name("other"), file, check=False)
+    export(saved(checked.with_name("other"), other, bpe_tokenizer()), file, check=False)
     with pytest.raises(
         CheckpointError,
         match=r"llama.cpp's perplexity \d+\.\d{3} is \d+\.\d% from .*, allowed is 1%; export with a more",

@@ -13,7 +13,7 @@ from secateur.model.group import OF_EXPERTS
 from secateur.model.per_layer import record_widths
 from tests.families import FAMILIES, tiny_family
 from tests.model.test_families import cut_units, kept_of
-from tests.models import tiny_ids
+from tests.models import logits_of, tiny_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -46,33 +46,24 @@ def run_onnx(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
 def row(name: str) -> Any:
     """Return the family's row; one that is known to fail is run all the same."""
     why = KNOWN_TO_FAIL.get(name)
-    return pytest.param(name, marks=[pytest.mark.xfail(reason=why, strict=True)] if why else [])
+    return pytest.param(name, False, marks=[pytest.mark.xfail(reason=why, strict=True)] if why else [])
 
 
-@pytest.mark.parametrize("name", [row(name) for name in FAMILIES])
-def test_onnx_runtime_gives_the_pruned_models_logits(name: str) -> None:
+UNEVEN = [(name, True) for name in "llama qwen2 qwen3 mistral gemma2 phi3 olmo2 starcoder2".split()]
+
+
+@pytest.mark.parametrize(("name", "uneven"), [row(name) for name in FAMILIES] + UNEVEN)
+def test_onnx_runtime_gives_the_pruned_models_logits(name: str, uneven: bool, tmp_path: Path) -> None:
     model, ids_BT = tiny_family(name), tiny_ids()
     arch = bind(model)
-    for group in (group for group in arch.groups if group.name != "query_heads"):
-        cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.5))
+    for group in (each for each in arch.groups if each.name == "ffn" or not (uneven or each.name == "query_heads")):
+        share = 0.25 * (1 + group.layer) if uneven else 0.5
+        cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, share))
     record_widths(model, arch)
     if any(group.kind in OF_EXPERTS for group in arch.groups):
         model.set_experts_implementation("batched_mm")  # the default's product of groups has no ONNX counterpart
-    with torch.no_grad():
-        expected = model(ids_BT, use_cache=False).logits
-    torch.testing.assert_close(run_onnx(model, ids_BT), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "starcoder2"])
-def test_onnx_runtime_gives_the_logits_of_layers_of_different_widths(name: str, tmp_path: Path) -> None:
-    model, ids_BT = tiny_family(name), tiny_ids()
-    arch = bind(model)
-    for group in arch.select(("ffn",)):
-        cut_units(decoder_layers(model, arch)[group.layer], group, kept_of(group, 0.25 * (1 + group.layer)))
-    record_widths(model, arch)
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert len({layer.down_proj.in_features for layer in loaded.modules() if hasattr(layer, "down_proj")}) != 1
-    with torch.no_grad():
-        expected = model(ids_BT, use_cache=False).logits
-    torch.testing.assert_close(run_onnx(loaded, ids_BT), expected, atol=1e-4, rtol=1e-4)
+    if uneven:
+        model.save_pretrained(tmp_path)
+        model = load(tmp_path)
+        assert len({layer.down_proj.in_features for layer in model.modules() if hasattr(layer, "down_proj")}) != 1
+    torch.testing.assert_close(run_onnx(model, ids_BT), logits_of(model, ids_BT), atol=1e-4, rtol=1e-4)
