@@ -14,9 +14,13 @@ def flip_a_bit(directory: Path, choose: random.Random) -> bool:
 
 def flip_a_bit_of(file: Path, choose: random.Random) -> None:
     """Flip one random bit of the file."""
+    flip(file, choose.randrange(file.stat().st_size), choose.randrange(8))
+
+
+def flip(file: Path, place: int, bit: int = 0) -> None:
+    """Flip one bit of the file."""
     data = bytearray(file.read_bytes())
-    place = choose.randrange(len(data))
-    data[place] ^= 1 << choose.randrange(8)
+    data[place] ^= 1 << bit
     file.write_bytes(data)
 
 

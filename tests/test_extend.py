@@ -25,7 +25,6 @@ from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, parse_recipe
 from secateur.stream.statistics import Statistics
 
 DOCS = Path(__file__).parents[1] / "docs" / "extend.md"
-WORDS = "the notes of a small office say who called and what was ordered on which day".split()
 
 
 def lay_out(root: Path, name: str, files: dict[str, str], entry_points: dict[str, dict[str, str]]) -> None:
@@ -69,15 +68,6 @@ def helium(site: Path) -> Path:
     return site / "helium"
 
 
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    choose = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(WORDS), (300, 20), generator=choose).tolist()
-    lines = [json.dumps({"text": " ".join(WORDS[i] for i in row)}) for row in picks]
-    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
-    return tmp_path / "notes.jsonl"
-
-
 # The command line in a process of its own, which finds what lies in a directory: each argument is a command in JSON.
 COMMANDS = f"""
 import json, sys
@@ -89,8 +79,8 @@ for command in sys.argv[2:]:
 """
 
 
-def test_the_package_of_the_page_prunes_and_exports(site, helium, notes, tmp_path, warm):
-    calibration = {"domains": {"notes": {"files": str(notes)}}, "num_tokens": 640, "sequence_length": 32}
+def test_the_package_of_the_page_prunes_and_exports(site, helium, texts, tmp_path, warm):
+    calibration = {"domains": {"notes": {"files": str(texts["prose"])}}, "num_tokens": 640, "sequence_length": 32}
     keys = {"score": "loudest", "align": 8, "calibration": calibration, "evaluate": False}
     recipe, out, file = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "out.npz"
     recipe.write_text(yaml.safe_dump(grouped(keys)), encoding="utf-8")

@@ -12,7 +12,7 @@ from recipes import grouped
 import secateur
 from secateur.evaluation.study import Comparison, FoundCell
 from secateur.facts import Loss, TrainingRecord, Verdict
-from secateur.recipe import Choose, Remove, Strict, parse_recipe
+from secateur.recipe import Remove, Strict, parse_recipe
 from secateur.report.records import RecoveryRecord
 
 
@@ -96,8 +96,6 @@ WRONG: dict[str, tuple[type[Strict], dict[str, Any], str]] = {
     "key": (secateur.Recipe, {"remov": 0.2}, "Recipe: unknown key 'remov'; did you mean 'remove'?"),
     "part": (secateur.Recipe, {"remove": {"shar": 0.2}}, "Recipe: unknown key 'remove.shar'; did you mean 'share'?"),
     "value": (Remove, {"share": 2}, "Remove: share: Input should be less than 1, got 2."),
-    "name": (Choose, {"budget": "curv"}, "Choose: unknown budget 'curv'; allowed: uniform, curve; did"),
-    "domain": (secateur.Domain, {"file": "x"}, "Domain: unknown key 'file'; did you mean 'files'?"),
     "no source": (secateur.Domain, {}, "Domain: needs exactly one of installed, files, dataset; got none"),
     "preset": (secateur.Recipe, {"preset": "best"}, "Recipe: preset: belongs to a mapping; where a recipe is"),
 }

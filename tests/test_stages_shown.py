@@ -55,15 +55,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def study(model: Path, recipe: Any, place: Path) -> Path:
-    """Write a study of one method."""
-    content = {"question": "Which?", "model": str(model), "ratios": [0.2], "seeds": [0], "recipe": grouped(recipe)}
-    (place / "study.yaml").write_text(
-        yaml.safe_dump({**content, "methods": {"ours": {}}, "evaluation": {"num_blocks": 2}})
-    )
-    return place / "study.yaml"
-
-
 def test_the_stages_of_every_verb(
     place: Path, checkpoints: dict[str, Path], recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +81,7 @@ def test_the_stages_of_every_verb(
             out, model, {"recover": {**TRAINING, "held_out_blocks": 1}}, out=place / "better", **heard
         ),
         "measure": lambda **heard: secateur.measure(model, grouped(less), out=place / "sizes", **heard),
-        "compare": lambda **heard: secateur.compare(study(model, less, place), place / "cells", **heard),
+        "compare": lambda **heard: secateur.compare(place / "study.yaml", place / "cells", **heard),
         "export": lambda progress, tell: secateur.export(
             place / "words", place / "m.gguf", type_name="f16", check=False, progress=progress
         ),
@@ -98,6 +89,9 @@ def test_the_stages_of_every_verb(
         "push": lambda progress, tell: secateur.push(out, "me/it", dry_run=True, progress=progress),
         "inspect": lambda progress, tell: secateur.inspect(model, grouped(recipe), progress=progress),
     }
+    study = {"question": "Which?", "model": str(model), "ratios": [0.2], "seeds": [0], "recipe": grouped(less)}
+    study |= {"methods": {"ours": {}}, "evaluation": {"num_blocks": 2}}
+    (place / "study.yaml").write_text(yaml.safe_dump(study))
     texts = list[str]()
     for name, verb in verbs.items():
         heard = Heard()

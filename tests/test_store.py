@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import flip
 from recipes import grouped
 from stops import Stopped, stopped_after, weights
 
@@ -21,13 +22,6 @@ NUM_STEPS = 12
 # A file of each kind.
 STEPS = ("round-1-layer-1-ffn.safetensors", "round-1-layer-1-ffn.json", "round-1-plan.json", "evaluate dense.json")
 INPUTS = ("inputs.json", "input-calibration text.json")
-
-
-def flip(file: Path, place: int, bit: int = 0) -> None:
-    """Change one bit of the file."""
-    raw = bytearray(file.read_bytes())
-    raw[place] ^= 1 << bit
-    file.write_bytes(raw)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import flip
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.log import RunLog
@@ -222,16 +223,10 @@ def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):
     assert next(iter(record)) == "sha256" and record["value"] == [1.5] and record["step"] == "one"
 
 
-def flip(file: Path) -> None:
-    raw = bytearray(file.read_bytes())
-    raw[-3] ^= 1
-    file.write_bytes(raw)
-
-
 def test_a_damaged_step_is_removed_and_done_once(tmp_path):
     store = Store(tmp_path)
     store.save("step", {"a": torch.ones(2)}, {})
-    flip(tmp_path / "step.json")
+    flip(tmp_path / "step.json", -3)
     said = list[str]()
     again = Store(tmp_path, tell=said.append)
     assert again.find("step") is None and again.find("step") is None and not again.has("step")
@@ -242,7 +237,7 @@ def test_a_damaged_step_is_removed_and_done_once(tmp_path):
 @pytest.mark.parametrize("name", ["inputs", "input-text"])
 def test_without_its_inputs_nothing_of_it_counts(name, tmp_path):
     interrupted(tmp_path / "out")
-    flip(place_beside(tmp_path / "out") / f"{name}.json")
+    flip(place_beside(tmp_path / "out") / f"{name}.json", -3)
     job = Job(tmp_path / "out")
     with job.begun() as store:
         assert job.value(store, "text", "other", is_input=True) == "other" and job.value(store, "one", 5) == 5
@@ -299,7 +294,7 @@ def test_inputs_alone_are_nothing_to_go_on_from(tmp_path):
 def test_beginning_anew_voids_the_old_steps_before_it_removes_them(tmp_path, monkeypatch):
     """Killed in between, none of the steps that are left may count."""
     interrupted(tmp_path / "out")
-    flip(place_beside(tmp_path / "out") / "input-text.json")
+    flip(place_beside(tmp_path / "out") / "input-text.json", -3)
     gone, unlink, names = list[str](), Path.unlink, Path.iterdir
 
     def spy(path: Path, missing_ok: bool = False) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,8 @@ def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], dict[s
     save_file(tensors | change(tensors), model / "model.safetensors", {"format": "pt"})
 
 
-def only(name: str, content: str = "{}") -> Callable[[Path], object]:
-    """Make the model's directory one with this file in place of config.json."""
-
-    def damage(model: Path) -> None:
-        (model / "config.json").unlink()
-        (model / name).write_text(content)
-
-    return damage
+def renamed(name: str) -> Callable[[Path], object]:
+    return lambda model: (model / "config.json").rename(model / name)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -107,8 +101,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: edit_tensors(model, lambda tensors: {UP_PROJ: tensors[UP_PROJ].to(torch.int8)}),
         f"weight {UP_PROJ} is stored as int8, so the weights are quantised, and its config.json has no",
     ),
-    "an adapter": (only("adapter_config.json"), "is a PEFT adapter, not a whole model; merge it into its base model"),
-    "a pipeline": (only("model_index.json"), "is a diffusers pipeline, which makes images and is no language model"),
+    "an adapter": (
+        renamed("adapter_config.json"),
+        "is a PEFT adapter, not a whole model; merge it into its base model",
+    ),
+    "a pipeline": (renamed("model_index.json"), "is a diffusers pipeline, which makes images and is no language model"),
     "a part of a pipeline": (
         lambda model: (model / "config.json").write_text('{"_diffusers_version": "0.30.0"}'),
         "is a diffusers pipeline",
@@ -159,26 +156,20 @@ def test_bad_recipe(changes, expected, prune):
 
 
 def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):
-    refused(prune("--domain", grouped(f"mine={texts['prose']}"), calibration=3), "recipe.yaml: calibration: ")
+    refused(prune("--domain", f"mine={texts['prose']}", calibration=3), "recipe.yaml: calibration: ")
 
 
 def test_a_key_that_stands_twice(prune, tmp_path):
     (tmp_path / "bad.yaml").write_text("remove: {share: 0.2}\nchoose: {budget: uniform,\n  rounds: 2, budget: curve}\n")
-    outcome = prune("--recipe", grouped(tmp_path / "bad.yaml"))
+    outcome = prune("--recipe", tmp_path / "bad.yaml")
     refused(outcome, "bad.yaml: cannot be read (line 3 gives the key budget a second time); give a YAML file")
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, "there is no such file"),
-        (b"one line and no more\n", "domain 'mine': 21 tokens of text after packing, but 5 held-out and 40 "),
-    ],
-)
-def test_bad_calibration_file(content, expected, prune, tmp_path):
-    if content is not None:
-        (tmp_path / "mine.txt").write_bytes(content)
-    refused(prune("--domain", grouped(f"mine={tmp_path / 'mine.txt'}")), expected)
+def test_bad_calibration_file(prune, tmp_path):
+    domain = ("--domain", f"mine={tmp_path / 'mine.txt'}")
+    refused(prune(*domain), "there is no such file")
+    (tmp_path / "mine.txt").write_text("one line and no more\n")
+    refused(prune(*domain), "domain 'mine': 21 tokens of text after packing, but 5 held-out and 40 ")
 
 
 def test_text_without_names_of_columns_is_not_printed_whole(prune, tmp_path):
@@ -324,28 +315,28 @@ def test_one_of_several_ranks_says_why_all_end(monkeypatch):
         assert last_word("ended.") == said
 
 
-def test_nohup_stays():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
-    try:
-        with stoppable():
-            assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with stoppable():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.fixture
+def outside_of_nohup() -> Iterator[None]:
+    """The tests themselves may run under it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_nohup_stays(outside_of_nohup):
+    with stoppable():
+        assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stoppable():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_command_with_its_status(number):
+def test_a_signal_ends_the_command_with_its_status(number, outside_of_nohup):
     """Ctrl-C, SIGTERM and the end of the terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        with pytest.raises(SystemExit) as ended, stoppable():
-            signal.raise_signal(number)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(SystemExit) as ended, stoppable():
+        signal.raise_signal(number)
     assert ended.value.code == 128 + number
 
 
