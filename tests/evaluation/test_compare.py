@@ -80,10 +80,11 @@ def test_a_study_may_let_its_model_answer(grid: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path: Path) -> None:
-    study = load_study(write(grid | {"seeds": [1]}, tmp_path), small=False)
+    assert len(list(cells(load_study(write(grid, tmp_path), small=False)))) == 2 * (1 + 2 * 3)
+    study = load_study(write(grid | {"ratios": [0.2], "seeds": [1]}, tmp_path), small=False)
     out = tmp_path / "out"
     found = compare(study, out).cells
-    assert len(found) == 1 + 2 * 3
+    assert len(found) == 1 + 3
     files = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     texts = {name: (out / name).read_text() for name in ("table.md", "results.json", "study.yaml")}
     assert len(files) == len(found)
@@ -91,45 +92,37 @@ def test_a_grid_runs_once_and_is_read_afterwards(grid: dict[str, Any], tmp_path:
     assert compare(study, out).cells == found
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == files
     assert {name: (out / name).read_text() for name in texts} == texts
-    by_method = {(cell.method, cell.ratio, cell.seed): cell for cell in found}
-    assert by_method["left alone", 0.2, 1].num_tokens == {"left": 1024}
-    assert by_method["ours", 0.2, 1].num_tokens == {"left": 512, "right": 512}
-    assert by_method["dense", 0.0, 1].perplexity < by_method["wanda", 0.2, 1].perplexity
-    assert abs(by_method["ours", 0.2, 1].remove_reached - 0.2) < 0.05
+    by_method = {cell.method: cell for cell in found}
+    assert by_method["left alone"].num_tokens == {"left": 1024}
+    assert by_method["ours"].num_tokens == {"left": 512, "right": 512}
+    assert by_method["dense"].perplexity < by_method["wanda"].perplexity
+    assert abs(by_method["ours"].remove_reached - 0.2) < 0.05
     save_comparison(study, Comparison.from_json(texts["results.json"], "results.json"), out)
     assert {name: (out / name).read_text() for name in texts} == texts
 
 
-def test_a_changed_recipe_is_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    compare(write(grid, tmp_path), out, small=True)
-    before = set((out / "cells").iterdir())
-    grid["methods"]["wanda"]["recipe"]["choose"] = {"score": "flap"}
-    compare(write(grid, tmp_path), out, small=True)
-    assert before < set((out / "cells").iterdir())
-    assert len(set((out / "cells").iterdir()) - before) == 1
+def test_damaged_and_changed_cells_are_run_anew_and_the_rest_is_kept(grid: dict[str, Any], tmp_path: Path) -> None:
+    out, heard = tmp_path / "out", list[str]()
+    del grid["methods"]["left alone"]
+    grid["evaluation"]["num_blocks"] = 1  # the blocks that judge are the same in the text that changes
 
+    def run() -> tuple[Any, set[Path]]:
+        found = compare(write(grid, tmp_path), out, small=True, tell=heard.append)
+        return [one.losses for one in found.cells], set((out / "cells").iterdir())
 
-def test_changed_text_is_run_anew_though_the_judged_blocks_are_the_same(grid: dict[str, Any], tmp_path: Path) -> None:
-    out, changes = tmp_path / "out", {"methods": {"ours": {}}, "evaluation": {"num_blocks": 1}}
-    compare(write(grid | changes, tmp_path), out, small=True)
-    before = set((out / "cells").iterdir())
-    text = tmp_path / f"{next(iter(TEXTS))}.txt"
-    text.write_text(text.read_text().replace("1", "one"))
-    compare(write(grid | changes, tmp_path), out, small=True)
-    assert len(set((out / "cells").iterdir()) - before) == len(before)
-
-
-def test_a_damaged_cell_is_run_again(grid: dict[str, Any], tmp_path: Path) -> None:
-    study, out, heard = load_study(write(grid, tmp_path), small=True), tmp_path / "out", list[str]()
-    found = compare(study, out).cells
+    losses, files = run()
     cell = next((out / "cells").glob("wanda-*.json"))
     cell.write_text(re.sub(r"\d\.\d", "9.9", cell.read_text(), count=1))
-    again = compare(study, out, tell=heard.append).cells
-    assert [one.losses for one in again] == [one.losses for one in found]
+    assert run() == (losses, files)
     assert heard == [
         f"{cell.parent}: {cell.stem}, finished by an earlier run, is damaged on disk, so it is done again."
     ]
+    grid["methods"]["wanda"]["recipe"]["choose"] = {"score": "flap"}
+    _, more = run()
+    assert files < more and len(more) == len(files) + 1
+    text = tmp_path / f"{next(iter(TEXTS))}.txt"
+    text.write_text(text.read_text().replace("1", "one"))
+    assert len(run()[1]) == len(more) + 3
 
 
 @pytest.mark.slow

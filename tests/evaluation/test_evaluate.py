@@ -24,10 +24,7 @@ from secateur.api import prune
 from secateur.data.blocks import JudgedText
 from secateur.errors import CheckpointError
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.text import (
-    _changes,
-    named_blocks,
-)
+from secateur.evaluation.text import _changes, named_blocks
 from secateur.facts import standard_error
 from secateur.log import silent
 from secateur.recipe import Domain

@@ -71,14 +71,6 @@ MBPP = [
 XWINOGRAD = ["en", "fr", "jp", "pt", "ru", "zh"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patient():
-    """On a busy machine code may take long."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secateur.evaluation.tasks.MAX_SECONDS", 3600)
-        yield
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """Data sets as save_to_disk writes them."""
@@ -194,47 +186,31 @@ def test_a_study_asks_the_dense_model_and_each_cell(checkpoints, saved, out, tmp
     assert f"{mean:.3f}" in shown.stdout + (out / "table.md").read_text()
 
 
-def test_pairs_of_answers_give_the_error_of_a_difference(checkpoints, saved, out):
-    models = {"dense": checkpoints["llama"], "pruned": checkpoints["llama-tied"]}
-    found = evaluate(models["pruned"], models["dense"], tasks=("arc_easy",), tasks_data=saved, out=out)
-    scores = {}
+def test_pairs_of_answers_give_the_error_of_a_difference_and_none_is_asked_twice(checkpoints, saved, out):
+    models, scores = {"dense": checkpoints["llama"], "pruned": checkpoints["llama-tied"]}, {}
+    places = {"dense": out / "dense", "pruned": out}
     for which, model in models.items():
-        evaluate(model, tasks=("arc_easy",), tasks_data=saved, out=out / which)
-        (part,) = (out / which / "evaluation").glob("task-*")
+        evaluate(model, tasks=("arc_easy",), tasks_data=saved, out=places[which])
+        (part,) = (places[which] / "evaluation").glob("task-*")
         scores[which] = json.loads(part.read_text())["value"]["item_scores"]["acc,none"]
+    written, tasks = part.stat().st_mtime_ns, ("winogrande", "arc_easy")
+    found = evaluate(models["pruned"], models["dense"], tasks=tasks, tasks_data=saved, out=out)
+    assert part.stat().st_mtime_ns == written and len(list((out / "evaluation").glob("task-*"))) == 4
     pairs = [after - before for before, after in zip(scores["dense"], scores["pruned"], strict=True)]
     assert any(pairs)
+    assert found.pruned.scores["arc_easy"]["acc,none"].value == pytest.approx(statistics.mean(scores["pruned"]))
     assert found.differences is not None and found.differences.tasks is not None
     change = found.differences.tasks["arc_easy"]["acc,none"]
     assert change.value == pytest.approx(statistics.mean(pairs))
     assert change.error == pytest.approx(statistics.stdev(pairs) / len(pairs) ** 0.5)
 
 
-def test_finished_tasks_are_not_asked_again(checkpoints, saved, out):
-    first = evaluate(checkpoints["llama"], tasks=("arc_easy",), tasks_data=saved, out=out)
-    (part,) = (out / "evaluation").glob("task-*")
-    written = part.stat().st_mtime_ns
-    second = evaluate(checkpoints["llama"], tasks=("winogrande", "arc_easy"), tasks_data=saved, out=out)
-    assert part.stat().st_mtime_ns == written and len(list((out / "evaluation").glob("task-*"))) == 2
-    assert second.pruned.scores["arc_easy"] == first.pruned.scores["arc_easy"]
-
-
 def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, saved, out):
-    shown = run_cli(
-        "evaluate",
-        checkpoints["llama"],
-        "--tasks",
-        "arc_easy,hellaswag",
-        "--tasks-data",
-        saved,
-        "--out",
-        out,
-        "--json",
-    )
+    options = ("--tasks", "arc_easy,hellaswag", "--tasks-data", saved, "--out", out, "--json")
+    shown = run_cli("evaluate", checkpoints["llama"], *options)
     assert shown.status == 0, shown.stderr
-    assert (
-        json.loads(shown.stdout)["pruned"]["tasks"]["sources"]["arc_easy"] == "allenai/ai2_arc/ARC-Easy in --tasks-data"
-    )
+    sources = json.loads(shown.stdout)["pruned"]["tasks"]["sources"]
+    assert sources["arc_easy"] == "allenai/ai2_arc/ARC-Easy in --tasks-data"
     written = (out / "evaluation.json").read_text()
     assert str(saved) not in written and "site-packages" not in written
 
@@ -242,16 +218,19 @@ def test_nothing_is_printed_and_nothing_of_this_machine_is_written(checkpoints, 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--tasks", "arc_eazy"], "unknown task 'arc_eazy'; did you mean 'arc_easy'?"),
-        (["--tasks", "gsm8k_platinum"], "from the hub (HF_HUB_OFFLINE=1); save it with"),
-        (["--tasks", "gsm8k_platinum"], "save_to_disk to DIR/madrylab/gsm8k-platinum/main"),
-        (["--tasks", "winogrande", "--num-fewshot", "3"], "its 3 few-shot examples come from a split that"),
+        (["arc_eazy"], ["unknown task 'arc_eazy'; did you mean 'arc_easy'?"]),
+        (
+            ["gsm8k_platinum"],
+            ["from the hub (HF_HUB_OFFLINE=1); save it with", "save_to_disk to DIR/madrylab/gsm8k-platinum/main"],
+        ),
+        (["winogrande", "--num-fewshot", "3"], ["its 3 few-shot examples come from a split that"]),
+        (["mbpp_instruct"], ["--run-code"]),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, expected, checkpoints, saved, out):
-    outcome = run_cli("evaluate", checkpoints["llama"], *arguments, "--tasks-data", saved, "--out", out)
+    outcome = run_cli("evaluate", checkpoints["llama"], "--tasks", *arguments, "--tasks-data", saved, "--out", out)
     assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
-    assert expected in outcome.stderr
+    assert all(said in outcome.stderr for said in expected) and not out.exists()
 
 
 def test_rows_that_cannot_be_read_are_one_sentence(monkeypatch, tmp_path):
@@ -335,12 +314,13 @@ def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_ask
     ],
     ids=["behind the fence", "in a fence of its own", "with an import", "behind a sentence"],
 )
-def test_code_passes_wherever_an_answer_begins_it(saved, answer):
+def test_code_passes_wherever_an_answer_begins_it(saved, answer, monkeypatch):
     task = load_tasks(("mbpp_instruct",), TaskOptions(run_code=True), saved).tasks["mbpp_instruct"]
     instance = SimpleNamespace(resps=[answer], doc=MBPP[0], filtered_resps={})
     with _code_found(task):
         [pipeline.apply([instance]) for pipeline in task._filters]
     [program] = instance.filtered_resps["extract_code"]
+    monkeypatch.setattr("secateur.evaluation.tasks.MAX_SECONDS", 3600)  # on a busy machine code may take long
     assert passes(program, "\n".join(MBPP[0]["test_list"]))
 
 
@@ -349,11 +329,3 @@ def test_a_model_with_too_few_positions_to_answer_is_told(checkpoints, saved, ou
     outcome = run_cli("evaluate", checkpoints["llama"], *arguments)
     assert outcome.status == 2
     assert "256 positions" in outcome.stderr.splitlines()[-1] and "Traceback" not in outcome.stderr
-
-
-def test_code_runs_only_when_asked(checkpoints, saved, out):
-    arguments = ["--tasks", "mbpp_instruct", "--tasks-data", saved, "--out", out]
-    outcome = run_cli("evaluate", checkpoints["llama"], *arguments)
-    assert outcome.status == 2
-    assert "--run-code" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
-    assert not out.exists()
