@@ -146,6 +146,11 @@ def test_a_rest_that_did_not_fit_is_the_documents_next_turn() -> None:
 
 
 def test_too_little_text_says_what_there_is_and_what_it_needs() -> None:
+    # Held out: 8; then 4 of the second, an end token, the one left of the first.
+    with pytest.raises(
+        CalibrationError, match=r"'mine': 14 tokens of text .* 1 held-out and 2 calibration .* need 24;"
+    ):
+        split_of([[9], [4]], Amounts(num_tokens=2 * LENGTH, num_judged_tokens=3 * LENGTH))
     pool, turns = TextPool(CALIBRATION, TOKENIZER, 0), Turns(turns_of([[9], [4]]))
     pool._texts["mine"], pool._tokens["mine", id(TOKENIZER)] = turns.texts, turns
     with pytest.raises(CalibrationError, match=r"'mine': 14 tokens .* but 3 blocks of 8 tokens need 24; ask for fewer"):
