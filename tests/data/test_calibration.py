@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.blocks import Blocks, LearningText, count_tokens, ngram_overlap
+from secateur.data.blocks import Blocks, LearningText, ngram_overlap
 from secateur.recipe import Calibration, Domain
 
 LENGTH = 32
@@ -47,17 +46,11 @@ def test_the_hash_covers_every_token_name_and_share(tmp_path: Path) -> None:
     assert dataclasses.replace(found, domains=(domain,)).content_hash == found.content_hash
 
 
-def test_a_document_counts_as_the_square_root_of_its_occurrences() -> None:
-    found = count_tokens([torch.tensor(ids) for ids in ([1, 1, 1, 1, 0], [1, 3])], 5)
-    assert found.tokens_V.tolist() == [1, 5, 0, 1, 0]
-    assert found.damped_V.tolist() == [1.0, 3.0, 0.0, 1.0, 0.0]
-
-
 @pytest.mark.parametrize("num_characters", [50, 5000])
 def test_counting_stops_at_the_most(tmp_path: Path, num_characters: int) -> None:
     calibration = Calibration(domains={"a": letters(tmp_path / "a.jsonl", 40, num_characters)}, sequence_length=LENGTH)
-    (counts,) = split_text(calibration, 20 * LENGTH, TOKENIZER).learning.counts(len(TOKENIZER), most=420).values()
-    assert int(counts.tokens_V.sum()) == 420  # a character is a token
+    (documents,) = split_text(calibration, 20 * LENGTH, TOKENIZER).learning.documents(most=420).values()
+    assert sum(map(len, documents)) == 420  # a character is a token
 
 
 def test_a_short_model_context_gives_no_warning(

@@ -12,6 +12,7 @@ from secateur.data.blocks import Blocks
 from secateur.data.pool import Allotted, Amounts, Split, TextPool
 from secateur.errors import CalibrationError
 from secateur.recipe import Calibration
+from secateur.vocabulary.order import count_tokens
 
 LENGTH, TOKENIZER = 24, tiny_tokenizer()
 
@@ -42,10 +43,9 @@ def shown_split(split: Split) -> str:
         lines += shown_blocks("guards", domain.held_out)
         lines += shown_blocks("calibrates", domain.calibration)
         lines += shown_blocks("trains", domain.training(99))
-    counts = split.learning.counts(len(TOKENIZER))
-    lines += [
-        f"  counted of {name}: {int(each.tokens_V.sum())}, {each.damped_V.sum():.3f}" for name, each in counts.items()
-    ]
+    for name, documents in split.learning.documents().items():
+        counts = count_tokens(documents, len(TOKENIZER))
+        lines.append(f"  counted of {name}: {int(counts.tokens_V.sum())}, {counts.damped_V.sum():.3f}")
     lines += [f"  {note}" for note in (*text.notes, *split.judged.notes, *split.notes)]
     hashes = [each.content_hash[:8] for each in (text, split.judged)]
     return "\n".join([*lines, f"  {text.num_tokens} and {text.num_held_out_tokens} tokens, {', '.join(hashes)}"])

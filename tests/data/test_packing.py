@@ -113,7 +113,7 @@ def test_no_document_is_in_two_parts_unless_a_note_says_so(
         return
     [domain], judged = split.learning.text.domains, split.judged.blocks["mine"]
     guards, taught = documents_in(domain.held_out), documents_in(domain.blocks)
-    counted = split.learning.counts(1000 * (len(documents) + 1))["mine"].tokens_V.nonzero().flatten().tolist()
+    counted = {each for ids_T in split.learning.documents()["mine"] for each in ids_T.tolist()}
     taught |= {origin(each) for each in counted}
     parts = [domain.held_out, domain.blocks]
     if judged is domain.held_out:
@@ -219,10 +219,10 @@ def test_documents_are_read_and_tokenised_once_and_equal_ones_are_one(tmp_path: 
     ASKED.clear()
     for _ in range(2):
         learning = pool.split(calibration, Amounts(num_tokens=LENGTH)).learning
-        counts = learning.counts(200)["a"].tokens_V
+        num_tokens = sum(map(len, learning.documents()["a"]))
     assert [text[0] for text, _ in ASKED] == [*dict.fromkeys(text[0] for text, _ in ASKED)] and len(ASKED) == 4
     assert all(options == {"add_special_tokens": False, "verbose": False} for _, options in ASKED)
-    assert counts.sum() == 3 * 20, "the fourth guards"
+    assert num_tokens == 3 * 20, "the fourth guards"
 
 
 # The whole set
@@ -314,7 +314,7 @@ def test_what_a_tokenizer_puts_before_each_text_is_none_of_the_text(tmp_path: Pa
     (tmp_path / "a.txt").write_text("\n".join(f"line {number} of a text" for number in range(60)))
     calibration = Calibration(domains={"mine": Domain(files=(str(tmp_path / "a.txt"),))}, sequence_length=LENGTH)
     plain, begun = (
-        split_text(calibration, 200, tokenizer).learning.counts(len(TOKENIZER))["mine"].tokens_V
+        torch.cat([*split_text(calibration, 200, tokenizer).learning.documents()["mine"]])
         for tokenizer in (TOKENIZER, tiny_tokenizer(begins=True))
     )
     assert plain.tolist() == begun.tolist()

@@ -25,6 +25,7 @@ from secateur.pruning.run import Run
 from secateur.recipe import Domain
 from secateur.recovery import polish
 from secateur.stream import judge
+from secateur.vocabulary import order
 
 DOMAINS, NUM_DOCUMENTS, LENGTH, NUM_JUDGED = ("prose", "code"), 400, 32, 8
 OPTIONS = ["--vocabulary", "auto", "--remove", "0.3", "--set", "seed=1"]
@@ -86,7 +87,7 @@ def seen(place: Path) -> Seen:
     def batches(_name: str, ids_NT: Tensor, *, held_out: bool, **_: Any) -> None:
         note("guard" if held_out else "calibration", "trimmed", ids_NT)
 
-    count = pool.count_tokens
+    count = order.count_tokens
 
     def counted(documents: Iterable[Tensor], num_rows: int) -> Any:
         documents = list(documents)
@@ -96,7 +97,7 @@ def seen(place: Path) -> Seen:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pool, "JUDGED_TOKENS", NUM_JUDGED * LENGTH)
         patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
-        patched.setattr(pool, "count_tokens", counted)
+        patched.setattr(order, "count_tokens", counted)
         watch(pool, "documents", lambda name, *_: found.reads.update([name]))
         watch(trim, "make_batches", lambda _, ids_NT, **__: note("price of tokens", "dense", ids_NT))
         watch(run, "make_batches", batches)

@@ -12,7 +12,7 @@ import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
 
-from secateur.data.blocks import Block, TokenCounts, count_tokens
+from secateur.data.blocks import Block
 from secateur.errors import RecipeError
 from secateur.log import silent
 from secateur.methods import tokens as module
@@ -21,12 +21,13 @@ from secateur.methods.tokens import channel_law, expected_counts, nats_with, pie
 from secateur.model.bind import bind
 from secateur.stream.losses import block_losses
 from secateur.stream.walk import Batch, make_batches
-from secateur.vocabulary.kept import KeptTokens, Trim
+from secateur.vocabulary.kept import Trim
 from secateur.vocabulary.order import (
     PieceNats,
     Removal,
+    TokenCounts,
     count_for_size,
-    kept_after,
+    count_tokens,
     nats_of_trims,
     of_scripts,
     removal_by_counts,
@@ -196,6 +197,12 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     assert few.character == few.token == found.token
 
 
+def test_a_document_counts_as_the_square_root_of_its_occurrences() -> None:
+    found = count_tokens([torch.tensor(ids) for ids in ([1, 1, 1, 1, 0], [1, 3])], 5)
+    assert found.tokens_V.tolist() == [1, 5, 0, 1, 0]
+    assert found.damped_V.tolist() == [1.0, 3.0, 0.0, 1.0, 0.0]
+
+
 def test_use_weighs_domains_by_their_shares_or_takes_the_largest():
     zeros_V = torch.zeros(3, dtype=torch.float64)
     counts = {
@@ -241,7 +248,7 @@ def test_the_prior_is_the_mean_of_the_neighbours_among_those_that_may_go(monkeyp
 
 
 def removal_of(ids: list[int], cost_R: torch.Tensor) -> Removal:
-    return Removal(ids, cost_R)
+    return Removal(ids, cost_R, 310)
 
 
 REMOVAL = removal_of(list(range(300, 100, -1)), torch.arange(200, dtype=torch.float64) ** 2)
@@ -272,19 +279,19 @@ def test_letters_of_the_scripts_that_the_text_is_written_in_stay():
 
 
 def test_sizes_are_multiples_and_leave_what_must_stay():
-    assert kept_after(REMOVAL, 310, 3) == tuple(index for index in range(310) if index not in (300, 299, 298))
-    assert count_for_size(REMOVAL, 310, 128) == 182
-    assert count_for_size(REMOVAL, 310, 310) == 0  # the size that a run saves when `auto` takes no token
-    assert sizes_within(REMOVAL, 310, 182).tolist() == [0, 54, 118, 182]
-    assert sizes_within(REMOVAL, 310, 181).tolist() == [0, 54, 118]
-    assert sizes_within(REMOVAL, 320, 500).tolist() == [0, 64, 128, 192]
-    assert sizes_within(REMOVAL, 310, 0).tolist() == [0]  # fewer than the rows beyond a multiple of 64
+    assert REMOVAL.kept(3).dense_ids == tuple(index for index in range(310) if index not in (300, 299, 298))
+    assert count_for_size(REMOVAL, 128) == 182
+    assert count_for_size(REMOVAL, 310) == 0  # the size that a run saves when `auto` takes no token
+    assert sizes_within(REMOVAL, 182).tolist() == [0, 54, 118, 182]
+    assert sizes_within(REMOVAL, 181).tolist() == [0, 54, 118]
+    assert sizes_within(replace(REMOVAL, num_rows=320), 500).tolist() == [0, 64, 128, 192]
+    assert sizes_within(REMOVAL, 0).tolist() == [0]  # fewer than the rows beyond a multiple of 64
     for size in (64, 100, 384):
         with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* from 128, .* to 310"):
-            count_for_size(REMOVAL, 310, size)
+            count_for_size(REMOVAL, size)
     for size, advice in ((100, " (such as 128) from"), (200, " (such as 192 or 256) from"), (12, " of 64 from")):
         with pytest.raises(RecipeError, match=re.escape(advice)):
-            count_for_size(REMOVAL, 310, size)
+            count_for_size(REMOVAL, size)
 
 
 def test_text_costs_what_was_measured_and_in_between_a_straight_line():
@@ -316,7 +323,7 @@ def test_nats_with_a_trim_are_per_dense_token_and_the_mean_by_share():
     vocabulary = read_vocabulary(dense_tokenizer, model)
     use_V = torch.rand(num_rows, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     removal = removal_order(vocabulary, use_V)
-    kept = KeptTokens(kept_after(removal, num_rows, len(removal.ids) // 2), num_rows)
+    kept = removal.kept(len(removal.ids) // 2)
     trim = Trim(kept, dense_tokenizer, trimmed_tokenizer(dense_tokenizer, kept))
     ids = torch.tensor(dense_tokenizer("".join(CORPUS))["input_ids"])
     text, told = {"prose": ids[:180].view(6, 30), "code": ids[180:240].view(2, 30)}, []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from secateur.errors import RecipeError
@@ -225,27 +225,6 @@ def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]
         data = ids_T.tobytes()
         for start in range(0, len(data) - 4 * num_tokens + 1, 4):
             yield data[start : start + 4 * num_tokens]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenCounts:
-    """How often a text has each token.
-
-    `damped_V`: each document counts as the square root of how often it has the token.
-    """
-
-    tokens_V: Int64[Tensor, " V"] | Float64[Tensor, " V"]
-    damped_V: Float64[Tensor, " V"]
-
-
-def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
-    """Return the counts of the ids in the documents, a tensor each. V: `num_rows`, of the embedding."""
-    tokens_V, damped_V = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.float64)
-    for ids_T in documents:
-        ids_U, counts_U = ids_T.unique(return_counts=True)
-        tokens_V[ids_U] += counts_U
-        damped_V[ids_U] += counts_U.double().sqrt()
-    return TokenCounts(tokens_V, damped_V)
 
 
 DEFAULT_SEQUENCE_LENGTH = 512

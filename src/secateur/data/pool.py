@@ -27,14 +27,12 @@ from secateur.data.blocks import (
     JudgedText,
     LearningDomain,
     LearningText,
-    TokenCounts,
-    count_tokens,
     num_blocks_of,
 )
 from secateur.data.forms import Note, Notes
 from secateur.data.sources import DomainText, documents
 from secateur.errors import CalibrationError
-from secateur.log import Progress, silent, steps
+from secateur.log import Progress, silent
 from secateur.model.stock import Tokenizer
 
 CALIBRATION_BLOCKS_PER_HELD_OUT = 9
@@ -334,33 +332,17 @@ JUDGED, HELD_OUT, LEARNING = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Learning:
-    """What a run may learn by: its text, and how often all documents that may teach have each token."""
+    """What a run may learn by: its text, and all documents that may teach."""
 
     text: LearningText
     _domains: Mapping[str, _Domain]
 
-    def counts(
-        self,
-        num_rows: int,
-        progress: Progress = silent,
-        *,
-        most: int = MOST_COUNTED,
-        answers: Mapping[str, TokenCounts] = MappingProxyType({}),
-    ) -> dict[str, TokenCounts]:
-        """Return each domain's counts of the ids of an embedding of `num_rows`.
+    def documents(self, most: int = MOST_COUNTED) -> dict[str, Iterator[Int64[Tensor, " T"]]]:
+        """Return the ids of all documents that may teach, by domain that is read; no more once `most` tokens are had.
 
-        No more of a domain is read once `most` tokens are counted. `answers`: counts of what the model says, by
-        domain; others are left out. Raises CalibrationError for unreadable text, or if no domain is left.
+        Who goes through them may get a CalibrationError, for unreadable text.
         """
-        if not (self._domains or answers):
-            raise CalibrationError(
-                "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
-                "add a domain of files or installed text."
-            )
-        counts = dict(answers)
-        for name, domain in steps(progress, "count tokens", self._domains.items()):
-            counts[name] = count_tokens((ids_T for _, ids_T in domain.all_learning(most)), num_rows)
-        return counts
+        return {name: (ids_T for _, ids_T in domain.all_learning(most)) for name, domain in self._domains.items()}
 
     def digests(self, num_counted: int = 0) -> set[bytes]:
         """Return the digests of the documents that guard or teach, and of those that give the first tokens to count."""

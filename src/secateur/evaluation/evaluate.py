@@ -159,10 +159,10 @@ def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> tuple[str, ...]
     """Return in which tokens the nats are, where the vocabulary was trimmed."""
     if trim is not None:
         return (
-            f"the tokenizers differ ({trim.kept.num_dense:,} and {len(trim.kept.dense_ids):,} tokens): losses are nats "
+            f"the tokenizers differ ({trim.kept.num_dense:,} and {trim.kept.num_kept:,} tokens): losses are nats "
             "per token of the dense tokenizer; KL is over the kept tokens on the trimmed text.",
         )
     if (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
-        sizes = f"{kept.num_dense:,} to {len(kept.dense_ids):,} tokens"
+        sizes = f"{kept.num_dense:,} to {kept.num_kept:,} tokens"
         return (f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer.",)
     return ()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from secateur.data.blocks import Block, Text, TokenCounts, blocks_of
+from secateur.data.blocks import Block, Text, blocks_of
 from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
@@ -18,7 +18,7 @@ from secateur.model.bind import Arch, head_of
 from secateur.stream.losses import HEAD_POSITIONS, block_losses, final_states
 from secateur.stream.walk import Batch
 from secateur.vocabulary.kept import Trim
-from secateur.vocabulary.order import PieceNats
+from secateur.vocabulary.order import PieceNats, TokenCounts
 from secateur.vocabulary.retokenised import retokenised
 from secateur.vocabulary.tokenizer import Vocabulary
 

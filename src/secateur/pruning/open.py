@@ -106,7 +106,7 @@ class Opened:
     @property
     def vocabulary_left(self) -> int | None:
         """The tokens that stay; None if all do, or if it is not known yet."""
-        return None if self.trim is None else len(self.trim.kept.dense_ids)
+        return None if self.trim is None else self.trim.kept.num_kept
 
     @property
     def directory(self) -> Path | None:

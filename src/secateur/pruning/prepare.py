@@ -165,7 +165,7 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, nu
         after = sum(kept[group.layer, name] for group in members) / len(members)
         parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.budget != "uniform")]
     if opened.trim is not None:
-        parts += [f"tokens {opened.trim.kept.num_dense:,} -> {len(opened.trim.kept.dense_ids):,}"]
+        parts += [f"tokens {opened.trim.kept.num_dense:,} -> {opened.trim.kept.num_kept:,}"]
     text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"
     if not resolved.groups and not resolved.depth:
         return f"{opened.name}: removes {', '.join(parts)}, by {text}."

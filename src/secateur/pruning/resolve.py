@@ -259,7 +259,7 @@ def _unplanned(opened: Opened) -> Resolved:
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     prices = prices_of(arch, opened.model)
     if opened.trim is not None:
-        num_gone = opened.trim.kept.num_dense - len(opened.trim.kept.dense_ids)
+        num_gone = opened.trim.kept.num_dense - opened.trim.kept.num_kept
         prices = replace(prices, tokens=token_prices(opened.model, num_gone))
 
     # What layers and tokens take, and the widths that are left.

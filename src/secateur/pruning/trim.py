@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 import secateur.methods.tokens as methods
-from secateur.data.blocks import Blocks, TokenCounts
+from secateur.data.blocks import Blocks
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
 from secateur.model.stock import Tokenizer, eval_mode
 from secateur.pruning.cost import memory_for
@@ -28,8 +28,9 @@ from secateur.vocabulary.order import (
     ALIGN_TOKENS,
     PieceNats,
     Removal,
+    TokenCounts,
     count_for_size,
-    kept_after,
+    counts_of,
     nats_of_trims,
     of_scripts,
     removal_by_counts,
@@ -59,8 +60,7 @@ class _Dense:
 
     def trim(self, removal: Removal, num_gone: int) -> Trim:
         """Return the trim after which so many tokens are gone."""
-        num_rows = self.vocabulary.num_rows
-        kept = KeptTokens(kept_after(removal, num_rows, num_gone), num_rows)
+        kept = removal.kept(num_gone)
         new = trimmed_tokenizer(self.tokenizer, kept, self.opened.model.config)
         return Trim(kept, self.tokenizer, new)
 
@@ -87,12 +87,12 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
             nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
-                num_gone = count_for_size(removal, num_rows, size)
+                num_gone = count_for_size(removal, size)
                 foretold = nats.token * float(removal.growth(torch.tensor([num_gone])))
             else:
                 num_gone, foretold = store.value("vocabulary", partial(_count, dense, hand, removal, nats))
         trim = replace(dense.trim(removal, num_gone), foretold=foretold)
-        line = {"event": "vocabulary", "kept": len(trim.kept.dense_ids), "dense": num_rows}
+        line = {"event": "vocabulary", "kept": trim.kept.num_kept, "dense": num_rows}
         log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": trim.foretold})
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
 
@@ -108,7 +108,7 @@ def trim_to(opened: Opened, size: int, services: Services) -> Trim:
 def _trim_to(dense: _Dense, size: int) -> Trim:
     num_rows = dense.vocabulary.num_rows
     removal = removal_order(dense.vocabulary, torch.zeros(num_rows), dense.stay)
-    kept = num_rows - count_for_size(removal, num_rows, size)
+    kept = num_rows - count_for_size(removal, size)
     return Trim(KeptTokens(tuple(range(kept)), num_rows), dense.tokenizer, dense.tokenizer)
 
 
@@ -128,7 +128,7 @@ def _counts(dense: _Dense, text: RunText, answers: Mapping[str, Blocks], opened:
         name: methods.expected_counts(opened.model, opened.arch, blocks, num_rows, progress)
         for name, blocks in answers.items()
     }
-    return text.learning().counts(num_rows, progress, answers=expected)
+    return counts_of(text.learning().documents(), num_rows, progress, expected)
 
 
 def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) -> Removal:
@@ -148,10 +148,10 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
     to_remove = max(0.0, remove.share * prices.total - prices.taken(layers))
     per_token = token_prices(opened.model, 1)
     if not remove.group_names or not to_remove:
-        most_1 = sizes_within(removal, num_rows, int(to_remove // per_token))[-1:]
+        most_1 = sizes_within(removal, int(to_remove // per_token))[-1:]
         return int(most_1), pieces.token * float(removal.growth(most_1))
     # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
-    counts_N = sizes_within(removal, num_rows, int(to_remove // per_token) + ALIGN_TOKENS)
+    counts_N = sizes_within(removal, int(to_remove // per_token) + ALIGN_TOKENS)
     groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
     least = least_step(groups, align_for(opened.recipe, groups, prices, int(to_remove)), alike=uniform)
     if per_token * int(counts_N[-1]) - to_remove > least / 2:

@@ -2,19 +2,16 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from secateur.errors import RecipeError
 from secateur.facts import Loss
-from secateur.model.stock import Tokenizer
 from secateur.pruning.run import Run, is_watched, text_losses
 from secateur.report.records import VocabularyFacts, change, mean_change
 from secateur.stream.losses import predicted_tokens
 from secateur.vocabulary.kept import Trim, keep_tokens
 from secateur.vocabulary.retokenised import retokenised
-from secateur.vocabulary.tokenizer import scripts_of
+from secateur.vocabulary.tokenizer import scripts_left
 
 # A trim that costs a domain more nats per dense token, or in the mean more than so many times what
 # its counts foretold, is not written; means below the least are not told apart.
@@ -56,7 +53,7 @@ def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None
     if changes[worst].nats_per_token <= BEARABLE_NATS and not is_surprise:
         return None
     told = "" if trim.foretold is None else f", where the counts foretold {foretold:.2f}"
-    num_dense, num_kept = trim.kept.num_dense, len(trim.kept.dense_ids)
+    num_dense, num_kept = trim.kept.num_dense, trim.kept.num_kept
     return (
         f"remove.vocabulary: with {num_kept:,} of its {num_dense:,} tokens the model loses {lost:.2f} nats per token "
         f"of held-out text ({worst} {changes[worst].nats_per_token:.2f}){told}"
@@ -71,22 +68,11 @@ def vocabulary_facts(
     `num_tokens`: those predicted of each domain's held-out text, in both tokenizers. `trimmed`: each domain's losses
     before and behind the trim, before anything else goes.
     """
-    kept, texts = trim.kept, _texts(trim.dense_tokenizer, trim.kept.num_dense)
-    lost = [text for index, text in texts.items() if kept.new_ids[index] is None]
-    before = Counter(script for text in texts.values() for script in scripts_of(text))
-    before.subtract(removed := Counter(script for text in lost for script in scripts_of(text)))
     return VocabularyFacts(
-        num_before=kept.num_dense,
-        num_after=len(kept.dense_ids),
+        num_before=trim.kept.num_dense,
+        num_after=trim.kept.num_kept,
         by_domain=dict(num_tokens),
-        scripts={script: (left + removed[script], left) for script, left in sorted(before.items())},
+        scripts=scripts_left(trim.dense_tokenizer, trim.kept),
         nats={name: (dense.nats_per_token, cut.nats_per_token) for name, (dense, cut) in trimmed.items()},
         foretold=trim.foretold,
     )
-
-
-def _texts(tokenizer: Tokenizer, num_rows: int) -> dict[int, str]:
-    """Return each token's text; half characters are U+FFFD."""
-    backend: Any = tokenizer.backend_tokenizer
-    ids = sorted(index for index in backend.get_vocab().values() if index < num_rows)
-    return dict(zip(ids, backend.decode_batch([[index] for index in ids], skip_special_tokens=False), strict=True))

@@ -39,7 +39,7 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
         log.note(note)
     if job.trim is not None:
         log.note(
-            f"recover: the teacher predicts {len(job.trim.kept.dense_ids):,} of its {job.trim.kept.num_dense:,} "
+            f"recover: the teacher predicts {job.trim.kept.num_kept:,} of its {job.trim.kept.num_dense:,} "
             "tokens, those that the model has."
         )
     for sentence in text.notes:

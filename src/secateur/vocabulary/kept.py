@@ -29,6 +29,11 @@ class KeptTokens:
     dense_ids: tuple[int, ...]
     num_dense: int
 
+    @property
+    def num_kept(self) -> int:
+        """Tokens that stay."""
+        return len(self.dense_ids)
+
     @cached_property
     def new_ids(self) -> list[int | None]:
         """Each dense token's new id; None for those that went."""
@@ -39,7 +44,7 @@ class KeptTokens:
 
     def write(self, directory: Path) -> None:
         """Write the map from dense ids to new ones as `tokens.json`."""
-        content = {"num_dense": self.num_dense, "num_kept": len(self.dense_ids), "new_ids": self.new_ids}
+        content = {"num_dense": self.num_dense, "num_kept": self.num_kept, "new_ids": self.new_ids}
         (directory / TOKENS_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
@@ -86,7 +91,7 @@ def trim_between(
     if ids == dense_ids and num_logits == num_dense:
         return None
     kept = kept_tokens_of(pruned.directory)
-    if kept is not None and (len(kept.dense_ids), kept.num_dense) == (num_logits, num_dense):
+    if kept is not None and (kept.num_kept, kept.num_dense) == (num_logits, num_dense):
         # Some multimodal families have special tokens without a row.
         new_ids = {text: kept.new_ids[index] for text, index in dense_ids.items() if index < num_dense}
         stayed = {text: new for text, new in new_ids.items() if new is not None}
@@ -118,21 +123,21 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     index = torch.tensor(kept.dense_ids, device=embedding.weight.device)
     was_tied = head is not None and head.weight is embedding.weight
     embedding.weight = _rows_of(embedding.weight, index)
-    embedding.num_embeddings = len(kept.dense_ids)
+    embedding.num_embeddings = kept.num_kept
     if isinstance(head, nn.Linear):
         head.weight = embedding.weight if was_tied else _rows_of(head.weight, index)
         if head.bias is not None:
             head.bias = _rows_of(head.bias, index)
-        head.out_features = len(kept.dense_ids)
+        head.out_features = kept.num_kept
     sized: list[Any] = [module for module in model.modules() if getattr(module, "vocab_size", None) == kept.num_dense]
     for module in sized:
-        module.vocab_size = len(kept.dense_ids)
+        module.vocab_size = kept.num_kept
     for module in (embedding, *sized):
         if (padding := getattr(module, "padding_idx", None)) is not None and padding >= 0:
             module.padding_idx = kept.new_ids[padding]
     for config in _configs(model):
         _renumber(config, kept)
-    model.config.get_text_config().vocab_size = len(kept.dense_ids)
+    model.config.get_text_config().vocab_size = kept.num_kept
 
 
 def _rows_of(parameter: nn.Parameter | Tensor, index: Tensor) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """Which tokens go: what each one is worth, the order in which they go, and how many go.
 
-In: `TokenCounts` by domain, a `Vocabulary`, what the model was found to pay for pieces and for trims.
+In: documents by domain, a `Vocabulary`, what the model was found to pay for pieces and for trims.
 Out: ids in the order in which they go, and what a text then costs. V: rows of the embedding, R: tokens
 that may go.
 
@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from secateur.data.blocks import TokenCounts
-from secateur.errors import RecipeError
-from secateur.vocabulary.tokenizer import Vocabulary, scripts_of, with_parts
+from secateur.errors import CalibrationError, RecipeError
+from secateur.log import Progress, steps
+from secateur.vocabulary.kept import KeptTokens
+from secateur.vocabulary.tokenizer import Vocabulary, with_parts
 
 # Sizes that suit tensor cores.
 ALIGN_TOKENS = 64
@@ -27,6 +28,45 @@ ALIGN_TOKENS = 64
 PRIOR_SHARE, NEIGHBOURS = 0.5, 1024
 # A script that makes up this share of some domain's letters is one that the model is to write.
 WRITTEN_SHARE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """How often a text has each token.
+
+    `damped_V`: each document counts as the square root of how often it has the token.
+    """
+
+    tokens_V: Int64[Tensor, " V"] | Float64[Tensor, " V"]
+    damped_V: Float64[Tensor, " V"]
+
+
+def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
+    """Return the counts of the ids in the documents, a tensor each. V: `num_rows`, of the embedding."""
+    tokens_V, damped_V = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.float64)
+    for ids_T in documents:
+        ids_U, counts_U = ids_T.unique(return_counts=True)
+        tokens_V[ids_U] += counts_U
+        damped_V[ids_U] += counts_U.double().sqrt()
+    return TokenCounts(tokens_V, damped_V)
+
+
+def counts_of(
+    documents: Mapping[str, Iterable[Tensor]], num_rows: int, progress: Progress, answers: Mapping[str, TokenCounts]
+) -> dict[str, TokenCounts]:
+    """Return each domain's counts: of `answers` what the model says, of the others the ids in their `documents`.
+
+    Raises CalibrationError if there is no domain of either.
+    """
+    if not (documents or answers):
+        raise CalibrationError(
+            "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
+            "add a domain of files or installed text."
+        )
+    counts = dict(answers)
+    for name, ids in steps(progress, "count tokens", documents.items()):
+        counts[name] = count_tokens(ids, num_rows)
+    return counts
 
 
 def token_use(
@@ -99,14 +139,21 @@ class Removal:
     """The order in which tokens go.
 
     `ids`: in that order. `cost_R`: as many further tokens per token of text cost the model what these do.
+    `num_rows`: of the embedding, before any goes.
     """
 
     ids: list[int]
     cost_R: Float[Tensor, " R"]
+    num_rows: int
 
     def growth(self, counts_N: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Return how much longer text is once so many tokens are gone, per token of it."""
         return torch.cat([self.cost_R.new_zeros(1), self.cost_R])[counts_N]
+
+    def kept(self, num_gone: int) -> KeptTokens:
+        """Return the tokens that stay once the first `num_gone` are gone."""
+        removed = set(self.ids[:num_gone])
+        return KeptTokens(tuple(index for index in range(self.num_rows) if index not in removed), self.num_rows)
 
 
 def removal_by_counts(
@@ -124,7 +171,7 @@ def removal_by_counts(
     it: so the order is that of damped counts. The growth of text is that of plain ones. Characters
     of the scripts that the text is written in stay.
     """
-    scripts = {index: frozenset(scripts_of(text)) for index, text in vocabulary.texts.items()}
+    scripts = vocabulary.scripts()
     written = written_scripts(scripts, counts)
     characters = {index for index, text in vocabulary.texts.items() if len(text) == 1 and scripts[index] & written}
     may_go = {index: scripts[index] for index in vocabulary.texts.keys() - vocabulary.fixed}
@@ -195,20 +242,15 @@ def removal_order(
             needed_by[part] -= 1
             if not needed_by[part] and part in free:
                 heapq.heappush(waiting, (order_by[part] * further(spelt(part)), part))
-    return Removal(ids, torch.tensor(costs, dtype=torch.float64))
+    return Removal(ids, torch.tensor(costs, dtype=torch.float64), vocabulary.num_rows)
 
 
-def kept_after(removal: Removal, num_rows: int, num_gone: int) -> tuple[int, ...]:
-    """Return the ids that stay once the first `num_gone` are gone."""
-    removed = set(removal.ids[:num_gone])
-    return tuple(index for index in range(num_rows) if index not in removed)
-
-
-def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
+def count_for_size(removal: Removal, size: int) -> int:
     """Return how many tokens go for `size` to stay: none for all of the model's rows.
 
     Raises RecipeError if so many cannot stay.
     """
+    num_rows = removal.num_rows
     least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
     if size < num_rows <= least:
         raise RecipeError(
@@ -230,9 +272,9 @@ def count_for_size(removal: Removal, num_rows: int, size: int) -> int:
     return num_rows - size
 
 
-def sizes_within(removal: Removal, num_rows: int, most_gone: int) -> Int64[Tensor, " N"]:
+def sizes_within(removal: Removal, most_gone: int) -> Int64[Tensor, " N"]:
     """Return all counts of tokens that may go, ascending, that leave a multiple of 64 rows."""
-    first = num_rows % ALIGN_TOKENS
+    first = removal.num_rows % ALIGN_TOKENS
     end = max(first, min(len(removal.ids), most_gone) + 1)
     counts = torch.arange(first, end, ALIGN_TOKENS)
     return torch.cat([counts.new_zeros(1 if first else 0), counts])
@@ -269,7 +311,7 @@ def written_scripts(scripts: Mapping[int, frozenset[str]], counts: Mapping[str, 
 
 def of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:
     """Return the tokens with letters of these scripts. Raises RecipeError for one that no token has."""
-    known = {index: scripts_of(text) for index, text in vocabulary.texts.items()}
+    known = vocabulary.scripts()
     for script in (wanted := set(scripts)):
         if not any(script in of_token for of_token in known.values()):
             raise RecipeError(

@@ -7,7 +7,7 @@ model's own side, rows and configs, is `vocabulary.kept`.
 import json
 import tempfile
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -52,6 +52,10 @@ class Vocabulary:
     needs_parts: bool
     fixed: frozenset[int]
     bytes: dict[int, int] = field(default_factory=dict[int, int])
+
+    def scripts(self) -> dict[int, frozenset[str]]:
+        """Return the scripts of each token's letters, see `scripts_of`."""
+        return {index: scripts_of(text) for index, text in self.texts.items()}
 
 
 def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
@@ -102,10 +106,23 @@ def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
 _LETTERS, _NO_SCRIPTS = {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"}, {"MODIFIER", "FULLWIDTH", "HALFWIDTH"}
 
 
-def scripts_of(text: str) -> set[str]:
+def scripts_of(text: str) -> frozenset[str]:
     """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
     names = ([*unicodedata.name(letter, "?").replace("-", " ").split()] for letter in text if letter.isalpha())
-    return {words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)}
+    found = (words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words))
+    return frozenset(found)
+
+
+def scripts_left(tokenizer: Tokenizer, kept: KeptTokens) -> dict[str, tuple[int, int]]:
+    """Return how many of the tokenizer's tokens have letters of each script: of all, and of the kept ones."""
+    backend: Any = tokenizer.backend_tokenizer
+    ids = sorted(index for index in backend.get_vocab().values() if index < kept.num_dense)
+    texts = backend.decode_batch([[index] for index in ids], skip_special_tokens=False)
+    before, left = Counter[str](), Counter[str]()
+    for index, text in zip(ids, texts, strict=True):
+        before.update(scripts := scripts_of(text))
+        left.update(scripts if kept.new_ids[index] is not None else ())
+    return {script: (number, left[script]) for script, number in sorted(before.items())}
 
 
 def _backend_of(tokenizer: Tokenizer) -> tuple[Any, Parsed]:
