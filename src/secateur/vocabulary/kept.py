@@ -135,8 +135,9 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     for module in (embedding, *sized):
         if (padding := getattr(module, "padding_idx", None)) is not None and padding >= 0:
             module.padding_idx = kept.new_ids[padding]
+    new_ids = kept.new_ids
     for config in _configs(model):
-        _renumber(config, kept)
+        _change(config, lambda index: new_ids[index] if 0 <= index < len(new_ids) else index)
     model.config.get_text_config().vocab_size = kept.num_kept
 
 
@@ -187,12 +188,6 @@ def ids_named_by(model: CausalLM) -> set[int]:
 
 def _configs(model: CausalLM) -> list[Any]:
     return [model.config, *([] if model.generation_config is None else [model.generation_config])]
-
-
-def _renumber(config: Any, kept: KeptTokens) -> None:
-    """Give every id in the config, and in the configs inside it, its new number."""
-    new_ids = kept.new_ids
-    _change(config, lambda index: new_ids[index] if 0 <= index < len(new_ids) else index)
 
 
 # Token ids in configs: keys that end so, and single keys of transformers' families and of generation.

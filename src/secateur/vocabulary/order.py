@@ -83,8 +83,8 @@ def token_use(
     return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
 
 
-def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_SHARE) -> Float[Tensor, " V"]:
-    """Return the use with `share` of it taken from the mean of each token's neighbours among `ids`.
+def with_prior(use_V: Float[Tensor, " V"], ids: list[int]) -> Float[Tensor, " V"]:
+    """Return the use with `PRIOR_SHARE` of it taken from the mean of each token's neighbours among `ids`.
 
     Tokenizers number tokens in the order in which they were learnt, so neighbours are about as
     frequent in the text that the tokenizer was made for.
@@ -94,7 +94,7 @@ def with_prior(use_V: Float[Tensor, " V"], ids: list[int], share: float = PRIOR_
     first = (torch.arange(len(index)) - NEIGHBOURS // 2).clamp(min=0)
     last = (first + NEIGHBOURS).clamp(max=len(index))
     mixed_V = use_V.clone()
-    mixed_V[index] = (1 - share) * use_V[index] + share * (sums[last] - sums[first]) / (last - first)
+    mixed_V[index] = (1 - PRIOR_SHARE) * use_V[index] + PRIOR_SHARE * (sums[last] - sums[first]) / (last - first)
     return mixed_V
 
 

@@ -4,7 +4,6 @@ In: blocks of token ids, or conversations. Out: those of the other tokenizer's i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any, cast
@@ -29,7 +28,7 @@ def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) 
     to one, parts of a character at the ends of a text byte by byte; all else is split as `target`
     splits it, by itself for every document, and for what counts and what does not.
     """
-    splitter, reader = _Splitter.of(target), cast(Any, source)  # a fast tokenizer, as trims are of
+    splitter, reader = _Splitter(target), cast(Any, source)  # a fast tokenizer, as trims are of
     added = set(reader.get_added_vocab())
 
     def ids_of(pieces: list[str]) -> list[int]:
@@ -72,18 +71,12 @@ def in_tokens_of(source: Tokenizer, target: Tokenizer) -> Told:
 Mark = tuple[int, bool]
 
 
-@dataclass(frozen=True, slots=True)
 class _Splitter:
     """Makes ids of one tokenizer of pieces of another one, whose text is normalised already."""
 
-    backend: Any
-    ids: dict[str, int]
-    is_byte_level: bool
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "_Splitter":
-        backend = cast(Any, tokenizer).backend_tokenizer
-        return cls(backend, tokenizer.get_vocab(), "ByteLevel" in decoder_steps(tokenizer))
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.backend: Any = tokenizer.backend_tokenizer
+        self.ids, self.is_byte_level = tokenizer.get_vocab(), "ByteLevel" in decoder_steps(tokenizer)
 
     def spelt(self, pieces: list[str]) -> list[int]:
         """Return the ids of the pieces one by one; a piece that is not there is split."""

@@ -39,11 +39,11 @@ Parsed = dict[str, Any]
 class Vocabulary:
     """A model's tokens; rows of the embedding that are in none of the dicts are padding rows.
 
-    `num_rows`: rows of the embedding. `texts`: each
-    token's text; half characters are shown as U+FFFD. `parts`: what a token is merged from, or
-    becomes without it (Unigram); bytes and single characters have none. `needs_parts`: whether a
-    token that stays needs its parts, as merges do. `fixed`: ids that never go; of padding rows only
-    those that a config names. `bytes`: which byte each token of a byte fallback is.
+    `num_rows`: rows of the embedding. `texts`: each token's text; half characters are shown as U+FFFD.
+    `parts`: what a token is merged from, or becomes without it (Unigram); bytes and single characters
+    have none. `needs_parts`: whether a token that stays needs its parts, as merges do. `fixed`: ids that
+    never go; of padding rows only those that a config names. `bytes`: which byte each token of a byte
+    fallback is.
     """
 
     num_rows: int
