@@ -15,15 +15,7 @@ from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from secateur.api import prune
 from secateur.errors import RecipeError
-from secateur.evaluation.bench import (
-    bench,
-    decode_rates,
-    paired_ratio,
-    prefill_rates,
-    runner_of,
-    speed,
-    take_turns,
-)
+from secateur.evaluation.bench import bench, decode_rates, paired_ratio, prefill_rates, runner_of, speed, take_turns
 from secateur.facts import Workload
 from secateur.report.records import BenchResult, Spread
 from tests.trims import trimmed_pair
@@ -100,23 +92,10 @@ def test_the_command_writes_what_it_shows(pair):
     assert result.speed_ups["prefill"].rates == (dense.speed.prefill.median, pruned.speed.prefill.median)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "is_told"),
-    [
-        (Spread(1.2, 1.1, 1.3), True),
-        (Spread(0.8, 0.7, 0.9), True),
-        (Spread(1.2, 0.9, 1.3), False),
-        (Spread(1.2, 1.0, 1.3), False),
-        (Spread(0.9, 0.8, 1.0), False),
-    ],
-)
-def test_a_speed_up_is_told_where_1_is_not_in_its_range(ratio, is_told):
-    assert ratio.is_told == is_told
-
-
-def test_of_one_repeat_a_note_says_that_it_has_no_range(pair):
-    (note,) = bench(*pair, **asdict(replace(SMALL, repeats=1))).notes
-    assert note.startswith("one repeat has no range")
+def test_a_speed_up_is_told_where_1_is_not_in_its_range():
+    told, not_told = [(1.2, 1.1, 1.3), (0.8, 0.7, 0.9)], [(1.2, 0.9, 1.3), (1.2, 1.0, 1.3), (0.9, 0.8, 1.0)]
+    assert all(Spread(*ratio).is_told for ratio in told)
+    assert not any(Spread(*ratio).is_told for ratio in not_told)
 
 
 def test_a_model_without_a_limit_on_positions_is_timed(tmp_path):
@@ -126,16 +105,21 @@ def test_a_model_without_a_limit_on_positions_is_timed(tmp_path):
     assert list(bench(place, **asdict(replace(SMALL, batch=1))).models) == ["model"]
 
 
-def test_json_and_no_dense_model(pair):
+def test_json_and_no_dense_model(pair, monkeypatch):
+    asked = list[str | None]()
+    monkeypatch.setattr(
+        "secateur.evaluation.bench.device_called", lambda name: asked.append(name) or torch.device("cpu")
+    )
     outcome = run_cli("bench", pair[0], "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
     assert outcome.status == 0, outcome.stderr
     shown = json.loads(outcome.stdout)
     assert (list(shown["models"]), shown["speed_ups"], shown["workload"]["repeats"]) == (["model"], {}, 1)
+    assert shown["device"] == "cpu" and asked == [None], "the one that all commands take"
     assert json.loads((pair[0] / "bench.json").read_text()) == shown
     assert not list(pair[0].glob(".bench*"))
 
 
-def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
+def test_vocabularies_that_differ_and_one_repeat_are_a_note(pair, tmp_path):
     trimmed = trimmed_pair(tmp_path)
     sizes = {"batch": 1, "prompt_tokens": 4, "new_tokens": 2, "repeats": 2}
     (note,) = bench(trimmed.pruned, trimmed.dense, **sizes).notes
@@ -144,6 +128,8 @@ def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
     )
     assert bench(trimmed.pruned, trimmed.pruned, **sizes).notes == bench(trimmed.pruned, **sizes).notes == ()
     assert bench(*pair, **sizes).notes == ()
+    (note,) = bench(*pair, **(sizes | {"repeats": 1})).notes
+    assert note.startswith("one repeat has no range")
 
 
 @pytest.mark.parametrize(
@@ -158,16 +144,3 @@ def test_vocabularies_that_differ_are_a_note(pair, tmp_path):
 def test_workloads_that_cannot_run(pair, change, message):
     with pytest.raises(RecipeError, match=message):
         bench(pair[0], **(asdict(SMALL) | change))
-
-
-def test_without_a_device_it_takes_the_one_that_all_commands_take(pair, monkeypatch):
-    asked = list[str | None]()
-
-    def called(name: str | None) -> torch.device:
-        asked.append(name)
-        return torch.device("cpu")
-
-    monkeypatch.setattr("secateur.evaluation.bench.device_called", called)
-    options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--json")
-    outcome = run_cli("bench", pair[0], *options)
-    assert outcome.status == 0 and json.loads(outcome.stdout)["device"] == "cpu" and asked == [None]

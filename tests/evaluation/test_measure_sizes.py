@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,42 +45,42 @@ def even(checkpoints, recipe, tmp_path_factory) -> tuple[Measurement, Path]:
     return secateur.measure(checkpoints["llama"], grouped(recipe), out=out), out
 
 
-def test_a_probe_lost_what_a_prune_to_its_size_loses(even, checkpoints, recipe):
-    record, _ = even
+@pytest.mark.parametrize("number", range(len(PROBES)))
+def test_a_size_that_was_measured_is_cut_as_by_a_run_of_its_own_and_loses_what_that_loses(
+    number, even, checkpoints, recipe
+):
+    """Bit for bit, and no calibration text goes through a layer."""
+    (record, out), model = even, checkpoints["llama"]
     assert len(record.probes) == len(PROBES)
-    for probe in record.probes:
-        summary = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": probe.removed, "depth": 0})).summary
-        assert summary.pruned_size.num_params == probe.num_params
-        lost = {
-            name: summary.pruned_losses[name].nats_per_token - dense.nats_per_token
-            for name, dense in summary.dense_losses.items()
-        }
-        assert {name: probe.lost[name] for name in lost} == lost
-        dense, pruned = summary.other_text
-        assert probe.lost["other text"] == pruned.nats_per_token - dense.nats_per_token
+    probe = record.probes[number]
+    with patch("secateur.stream.statistics.Statistics.update", side_effect=AssertionError("measured already")):
+        made = secateur.prune(model, {"remove": probe.removed, "polish": False}, from_=out)
+    alone = secateur.prune(model, grouped({**recipe, "remove": probe.removed, "depth": 0, "polish": False}))
+    assert all((made.model.state_dict()[name] == tensor).all() for name, tensor in alone.model.state_dict().items())
+    summary = alone.summary
+    assert made.summary.dense_losses == summary.dense_losses
+    assert summary.pruned_size.num_params == probe.num_params
+    for name, before in summary.dense_losses.items():
+        assert probe.lost[name] == summary.pruned_losses[name].nats_per_token - before.nats_per_token
+    dense, pruned = summary.other_text
+    assert probe.lost["other text"] == pruned.nats_per_token - dense.nats_per_token
 
 
-def test_sizes_are_told_of_the_whole_model(measured, checkpoints, recipe):
-    record, _ = measured
+def test_sizes_are_told_of_the_whole_model_and_the_record_is_that_on_disk(measured, checkpoints, recipe):
+    record, out = measured
+    assert Measurement.from_json((out / "result.json").read_text(), "x") == record
+    assert set(record.files) >= {"recipe.yaml", "probe-0/run.jsonl", "result.json"}
     assert [cost.removed for cost in record.sizes] == pytest.approx(
         [1 - cost.num_params / record.dense_size.num_params for cost in record.sizes], rel=1e-12
     )
-    chart = measurement_page(record).sections[0].chart
     page = measurement_page(record)
+    chart = page.sections[0].chart
     assert page.verdict.startswith("Hardly noticed ") and page.verdict.endswith("%.")
     assert all(f"{name} {100 * share:.1f}%</text>" in render(page) for name, share in marked(record).items())
     assert chart is not None and set(chart.lines) == {"own answers", "other text", "mean of domains"}
     largest = record.sizes[-1]
-    told = secateur.inspect(
-        checkpoints["llama"], grouped({**recipe, "remove": largest.removed, "depth": 0, "budget": "uniform"})
-    )
-    assert told.num_params_after == largest.num_params
-
-
-def test_the_record_is_that_on_disk(measured):
-    record, out = measured
-    assert Measurement.from_json((out / "result.json").read_text(), "x") == record
-    assert set(record.files) >= {"recipe.yaml", "probe-0/run.jsonl", "result.json"}
+    asked = grouped({**recipe, "remove": largest.removed, "depth": 0, "budget": "uniform"})
+    assert secateur.inspect(checkpoints["llama"], asked).num_params_after == largest.num_params
 
 
 def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, recipe):
@@ -91,18 +92,6 @@ def test_a_plan_by_what_was_measured_is_that_of_a_run(measured, checkpoints, rec
         planned = secateur.prune(checkpoints["llama"], {"remove": middle}, from_=out)
     alone = secateur.prune(checkpoints["llama"], grouped(asked))
     assert planned.summary.widths == alone.summary.widths
-
-
-@pytest.mark.parametrize("number", range(len(PROBES)))
-def test_a_size_that_was_measured_is_cut_as_by_a_run_of_its_own(number, even, checkpoints, recipe):
-    """Bit for bit, and no calibration text goes through a layer."""
-    record, out = even
-    share = record.probes[number].removed
-    with patch("secateur.stream.statistics.Statistics.update", side_effect=AssertionError("measured already")):
-        made = secateur.prune(checkpoints["llama"], {"remove": share, "polish": False}, from_=out)
-    alone = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": share, "depth": 0, "polish": False}))
-    assert all((made.model.state_dict()[name] == tensor).all() for name, tensor in alone.model.state_dict().items())
-    assert made.summary.dense_losses == alone.summary.dense_losses
 
 
 def test_statistics_between_two_cuts_are_their_mixture(tmp_path):
@@ -223,15 +212,11 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
     assert {k: v for k, v in again.items() if k not in of_the_clock} == {
         k: v for k, v in first.items() if k not in of_the_clock
     }
-    statistics = [
-        {
-            name: digest
-            for name, digest in record["files"].items()
-            if name.startswith("steps/probe-") and name.endswith(".safetensors")
-        }
+    mine, other = (
+        {name: digest for name, digest in record["files"].items() if re.match(r"steps/probe-.*\.safetensors$", name)}
         for record in (again, first)
-    ]
-    assert statistics[0] == statistics[1] and len(statistics[0]) == 3 * 3  # cuts, layers
+    )
+    assert mine == other and len(mine) == 3 * 3  # cuts, layers
 
 
 def test_the_band_is_how_far_off_the_middle_probe_is_foretold_by_the_others():
