@@ -1,8 +1,7 @@
 """The last step of a prune: what it trains on, that it resumes, and that it is never worse."""
 
-import random
 import re
-from collections.abc import Iterable
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from models import tiny_llama
 from recipes import grouped
 from stops import Stopped, killed_in, lines_of
-from texts import learning_text, split_text
+from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div
 from transformers import AutoConfig
@@ -38,20 +37,26 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def asked(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**recipe, "remove": 0.5, "polish": TRAINING}
+    return {**recipe, "remove": 0.3, "polish": TRAINING}
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoints, asked, tmp_path_factory) -> secateur.Result:
+def uneven(asked: dict[str, Any]) -> dict[str, Any]:
+    """To layers of different widths."""
+    return {**asked, "protected_layers": [0]}
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, uneven, tmp_path_factory) -> secateur.Result:
     """A prune with its polish, written."""
-    return secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path_factory.mktemp("whole") / "out")
+    return secateur.prune(checkpoints["llama"], grouped(uneven), out=tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.fixture(scope="module")
-def without(checkpoints, asked, tmp_path_factory) -> Path:
+def without(checkpoints, uneven, tmp_path_factory) -> Path:
     """Where the same prune without a polish has written."""
     out = tmp_path_factory.mktemp("without") / "out"
-    secateur.prune(checkpoints["llama"], grouped({**asked, "polish": False}), out=out)
+    secateur.prune(checkpoints["llama"], grouped({**uneven, "polish": False}), out=out)
     return out
 
 
@@ -72,7 +77,7 @@ def rows(blocks: Any) -> set[tuple[int, ...]]:
 
 def test_training_lowers_the_held_out_kl_and_the_result_says_so(whole):
     found, record = whole, whole.summary.polish
-    assert record is not None and record.training.held
+    assert record is not None and record.training.held and found.summary.has_layers_of_different_widths
     assert mean_kl(record.before) > mean_kl(record.after) > 0
     assert record.training.num_tokens == 1280 and found.recipe.polish.num_tokens == 1280
     # The run's last losses are those of the trained model, on the same held-out text.
@@ -86,10 +91,10 @@ def test_training_lowers_the_held_out_kl_and_the_result_says_so(whole):
 
 @pytest.mark.parametrize(("rate", "ends"), [(0.3, r"\d\.\d{4}"), (1e30, "inf")], ids=["ruined", "diverged"])
 def test_a_training_that_does_not_help_leaves_the_bytes_of_a_run_without(
-    rate, ends, checkpoints, asked, without, tmp_path
+    rate, ends, checkpoints, uneven, without, tmp_path
 ):
-    ruinous = {**TRAINING, "num_tokens": 640, "learning_rate": rate}
-    found = secateur.prune(checkpoints["llama"], grouped({**asked, "polish": ruinous}), out=tmp_path / "ruined")
+    ruinous = {**TRAINING, "num_tokens": 256, "learning_rate": rate}
+    found = secateur.prune(checkpoints["llama"], grouped({**uneven, "polish": ruinous}), out=tmp_path / "ruined")
     assert found.summary.polish is not None and not found.summary.polish.training.held
     assert re.search(rf"polish: held-out KL did not fall \([\d.]+ -> {ends} nats", " ".join(found.summary.warnings))
     assert (tmp_path / "ruined" / WEIGHTS).read_bytes() == (without / WEIGHTS).read_bytes()
@@ -110,9 +115,8 @@ def test_it_trains_by_attention_in_blocks_as_by_torchs(asked, monkeypatch):
     real = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     for student, recomputed in zip(students, (False, True), strict=True):
-        lesson, recipe = lesson_of(
-            {**asked, "polish": {**TRAINING, "gradient_checkpointing": recomputed}}, tiny_llama()
-        )
+        changes = {**TRAINING, "num_tokens": 256, "gradient_checkpointing": recomputed}
+        lesson, recipe = lesson_of({**asked, "polish": changes}, tiny_llama())
         calls.clear()
         polish(student, lesson, recipe.seed, Services(), torch.device("cpu"))
         assert bool(calls) != recomputed
@@ -123,8 +127,9 @@ def test_it_trains_by_attention_in_blocks_as_by_torchs(asked, monkeypatch):
 
 def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
     """The loss by states and head, against the dense model asked live and the formula in float64."""
-    dense, student = tiny_llama(), tiny_llama(seed=1)
+    dense, student, with_gradients = tiny_llama(), tiny_llama(seed=1), list[bool]()
     lesson, _ = lesson_of(asked, dense)
+    dense.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     trainer = object.__new__(train.Distiller)
     trainer.settings, trainer.judge, trainer.teacher = lesson.settings, lesson.judge, None
     ids_BT = torch.stack([block.ids_T for block in lesson.text.blocks[:2]])
@@ -134,7 +139,9 @@ def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):
         found = float(trainer.compute_loss(student, inputs).detach())
         trainer.teacher = dense
         del inputs["states"]
+        assert with_gradients == []
         assert found == pytest.approx(float(trainer.compute_loss(student, inputs).detach()), rel=1e-6)
+    assert with_gradients == [False], "nothing is kept for gradients that nobody reads"
     with torch.no_grad():
         log_q, log_p = (m(ids_BT).logits[:, :-1].double().log_softmax(-1).flatten(0, 1) for m in (student, dense))
     expected = float(kl_div(log_q, log_p, reduction="batchmean", log_target=True))
@@ -151,7 +158,7 @@ def test_the_walk_of_a_prune_gives_what_the_dense_model_would_be_asked_for(num_t
         return lessons[-1]
 
     monkeypatch.setattr("secateur.pruning.cut.learn", both)
-    wanted = {**asked, "remove": 0.3, "polish": {**TRAINING, "num_tokens": num_tokens}}
+    wanted = {**asked, "polish": {**TRAINING, "num_tokens": num_tokens}}
     secateur.prune(tiny_llama(), grouped(wanted), tokenizer=tiny_tokenizer())
     told, taken = lessons
     assert told is not None and taken is not None and len(taken.places) == min(num_tokens, 1280) // 32
@@ -171,7 +178,7 @@ def test_without_such_a_stream_the_dense_model_is_asked(changes, asked, monkeypa
         walked.extend(more.values())
 
     monkeypatch.setattr("secateur.pruning.cut.learn", noted)
-    secateur.prune(tiny_llama(), grouped({**asked, "remove": 0.3, **changes}), tokenizer=tiny_tokenizer())
+    secateur.prune(tiny_llama(), grouped({**asked, **changes}), tokenizer=tiny_tokenizer())
     assert walked == [False]
 
 
@@ -187,54 +194,31 @@ def test_its_text_is_that_of_the_calibration_in_another_order(asked):
         assert torch.equal(lesson.text.held_out[domain.name].ids_NT, domain.held_out.ids_NT)
 
 
-@pytest.mark.parametrize("num_judged", [0, 9])
-def test_more_text_than_the_calibration_never_has_what_judges(num_judged, asked, tmp_path):
-    numbers = random.Random(0).sample(range(10**6), 4000)  # so that pieces of text tell where they come from
-    lines = [" ".join(f"{number:06d}" for number in numbers[start : start + 12]) for start in range(0, 3996, 12)]
-    (tmp_path / "numbers.txt").write_text("\n".join(lines))
-    calibration = {**asked["calibration"], "domains": {"a": {"files": [str(tmp_path / "numbers.txt")]}}}
-    more = {**asked, "calibration": calibration, "polish": {**TRAINING, "num_tokens": 2560}}
-    amounts = {"num_judged_tokens": num_judged * 32}
-    lesson, recipe = lesson_of(more, tiny_llama(), **amounts)
-    text = split_text(recipe.calibration, 1280, tiny_tokenizer(), recipe.seed, **amounts)
-
-    def pieces(blocks: Iterable[torch.Tensor]) -> set[tuple[int, ...]]:
-        return {tuple(ids[start : start + 13]) for ids in map(torch.Tensor.tolist, blocks) for start in range(20)}
-
-    held_out, judged = text.learning.text.domains[0].held_out.ids_NT, text.judged.blocks["a"].ids_NT
-    assert lesson.text.num_tokens == 2560 and len(held_out) == 5 and len(judged) == (num_judged or 5)
-    for unseen in (held_out, judged):
-        assert not pieces(block.ids_T for block in lesson.text.blocks) & pieces(unseen)
-
-
-def test_a_killed_run_goes_on_in_its_training_and_ends_with_the_same_bytes(checkpoints, asked, whole, tmp_path):
-    seen: list[int] = []
+def test_a_killed_run_goes_on_in_its_training_or_anew_and_ends_with_the_same_bytes(
+    checkpoints, uneven, whole, tmp_path
+):
+    out, seen = tmp_path / "killed" / "out", list[int]()
+    out.parent.mkdir()
+    with pytest.raises(Stopped):
+        secateur.prune(checkpoints["llama"], grouped(uneven), out=out, progress=killed_in("polish"))
+    assert not out.exists()
+    anew = shutil.copytree(out.parent, tmp_path / "anew") / "out"
 
     def note(stage: str, done: int, total: int) -> None:
         if stage == "polish":
             seen.append(done)
 
-    out = tmp_path / "resumed"
-    with pytest.raises(Stopped):
-        secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=killed_in("polish"))
-    assert not out.exists()
-    secateur.prune(checkpoints["llama"], grouped(asked), out=out, progress=note)
+    secateur.prune(checkpoints["llama"], grouped(uneven), out=out, progress=note)
     assert seen[0] > 0, "it goes on where its last checkpoint is"
-    assert (out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed"]
-    for place in (whole.out, out):
-        assert len(lines_of(place, "polish_step")) == 10, "the curve is whole"
-
-
-def test_killed_and_begun_anew_gives_the_same_bytes(checkpoints, asked, whole, tmp_path):
-    with pytest.raises(Stopped):
-        secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew", progress=killed_in("polish"))
-    (place,) = place_beside(tmp_path / "anew").glob("polish-*")
+    (place,) = place_beside(anew).glob("polish-*")
     assert any(place.rglob("*.safetensors")), "the training had saved something"
     place.with_name("inputs.json").write_text("{}")
-    secateur.prune(checkpoints["llama"], grouped(asked), out=tmp_path / "anew")
-    assert (tmp_path / "anew" / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
-    assert not place.exists()
+    secateur.prune(checkpoints["llama"], grouped(uneven), out=anew)
+    for each in (out, anew):
+        assert (each / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
+        assert [path.name for path in each.parent.iterdir()] == ["out"]
+    for each in (whole.out, out):
+        assert len(lines_of(each, "polish_step")) == 10, "the curve is whole"
 
 
 def test_other_settings_do_not_go_on_from_a_training_that_was_begun(tmp_path):
@@ -245,32 +229,13 @@ def test_other_settings_do_not_go_on_from_a_training_that_was_begun(tmp_path):
     assert len(set(places)) == 3 and all(place.parent == tmp_path for place in places)
 
 
-def test_a_model_in_memory_is_trained_too(asked):
-    model = tiny_llama()
-    found = secateur.prune(
-        model, grouped({**asked, "protected_layers": [0], "remove": 0.3}), tokenizer=tiny_tokenizer()
-    )
-    assert found.summary.polish is not None and found.summary.polish.training.held
-    assert found.summary.has_layers_of_different_widths
-
-
 def test_frozen_parameters_stay_frozen(asked):
     model = tiny_llama()
     model.lm_head.requires_grad_(False)
-    lesson, recipe = lesson_of(asked, model)
+    lesson, recipe = lesson_of({**asked, "polish": {**TRAINING, "num_tokens": 128}}, model)
     polish(model, lesson, recipe.seed, Services(), torch.device("cpu"))
     free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert free == {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
-
-
-def test_only_least_squares_is_followed_by_it_unless_it_is_asked_for(asked):
-    def tokens(**changes: Any) -> int | None:
-        wanted = parse_recipe(grouped({**asked, "polish": "default", **changes}))
-        return resolve(checked(open_model(tiny_llama(), wanted, tiny_tokenizer()))).recipe.polish.num_tokens
-
-    assert tokens() == 1280
-    assert tokens(compensate="none") == tokens(polish=False) == 0
-    assert tokens(compensate="none", polish={"num_tokens": 64}) == 64
 
 
 def test_a_prune_recovers_nothing(checkpoints, asked, tmp_path):
