@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur import recover
 from secateur.facts import TrainingRecord, mean_kl, mean_nats
+from secateur.formats.save import Verification
 from secateur.model.checkpoint import load_model
 from secateur.recipe import RecoverySettings, as_recipe
 from secateur.recovery import open as recovery_open
@@ -39,6 +40,12 @@ from secateur.store import HOW, Services, Store, place_beside
 TRAINING = {"batch_tokens": 128, "learning_rate": 1e-3, "kl_share": 1.0}
 CHANGES = {"recover": {"num_tokens": 2048, **TRAINING}}
 WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def unproved(monkeypatch) -> None:
+    """No reload, but of the results that several tests look at."""
+    monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +70,13 @@ def training_with(**settings: Any) -> dict[str, Any]:
     return {"recover": {**CHANGES["recover"], **settings}}
 
 
-def test_training_lowers_the_held_out_kl(recovered):
+def test_the_record_and_the_directory_are_complete_and_load_in_stock_transformers(recovered, pruned):
     record = record_of(recovered)
     assert mean_kl(record.before) > mean_kl(record.after) > 0
     assert record.training.held and record.after == record.training.after
-    assert 0 < record.training.num_tokens <= 2048
+    assert record.training.num_tokens == 2048 and record.reload_max_abs_difference == 0
     assert record.training.seconds > 0 and record.peak_bytes > 0
     assert all(seconds == round(seconds, 2) for seconds in record.seconds.values())
-
-
-def test_the_directory_is_complete_and_loads_in_stock_transformers(recovered, pruned):
     names = {path.name for path in recovered.iterdir()}
     assert names == {path.name for path in pruned.iterdir()} | {"recovery.json"}
     assert [path.name for path in recovered.parent.iterdir()] == [recovered.name]
@@ -83,9 +87,6 @@ def test_the_directory_is_complete_and_loads_in_stock_transformers(recovered, pr
     assert len(AutoTokenizer.from_pretrained(recovered)) == len(AutoTokenizer.from_pretrained(pruned))
     assert (recovered / "keep.json").read_bytes() == (pruned / "keep.json").read_bytes()
     assert yaml.safe_load((recovered / "recipe.yaml").read_text())["recover"]["num_tokens"] == 2048
-
-
-def test_the_digests_are_those_of_the_recovered_files(recovered):
     digests = read_digests(recovered)
     assert digests is not None and {WEIGHTS, "recovery.json", "README.md", "run.jsonl"} < set(digests)
     assert list(mismatches(recovered, digests, lambda *_: None)) == []
@@ -121,20 +122,6 @@ def test_the_run_log_goes_on_and_the_report_and_the_card_tell_of_it(recovered, p
     assert card.index("## Recovery") < card.index("## How it was made")
 
 
-def test_a_run_that_was_killed_after_its_training_does_not_train_again(recovered, pruned, checkpoints, tmp_path):
-    trained: list[int] = []
-
-    def note(name: str, done: int, total: int) -> None:
-        if name == "recover":
-            trained.append(done)
-
-    out = tmp_path / "out"
-    with pytest.raises(Stopped):
-        recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=killed_in("verify", behind=-1))
-    recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=note)
-    assert not trained and (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
-
-
 def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(recovery_open, "load_model", lambda checkpoint, **_: load_model(checkpoint))
     recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "whole")
@@ -142,9 +129,12 @@ def test_weights_on_disk_give_the_bytes_of_weights_in_memory(recovered, pruned, 
         assert (tmp_path / "whole" / name).read_bytes() == (recovered / name).read_bytes()
 
 
-def train(pruned: Path, teacher: Path, changes: dict[str, Any], place: Path) -> tuple[Work, Any, TrainingRecord]:
+def train(
+    pruned: Path, teacher: Path, place: Path, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[Work, Any, TrainingRecord]:
     """Train alone, without writing a result; return what was worked on, the verdicts before, the record."""
-    work = prepare(open_job(pruned, teacher, as_recipe(changes)), place, Services())
+    work = prepare(open_job(pruned, teacher, as_recipe(training_with(**settings))), place, Services())
+    work.pruned.to(dtype)
     return (work, *train_guarded(work))
 
 
@@ -152,10 +142,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.named_parameters()}
 
 
-def test_never_worse(pruned, checkpoints, tmp_path):
-    work, before, record = train(pruned, checkpoints["llama"], training_with(learning_rate=3.0), tmp_path / "out")
-    old = load_file(pruned / WEIGHTS)
-    assert all(torch.equal(old[name], tensor) for name, tensor in weights(work.pruned).items())
+@pytest.mark.parametrize(("way", "dtype"), [("layers", torch.float32), ("lora", torch.bfloat16)], ids=str)
+def test_never_worse(way, dtype, pruned, checkpoints, tmp_path):
+    ruinous = {"train": way, "learning_rate": 3.0}
+    work, before, record = train(pruned, checkpoints["llama"], tmp_path / "out", dtype, **ruinous)
+    for name, tensor in load_file(pruned / WEIGHTS).items():
+        assert torch.equal(weights(work.pruned)[name], tensor.to(dtype)), name
     assert mean_kl(record.after) >= mean_kl(before) and not record.held
     notes = [line["text"] for line in work.services.log.lines if line["event"] == "note"]
     [note] = [note for note in notes if "has so few" not in note]
@@ -164,47 +156,29 @@ def test_never_worse(pruned, checkpoints, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"train": "lora", "learning_rate": 1e-3},
-        {"train": "full", "learning_rate": 3e-4},
-        {"blocks_per_device": 1, "learning_rate": 3e-4},
-    ],
+    [{"train": "lora", "learning_rate": 1e-3}, {"train": "full", "blocks_per_device": 1, "learning_rate": 3e-4}],
 )
 def test_every_way_to_train_wins_back(pruned, checkpoints, tmp_path, settings):
-    work, before, record = train(pruned, checkpoints["llama"], training_with(**settings), tmp_path / "out")
+    work, before, record = train(pruned, checkpoints["llama"], tmp_path / "out", **settings)
     assert record.held and mean_kl(record.after) < mean_kl(before)
     assert weights(work.pruned).keys() == set(load_file(pruned / WEIGHTS))
     words = "model.embed_tokens.weight"
     unmoved = torch.equal(weights(work.pruned)[words], load_file(pruned / WEIGHTS)[words])
-    assert unmoved == (settings.get("train") != "full")
-
-
-def trained_in_bfloat16(pruned: Path, teacher: Path, place: Path, **settings: Any) -> tuple[Work, bool]:
-    work = prepare(open_job(pruned, teacher, as_recipe(training_with(**settings))), place, Services())
-    work.pruned.to(torch.bfloat16)
-    _, record = train_guarded(work)
-    return work, record.held
+    assert unmoved == (settings["train"] != "full")
 
 
 def test_words_that_do_not_learn_have_no_copy_and_the_result_the_same_bytes(pruned, checkpoints, tmp_path, monkeypatch):
     """Against all weights in float32, as shards have them: autocast would round those back."""
     monkeypatch.setattr("secateur.recovery.weights.multiplies_in_software", lambda *_: False)
-    low, held = trained_in_bfloat16(pruned, checkpoints["llama"], tmp_path / "low")
+    low, _, record = train(pruned, checkpoints["llama"], tmp_path / "low", torch.bfloat16)
     prepare = trainer_module.prepare_weights
     monkeypatch.setattr(trainer_module, "prepare_weights", lambda *facts, float_all: prepare(*facts, float_all=True))
-    high, _ = trained_in_bfloat16(pruned, checkpoints["llama"], tmp_path / "high")
+    high, *_ = train(pruned, checkpoints["llama"], tmp_path / "high", torch.bfloat16)
     before = load_file(pruned / WEIGHTS)
-    assert held
+    assert record.held
     for name, tensor in weights(low.pruned).items():
         assert torch.equal(tensor, weights(high.pruned)[name]), name
         assert torch.equal(tensor, before[name].to(torch.bfloat16)) == ("embed" in name or "lm_head" in name), name
-
-
-def test_low_rank_additions_that_do_not_help_leave_the_weights(pruned, checkpoints, tmp_path):
-    work, held = trained_in_bfloat16(pruned, checkpoints["llama"], tmp_path / "out", train="lora", learning_rate=3.0)
-    assert not held
-    for name, tensor in load_file(pruned / WEIGHTS).items():
-        assert torch.equal(weights(work.pruned)[name], tensor.to(torch.bfloat16)), name
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch):
@@ -216,8 +190,8 @@ def test_lora_without_peft_says_what_to_install(monkeypatch):
 def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teacher(pruned, checkpoints, tmp_path):
     found = []
     for checkpointing in (False, True):
-        changes = training_with(kl_share=0.0, gradient_checkpointing=checkpointing, learning_rate=1e-4)
-        work, before, record = train(pruned, checkpoints["llama"], changes, tmp_path / str(checkpointing))
+        asked = {"kl_share": 0.0, "gradient_checkpointing": checkpointing, "learning_rate": 1e-4}
+        work, before, record = train(pruned, checkpoints["llama"], tmp_path / str(checkpointing), **asked)
         assert work.teacher is None
         # Without a teacher the loss says whether it helped, whatever the KL did.
         assert record.held and mean_nats(record.after) < mean_nats(before)
@@ -238,55 +212,46 @@ def test_per_layer_widths_and_removed_layers_are_recovered(checkpoints, recipe, 
 
 
 def test_without_a_rate_the_size_of_the_weights_gives_it(checkpoints, pruned, recipe, tmp_path):
-    training = {key: value for key, value in TRAINING.items() if key != "learning_rate"}
-    asked = grouped({**recipe, "remove": 0.3, "polish": {"num_tokens": 1024, **training}})
+    training = {"num_tokens": 256, "batch_tokens": 64, "learning_rate": None}
+    asked = grouped({**recipe, "remove": 0.3, "polish": training})
     secateur.prune(checkpoints["llama"], asked, out=tmp_path / "polished")
-    for name, more in (("recovered", {}), ("low_rank", {"train": "lora"})):
-        changes = {"recover": {"num_tokens": 2048, **training, **more}}
-        recover(pruned, checkpoints["llama"], changes, out=tmp_path / name)
+    logs = [lines_of(tmp_path / "polished", "polish_step")]
+    for way in ("layers", "lora"):
+        work, *_ = train(pruned, checkpoints["llama"], tmp_path / way, train=way, **training)
+        logs.append([line for line in work.services.log.lines if line["event"] == "recover_step"])
     small = weight_size(secateur.load(pruned))
-    for name, event, rate in (
-        ("polished", "polish_step", 0.0005 * small),
-        ("recovered", "recover_step", 0.0005 * small),
-        ("low_rank", "recover_step", 0.005 * small),
-    ):
-        highest = max(line["learning_rate"] for line in lines_of(tmp_path / name) if line["event"] == event)
-        assert highest == pytest.approx(rate, rel=1e-6)
+    for lines, rate in zip(logs, (0.0005 * small, 0.0005 * small, 0.005 * small), strict=True):
+        assert max(line["learning_rate"] for line in lines) == pytest.approx(rate, rel=1e-6)
 
 
 def test_the_command_line_end_to_end(pruned, checkpoints, texts, tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(training_with(learning_rate=3e-4)), encoding="utf-8")
-    options = ["--tokens", "2048", "--recipe", file, "--domain", f"prose={texts['prose']}"]
-    arguments = ["recover", pruned, "--teacher", checkpoints["llama"], *options]
-    done = run_cli(*arguments, "--out", tmp_path / "out")
+    options = ["--tokens", "640", "--recipe", file, "--domain", f"prose={texts['prose']}", "--out", tmp_path / "out"]
+    done = run_cli("recover", pruned, "--teacher", checkpoints["llama"], *options)
     assert done.status == 0, done.stderr
     assert " recover\n" in done.stderr
-    assert "with 2,048 tokens" in " ".join(done.stdout.split())
+    assert "with 640 tokens" in " ".join(done.stdout.split())
     assert list(record_of(tmp_path / "out").before) == ["prose"]
 
 
-def damaged(checkpoints: dict[str, Path], place: Path, name: str = "llama", **config: Any) -> Path:
-    shutil.copytree(checkpoints[name], place)
-    path = place / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config), encoding="utf-8")
-    return place
-
-
 def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_path):
-    other_words = damaged(checkpoints, tmp_path / "words", vocab_size=321)
-    other_tokens = damaged(checkpoints, tmp_path / "tokens")
-    tokenizer = json.loads((other_tokens / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other_tokens / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     cases = {
-        other_words: "it gives 321 logits and",
-        other_tokens: "its tokenizer (257 tokens) is not that of",
-        damaged(checkpoints, tmp_path / "layers", num_hidden_layers=5): "weights and config disagree, missing: model",
+        "vocab_size": "it gives 321 logits and",
+        "num_hidden_layers": "weights and config disagree, missing: model",
     }
-    for teacher, sentence in cases.items():
+    cases["tokens"] = "its tokenizer (257 tokens) is not that of"
+    for name, sentence in cases.items():
+        teacher = shutil.copytree(checkpoints["llama"], tmp_path / name)
+        file = teacher / ("tokenizer.json" if name == "tokens" else "config.json")
+        content = json.loads(file.read_text())
+        if name == "tokens":
+            vocabulary = content["model"]["vocab"]
+            first, second = list(vocabulary)[:2]
+            vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        else:
+            content[name] = {"vocab_size": 321, "num_hidden_layers": 5}[name]
+        file.write_text(json.dumps(content), encoding="utf-8")
         seen: list[str] = []
         with pytest.raises(secateur.CheckpointError, match=re.escape(sentence)) as caught:
             note = partial(lambda heard, name, *_: heard.append(name), seen)
@@ -323,43 +288,51 @@ class Code:
         return os.mkdir, (str(self.file),)
 
 
-def interrupt(pruned: Path, teacher: Path, out: Path) -> Path:
-    """Stop a recovery behind its first checkpoint; return the folder of its training."""
+@pytest.fixture(scope="module")
+def interrupted(pruned, checkpoints, tmp_path_factory) -> Path:
+    """What a recovery leaves that was stopped behind its first checkpoint."""
+    place = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(Stopped) as killed:
-        recover(pruned, teacher, CHANGES, out=out, progress=killed_in("recover"))
+        recover(pruned, checkpoints["llama"], CHANGES, out=place / "out", progress=killed_in("recover"))
     assert killed.value.__notes__ == [HOW]
-    [left] = {path.parents[1] for path in place_beside(out).glob("recover-*/trainer/checkpoint-*")}
-    return left
+    assert not (place / "out").exists()
+    return place
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(recovered, pruned, checkpoints, tmp_path):
-    out = tmp_path / "out"
-    interrupt(pruned, checkpoints["llama"], out)
-    assert not out.exists()
+def test_a_run_killed_in_its_training_and_behind_it_ends_with_the_same_bytes(
+    interrupted, recovered, pruned, checkpoints, tmp_path
+):
+    place = shutil.copytree(interrupted, tmp_path / "place")
+    out, said, seen = place / "out", list[str](), list[int]()
     with pytest.raises(secateur.CheckpointError, match="had other inputs: recipe recover learning_rate was"):
         recover(pruned, checkpoints["llama"], training_with(learning_rate=3e-4), out=out)
-    said, seen = list[str](), list[int]()
+    kill = killed_in("verify", behind=-1)
 
     def note(name: str, done: int, total: int) -> None:
         if name == "recover":
             seen.append(done)
+        kill(name, done, total)
 
-    recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append, progress=note)
+    with pytest.raises(Stopped):
+        recover(pruned, checkpoints["llama"], CHANGES, out=out, tell=said.append, progress=note)
     assert any(line.startswith(f"{out}: goes on from the ") for line in said)
     assert seen[0] > 0, "the trainer goes on where its checkpoint is"
+    trained = list[str]()
+    recover(pruned, checkpoints["llama"], CHANGES, out=out, progress=lambda name, *_: trained.append(name))
+    assert trained and "recover" not in trained, "what was trained is not trained again"
     assert (out / WEIGHTS).read_bytes() == (recovered / WEIGHTS).read_bytes()
-    steps = [(line["event"], line["step"]) for line in lines_of(out) if line["event"] == "recover_step"]
-    assert len(steps) == len(set(steps))
-    assert [*tmp_path.iterdir()] == [out]
+    steps = [line["step"] for line in lines_of(out, "recover_step")]
+    assert steps == list(range(1, 17))
+    assert [*place.iterdir()] == [out]
 
 
-def test_pickles_in_it_are_opened_as_tensors_only(pruned, checkpoints, tmp_path):
-    left = interrupt(pruned, checkpoints["llama"], tmp_path / "out")
-    [state] = left.glob("trainer/checkpoint-*/optimizer.pt")
+def test_pickles_in_it_are_opened_as_tensors_only(interrupted, pruned, checkpoints, tmp_path):
+    place = shutil.copytree(interrupted, tmp_path / "place")
+    [state] = place_beside(place / "out").glob("recover-*/trainer/checkpoint-*/optimizer.pt")
     torch.save(Code(tmp_path / "ran"), state)
-    Store(left / "trainer").save_files(state.parent.name, state.parent)  # by somebody who also writes the digests
+    Store(state.parents[1]).save_files(state.parent.name, state.parent)  # by somebody who also writes the digests
     with pytest.raises(secateur.CheckpointError, match="holds more than tensors, so it is not opened") as caught:
-        recover(pruned, checkpoints["llama"], CHANGES, out=tmp_path / "out")
+        recover(pruned, checkpoints["llama"], CHANGES, out=place / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
     torch.load(state, weights_only=False)
     assert (tmp_path / "ran").exists(), "the pickle would have run"
