@@ -96,6 +96,8 @@ def test_half_of_the_default_text_is_answers_where_there_is_a_chat_template() ->
     bare.chat_template = None
     plain, found = shares(bare), shares(TOKENIZER)
     assert "answers" not in plain
+    with pytest.raises(RecipeError, match="has no chat template"):
+        shares(bare, answers=0.5)
     assert found.pop("answers") == pytest.approx(0.5)
     assert found == pytest.approx({name: share / 2 for name, share in plain.items()})
 
@@ -110,21 +112,16 @@ def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
     chat = {**text, "c": {"files": "c.jsonl", "answers": True}}
     assert shares(TOKENIZER, domains=chat)["c"] == 0.2
     assert shares(TOKENIZER, domains=chat, answers=0.6)["c"] == pytest.approx(0.6)
-
-
-def test_what_is_asked_for_twice_changes_nothing() -> None:
-    of = replace(opened(tiny_llama(), Recipe(calibration={"answers": 0.3})), tokenizer=TOKENIZER)
-    once = with_share_of_answers(of)
+    # None leaves prompts that come with secateur out.
+    shipped = {"a": {"files": "a.txt"}, "answers": {"answers": True}}
+    assert shares(TOKENIZER, domains=shipped, answers=0) == {"a": 1.0}
+    # What is asked for twice changes nothing.
+    once = with_share_of_answers(
+        replace(opened(tiny_llama(), Recipe(calibration={"answers": 0.3})), tokenizer=TOKENIZER)
+    )
     again = with_share_of_answers(once).recipe.calibration.domains
     for name, domain in once.recipe.calibration.domains.items():
         assert again[name].share == pytest.approx(domain.share)
-
-
-def test_answers_of_a_model_without_a_chat_template_are_an_error() -> None:
-    bare = tiny_tokenizer()
-    bare.chat_template = None
-    with pytest.raises(RecipeError, match="has no chat template"):
-        shares(bare, answers=0.5)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +135,6 @@ def test_answers_of_a_model_without_a_chat_template_are_an_error() -> None:
 def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=f"domain '{named}' is of answers; leave out one of them"):
         shares(TOKENIZER, domains=domains, answers=0)
-
-
-def test_no_share_leaves_prompts_that_come_with_secateur_out() -> None:
-    domains = {"a": {"files": "a.txt"}, "answers": {"answers": True}}
-    assert shares(TOKENIZER, domains=domains, answers=0) == {"a": 1.0}
 
 
 def test_too_few_prompts_are_an_error(files: Path, tmp_path: Path) -> None:

@@ -40,27 +40,16 @@ def test_a_seed_is_of_one_layer_in_one_round_of_one_draw():
     assert len(set(found)) == len(found)
 
 
-def test_random_units_are_drawn_anew_in_every_layer_and_for_every_seed():
-    drawn = [prune_together([run_of(tiny_llama(), seed=seed, **RANDOM)])[0] for seed in (0, 1)]
+def test_random_units_are_drawn_anew_in_every_layer_and_round_and_for_every_seed(monkeypatch):
+    seeds, original = [], loop.prune_group
+    monkeypatch.setattr(loop, "prune_group", lambda *arguments: seeds.append(arguments[5]) or original(*arguments))
+    drawn = [prune_together([run_of(tiny_llama(), seed=seed, rounds=2, **RANDOM)])[0] for seed in (0, 1)]
+    assert len(seeds) == len(set(seeds)) == 2 * 6
     chosen = [tuple(keep.tolist()) for keeps in drawn for keep in keeps.values()]
     assert len(chosen) == 6 and len(set(chosen)) == 6
     # Not even by much the same numbers: of 112 channels two draws have about kept^2 / 112 in common.
     first, second = (set(chosen[layer]) for layer in (0, 1))
     assert len(first & second) < 0.8 * len(first)
-
-
-def test_random_units_are_drawn_anew_in_every_round():
-    runs, drawn = run_of(tiny_llama(), rounds=2, **RANDOM), []
-    original = loop.prune_group
-
-    def spy(*arguments: Any) -> Any:
-        drawn.append(arguments[5])
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "prune_group", spy)
-        prune_together([runs])
-    assert len(drawn) == len(set(drawn)) == 6
 
 
 def settings_of(model: Any, number: int, **short: Any) -> ProfileSettings:
@@ -87,8 +76,9 @@ def test_slopes_are_measured_at_the_share_that_this_round_takes():
     settings = settings_of(tiny_llama(), 2, **asked)
     assert settings.perturbation == pytest.approx(1 - second / whole, rel=1e-12)
     run = run_of(tiny_llama(), budget="curve", rounds=2, **asked)
-    cut_run = Run(model=model, arch=run.arch, resolved=run.resolved, text=run.text)
-    assert loop._profile_settings(cut_run, 2).perturbation == pytest.approx(1 - second / first, rel=1e-12)
+    assert loop._profile_settings(dataclasses.replace(run, model=model), 2).perturbation == pytest.approx(
+        1 - second / first, rel=1e-12
+    )
 
 
 def test_slopes_are_measured_as_the_recipe_asks():
@@ -152,18 +142,15 @@ def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch)
     watch.after_round(1)
     assert watch.allowed_rise() == {"d0": 0.75}
     watch.after_round(2)
-    with pytest.raises(
-        RecipeError, match=r"domains\.d0\.protect: its held-out loss has risen from 2\.000 to 3\.000 nats"
-    ):
+    said = r"domains\.d0\.protect: its held-out loss has risen from 2\.000 to 3\.000 nats"
+    with pytest.raises(RecipeError, match=said):
         watch.allowed_rise()
 
 
 def test_what_layers_took_counts_against_the_limits(monkeypatch):
     asked = scripted(monkeypatch, {"d0": 2.5, "d1": 5.0})
     found = run_of(tiny_llama(), budget="curve", rounds=3, **protected(d1=0.5))
-    watch = LossWatch(
-        Run(model=found.model, arch=found.arch, resolved=found.resolved, text=found.text, dense_losses=DENSE)
-    )
+    watch = LossWatch(dataclasses.replace(found, dense_losses=DENSE))
     assert watch.allowed_rise() == {"d1": 1.0} and asked == ["without layers"]
 
 
@@ -242,13 +229,8 @@ def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_toke
     found = run_of(tiny_llama(), calibration={"num_tokens": 4096, "domains": domains})
     held_out = found.held_out["d0"].ids_NT[:, 1:].numel()
     watch = object.__new__(run.LossWatch)
-    watch.dense, watch.now = {"d0": 2.0}, {"d0": 2.05}
-    assert watch_of(found, watch).allowed_rise() == {"d0": pytest.approx(0.15, rel=1e-12)}
-    fewer = dataclasses.replace(found, dense_tokens={"d0": {0: held_out // 2, 1: held_out // 4}})
+    watch.run, watch.dense, watch.now = found, {"d0": 2.0}, {"d0": 2.05}
+    assert watch.allowed_rise() == {"d0": pytest.approx(0.15, rel=1e-12)}
+    watch.run = dataclasses.replace(found, dense_tokens={"d0": {0: held_out // 2, 1: held_out // 4}})
     share = (held_out // 2 + held_out // 4) / held_out
-    assert watch_of(fewer, watch).allowed_rise() == {"d0": pytest.approx(0.15 * share, rel=1e-12)}
-
-
-def watch_of(found: Run, watch: Any) -> Any:
-    watch.run = found
-    return watch
+    assert watch.allowed_rise() == {"d0": pytest.approx(0.15 * share, rel=1e-12)}
