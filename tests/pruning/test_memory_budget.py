@@ -1,6 +1,5 @@
 """A memory budget: weights that do not fit stay on disk; the result is the same to the byte; the impossible says so."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,8 @@ def budget_between(model: Path, recipe: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        ("qwen2-tied", {}),
-        ("llama", {"budget": "curve", "groups": ["ffn", "kv_heads"], "rounds": 3}),
-        ("llama", {"depth": 1, "rounds": 2}),
-    ],
-    ids=["defaults", "rounds", "depth"],
+    [("qwen2-tied", {}), ("llama", {"budget": "curve", "groups": ["ffn", "kv_heads"], "rounds": 2, "depth": 1})],
+    ids=["defaults", "rounds and depth"],
 )
 def test_weights_on_disk_give_the_same_bytes(name, changes, checkpoints, recipe, tmp_path):
     asked = {**recipe, "remove": 0.35, **changes}
@@ -58,20 +53,12 @@ def test_mapped_weights_are_those_in_the_files_and_the_files_stay(checkpoints):
     assert file.read_bytes() == before
 
 
-def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe, tmp_path):
-    done = run_cli(
-        "prune",
-        checkpoints["llama"],
-        tmp_path / "out",
-        "--recipe",
-        _write(tmp_path, recipe),
-        "--set",
-        "machine.memory_budget=1KB",
-    )
+def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe_file, recipe, tmp_path):
+    options = ("--recipe", recipe_file, "--set", "machine.memory_budget=1KB")
+    done = run_cli("prune", checkpoints["llama"], tmp_path / "out", *options)
     assert done.status == 2 and not (tmp_path / "out").exists()
-    told = re.search(
-        r"memory_budget: 1.0 kB cannot work; with all weights on disk the run still needs (.+) [kM]B", done.stderr
-    )
+    said = r"memory_budget: 1.0 kB cannot work; with all weights on disk the run still needs (.+) [kM]B"
+    told = re.search(said, done.stderr)
     assert told and float(told[1]) > 1
     with pytest.raises(secateur.SecateurError, match=r"machine\.memory_budget: must be a number and KB, MB, GB or TB"):
         secateur.prune(checkpoints["llama"], grouped({**recipe, "memory_budget": "lots"}))
@@ -82,12 +69,6 @@ def test_a_model_in_memory_cannot_stay_on_disk(recipe):
         secateur.SecateurError, match=r"machine.memory_budget: 1KB is less than .* only safetensors weights"
     ):
         secateur.prune(tiny_llama(), grouped({**recipe, "memory_budget": "1KB"}), tokenizer=tiny_tokenizer())
-
-
-def _write(folder: Path, recipe: dict[str, Any]) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(grouped(recipe)))
-    return path
 
 
 def test_a_model_on_disk_answers_nothing_and_says_so(checkpoints, recipe, monkeypatch):

@@ -30,10 +30,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "domain_weighting": "minimax",
         "protected_layers": [0],
     },
-    "depth": {"depth": 1, "remove": 0.35},
     "experts": {"groups": ["experts"], "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"]},
-    "tokens": {"vocabulary": 448},
+    "tokens and layers": {"vocabulary": 448, "depth": 1, "remove": 0.5},
     "tokens alone": {"vocabulary": 448, "groups": []},
 }
 
@@ -59,7 +58,15 @@ def models(checkpoints, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def result(models, recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("result") / "out"
-    secateur.prune(models["llama"], grouped({**recipe, "remove": 0.3}), out=out)
+    secateur.prune(models["llama"], grouped({**recipe, "remove": 0.3, "rounds": 3}), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def replayed(models, result, tmp_path_factory) -> Path:
+    """A sibling less the units of that result."""
+    out = tmp_path_factory.mktemp("replayed") / "out"
+    secateur.prune(models["sibling"], like=result, out=out)
     return out
 
 
@@ -90,9 +97,10 @@ def test_the_same_model_gives_the_same_bytes(name, models, recipe, tmp_path, mon
     assert read_result(first).recipe.filled(remove={"layers": found.recipe.remove.layers}) == found.recipe
 
 
-def test_a_sibling_loses_the_same_units_and_is_refitted_on_itself(models, result, recipe, tmp_path):
-    out, cut = tmp_path / "out", tmp_path / "cut"
-    secateur.prune(models["sibling"], like=result, out=out)
+def test_a_sibling_loses_the_same_units_in_one_round_and_is_refitted_on_itself(
+    models, result, replayed, recipe, tmp_path
+):
+    out, cut = replayed, tmp_path / "cut"
     secateur.prune(models["sibling"], {"repair": {"compensate": "none"}}, like=result, out=cut)
     chosen = secateur.prune(models["sibling"], grouped({**recipe, "remove": 0.3})).keeps
     entries = json.loads((result / "keep.json").read_text())
@@ -107,6 +115,7 @@ def test_a_sibling_loses_the_same_units_and_is_refitted_on_itself(models, result
         assert torch.equal(kept[mlp + "down_proj.weight"], reader)
         assert (refitted[mlp + "down_proj.weight"] - reader).norm() > 0.05 * reader.norm()
     steps = lines_of(out, "group")
+    assert {step["round"] for step in steps} == {1} and read_result(out).recipe.choose.rounds == 1
     assert all(step["step"] and step["error_before"] and step["error_after"] for step in steps)
     for step in steps:
         assert all(step["error_after"][name] < before for name, before in step["error_before"].items())
@@ -133,19 +142,8 @@ def test_experts_of_a_sibling_are_the_same(group, models, recipe, tmp_path):
     assert all(step["step"] is not None for step in lines_of(again, "group"))
 
 
-def test_rounds_go_in_one(models, recipe, tmp_path):
-    first, again = tmp_path / "first", tmp_path / "again"
-    more = {"remove": 0.35, "rounds": 3}
-    secateur.prune(models["llama"], grouped({**recipe, **more}), out=first)
-    found = secateur.prune(models["sibling"], like=first, out=again)
-    assert (again / "keep.json").read_bytes() == (first / "keep.json").read_bytes()
-    assert found.recipe.choose.rounds == 1
-    assert {step.round for step in read_result(again).steps} == {1}
-
-
-def test_it_resumes_and_not_by_another_result(models, result, tmp_path):
-    whole, out, other = tmp_path / "whole", tmp_path / "out", tmp_path / "other"
-    secateur.prune(models["sibling"], like=result, out=whole)
+def test_it_resumes_and_not_by_another_result(models, result, replayed, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
     shutil.copytree(result, other)
     entries = json.loads((other / "keep.json").read_text())
     entries[0]["keep"] = list(range(len(entries[0]["keep"])))
@@ -157,7 +155,7 @@ def test_it_resumes_and_not_by_another_result(models, result, tmp_path):
     told: list[str] = []
     secateur.prune(models["sibling"], like=result, out=out, tell=told.append)
     assert any("goes on from the" in line for line in told)
-    assert weights(out) == weights(whole)
+    assert weights(out) == weights(replayed)
 
 
 SHAPES = {
@@ -211,7 +209,7 @@ def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp
     out, command = tmp_path / "out", ("prune", models["sibling"], tmp_path / "out", "--like", result)
     run = run_cli(*command, "--remove", "0.25")
     assert run.status == 2 and f"remove.share: is 0.3 in the run that like {result} repeats, got 0.25" in run.stderr
-    assert run_cli(*command, "--set", "choose.rounds=2").stderr.count("choose.rounds: is 1 in the run") == 1
+    assert run_cli(*command, "--set", "choose.rounds=2").stderr.count("choose.rounds: is 3 in the run") == 1
     same = ("--remove", "0.3", "--domain", f"other={texts['code']}", "--set", "repair.damping=0.01")
     run = run_cli(*command, *same)
     assert run.status == 0, run.stderr
