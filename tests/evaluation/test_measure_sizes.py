@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -75,7 +76,7 @@ def test_sizes_are_told_of_the_whole_model_and_the_record_is_that_on_disk(measur
     )
     page = measurement_page(record)
     chart = page.sections[0].chart
-    assert page.verdict.startswith("Hardly noticed ") and page.verdict.endswith("%.")
+    assert page.verdict.startswith("Hardly noticed up to ") and page.verdict.endswith("%.")
     assert all(f"{name} {100 * share:.1f}%</text>" in render(page) for name, share in marked(record).items())
     assert chart is not None and set(chart.lines) == {"own answers", "other text", "mean of domains"}
     largest = record.sizes[-1]
@@ -323,3 +324,26 @@ def test_the_command_prints_sizes_and_marks_and_prune_takes_them(checkpoints, re
     assert run.status == 2 and "give a directory that measure has written" in run.stderr
     run = run_cli("prune", checkpoints["qwen2"], tmp_path / "no", "--remove", "0.2", *asked)
     assert run.status == 2 and "is of another model" in run.stderr and not (tmp_path / "no").exists()
+
+
+def test_a_page_says_how_to_cut_by_the_same_measurement_again(even, checkpoints, tmp_path):
+    _, sizes = even
+    first, again = tmp_path / "first", tmp_path / "again"
+    secateur.prune(checkpoints["llama"], {"remove": 0.12, "polish": False}, from_=sizes, out=first)
+    assert f"OUT --from {sizes.name} --recipe recipe.yaml" in (first / "report.html").read_text(encoding="utf-8")
+    secateur.prune(checkpoints["llama"], first / "recipe.yaml", from_=sizes, out=again)
+    assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_a_model_too_small_for_the_least_copy_is_refused_before_it_is_read(checkpoints, recipe, tmp_path):
+    with pytest.raises(RecipeError, match="is less than half an aligned unit per layer"):
+        secateur.measure(checkpoints["llama"], grouped({**recipe, "align": 64}), out=tmp_path / "out")
+    with pytest.raises(RecipeError, match="is less than half an aligned unit per layer"):
+        secateur.foretell_measure(checkpoints["llama"], grouped({**recipe, "align": 64}))
+
+
+def test_no_size_is_too_far_if_none_loses_so_much(even):
+    record, _ = even
+    probes = [replace(probe, lost=dict.fromkeys(probe.lost, 0.4)) for probe in record.probes]
+    largest = int(1000 * record.sizes[-1].removed) / 1000
+    assert marked(replace(record, probes=tuple(probes))) == {"hardly noticed": 0.0, "with a polish": largest}

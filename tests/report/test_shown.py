@@ -99,6 +99,7 @@ FULL = records.Summary(
         foretold=0.15,
     ),
     like=None,
+    measured=None,
     foretold={},
     lineage=(
         facts.Ancestor("first/model", "f" * 64, 200_000_000, hub_id="first/model", license="mit", languages=("en",)),

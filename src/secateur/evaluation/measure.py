@@ -19,7 +19,7 @@ from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import resolve
-from secateur.pruning.sizes import STEPS, at_size, of_sizes, with_most
+from secateur.pruning.sizes import STEPS, Sizes, at_size, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
@@ -62,8 +62,13 @@ def measure(
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
         measurement = _measured(ready, command)
         if (directory := services.scratch) is not None:
-            # With the share of answers, which a recipe that names its domains would not get.
-            given = given.filled(remove={"depth": 0}, calibration=vars(opened.recipe.calibration))
+            # With what the model decided, so that `prune` by it may say the same, and another model's keys are told.
+            resolved = ready.run.resolved.recipe
+            given = given.filled(
+                remove={"depth": 0, "groups": resolved.remove.groups},
+                repair=vars(resolved.repair),
+                calibration=vars(resolved.calibration),
+            )
             (directory / RECIPE_FILE).write_text(dump_recipe(given), encoding="utf-8")
             (directory / STEPS).mkdir()
             services.store.hand_on(directory / STEPS)
@@ -84,10 +89,20 @@ def foretell_measure(model: str | Path, recipe: AnyRecipe = None) -> str:
 
 
 def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
-    """Return the model with the most that goes."""
+    """Return the model with the most that goes. Raises RecipeError for a model of which the least copy is none."""
     opened = open_model(model, given, weights=weights)
     plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
-    return with_share_of_answers(with_most(opened.asking(plain), given, "measure"))
+    opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure"))
+    even, sizes = _probes(opened)
+    resolve(at_size(even, sizes["probe-0"]))
+    return opened
+
+
+def _probes(opened: Opened) -> tuple[Opened, Sizes]:
+    """Return the model with equal widths, and what goes from each copy."""
+    most = opened.recipe.remove.share
+    sizes = {f"probe-{number}": {"share": part * most} for number, part in enumerate(PROBES)}
+    return opened.filled(choose={"budget": "uniform"}), sizes
 
 
 def _measured(ready: Prepared, command: str) -> Measurement:
@@ -95,8 +110,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     opened, run, drawn = ready.opened, ready.run, ready.drawn
     services, judge = run.services, judge_of(ready)
     dense = judged_dense(ready, judge)
-    sizes = {f"probe-{number}": {"share": part * opened.recipe.remove.share} for number, part in enumerate(PROBES)}
-    even = opened.filled(choose={"budget": "uniform"})
+    even, sizes = _probes(opened)
     ready = ready._replace(run=replace(run, keeps_statistics=run.can_mix))
     runs = [member.run for member in of_sizes(ready, even.recipe, sizes).values()]
 

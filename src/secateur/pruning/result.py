@@ -77,6 +77,7 @@ def summary_of(
         versions=versions(),
         device=str(opened.device),
         like=opened.like and opened.like.result,
+        measured=run.measured,
         vocabulary=opened.trim and vocabulary_facts(opened.trim, run.num_predicted, run.trimmed),
         command=command,
         calibration=ready.drawn.facts(),

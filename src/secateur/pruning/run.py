@@ -77,8 +77,8 @@ class Run:
     losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
     `kept`: the units that stay, if another result has chosen them. `after_dense`: called with the first
     round's walk when its dense stream has left the last layer. `profiles`: of the groups, if known.
-    `supports`: whose statistics stand for its own, so that it needs no calibration text. `keeps_statistics`: beside
-    each finished step, to be mixed.
+    `measured`: the name of the measurement that says what it needs. `supports`: whose statistics stand for its own, so
+    that it needs no calibration text. `keeps_statistics`: beside each finished step, to be mixed.
     """
 
     model: CausalLM
@@ -95,6 +95,7 @@ class Run:
     kept: Keeps = field(default_factory=Keeps)
     after_dense: Callable[[Walk], None] | None = None
     profiles: Profiles = field(default_factory=dict[GroupKey, GroupProfile])
+    measured: str | None = None
     supports: Supports | None = None
     keeps_statistics: bool = False
 

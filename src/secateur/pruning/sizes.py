@@ -166,7 +166,8 @@ class MeasuredSizes:
             raise self._other("was measured on another text than the domains give now")
         profiles: Profiles = {(layer, group): profile for layer, group, profile in record.profiles}
         cuts = {probe.removed: Store(self.directory / STEPS / f"probe-{n}") for n, probe in enumerate(record.probes)}
-        return replace(run, profiles=profiles, supports=Supports(cuts, record.units) if run.can_mix else None)
+        supports = Supports(cuts, record.units) if run.can_mix else None
+        return replace(run, measured=self.directory.resolve().name, profiles=profiles, supports=supports)
 
     def _other(self, how: str) -> CheckpointError:
         return CheckpointError(f"from {self.directory}: {how}; measure again, or leave it out.")

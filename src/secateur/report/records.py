@@ -421,8 +421,9 @@ class VocabularyFacts:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Summary(Record):
-    """Everything that a run reports in numbers. `like`: the result whose units went here too.
+    """Everything that a run reports in numbers.
 
+    `like`: the result whose units went here too. `measured`: the name of the measurement that it was cut by.
     `loaded_by`: the class of transformers that reloaded it; None, as the figures of that reload, if nothing was saved.
     `remove_asked`, `remove_reached`: shares of all parameters.
     """
@@ -453,6 +454,7 @@ class Summary(Record):
     own_answers: OwnAnswers | None  # of a model with a chat template, if it was judged
     vocabulary: VocabularyFacts | None  # if it was trimmed; losses are then per dense token
     like: Ancestor | None
+    measured: str | None
     lineage: tuple[Ancestor, ...]  # the original model first
     # By stage of the progress: seconds as foretold at first, as foretold anew, and taken.
     foretold: dict[str, list[float]]

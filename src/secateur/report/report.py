@@ -190,6 +190,8 @@ def repeat_section(files: ResultFiles) -> Section:
     lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
     lines += [f"pip install transformers=={summary.versions['transformers']}"]
     how = "--recipe recipe.yaml" if summary.like is None else f"--like {shlex.quote(summary.like.name)}"
+    if summary.measured is not None:
+        how = f"--from {shlex.quote(summary.measured)} {how}"
     lines += [f"secateur prune {shlex.quote(summary.model)} OUT {how}"]
     if files.recovery is not None:  # whose settings a prune refuses
         lines += [files.recovery.command or "# then, from Python, secateur.recover"]

@@ -11,7 +11,8 @@ from secateur.report.records import Measurement, SizeCost, nats_at
 from secateur.result_directory import PAGE_FILE, write_summary
 
 # Marks on the curve: nats per token lost on the model's own answers, or on text of other sources without these.
-MARKS = {"hardly noticed": 0.05, "with a polish": 0.5, "too far": 1.0}
+TOO_FAR = "too far"
+MARKS = {"hardly noticed": 0.05, "with a polish": 0.5, TOO_FAR: 1.0}
 # Of the texts that judge, the first one of these that is there is what marks go by.
 FIRST = (OWN_ANSWERS, OTHER_TEXT)
 # A picture ends at so many nats.
@@ -43,15 +44,21 @@ def measurement_page(measurement: Measurement) -> Page:
         Section("probes", "What this rests on", tables=[probes], code=measurement.command),
     ]
     title = f"{measurement.model}: what smaller costs, by secateur"
-    verdict = ", ".join(f"{name} {share:.1%}" for name, share in marked(measurement).items()).capitalize()
+    verdict = ", ".join(f"{name} {bound}" for name, bound in _bounds(measurement).items()).capitalize()
     return Page(title, f"{verdict}.", measurement.warnings, (), sections)
 
 
 def marked(measurement: Measurement) -> dict[str, float]:
-    """Return the largest share at which each mark is kept, in thousandths."""
+    """Return the largest share at which each mark is kept, in thousandths; no size may be too far."""
     first, shares = _first(measurement.sizes)[0], range(1, int(1000 * measurement.sizes[-1].removed) + 1)
     lost = [nats_at(measurement.probes, first, share / 1000, measurement.units) for share in shares]
-    return {name: bisect_right(lost, nats) / 1000 for name, nats in MARKS.items()}
+    kept = {name: bisect_right(lost, nats) for name, nats in MARKS.items()}
+    return {name: num / 1000 for name, num in kept.items() if name != TOO_FAR or num < len(lost)}
+
+
+def _bounds(measurement: Measurement) -> dict[str, str]:
+    shares = marked(measurement).items()
+    return {name: f"{'from' if name == TOO_FAR else 'up to'} {share:.1%}" for name, share in shares}
 
 
 def _first(costs: Sequence[SizeCost]) -> list[str]:
@@ -83,10 +90,8 @@ def _table(caption: str, shown: Sequence[SizeCost]) -> Table:
 
 def _notes(measurement: Measurement) -> list[tuple[str, str]]:
     first = _first(measurement.sizes)[0]
-    marks = [
-        (name, f"{'from' if name == 'too far' else 'up to'} {share:.1%}, {MARKS[name]:g} nats per token on {first}")
-        for name, share in marked(measurement).items()
-    ]
+    bounds = _bounds(measurement).items()
+    marks = [(name, f"{bound}, {MARKS[name]:g} nats per token on {first}") for name, bound in bounds]
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
     note = f"without a polish, from models cut to {probes} and judged; the middle one is {measurement.band:.0%} off"
     return [*marks, ("foretold", f"{note}, as a mean over texts, where the others foretell it")]
