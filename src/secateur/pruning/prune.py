@@ -51,8 +51,9 @@ def prune_run(
     """
     if max_loss is not None and not max_loss > 0:
         raise RecipeError(f"max_loss: give nats per token above 0, got {max_loss}.")
-    if max_loss is not None and like is not None:
-        raise RecipeError("max_loss: says how much goes, and so does like; leave out one of them.")
+    for name, other in (("max_loss", max_loss), ("from", from_)):
+        if like is not None and other is not None:
+            raise RecipeError(f"{name}: does not go with like, which says what goes; leave out one of them.")
 
     # The recipe, with those of other directories below it, and the model.
     given = recipe
