@@ -22,7 +22,7 @@ from secateur.errors import CheckpointError, RecipeError, one_line
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
     errno.EDQUOT: "your disk quota is used up; free some space or choose another place",
-    errno.EFBIG: "no file there may become that large; raise the limit (ulimit -f) or lower max_shard_size",
+    errno.EFBIG: "no file there may become that large; raise the limit (ulimit -f)",
     errno.EACCES: "permission denied; choose another place or change its permissions",
     errno.EPERM: "permission denied; choose another place or change its permissions",
     errno.EROFS: "it is on a read-only file system; choose another place",

@@ -302,8 +302,6 @@ class Output(Strict):
     documents of other sources, and on a chat model's own answers to 48 prompts, of both a share
     as large as of 1,024 tokens; standard errors tell how far to trust all.
     """
-    max_shard_size: str = "5GB"
-    """of the written safetensors files."""
 
 
 class Recipe(Strict):

@@ -33,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.facts import Record
-from secateur.files import disk_errors, lies_in, parse_size
+from secateur.files import disk_errors, lies_in
 from secateur.log import Progress, silent
 from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, left_aside, load_model, load_tokenizer, open_checkpoint
@@ -43,6 +43,8 @@ from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 from secateur.result_directory import RESULT_FILE, Mismatch, mismatches, read_digests
 from secateur.vocabulary.kept import KeptTokens
 
+# The weights of a larger model are several files.
+MAX_SHARD_BYTES = 5 * 10**9
 # Files of a model directory that saving does not write anew.
 _SIDE_FILES = """
 chat_template*.jinja chat_template.json processor_config.json
@@ -65,7 +67,6 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     *,
-    max_shard_size: str,
     carry_from: Path | None,
     kept: KeptTokens | None = None,
 ) -> tuple[str, ...]:
@@ -77,12 +78,11 @@ def save_checkpoint(
     Returns a sentence about every file that was not copied, because it is a link to somewhere else.
     The files name no code but ours.
 
-    Raises CheckpointError for disk errors, RecipeError for a bad `max_shard_size`.
+    Raises CheckpointError for disk errors.
     """
-    num_shard_bytes = parse_size("output.max_shard_size", max_shard_size)
     with disk_errors(directory), quiet_transformers():
         tokenizer.save_pretrained(directory)
-        _save_model(model, directory, num_shard_bytes)
+        _save_model(model, directory)
         left = ()
         if carry_from is not None and (carry_from / "config.json").is_file():
             patterns = [*([] if kept else _FILES_BY_TOKEN), *_SIDE_FILES]
@@ -94,10 +94,10 @@ def save_checkpoint(
     return left
 
 
-def _save_model(model: PreTrainedModel, directory: Path, num_shard_bytes: int) -> None:
+def _save_model(model: PreTrainedModel, directory: Path) -> None:
     # save_pretrained refuses some settings that loading accepts; to_json_file writes them.
     with replaced(vars(model), "generation_config", GenerationConfig()):
-        model.save_pretrained(directory, max_shard_size=num_shard_bytes)
+        model.save_pretrained(directory, max_shard_size=MAX_SHARD_BYTES)
     if (generation := model.generation_config) is not None:
         generation.to_json_file(directory / "generation_config.json")
     readable = (directory / "config.json").stat().st_mode & 0o777

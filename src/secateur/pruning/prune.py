@@ -133,7 +133,6 @@ def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
             tokenizer_of(opened),
             directory,
             kept=None if opened.trim is None else opened.trim.kept,
-            max_shard_size=resolved.recipe.output.max_shard_size,
             carry_from=opened.directory,
         )
         (directory / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")

@@ -153,7 +153,6 @@ def checked(opened: Opened) -> Opened:
         groups = (EXPERTS,) if has_experts else ("ffn",)
         opened = opened.filled(remove={"groups": groups})
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
-    parse_size("output.max_shard_size", recipe.output.max_shard_size)
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     check_experts(recipe, groups)
     if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):

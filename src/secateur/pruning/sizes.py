@@ -31,7 +31,7 @@ from secateur.store import Store, changes_of
 # Where a measurement keeps what serves its cuts.
 STEPS = "steps"
 # Keys that a prune by a measurement may have of its own.
-FREE: Any = {"remove": {"share", "to"}, "output": {"max_shard_size"}, "polish": True, "recover": True, "machine": True}
+FREE: Any = {"remove": {"share", "to"}, "polish": True, "recover": True, "machine": True}
 # What is to go, by the name of a size: keys of the recipe's `remove`.
 Sizes = Mapping[str, dict[str, Any]]
 # A limit on the loss: how many cuts look for it at most, and the part of it by which one is near enough.

@@ -124,8 +124,7 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     source, recipe = job.pruned.directory, job.recipe
     if (path := source / RECIPE_FILE).is_file():
         recipe = as_recipe(path).model_copy(update={"recover": recipe.recover})
-    size = recipe.output.max_shard_size
-    for sentence in save_checkpoint(work.pruned, job.tokenizer, directory, max_shard_size=size, carry_from=source):
+    for sentence in save_checkpoint(work.pruned, job.tokenizer, directory, carry_from=source):
         work.services.log.note(sentence)
     (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     for name in CARRIED:
