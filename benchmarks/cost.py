@@ -137,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         model, tokenizer = load_model(opened), load_tokenizer(opened)
-        save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None)
+        save_checkpoint(model, tokenizer, directory, carry_from=None)
         size = Size.of(model)
         dense = open_model(directory, parse_recipe(settings))
         recipes = {name: parse_recipe(settings | ROWS[name]) for name in options.rows}

@@ -11,5 +11,5 @@ def write_dense(reference: str, place: Path) -> Path:
     checkpoint, staged = open_checkpoint(reference), place.with_name(f"{place.name}-unfinished")
     staged.mkdir(parents=True, exist_ok=True)
     parts = load_model(checkpoint), load_tokenizer(checkpoint)
-    save_checkpoint(*parts, staged, max_shard_size="5GB", carry_from=None)
+    save_checkpoint(*parts, staged, carry_from=None)
     return staged.rename(place)

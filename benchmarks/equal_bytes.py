@@ -52,7 +52,7 @@ def directory(reference: str, place: Path) -> str:
         staged = place.with_name(f"{place.name}-unfinished")
         staged.mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(checkpoint)
-        save_checkpoint(load_model(checkpoint), tokenizer, staged, max_shard_size="5GB", carry_from=None)
+        save_checkpoint(load_model(checkpoint), tokenizer, staged, carry_from=None)
         staged.rename(place)
     return str(place)
 

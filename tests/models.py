@@ -1,7 +1,9 @@
 """Tiny random causal LMs for tests: fp32, grouped queries, biases where the family has them, norms not all ones."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tiny_tokenizer import tiny_tokenizer
@@ -26,6 +28,9 @@ from secateur.model.stock import quiet_transformers
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve import checked
 from secateur.recipe import Recipe
+
+# Within it checkpoints are saved in files of so many bytes.
+shards_of = partial(patch, "secateur.formats.save.MAX_SHARD_BYTES")
 
 
 def opened(model: Any, recipe: Recipe) -> Opened:

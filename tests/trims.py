@@ -78,7 +78,7 @@ def trimmed_pair(
             parameter += noise * torch.randn_like(parameter)
     for name, model, own in (("dense", dense, tokenizer), ("pruned", pruned, trimmed)):
         (directory / name).mkdir(parents=True)
-        options = {"max_shard_size": "1GB", "carry_from": None, "kept": kept if name == "pruned" else None}
+        options = {"carry_from": None, "kept": kept if name == "pruned" else None}
         save_checkpoint(model, own, directory / name, **options)
     return TrimmedPair(directory / "dense", directory / "pruned", kept, tokenizer, trimmed)
 

@@ -250,7 +250,7 @@ def _recipes(model: Path) -> Kind:
         "repair": {"damping_factors": [0.1, 1.0]},
         "calibration": {"domains": {"a": {"files": ["a.txt"], "share": 0.5}, "b": {"answers": True}}, "num_tokens": 99},
         "recover": {"num_tokens": 5000},
-        "output": {"max_shard_size": "1GB"},
+        "output": {"evaluate": 99},
     }
     presets = sorted((ROOT / "src" / "secateur" / "presets").glob("*.yaml"))
     texts = [*(file.read_text() for file in presets), dump_recipe(parse_recipe(full)), "preset: best\nremove: 0.2\n"]

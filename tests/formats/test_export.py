@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
-from models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from models import shards_of, tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from run_cli import run_cli
 from transformers import AutoModelForCausalLM, GgufConfig, HunYuanDenseV1Config, LlamaConfig, OPTConfig, OPTForCausalLM
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
@@ -75,7 +75,8 @@ def save(directory: Path, model: Any, tokenizer: object = None) -> Path:
     directory.mkdir()
     rule = TOKENIZERS.get(model.config.model_type)
     tokenizer = tokenizer or (sentencepiece_tokenizer(rule) if rule else bpe_tokenizer())
-    save_checkpoint(model, tokenizer, directory, max_shard_size="100KB", carry_from=None)
+    with shards_of(100_000):
+        save_checkpoint(model, tokenizer, directory, carry_from=None)
     return directory
 
 
@@ -232,7 +233,7 @@ def trimmed(directory: Path, name: str, rule: str) -> tuple[Path, Any]:
     kept = KeptTokens(tuple(sorted(kept_ids)), vocabulary.num_rows)
     keep_tokens(model, kept)
     tokenizer = trimmed_tokenizer(dense, kept)
-    save_checkpoint(model, tokenizer, directory, max_shard_size="5GB", carry_from=None, kept=kept)
+    save_checkpoint(model, tokenizer, directory, carry_from=None, kept=kept)
     assert len(kept_ids) < len(dense)
     return directory, tokenizer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from models import shards_of, tiny_ids, tiny_llama, tiny_qwen2
 from old_results import old_result
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
@@ -21,9 +21,9 @@ from secateur.vocabulary.kept import KeptTokens, keep_tokens, kept_tokens_of
 from secateur.vocabulary.tokenizer import trimmed_tokenizer
 
 
-def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB", carry_from: Path | None = None) -> Path:
+def save(directory: Path, model: torch.nn.Module, carry_from: Path | None = None) -> Path:
     directory.mkdir(exist_ok=True)
-    save_checkpoint(model, tiny_tokenizer(), directory, max_shard_size=max_shard_size, carry_from=carry_from)
+    save_checkpoint(model, tiny_tokenizer(), directory, carry_from=carry_from)
     return directory
 
 
@@ -31,14 +31,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("build", "tied", "max_shard_size"), [(tiny_llama, False, "5GB"), (tiny_qwen2, True, "100KB")])
-def test_stock_reload_is_exact_and_bytes_repeat(build, tied, max_shard_size, tmp_path, capfd):
-    first, second = (save(tmp_path / name, build(tied=tied), max_shard_size) for name in ("first", "second"))
+@pytest.mark.parametrize(("build", "tied", "num_bytes"), [(tiny_llama, False, 10**9), (tiny_qwen2, True, 100_000)])
+def test_stock_reload_is_exact_and_bytes_repeat(build, tied, num_bytes, tmp_path, capfd):
+    with shards_of(num_bytes):
+        first, second = (save(tmp_path / name, build(tied=tied)) for name in ("first", "second"))
     assert capfd.readouterr() == ("", "")
     assert contents(first) == contents(second)
     assert str(tmp_path).encode() not in b"".join(contents(first).values())
     weights = [load_file(file) for file in sorted(first.glob("*.safetensors"))]
-    assert (len(weights) > 1) == (max_shard_size == "100KB")
+    assert (len(weights) > 1) == (num_bytes == 100_000)
     names = [name for shard in weights for name in shard]
     assert len(names) == len(set(names)) and ("lm_head.weight" in names) == (not tied)
     assert all(file.stat().st_mode == (first / "config.json").stat().st_mode for file in first.iterdir())
@@ -106,14 +107,14 @@ def test_nothing_is_carried_from_a_directory_that_is_no_model(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "five GB", "", "infGB", "nanGB"])
-def test_bad_shard_size(size):
-    with pytest.raises(RecipeError, match=f"output.max_shard_size: must be .*got '{size}'"):
-        parse_size("output.max_shard_size", size)
+def test_bad_size(size):
+    with pytest.raises(RecipeError, match=f"remove.to: must be .*got '{size}'"):
+        parse_size("remove.to", size)
 
 
-def test_shard_size_and_free_space(tmp_path):
-    assert parse_size("max_shard_size", "5GB") == 5_000_000_000
-    assert parse_size("max_shard_size", "1.5 kb") == 1500
+def test_size_and_free_space(tmp_path):
+    assert parse_size("remove.to", "5GB") == 5_000_000_000
+    assert parse_size("remove.to", "1.5 kb") == 1500
     check_free_space(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"the run needs 1000000000.00 GB, the disk has"):
         check_free_space(tmp_path, 10**18)
@@ -210,7 +211,7 @@ def test_a_model_without_some_tokens_has_no_file_of_the_old_ids(tmp_path):
     keep_tokens(model, kept)
     (tmp_path / "out").mkdir()
     tokenizer = trimmed_tokenizer(tiny_tokenizer(), kept)
-    save_checkpoint(model, tokenizer, tmp_path / "out", max_shard_size="5GB", carry_from=source, kept=kept)
+    save_checkpoint(model, tokenizer, tmp_path / "out", carry_from=source, kept=kept)
     written = contents(tmp_path / "out")
     assert written.keys() & old == {"generation_config.json"}
     assert written["LICENSE"] == written["preprocessor_config.json"]

@@ -47,7 +47,7 @@ needs_llama_cpp = pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-c
 
 def saved(name: str, place: Path) -> Path:
     torch.manual_seed(0)
-    save_checkpoint(MODELS[name]().eval(), bpe_tokenizer(), place, max_shard_size="5GB", carry_from=None)
+    save_checkpoint(MODELS[name]().eval(), bpe_tokenizer(), place, carry_from=None)
     return place
 
 

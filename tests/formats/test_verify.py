@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import logits_of, tiny_ids, tiny_llama, tiny_qwen2
+from models import logits_of, shards_of, tiny_ids, tiny_llama, tiny_qwen2
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
@@ -21,7 +21,8 @@ SAID = {"problem": "", "class": "AutoModelForImageTextToText"}
 
 def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
     directory.mkdir(exist_ok=True)
-    save_checkpoint(model, tiny_tokenizer(), directory, max_shard_size="100KB", carry_from=None)
+    with shards_of(100_000):
+        save_checkpoint(model, tiny_tokenizer(), directory, carry_from=None)
     return logits_of(model)
 
 
@@ -103,8 +104,6 @@ def test_another_shape_and_the_loaders_complaints_are_refused(monkeypatch, tmp_p
 def test_a_model_without_some_tokens_reloads_exactly(tmp_path):
     model, kept = tiny_qwen2(tied=True), KeptTokens((0, 1, *range(2, 257, 2)), 320)
     keep_tokens(model, kept)
-    save_checkpoint(
-        model, trimmed_tokenizer(tiny_tokenizer(), kept), tmp_path, max_shard_size="5GB", carry_from=None, kept=kept
-    )
+    save_checkpoint(model, trimmed_tokenizer(tiny_tokenizer(), kept), tmp_path, carry_from=None, kept=kept)
     ids_BT = tiny_ids(vocab_size=130)
     assert verify_reload(tmp_path, ids_BT, logits_of(model, ids_BT)).max_abs_difference == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import shards_of
 from recipes import grouped
 from run_cli import run_cli
 from safetensors.torch import load_file, save_file
@@ -18,8 +19,6 @@ from secateur.formats.save import Verification
 from secateur.report.records import read_summary
 from secateur.result_directory import LATER_FILES, Mismatch, read_digests, write_summary
 
-SHARDED = {"max_shard_size": "60KB"}
-
 
 @pytest.fixture(scope="module")
 def results(checkpoints, recipe, tmp_path_factory) -> dict[str, Path]:
@@ -27,10 +26,10 @@ def results(checkpoints, recipe, tmp_path_factory) -> dict[str, Path]:
     place, found = tmp_path_factory.mktemp("verify"), {}
     with pytest.MonkeyPatch.context() as patched:  # what is reloaded below
         patched.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
-        for name, source, changes in (("whole", "llama", {}), ("sharded", "qwen2-tied", SHARDED)):
-            asked = grouped({**recipe, **changes, "evaluate": False})
+        for name, source, num_bytes in (("whole", "llama", 10**9), ("sharded", "qwen2-tied", 60_000)):
             found[name] = place / name
-            result = secateur.prune(checkpoints[source], asked, out=found[name])
+            with shards_of(num_bytes):
+                result = secateur.prune(checkpoints[source], grouped({**recipe, "evaluate": False}), out=found[name])
             assert result.summary == read_summary(found[name])
     return found
 

@@ -46,7 +46,7 @@ def cut(make: Callable[..., Any], place: Path, *, tied: bool, dtype: torch.dtype
 
 
 def save(model: Any, place: Path) -> None:
-    save_checkpoint(model, tiny_tokenizer(), place, max_shard_size="5GB", carry_from=None)
+    save_checkpoint(model, tiny_tokenizer(), place, carry_from=None)
 
 
 def shallow(place: Path) -> None:

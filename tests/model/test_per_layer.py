@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import logits_of as logits
-from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
+from models import shards_of, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -84,9 +84,10 @@ def evenly_cut() -> PreTrainedModel:
     return with_ffns(model, bind(model), [64] * 4)
 
 
-def save(model: PreTrainedModel, directory: Path, max_shard_size: str = "60KB") -> Path:
+def save(model: PreTrainedModel, directory: Path, num_bytes: int = 60_000) -> Path:
     directory.mkdir()
-    save_checkpoint(model, tiny_tokenizer(), directory, max_shard_size=max_shard_size, carry_from=None)
+    with shards_of(num_bytes):
+        save_checkpoint(model, tiny_tokenizer(), directory, carry_from=None)
     return directory
 
 
@@ -160,9 +161,9 @@ def test_load_gives_the_model_in_memory(name, saved):
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
 def test_saving_again_writes_the_same_bytes(family, tmp_path):
     # One shard: transformers deals a loaded model's tensors out to shards in another order, of any model.
-    first = save(uneven(family), tmp_path / "first", "1GB")
-    assert file_bytes(save(uneven(family), tmp_path / "again", "1GB")) == file_bytes(first)
-    assert file_bytes(save(secateur.load(first), tmp_path / "reloaded", "1GB")) == file_bytes(first)
+    first = save(uneven(family), tmp_path / "first", 10**9)
+    assert file_bytes(save(uneven(family), tmp_path / "again", 10**9)) == file_bytes(first)
+    assert file_bytes(save(secateur.load(first), tmp_path / "reloaded", 10**9)) == file_bytes(first)
     assert {"modeling_per_layer.py", "model.safetensors"} < file_bytes(first).keys()
 
 
@@ -309,7 +310,7 @@ def test_bad_input_to_load(tmp_path):
 
 def test_a_model_that_runs_the_carried_file_is_refused_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    directory = save(uneven("llama"), tmp_path / "out", "1GB")
+    directory = save(uneven("llama"), tmp_path / "out", 10**9)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
         model.save_pretrained(tmp_path / "again")

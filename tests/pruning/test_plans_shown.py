@@ -116,7 +116,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"memory_budget": "10KB"},
         {"compute_dtype": "float32"},
         {"vocabulary": "auto", "groups": ["kv_heads"]},
-        {"max_shard_size": "5 of them"},
     ],
     "large": [
         {},
