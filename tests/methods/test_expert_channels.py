@@ -1,4 +1,4 @@
-"""Channels inside experts: their inputs are the expert's own, all domains are sampled, rounds add up."""
+"""Channels inside experts: their inputs are the expert's own, refits help on held-out text, all domains are sampled, rounds add up."""
 
 import copy
 import json
@@ -19,6 +19,7 @@ from secateur.recipe import parse_recipe
 from secateur.stream.walk import Walk, make_batches
 from tests.families import DTYPES, tiny_family
 from tests.methods.test_experts import expert_output
+from tests.model.test_exactness import logits_of, prune_tiny, random_calibration
 from tests.models import opened, tiny_ids
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -108,3 +109,19 @@ def test_a_run_of_two_rounds_ends_in_an_ordinary_checkpoint(recipe, tmp_path) ->
     for expert, channels in enumerate(kept[1]):
         before = dense["model.layers.1.mlp.experts.down_proj"][expert][:, channels]
         assert torch.equal(stack[expert], before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_refits_lower_held_out_error_and_the_models(name: str) -> None:
+    calibration = random_calibration(num_domains=2, blocks=48)
+    ids_BT = torch.cat([domain.held_out.ids_NT for domain in calibration.domains])
+    dense, errors = logits_of(tiny_family(name), ids_BT), {}
+    for compensate in ("none", "least_squares"):
+        model = tiny_family(name)
+        _, lines = prune_tiny(model, calibration, groups=CHANNELS, remove=0.2, compensate=compensate)
+        errors[compensate] = float((logits_of(model, ids_BT) - dense).square().mean())
+        for line in lines:
+            assert ("step" in line) == (compensate == "least_squares")
+            for domain in line.get("error_after", ()):
+                assert line["error_after"][domain] <= line["error_before"][domain]
+    assert errors["least_squares"] < errors["none"]
