@@ -1,4 +1,4 @@
-"""Channels inside experts: inputs are the expert's own, refits help held-out text, all domains are sampled, rounds add up."""
+"""Channels inside experts: inputs are the expert's own, refits help, all domains are sampled, rounds add up."""
 
 import copy
 import json

@@ -8,7 +8,9 @@ import typer
 import secateur
 import secateur.cli.common as common
 from secateur.cli.prune import prune_and_tell
+from secateur.log import human_bytes
 from secateur.recipe import parse_recipe
+from secateur.report.page import Table, terminal
 
 
 @common.app.command(
@@ -121,8 +123,6 @@ def export(
     as_json: common.Json = False,
 ) -> None:
     """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
-    from secateur.log import human_bytes
-
     with common.progress_bar() as progress:
         done = secateur.export(
             model,
@@ -139,19 +139,19 @@ def export(
 
     # What the file holds.
     context = "" if done.context_length is None else f", context {done.context_length:,}"
-    common.CONSOLE.print(f"Written to {out}: {done.type_name}, {human_bytes(done.num_bytes)}{context}.", soft_wrap=True)
+    lines = [f"Written to {out}: {done.type_name}, {human_bytes(done.num_bytes)}{context}."]
 
     # Whether llama.cpp agrees.
     compared = done.check
     if compared is not None:
-        common.CONSOLE.print(
+        lines += [
             f"Checked: perplexity of {compared.num_tokens} held-out tokens {compared.perplexity_llama_cpp:.3f} in "
-            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers.",
-            soft_wrap=True,
-        )
+            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers."
+        ]
     elif format_name == "gguf":
         why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
-        common.CONSOLE.print(f"Not checked against llama.cpp: {why}.")
+        lines += [f"Not checked against llama.cpp: {why}."]
+    common.CONSOLE.print("\n".join(lines), soft_wrap=True)
 
 
 @common.app.command(epilog="Example: secateur push smaller me/Qwen2.5-0.5B-pruned --dry-run")
@@ -164,9 +164,6 @@ def push(
     """Upload RESULT with its model card to the hub: what secateur wrote, without local paths."""
     import yaml
 
-    from secateur.log import human_bytes
-    from secateur.report.page import Table, terminal
-
     with common.progress_bar() as progress:
         pushed = secateur.push(result, repo, public=public, dry_run=dry_run, progress=progress)
     rows = [(name, human_bytes(size)) for name, size in pushed.files.items()]
@@ -174,11 +171,9 @@ def push(
     common.CONSOLE.print(terminal([Table("", ("file", "size"), rows)]))
     text = yaml.safe_dump({"model card": pushed.metadata}, sort_keys=False, allow_unicode=True, width=100)
     common.CONSOLE.print(text, end="", soft_wrap=True)
-    for note in pushed.notes:
-        common.CONSOLE.print(f"note: {note}", soft_wrap=True)
     seen = "private" if pushed.private else "public"
     done = f"Would go to {repo}, {seen}; nothing was sent" if pushed.url is None else f"Pushed to {pushed.url}, {seen}"
-    common.CONSOLE.print(f"{done}.", soft_wrap=True)
+    common.CONSOLE.print("\n".join([*(f"note: {note}" for note in pushed.notes), f"{done}."]), soft_wrap=True)
 
 
 @common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
@@ -205,8 +200,6 @@ def verify(
 
     Status 0 if all is well, 1 if something does not match.
     """
-    from secateur.log import human_bytes
-    from secateur.report.page import terminal
 
     with common.progress_bar() as progress:
         verified = secateur.verify(result, progress=progress)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from secateur.log import Progress, Tell, human_bytes, mute, silent, versions
 from secateur.methods.curve import Profiles
@@ -19,7 +20,7 @@ from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
 from secateur.pruning.resolve import resolve
-from secateur.pruning.sizes import STEPS, Sizes, at_size, of_sizes, with_most
+from secateur.pruning.sizes import STEPS, at_size, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
@@ -29,6 +30,8 @@ from secateur.report.size_curve import write_measurement
 # Shares of the most that can go, at which copies are cut and judged; a loss between is interpolated.
 PROBES = (0.2, 0.45, 0.8)
 COPIES = len(PROBES)
+# Of equal widths.
+EVEN: Any = {"choose": {"budget": "uniform"}}
 DOES = "foretells what it costs to remove up to"
 # What is foretold: from 5% to 60% of all parameters, as far as units reach.
 PERCENTS = range(5, 65, 5)
@@ -93,16 +96,8 @@ def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
     opened = open_model(model, given, weights=weights)
     plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
     opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure"))
-    even, sizes = _probes(opened)
-    resolve(at_size(even, sizes["probe-0"]))
+    resolve(at_size(opened.filled(**EVEN), {"share": PROBES[0] * opened.recipe.remove.share}))
     return opened
-
-
-def _probes(opened: Opened) -> tuple[Opened, Sizes]:
-    """Return the model with equal widths, and what goes from each copy."""
-    most = opened.recipe.remove.share
-    sizes = {f"probe-{number}": {"share": part * most} for number, part in enumerate(PROBES)}
-    return opened.filled(choose={"budget": "uniform"}), sizes
 
 
 def _measured(ready: Prepared, command: str) -> Measurement:
@@ -110,7 +105,8 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     opened, run, drawn = ready.opened, ready.run, ready.drawn
     services, judge = run.services, judge_of(ready)
     dense = judged_dense(ready, judge)
-    even, sizes = _probes(opened)
+    sizes = {f"probe-{number}": {"share": part * opened.recipe.remove.share} for number, part in enumerate(PROBES)}
+    even = opened.filled(**EVEN)
     ready = ready._replace(run=replace(run, keeps_statistics=run.can_mix))
     runs = [member.run for member in of_sizes(ready, even.recipe, sizes).values()]
 

@@ -130,7 +130,7 @@ def other_rows(losses: tuple[Loss, Loss] | None) -> Iterator[tuple[str, ...]]:
         yield OTHER_SOURCES, *map(_nats, losses), change(*losses).text()
 
 
-def _nats(loss: Loss) -> str:
+def _nats(loss: Loss | Quality) -> str:
     return f"{loss.nats_per_token:.3f} ({loss.perplexity:.2f})"
 
 
@@ -381,11 +381,12 @@ def text_tables(evaluation: Evaluation) -> list[Table]:
     columns = (*evaluation.models, *(["difference"] if evaluation.differences else []))
     of_kl = ("domain", "mean", "same token first")
     answers = list(answer_rows(evaluation.own_answers))
+    kl_rows = [(domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}") for domain, kl in (evaluation.kl or {}).items()]
     return [
         Table("the dense model's own answers", ("", "dense", "pruned", "difference"), answers),
         Table("nats/token (perplexity)", ("domain", *columns), list(_nats_rows(evaluation))),
         Table("bits/byte", ("domain", *columns), list(_bits_rows(evaluation))),
-        Table("KL(dense || pruned), nats/token", of_kl, list(_kl_rows(evaluation))),
+        Table("KL(dense || pruned), nats/token", of_kl, kl_rows),
     ]
 
 
@@ -408,10 +409,7 @@ def _nats_rows(evaluation: Evaluation) -> Iterator[Cells]:
     models, changes = list(evaluation.models.values()), evaluation.differences
 
     def row(label: str, parts: list[Quality], change: Change | None) -> Cells:
-        cells = [f"{part.nats_per_token:.3f} ({part.perplexity:.2f})" for part in parts]
-        if change is not None:
-            cells.append(change.text())
-        return label, *cells
+        return label, *map(_nats, parts), *([] if change is None else [change.text()])
 
     yield row(OTHER_SOURCES, [model.other_text for model in models], changes and changes.other_text)
     for domain in evaluation.pruned.domains:
@@ -423,11 +421,6 @@ def _bits_rows(evaluation: Evaluation) -> Iterator[Cells]:
         bits = [model.domains[domain].bits_per_byte for model in evaluation.models.values()]
         change = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) == 2 else []
         yield domain, *(f"{value:.4f}" for value in bits), *change
-
-
-def _kl_rows(evaluation: Evaluation) -> Iterator[Cells]:
-    for domain, kl in (evaluation.kl or {}).items():
-        yield domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}"
 
 
 def _legend(evaluation: Evaluation) -> Iterator[str]:
