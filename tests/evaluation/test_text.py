@@ -35,9 +35,37 @@ def result_of(directory: Path, recipe: dict[str, Any], judged_hash: str | None, 
 def summary_with(text: CalibrationFacts) -> Summary:
     """Return a result whose calibration is this; the rest says nothing."""
     size, loss = Size(100, 400), {"prose": Loss(3.0, 0.1, 100)}
-    facts = ("model", "llama", "", 0.2, 0.2, size, size, (3, 3), {"ffn": (112, 64, 72)}, text)
-    rest = ("cpu", None, None, None, None, None, None, (), {})
-    return Summary(*facts, loss, loss, 0, {"prune": 1.0}, 1000, 0.0, None, (), {"torch": "2"}, *rest)
+    return Summary(
+        model="model",
+        family="llama",
+        command="",
+        remove_asked=0.2,
+        remove_reached=0.2,
+        dense_size=size,
+        pruned_size=size,
+        num_layers=(3, 3),
+        widths={"ffn": (112, 64, 72)},
+        calibration=text,
+        dense_losses=loss,
+        pruned_losses=loss,
+        guard_refusals=0,
+        seconds={"prune": 1.0},
+        peak_bytes=1000,
+        reload_max_abs_difference=0.0,
+        loaded_by=None,
+        warnings=(),
+        versions={"torch": "2"},
+        device="cpu",
+        device_peak_bytes=None,
+        polish=None,
+        other_text=None,
+        own_answers=None,
+        vocabulary=None,
+        like=None,
+        measured=None,
+        lineage=(),
+        foretold={},
+    )
 
 
 @pytest.fixture
