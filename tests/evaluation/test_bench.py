@@ -15,8 +15,18 @@ from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from secateur.api import prune
 from secateur.errors import RecipeError
-from secateur.evaluation.bench import bench, decode_rates, paired_ratio, prefill_rates, runner_of, speed, take_turns
+from secateur.evaluation.bench import (
+    bench,
+    decode_rates,
+    paired_ratio,
+    prefill_rates,
+    runner_of,
+    seconds_per_token,
+    speed,
+    take_turns,
+)
 from secateur.facts import Workload
+from secateur.log import silent
 from secateur.report.records import BenchResult, Spread
 from tests.trims import trimmed_pair
 
@@ -58,6 +68,14 @@ def test_rates_by_hand():
     found = speed(runs, SMALL)
     assert found.prefill == Spread(median=32.0, lowest=16.0, highest=64.0)
     assert astuple(found.decode) == pytest.approx((8, 4, 10))
+
+
+def test_seconds_per_token_are_medians_of_a_prompt_and_of_what_is_written(monkeypatch):
+    turns = [[[2.0, 2.5, 3.5], [1.0, 5.0, 9.0], [4.0, 4.5, 5.0]]]
+    monkeypatch.setattr("secateur.evaluation.bench.take_turns", lambda runners, *_: turns * len(runners))
+    model = tiny_llama()
+    # A prompt of 7 tokens, then 7; 2 seconds to the first, 1.5 from there to the third.
+    assert seconds_per_token([model, model], 14, silent) == [(pytest.approx(2 / 7), pytest.approx(0.75))] * 2
 
 
 def test_ratios_are_taken_within_each_repeat():

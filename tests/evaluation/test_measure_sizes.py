@@ -209,7 +209,7 @@ def test_a_measurement_that_was_stopped_ends_as_one_that_was_not(measured, check
     stopped_again_and_again(lambda: secateur.measure(checkpoints["llama"], asked, out=out), out, first=3, more=2)
     again = json.loads((out / "result.json").read_text())
     first = json.loads((whole / "result.json").read_text())
-    of_the_clock = ("seconds", "peak_bytes", "files")
+    of_the_clock = ("seconds", "pace", "files")
     assert {k: v for k, v in again.items() if k not in of_the_clock} == {
         k: v for k, v in first.items() if k not in of_the_clock
     }
@@ -333,6 +333,22 @@ def test_a_page_says_how_to_cut_by_the_same_measurement_again(even, checkpoints,
     assert f"OUT --from {sizes.name} --recipe recipe.yaml" in (first / "report.html").read_text(encoding="utf-8")
     secateur.prune(checkpoints["llama"], first / "recipe.yaml", from_=sizes, out=again)
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_a_model_of_which_less_can_go_than_the_least_size_is_refused_before_it_is_read(tmp_path):
+    shape = tiny_llama(vocab_size=8192, hidden_size=16, intermediate_size=256, num_layers=1)
+    saved(tmp_path / "model", shape)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(
+        RecipeError, match=r"^measure: at most \d\.\d% of all parameters can go, and the least size is 5%"
+    ):
+        secateur.foretell_measure(tmp_path / "model", {"calibration": {"num_tokens": 512}})
+
+
+def test_every_probe_is_timed(even):
+    measurement, _ = even
+    assert len(measurement.pace) == len(PROBES)
+    assert all(0 < seconds < 60 for pair in measurement.pace for seconds in pair)
 
 
 def test_a_model_too_small_for_the_least_copy_is_refused_before_it_is_read(checkpoints, recipe, tmp_path):

@@ -292,6 +292,7 @@ MEASUREMENT = records.Measurement(
     ),
     band=0.123,
     units=0.7,
+    pace=((0.0009, 0.09), (0.0008, 0.08), (0.0006, 0.06)),
     seconds={"cut": 30.0},
     warnings=("the text of code is short.",),
     versions=VERSIONS,

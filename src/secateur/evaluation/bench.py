@@ -4,7 +4,7 @@ In: model references and a workload. Out: a `BenchResult`, saved as `bench.json`
 the configs can tell is checked before any weights are read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -32,6 +32,8 @@ from secateur.vocabulary.kept import kept_tokens_of
 
 # The names that configs have for layers without attention.
 OTHER_LAYERS = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "mlp", "moe"}
+# Tokens that a model reads, and writes, to foretell its speed.
+PROMPT, WRITTEN = 256, 16
 # Returns the seconds from the start to each new token; the first follows the whole prompt.
 Runner = Callable[[], list[float]]
 
@@ -154,6 +156,17 @@ def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
             f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {wanted}, more than "
             f"the {longest} that {checkpoint.reference} can attend to; ask for fewer."
         )
+
+
+def seconds_per_token(models: Sequence[PreTrainedModel], length: int, progress: Progress) -> list[tuple[float, float]]:
+    """Return of each model in memory the seconds per token of a prompt, and of what is written: medians, by turns.
+
+    `length`: the most tokens that a model reads.
+    """
+    new_tokens = min(WRITTEN, length // 2)
+    workload = Workload(prompt_tokens=min(PROMPT, length - new_tokens), new_tokens=new_tokens)
+    all_runs = take_turns([runner_of(model, workload) for model in models], workload.repeats, progress)
+    return [(1 / median(prefill_rates(runs, workload)), 1 / median(decode_rates(runs, workload))) for runs in all_runs]
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress) -> list[list[list[float]]]:

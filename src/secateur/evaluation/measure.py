@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from secateur.evaluation.bench import seconds_per_token
 from secateur.log import Progress, Tell, human_bytes, mute, silent, versions
-from secateur.methods.curve import Profiles
 from secateur.pruning.cost import disk_bytes, memory_for, walk_seconds
 from secateur.pruning.cut import cut_and_polish
 from secateur.pruning.inspect import gguf_files
@@ -22,7 +22,7 @@ from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, ju
 from secateur.pruning.resolve import resolve
 from secateur.pruning.sizes import STEPS, at_size, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
-from secateur.ranks import joined
+from secateur.ranks import from_first, joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import write_measurement
@@ -95,7 +95,7 @@ def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
     """Return the model with the most that goes. Raises RecipeError for a model of which the least copy is none."""
     opened = open_model(model, given, weights=weights)
     plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
-    opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure"))
+    opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100))
     resolve(at_size(opened.filled(**EVEN), {"share": PROBES[0] * opened.recipe.remove.share}))
     return opened
 
@@ -111,11 +111,9 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     runs = [member.run for member in of_sizes(ready, even.recipe, sizes).values()]
 
     # Slopes are those of a cut of middle size.
-    profiles: Profiles = {}
-    if opened.recipe.choose.budget == "curve":
-        middle = runs[COPIES // 2]
-        with services.log.time("profile"):
-            profiles = profiles_of(middle, 1, middle.batches())
+    middle, by_curve = runs[COPIES // 2], opened.recipe.choose.budget == "curve"
+    with services.log.time("profile"):
+        profiles = profiles_of(middle, 1, middle.batches()) if by_curve else {}
 
     # Sizes are those of the whole model, which is the first copy.
     percents = [percent for percent in PERCENTS if percent / 100 <= opened.recipe.remove.share]
@@ -128,6 +126,11 @@ def _measured(ready: Prepared, command: str) -> Measurement:
         pruned = judged(cut.run, name, partial(judge.pruned, speaks=False))
         plan = cut.run.resolved.plans[-1]
         probes.append(SizeCost(plan.removed_share, plan.cost_after, pruned.lost(dense)))
+
+    # Time them, on one rank.
+    models, length = [member.model for member in runs], run.text.sequence_length
+    with services.log.time("bench"):
+        pace = from_first(partial(seconds_per_token, models, length, services.progress))
 
     # Foretell each size by these.
     texts = probes[0].lost
@@ -142,6 +145,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
         sizes=tuple(costs),
         band=_band(probes, units),
         units=units,
+        pace=tuple(pace),
         seconds=services.log.seconds,
         warnings=ready.notes,
         versions=versions(),

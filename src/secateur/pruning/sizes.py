@@ -45,17 +45,24 @@ def at_size(opened: Opened, remove: dict[str, Any]) -> Opened:
     return checked(opened.filled(remove=remove))
 
 
-def with_most(opened: Opened, given: Recipe, verb: str) -> Opened:
+def with_most(opened: Opened, given: Recipe, verb: str, least: float = 0.0) -> Opened:
     """Return the model with the most that units alone can give, for a run of which `verb` says how much goes.
 
-    Raises RecipeError if the recipe that was `given` says it too, or what copies of a model cannot do.
+    Raises RecipeError if the recipe that was `given` says it too, or what copies of a model cannot do, or if the
+    most is less than `least`.
     """
     if given.remove.depth or given.remove.model_fields_set & {"share", "to", "layers"}:
         raise RecipeError(
             f"{verb}: goes over all sizes that units alone can give; leave out remove.share, to, layers and depth."
         )
     _check_copies(opened.recipe)
-    return nearest(at_size(opened, {"share": 0.99, "depth": 0}))
+    most = nearest(at_size(opened, {"share": 0.99, "depth": 0}))
+    if (share := most.recipe.remove.share) < least:
+        raise RecipeError(
+            f"{verb}: at most {share:.1%} of all parameters can go, and the least size is {least:.0%}; give more "
+            "groups (remove.groups), or let tokens go (remove.vocabulary of prune)."
+        )
+    return most
 
 
 def largest_of(opened: Opened, sizes: Sizes) -> Opened:

@@ -501,7 +501,7 @@ class Measurement(Record):
     """What sizes of a model cost without a polish: `probes` were cut and judged, `sizes` are foretold from these.
 
     `band`: how far off the middle probe is foretold by the others, a mean share of its loss. `units`: the share of all
-    parameters that the groups' units are.
+    parameters that the groups' units are. `pace`: of each probe, seconds per token of a prompt, and of what is written.
     """
 
     model: str
@@ -512,6 +512,7 @@ class Measurement(Record):
     sizes: tuple[SizeCost, ...]
     band: float
     units: float
+    pace: tuple[tuple[float, float], ...]
     seconds: dict[str, float]
     warnings: tuple[str, ...]
     versions: dict[str, str]

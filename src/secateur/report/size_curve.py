@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import linear_regression
 
 from secateur.facts import OTHER_TEXT, OWN_ANSWERS
 from secateur.log import human_bytes
@@ -37,7 +38,7 @@ def measurement_page(measurement: Measurement) -> Page:
     chart = Chart(
         "Nats per token lost, by the share of all parameters that goes", lines, marked(measurement), MOST_NATS
     )
-    probes = _table("Cut and judged", measurement.probes)
+    probes = _table(measurement, "Cut and judged", measurement.probes)
     sections = [
         Section("curve", "How much can go", [f"{name}: {text}" for name, text in _notes(measurement)], chart=chart),
         Section("sizes", "Size by size", tables=[_sizes(measurement)]),
@@ -76,14 +77,22 @@ def _mean(cost: SizeCost) -> float:
 
 def _sizes(measurement: Measurement) -> Table:
     # Every second one is shown.
-    return _table(f"{measurement.model}: nats per token lost", measurement.sizes[1::2] or measurement.sizes)
+    return _table(
+        measurement, f"{measurement.model}: nats per token lost", measurement.sizes[1::2] or measurement.sizes
+    )
 
 
-def _table(caption: str, shown: Sequence[SizeCost]) -> Table:
+def _table(measurement: Measurement, caption: str, shown: Sequence[SizeCost]) -> Table:
     names = (*_first(shown), *_domains(shown[0]))
     rows = [[name, *(f"{cost.lost[name]:.3f}" for cost in shown)] for name in names]
     rows.append(["mean of domains", *(f"{_mean(cost):.3f}" for cost in shown)])
     rows.append(["parameters", *(f"{cost.num_params / 1e6:,.1f} M" for cost in shown)])
+    # A token takes the less time the fewer weights it passes.
+    probed = [probe.removed for probe in measurement.probes]
+    for name, seconds in zip(("read", "written"), zip(*measurement.pace, strict=True), strict=True):
+        line = linear_regression(probed, seconds)
+        rates = (1 / (line.intercept + line.slope * cost.removed) for cost in shown)
+        rows.append([f"tokens/s {name}", *(f"{rate:,.0f}" for rate in rates)])
     rows += [[kind, *(human_bytes(cost.num_bytes[kind]) for cost in shown)] for kind in shown[0].num_bytes]
     return Table(caption, ("goes", *(f"{cost.removed:.1%}" for cost in shown)), rows)
 
@@ -94,4 +103,5 @@ def _notes(measurement: Measurement) -> list[tuple[str, str]]:
     marks = [(name, f"{bound}, {MARKS[name]:g} nats per token on {first}") for name, bound in bounds]
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
     note = f"without a polish, from models cut to {probes} and judged; the middle one is {measurement.band:.0%} off"
-    return [*marks, ("foretold", f"{note}, as a mean over texts, where the others foretell it")]
+    pace = "of one prompt, here: a line through the seconds per token of these models, timed by turns"
+    return [*marks, ("foretold", f"{note}, as a mean over texts, where the others foretell it"), ("tokens/s", pace)]
