@@ -48,7 +48,7 @@ class Cut(NamedTuple):
 
 LENGTH, CALIBRATION_BLOCKS, EVALUATION_BLOCKS, CUT_SHARE = 512, 6, 4, 0.30
 MAX_TIMES_DENSE = 1.73
-CURVE, GRID = {"budget": "curve"}, (1.0, 10.0, 100.0)
+CURVE = {"budget": "curve"}
 
 ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "ours": ({}, HYBRID),
@@ -65,8 +65,6 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         if (score, compensate) != ("obs", "least_squares")
     },
     "ours-own-target": ({"repair": {"target_mix": 0.0}}, HYBRID),
-    "ours-damping-grid": ({"repair": {"damping_factors": GRID}}, HYBRID),
-    "ours-own-grid": ({"repair": {"target_mix": 0.0, "damping_factors": GRID}}, HYBRID),
     "ours-own-damping-10": ({"repair": {"target_mix": 0.0, "damping": 0.01}}, HYBRID),
     "ours-3-rounds": ({"choose": {"rounds": 3}}, HYBRID),
     "curve": ({"choose": CURVE, "remove": {"align": 32}}, HYBRID),

@@ -72,7 +72,6 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flap-bare": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "flap"}, "repair": {"compensate": "none"}}),
     "wanda-none": ("llama", {"remove": {"share": 0.2}, "choose": {"score": "wanda"}, "repair": {"compensate": "none"}}),
     "minimax": ("qwen2", {"remove": {"share": 0.2}, "choose": {"domain_weighting": "minimax"}}),
-    "dampings": ("llama", {"remove": {"share": 0.2}, "repair": {"damping_factors": [0.1, 1.0, 10.0]}}),
     "no-drift": ("llama", {"remove": {"share": 0.2}, "repair": {"target_mix": 0.0}}),
     "memory-budget": ("llama", {"remove": {"share": 0.2}, "machine": {"memory_budget": "100MB"}}),
 }

@@ -43,7 +43,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "budget": "curve",
         "rounds": 2,
         "domain_weighting": "minimax",
-        "damping_factors": [1, 10],
     },
     "flap": {"score": "flap", "compensate": "none", "evaluate": False},
     "on disk": {"memory_budget": "0.1MB", "evaluate": False},

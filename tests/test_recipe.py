@@ -35,7 +35,6 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("choose: {score: obss}", r"unknown choose\.score 'obss'; allowed: random, .*did you mean 'obs'\?"),
         ("repair: {damping: .inf}", r"repair\.damping: .*finite"),
         ("repair: {damping: 0}", r"repair\.damping: .*greater than 0"),
-        ("repair: {damping_factors: []}", r"repair\.damping_factors: "),
         ("repair: {target_mix: 1.01}", r"repair\.target_mix: .*less than or equal to 1"),
         ("calibration: {sequence_length: 7}", r"calibration\.sequence_length: .*greater than or equal to 8"),
         ("calibration: {domains: {}}", r"calibration\.domains: "),
@@ -112,7 +111,7 @@ def test_files_that_are_no_recipes(tmp_path):
 
 def test_presets_lie_below_what_is_asked():
     best = parse_recipe({"preset": "best", "repair": {"damping": 0.5}})
-    assert best.choose.budget == "curve" and best.repair.damping_factors == (1, 10, 100) and best.repair.damping == 0.5
+    assert best.choose.budget == "curve" and best.repair.damping == 0.5
     assert best.remove.vocabulary == "auto" and best.remove.share == 0.2
     smallest = parse_recipe({"preset": "smallest"})
     assert smallest == best.filled(remove={"share": 0.5}, repair={"damping": 0.001})

@@ -247,7 +247,7 @@ def _recipes(model: Path) -> Kind:
     full = {
         "remove": {"share": 0.3, "groups": ["ffn", "kv_heads"], "depth": 1},
         "choose": {"rounds": 3, "budget": "curve", "score": "obs"},
-        "repair": {"damping_factors": [0.1, 1.0]},
+        "repair": {"damping": 0.01},
         "calibration": {"domains": {"a": {"files": ["a.txt"], "share": 0.5}, "b": {"answers": True}}, "num_tokens": 99},
         "recover": {"num_tokens": 5000},
         "output": {"evaluate": 99},

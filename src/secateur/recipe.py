@@ -269,8 +269,6 @@ class Repair(Strict):
     """each channel's ridge, relative to its own entry on the Gram matrix's diagonal. With fewer
     than 10 tokens per channel it is at least 0.001 times what is missing to 10.
     """
-    damping_factors: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
-    """each group tries the damping times each of these, and takes the best on held-out text."""
     target_mix: Share | None = None
     """the part of the drift (dense minus pruned stream) that an MLP's reader corrects. None: 0.5
     where the family adds an MLP's output as it is.

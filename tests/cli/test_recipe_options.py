@@ -15,7 +15,7 @@ from secateur.recipe import Recipe, RecoverySettings, parse_recipe, preset_texts
 
 
 def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file, texts, tmp_path):
-    sets = "remove.groups=[ffn,kv_heads] remove.share=0.15 repair.damping_factors=[1,10] seed=5 remove.align=4"
+    sets = "remove.groups=[ffn,kv_heads] remove.share=0.15 repair.damping=0.01 seed=5 remove.align=4"
     sets += " calibration.domains.prose.share=3 choose.rounds=2 choose.budget=curve"
     options = ["--polish", 0, "--remove", 0.1, *(word for each in sets.split() for word in ("--set", each))]
     run = run_cli("prune", checkpoints["llama"], tmp_path / "out", "--recipe", recipe_file, *options)
@@ -23,7 +23,7 @@ def test_any_key_is_set_over_the_recipe_and_the_options(checkpoints, recipe_file
     saved = parse_recipe(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert (saved.remove.groups, saved.remove.align, saved.remove.share) == (("ffn", "kv_heads"), 4, 0.15)
     assert (saved.choose.budget, saved.choose.rounds, saved.seed) == ("curve", 2, 5)
-    assert saved.repair.damping_factors == (1, 10) and saved.polish.num_tokens == 0
+    assert saved.repair.damping == 0.01 and saved.polish.num_tokens == 0
     domain = saved.calibration.domains["prose"]
     assert (domain.share, domain.files) == (3, (str(texts["prose"]),))
 

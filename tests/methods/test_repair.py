@@ -25,7 +25,7 @@ FIT, ERROR = 1e-3, 1e-4
 
 def method(**changes) -> Method:
     settings = {"score": "obs", "compensate": "least_squares", "damping": 1e-3}
-    return Method(**settings | {"damping_factors": (1.0,), "target_mix": 0.0, "weighting": "energy"} | changes)
+    return Method(**settings | {"target_mix": 0.0, "weighting": "energy"} | changes)
 
 
 def as64(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,15 +75,11 @@ class Reference:
             for name, x in self.held_out.items()
         }
 
-    def repair(self, keep: list[int], dampings: list[float], mix: float, dtype: str = "float32"):
-        """Per damping: the sum of the errors at the guard's step, the damping, and the errors at every step."""
-        old_HS, tried = self.weight_HF[:, keep], []
-        for damping in dampings:
-            change_HS = reference.rounded(self.refit(keep, damping, mix), dtype) - old_HS
-            by_step = {s: self.errors(keep, old_HS + s * change_HS, mix=mix) for s in (*reference.GUARD_STEPS, 0.0)}
-            step = reference.guard(by_step.__getitem__)
-            tried.append((sum(by_step[step].values()), damping, by_step))
-        return tried
+    def repair(self, keep: list[int], damping: float, mix: float, dtype: str = "float32"):
+        """Return the errors at every step of the guard."""
+        old_HS = self.weight_HF[:, keep]
+        change_HS = reference.rounded(self.refit(keep, damping, mix), dtype) - old_HS
+        return {s: self.errors(keep, old_HS + s * change_HS, mix=mix) for s in (*reference.GUARD_STEPS, 0.0)}
 
 
 def is_near(found_HS: torch.Tensor, expected_HS: np.ndarray, gram_SS: np.ndarray, ridge_S: np.ndarray, scale: float):
@@ -99,15 +95,11 @@ def test_a_fit_is_the_least_squares_of_the_reference(case: Reader, damping: floa
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
     found = measured(case, drift=True).pooled
     weight_HF = torch.from_numpy(case.weight_HF)
-    fit = least_squares(weight_HF, found.gram, torch.tensor(keep), damping, found.cross_FH, mix)
-    assert fit.damping == damping
+    new_HS = least_squares(weight_HF, found.gram, torch.tensor(keep), damping, found.cross_FH, mix)
     ridge_F = reference.ridge(own.gram_FF, damping)
     scale = ((own.x_TF @ own.weight_HF.T) ** 2).sum() + mix**2 * (own.r_TH**2).sum() + 1e-12
     inner = own.gram_FF[np.ix_(keep, keep)]
-    assert is_near(fit.weight_HS, own.refit(keep, damping, mix), inner, ridge_F[keep], scale)
-    if len(keep) < size or mix:
-        eigenvalues = np.linalg.eigvalsh(inner + np.diag(ridge_F[keep]))
-        assert 0.99 <= fit.condition <= 1.01 * len(keep) * eigenvalues[-1] / eigenvalues[0]
+    assert is_near(new_HS, own.refit(keep, damping, mix), inner, ridge_F[keep], scale)
 
 
 def agrees(step: float, by_step: dict[float, dict[str, float]]) -> bool:
@@ -134,27 +126,23 @@ def assert_errors(found: dict[str, float], expected: dict[str, float]) -> None:
         assert error == pytest.approx(expected[name], rel=ERROR, abs=ERROR * (1 + expected[name])), name
 
 
-@given(readers(), st.sampled_from([(1.0,), (1.0, 100.0), (1e3, 1.0, 10.0)]), st.sampled_from([0.0, 0.5]), st.data())
+@given(readers(), st.sampled_from([1e-3, 1e-1, 1.0]), st.sampled_from([0.0, 0.5]), st.data())
 @settings(max_examples=60)
-def test_least_squares_takes_the_best_damping_and_the_guards_step(case: Reader, factors, mix: float, data) -> None:
+def test_least_squares_takes_the_guards_step(case: Reader, damping: float, mix: float, data) -> None:
     size = case.weight_HF.shape[1]
     keep = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=size - 1)))
     own, numbers = Reference(case), measured(case, drift=True)
-    found = repair(linear_of(case), numbers, torch.tensor(keep), method(damping_factors=factors, target_mix=mix))
-    tried = own.repair(keep, [1e-3 * factor for factor in factors], mix)
+    found = repair(linear_of(case), numbers, torch.tensor(keep), method(damping=damping, target_mix=mix))
+    by_step = own.repair(keep, damping, mix)
     assert found.guard is not None
-    ((error, _, by_step),) = [each for each in tried if each[1] == found.damping]
     assert agrees(found.guard.step, by_step)
     assert_errors(found.guard.error_before, by_step[0.0])
     assert_errors(found.guard.error_after, by_step[found.guard.step])
-    assert sum(found.guard.error_after.values()) <= min(each[0] for each in tried) + ERROR * len(by_step[0.0]) * (
-        1 + error
-    )
     if found.guard.step == 0:
         assert found.weight_HS is None
         return
-    ridge_F = reference.ridge(own.gram_FF, found.damping)[keep]
-    step, change_HS = found.guard.step, own.refit(keep, found.damping, mix) - own.weight_HF[:, keep]
+    ridge_F = reference.ridge(own.gram_FF, damping)[keep]
+    step, change_HS = found.guard.step, own.refit(keep, damping, mix) - own.weight_HF[:, keep]
     scale = ((own.x_TF @ own.weight_HF.T) ** 2).sum() + mix**2 * (own.r_TH**2).sum()
     expected_HS = own.weight_HF[:, keep] + step * change_HS
     assert is_near(found.weight_HS, expected_HS, own.gram_FF[np.ix_(keep, keep)], ridge_F, scale)
@@ -166,7 +154,7 @@ def test_without_drift_in_the_statistics_the_mix_has_no_effect(case: Reader, dat
     keep = torch.tensor(sorted(data.draw(st.sets(st.integers(0, case.weight_HF.shape[1] - 1), min_size=1))))
     numbers = measured(case, drift=False)
     mixed, plain = (repair(linear_of(case), numbers, keep, method(target_mix=mix)) for mix in (0.5, 0.0))
-    assert mixed.guard == plain.guard and mixed.damping == plain.damping
+    assert mixed.guard == plain.guard
     assert mixed.weight_HS is plain.weight_HS is None or torch.equal(mixed.weight_HS, plain.weight_HS)
 
 
@@ -223,23 +211,6 @@ def test_steps_by_hand(beta: float, step: float) -> None:
             assert float(found.weight_HS) == pytest.approx(1 + 0.9 * step, rel=1e-4)
         else:
             assert found.weight_HS is None and found.guard.error_after == found.guard.error_before
-
-
-def test_the_damping_with_the_least_sum_of_errors_wins_and_of_equals_the_first() -> None:
-    reader = torch.nn.Linear(2, 1, bias=False)
-    reader.weight = torch.nn.Parameter(torch.ones(1, 2), requires_grad=False)
-    # a: 0.0025 with c = 0.9, 0.0625 with 0.5. b, mostly noise: 0.392 and 0.372. The larger of both would say 0.5.
-    numbers = by_hand({"a": 1.0, "b": 0.6})
-    noisy = by_hand({"b": 0.6}, noise=1.5**0.5)
-    numbers.held_out_TF["b"] = noisy.held_out_TF["b"]
-    for factors in ((1.0, 9.0), (9.0, 1.0)):
-        found = repair(reader, numbers, torch.tensor([0]), method(damping=1 / 9, damping_factors=factors))
-        assert found.damping == pytest.approx(1 / 9)
-        assert float(found.weight_HS) == pytest.approx(1.9, rel=1e-4)
-        refused = repair(
-            reader, by_hand({"a": -0.5}), torch.tensor([0]), method(damping=1 / 9, damping_factors=factors)
-        )
-        assert refused.weight_HS is None and refused.damping == pytest.approx(factors[0] / 9)
 
 
 @torch.no_grad()
@@ -304,7 +275,7 @@ def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensat
         if index == 0:
             walk.advance(0)
         of_dense.advance(index)
-    settings = method(compensate=compensate, target_mix=mix, damping=1e-2, damping_factors=(10.0, 1.0))
+    settings = method(compensate=compensate, target_mix=mix, damping=1e-2)
     keep, line = prune_channels(Task(walk, group, 60, settings, SHARES, 0))
 
     reader = before.model.layers[1].mlp.down_proj
@@ -330,11 +301,10 @@ def test_a_layer_of_a_half_cut_model_gets_the_weights_of_the_reference(compensat
     now = model.model.layers[1].mlp.down_proj
     old_HS, bias_H = own.weight_HF[:, columns], reader.bias.double().numpy()
     if compensate == "least_squares":
-        tried = own.repair(columns, [0.1, 1e-2], mix)
-        _, damping, by_step = min(tried, key=lambda each: each[0])
+        by_step = own.repair(columns, 1e-2, mix)
         step = reference.guard(by_step.__getitem__)
-        assert step > 0 and line["damping"] == damping
-        expected_HS = old_HS + step * (own.refit(columns, damping, mix) - old_HS)
+        assert step > 0
+        expected_HS = old_HS + step * (own.refit(columns, 1e-2, mix) - old_HS)
         np.testing.assert_allclose(now.weight.numpy(), expected_HS, atol=1e-4)
         np.testing.assert_array_equal(now.bias.double().numpy(), bias_H)
     else:

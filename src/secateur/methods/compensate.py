@@ -18,7 +18,6 @@ from secateur.stream.statistics import Gram, GroupStatistics, decided, exact_pro
 
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
-MAX_DAMPING_RETRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +27,8 @@ class Method:
     score: str
     compensate: str
     damping: float
-    damping_factors: tuple[float, ...]
     target_mix: float
     weighting: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """`weight_HS`: refitted columns; `damping`: the one used; `condition`: of the system."""
-
-    weight_HS: Tensor
-    damping: float
-    condition: float
 
 
 HeldOutSums = Tensor
@@ -75,42 +64,39 @@ def least_squares(
     damping: float,
     cross_FH: Float[Tensor, "F H"] | None = None,
     mix: float = 0.0,
-) -> Fit:
-    """Ridge least squares in the remaining weights, centred on the old ones.
+) -> Float[Tensor, "H S"]:
+    """Return the remaining weights by ridge least squares, centred on the old ones.
 
     W_S' = argmin |y + mix r - x_S W_S'|^2 + sum_j ridge_j |W_j' - W_j|^2 with y = x W, r the drift
     (`cross_FH` = x'r) and ridge_j = damping * G_jj, see `ridge_of`, so
     W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + diag(ridge_S))^-1.
-    No column gone and no mix: exactly no change. Solved by Cholesky in float64. If that fails, the
-    damping is raised tenfold, at most three times; the value used is returned. Raises NumericsError
-    if it stays indefinite. Source: Hassibi and Stork 1993, in closed form.
+    No column gone and no mix: exactly no change. Solved by Cholesky in float64: with every channel
+    scaled to size 1 the condition of the system is at most 1 / damping. Raises NumericsError if it is
+    not positive definite, as with a damping near the rounding of the sums, below 1e-6.
+    Source: Hassibi and Stork 1993, in closed form.
     """
     is_gone = torch.ones(gram.size, dtype=torch.bool, device=keep.device)
     is_gone[keep] = False
     if not is_gone.any() and (cross_FH is None or not mix):
-        return Fit(reader_HF, damping, 1.0)
+        return reader_HF
     removed, place = is_gone.nonzero().flatten(), (torch.float64, float64_device(gram.device))
     # Column-major, for LAPACK. Change the device first: not every device has float64.
     right_SH = (reader_HF[:, removed].to(place[1]).to(place[0]) @ gram.part(removed, keep, *place)).mT
     if cross_FH is not None and mix:
         right_SH.add_(cross_FH[keep].to(place[1]), alpha=mix)
-    for attempt in range(MAX_DAMPING_RETRIES + 1):
-        used = damping * 10**attempt
-        block = gram.part(keep, keep, *place).mT  # column-major, to work in place
-        sizes_S = block.diagonal().add_(ridge_of(gram, used)[keep.to(place[1])]).sqrt()
-        failed = torch.zeros((), dtype=torch.int32, device=block.device)
-        factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
-        if not failed:
-            # Of the system with every channel scaled to size 1: the solution is as exact as there.
-            pivots = factor.diagonal() / sizes_S
-            condition = float((pivots.max() / pivots.min()) ** 2)
-            # cholesky_solve cannot work in place.
-            torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
-            torch.linalg.solve_triangular(factor.mT, right_SH, upper=True, out=right_SH)
-            del block, factor
-            return Fit(reader_HF[:, keep].add_(right_SH.T.float().to(reader_HF.device)), used, condition)
-    highest = damping * 10**MAX_DAMPING_RETRIES
-    raise NumericsError(f"least squares has no solution even with damping {highest:g}; use more calibration tokens.")
+    block = gram.part(keep, keep, *place).mT  # column-major, to work in place
+    block.diagonal().add_(ridge_of(gram, damping)[keep.to(place[1])])
+    failed = torch.zeros((), dtype=torch.int32, device=block.device)
+    factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
+    if failed:
+        raise NumericsError(
+            f"repair.damping: least squares has no solution with {damping:g}; raise it, or use more calibration tokens."
+        )
+    # cholesky_solve cannot work in place.
+    torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
+    torch.linalg.solve_triangular(factor.mT, right_SH, upper=True, out=right_SH)
+    del block, factor
+    return reader_HF[:, keep].add_(right_SH.T.float().to(reader_HF.device))
 
 
 def held_out_sums(
@@ -152,8 +138,6 @@ class Repaired:
 
     weight_HS: Tensor | None = None
     guard: Guard | None = None
-    damping: float | None = None
-    condition: float | None = None
 
 
 def repair(reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, " S"], method: Method) -> Repaired:
@@ -169,20 +153,15 @@ def repair(reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, 
 def _least_squares(
     weight_HF: Tensor, dtype: torch.dtype, measured: GroupStatistics, columns: Tensor, method: Method
 ) -> Repaired:
-    """Fit with each damping of the grid; return the one with the least held-out error."""
-    mix = method.target_mix if measured.pooled.cross_FH is not None else 0.0
-    gram, best, best_error = measured.pooled.gram, Repaired(), torch.inf
-    for factor in method.damping_factors:
-        damping, cross_FH = method.damping * factor, measured.pooled.cross_FH
-        fit = decided(partial(least_squares, weight_HF, gram, columns, damping, cross_FH, mix))
-        # The guard judges the weights as stored, rounding included.
-        old_HS, new_HS = weight_HF[:, columns], fit.weight_HS.copy_(fit.weight_HS.to(dtype))
-        judged = _judge(weight_HF, columns, measured, new_HS - old_HS, mix)
-        error = sum(judged.error_after.values())
-        if error < best_error:
-            stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
-            best, best_error = Repaired(stored_HS, judged, fit.damping, fit.condition), error
-    return best
+    """Fit, and return the weights as far as held-out text allows."""
+    gram, cross_FH = measured.pooled.gram, measured.pooled.cross_FH
+    mix = method.target_mix if cross_FH is not None else 0.0
+    new_HS = decided(partial(least_squares, weight_HF, gram, columns, method.damping, cross_FH, mix))
+    # The guard judges the weights as stored, rounding included.
+    old_HS, new_HS = weight_HF[:, columns], new_HS.copy_(new_HS.to(dtype))
+    judged = _judge(weight_HF, columns, measured, new_HS - old_HS, mix)
+    stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
+    return Repaired(stored_HS, judged)
 
 
 def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> AbstractContextManager[None]:

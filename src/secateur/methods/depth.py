@@ -99,9 +99,9 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     sum_over_ranks(gram, cross_FD)
     with at_hand(layers[layer - 1]):
         every_F = torch.arange(reader.in_features, device=reader.weight.device)
-        fit = decided(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
+        new_DF = decided(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
         # The guard judges the weights as stored, rounding included.
-        change_DF = fit.weight_HS.to(reader.weight.dtype) - reader.weight.float()
+        change_DF = new_DF.to(reader.weight.dtype) - reader.weight.float()
         judged = _judge(held_out, change_DF)
         reader.weight += judged.step * change_DF
     return judged
@@ -178,7 +178,7 @@ def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) 
     scores_F = weight_DF.float().abs().sum(dim=0) * gram.diagonal().sqrt()
     keep = keep_highest(scores_F, max(1, round(share * len(scores_F))))
     narrow_DF = torch.zeros_like(weight_DF)
-    kept = weight_DF[:, keep] if damping is None else least_squares(weight_DF.float(), gram, keep, damping).weight_HS
+    kept = weight_DF[:, keep] if damping is None else least_squares(weight_DF.float(), gram, keep, damping)
     narrow_DF[:, keep] = kept.to(weight_DF.dtype)
     return narrow_DF
 

@@ -234,7 +234,7 @@ def _refit(
         return reader_DF
     damping *= max(1.0, FEW_TOKENS_PER_CHANNEL * size / int(num_tokens))
     everything = torch.arange(size, device=device)
-    new_DF = decided(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0)).weight_HS
+    new_DF = decided(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0))
     for domain, (_, _, _, left_TD) in parts.items():
         for rows, x_TF in pieces(domain):
             left_TD[rows] -= x_TF @ (new_DF - reader_DF).T
@@ -413,7 +413,7 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
     else:
         keep_K = _select_channels(weight_DF, gram, task.num_keep, method, task.seed + expert)
     refits = method.compensate == "least_squares"
-    return keep_K, least_squares(weight_DF, gram, keep_K, method.damping).weight_HS if refits else None
+    return keep_K, least_squares(weight_DF, gram, keep_K, method.damping) if refits else None
 
 
 def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str, float], seed: int) -> _Observed:

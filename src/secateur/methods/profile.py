@@ -163,8 +163,8 @@ def _refitted(
     stays = torch.ones(num_units, dtype=torch.bool, device=weight_HF.device)
     stays[removed_U[: num_units - num_keep]] = False
     columns = rows_of(stays.nonzero().flatten(), group.reader.segments, num_units)
-    fit = decided(partial(least_squares, reader.weight.float(), gram, columns, damping))
-    weight_HF[:, columns] = fit.weight_HS.to(weight_HF.dtype)
+    new_HS = decided(partial(least_squares, reader.weight.float(), gram, columns, damping))
+    weight_HF[:, columns] = new_HS.to(weight_HF.dtype)
     return weight_HF
 
 

@@ -47,7 +47,7 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     cut(layer, group, keep, repaired.weight_HS)
     line = log_line(group, len(keep), num_units, measured.energy)
     if repaired.guard is not None:
-        line |= dataclasses.asdict(repaired.guard) | {"damping": repaired.damping, "condition": repaired.condition}
+        line |= dataclasses.asdict(repaired.guard)
     return keep, line | ({"domain_weights": weights} if weights else {})
 
 
@@ -92,7 +92,6 @@ def method_of(recipe: Recipe) -> Method:
         score=recipe.choose.score,
         compensate=recipe.repair.compensate,
         damping=recipe.repair.damping,
-        damping_factors=recipe.repair.damping_factors,
         target_mix=recipe.repair.target_mix or 0.0,
         weighting=recipe.choose.domain_weighting,
     )

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -18,9 +17,6 @@ from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
 from secateur.report.records import Summary
 from secateur.stream.device import peak_bytes_on
-
-# Sums in float32 are off by 2^-24: from here on that is a good part of the least pivot.
-LARGEST_CONDITION = 2.0**20
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -56,7 +52,7 @@ def summary_of(
     opened, (run, keeps, polish, peak) = ready.opened, cut
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
-    notes = log.notes + ill_conditioned(log.lines, recipe)
+    notes = log.notes
     if opened.like is not None:
         notes += (f"units: those that went in {opened.like.result.name}, not chosen anew; refitted on this model.",)
     return Summary(
@@ -89,21 +85,6 @@ def summary_of(
         own_answers=pruned and pruned.answers,
         peak_bytes=peak,
         device_peak_bytes=peak_bytes_on(opened.device),
-    )
-
-
-def ill_conditioned(lines: list[dict[str, Any]], recipe: Recipe) -> tuple[str, ...]:
-    """Return a warning if rounding spoiled a fit, or only more damping than asked made one."""
-    dampings = {recipe.repair.damping * factor for factor in recipe.repair.damping_factors}
-    fits = [line for line in lines if line.get("condition") is not None]
-    spoiled = [line for line in fits if line["condition"] > LARGEST_CONDITION or line["damping"] not in dampings]
-    if not spoiled:
-        return ()
-    worst = max(spoiled, key=lambda line: (line["damping"], line["condition"]))
-    return (
-        f"repair.damping: channels of {len(spoiled)} of {len(fits)} fits are so alike that rounding shows, in layer "
-        f"{worst['layer']}, {worst['group']} with condition {worst['condition']:.1e} and damping {worst['damping']:g}; "
-        f"use a larger damping or more calibration tokens.",
     )
 
 
