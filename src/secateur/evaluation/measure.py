@@ -27,8 +27,9 @@ from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_reci
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import write_measurement
 
-# Shares of the most that can go, at which copies are cut and judged; a loss between is interpolated.
-PROBES = (0.2, 0.45, 0.8)
+# Shares at which copies are cut and judged: sizes that people ask for, which need no interpolation then. Where less
+# than `MOST` can go they are as much closer together.
+PROBES, MOST = (0.1, 0.3, 0.4), 0.5
 COPIES = len(PROBES)
 # Of equal widths.
 EVEN: Any = {"choose": {"budget": "uniform"}}
@@ -96,7 +97,7 @@ def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
     opened = open_model(model, given, weights=weights)
     plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
     opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100))
-    resolve(at_size(opened.filled(**EVEN), {"share": PROBES[0] * opened.recipe.remove.share}))
+    resolve(at_size(opened.filled(**EVEN), {"share": _probed(opened)[0]}))
     return opened
 
 
@@ -105,7 +106,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     opened, run, drawn = ready.opened, ready.run, ready.drawn
     services, judge = run.services, judge_of(ready)
     dense = judged_dense(ready, judge)
-    sizes = {f"probe-{number}": {"share": part * opened.recipe.remove.share} for number, part in enumerate(PROBES)}
+    sizes = {f"probe-{number}": {"share": share} for number, share in enumerate(_probed(opened))}
     even = opened.filled(**EVEN)
     ready = ready._replace(run=replace(run, keeps_statistics=run.can_mix))
     runs = [member.run for member in of_sizes(ready, even.recipe, sizes).values()]
@@ -152,6 +153,11 @@ def _measured(ready: Prepared, command: str) -> Measurement:
         text_hash=run.text.measured_hash,
         profiles=tuple((layer, group, profile) for (layer, group), profile in profiles.items()),
     )
+
+
+def _probed(opened: Opened) -> list[float]:
+    """Return the shares of a model with the most that goes at which copies are cut."""
+    return [share * min(1.0, opened.recipe.remove.share / MOST) for share in PROBES]
 
 
 def _cost(opened: Opened) -> SizeCost:

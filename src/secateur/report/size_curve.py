@@ -92,7 +92,7 @@ def _table(measurement: Measurement, caption: str, shown: Sequence[SizeCost]) ->
     for name, seconds in zip(("read", "written"), zip(*measurement.pace, strict=True), strict=True):
         line = linear_regression(probed, seconds)
         rates = (1 / (line.intercept + line.slope * cost.removed) for cost in shown)
-        rows.append([f"tokens/s {name}", *(f"{rate:,.0f}" for rate in rates)])
+        rows.append([f"tokens/s {name}", *(f"{rate:,.1f}" for rate in rates)])
     rows += [[kind, *(human_bytes(cost.num_bytes[kind]) for cost in shown)] for kind in shown[0].num_bytes]
     return Table(caption, ("goes", *(f"{cost.removed:.1%}" for cost in shown)), rows)
 
