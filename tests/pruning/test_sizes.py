@@ -198,7 +198,7 @@ def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stop
     def run() -> None:
         secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2)
 
-    stopped_again_and_again(run, out, first=4, more=6)
+    stopped_again_and_again(run, out, first=4, more=3)
     assert weights(out) == weights(tmp_path / "whole")
     assert cuts(read_summary(out)) == cuts(whole.summary)
     assert whole.summary.polish is not None
