@@ -33,7 +33,7 @@ def test_dead_channels_keep_their_weights_and_leave_the_rest_alone() -> None:
     assert torch.equal(silent, reader_HF[:, KEEP])
 
 
-def test_a_system_that_no_damping_of_the_recipe_makes_solvable_is_refused() -> None:
+def test_an_indefinite_system_is_refused_and_more_damping_makes_it_solvable() -> None:
     reader_HF, _ = problem()
     indefinite = torch.eye(10)
     indefinite[0, 2] = indefinite[2, 0] = 1.005

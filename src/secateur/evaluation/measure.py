@@ -112,9 +112,11 @@ def _measured(ready: Prepared, command: str) -> Measurement:
     runs = [member.run for member in of_sizes(ready, even.recipe, sizes).values()]
 
     # Slopes are those of a cut of middle size.
-    middle, by_curve = runs[COPIES // 2], opened.recipe.choose.budget == "curve"
-    with services.log.time("profile"):
-        profiles = profiles_of(middle, 1, middle.batches()) if by_curve else {}
+    profiles = {}
+    if opened.recipe.choose.budget == "curve":
+        middle = runs[COPIES // 2]
+        with services.log.time("profile"):
+            profiles = profiles_of(middle, 1, middle.batches())
 
     # Sizes are those of the whole model, which is the first copy.
     percents = [percent for percent in PERCENTS if percent / 100 <= opened.recipe.remove.share]
@@ -156,7 +158,7 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 
 
 def _probed(opened: Opened) -> list[float]:
-    """Return the shares of a model with the most that goes at which copies are cut."""
+    """Return the shares at which copies are cut. `opened`: with the most that can go."""
     return [share * min(1.0, opened.recipe.remove.share / MOST) for share in PROBES]
 
 
