@@ -118,6 +118,9 @@ def test_presets_lie_below_what_is_asked():
     assert parse_recipe({"preset": "best", "remove": {"vocabulary": None}}).remove.vocabulary is None
     quick = parse_recipe({"preset": "quick", "remove": 0.3})
     assert (quick.remove.share, quick.remove.depth, quick.choose.score, quick.output.evaluate) == (0.3, 0, "wanda", 512)
+    # What says the same otherwise replaces the preset's key.
+    assert parse_recipe({"preset": "smallest", "remove": {"to": "60M"}}).remove.to == "60M"
+    assert parse_recipe({"preset": "quick", "remove": {"layers": [4]}}).remove.depth is None
 
 
 def test_a_domain_is_frozen_and_has_a_share_above_nothing():

@@ -427,7 +427,9 @@ def over_preset(data: Keys, where: str) -> Keys:
     if not isinstance(name, str) or name not in texts:
         hint = advice(str(name), texts)
         raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(texts)}; {hint}")
-    return merged(yaml.safe_load(texts[name]), own)
+    preset = yaml.safe_load(texts[name])
+    _drop_replaced(preset, own)
+    return merged(preset, own)
 
 
 def preset_texts() -> dict[str, str]:
@@ -449,15 +451,22 @@ def merged(base: Keys, changes: Keys) -> Keys:
 
 
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
-    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups.
-
-    New domains replace the old ones, and so does a size in numbers the share.
-    """
+    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups."""
     keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
-    for group, old, new in (("calibration", "domains", "domains"), ("remove", "share", "to")):
-        if new in keys.get(group, {}):
-            base.get(group, {}).pop(old, None)
+    _drop_replaced(base, keys)
     return parse_recipe(merged(base, keys), "recipe")
+
+
+def _drop_replaced(base: Keys, changes: Keys) -> None:
+    """Drop what a key in `changes` says otherwise: the old domains, the share for a size, the depth for layers."""
+    for group, old, new in (
+        ("calibration", "domains", "domains"),
+        ("remove", "share", "to"),
+        ("remove", "depth", "layers"),
+    ):
+        asked = changes.get(group)
+        if isinstance(asked, dict) and new in asked:
+            base.get(group, {}).pop(old, None)
 
 
 def load_recipe(path: Path) -> Keys:
