@@ -380,6 +380,21 @@ def test_gguf_loads_as_an_ordinary_model_that_can_be_saved(tmp_path, capfd):
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
 
 
+def test_a_gguf_file_with_one_matrix_twice_is_told(tmp_path: Path) -> None:
+    """As llama.cpp writes a tied matrix that it quantises in two types: the head is no longer the embedding."""
+    pytest.importorskip("gguf")
+    model = tiny_llama()
+    head_VD, embedding_VD = model.get_output_embeddings().weight.data, model.get_input_embeddings().weight.data
+    for noise, num_notes in ((0.01, 1), (1.0, 0)):
+        head_VD.copy_(embedding_VD * (1 + noise * torch.randn_like(embedding_VD)))
+        directory = saved(tmp_path / f"{noise}", model, bpe_tokenizer())
+        export_gguf(open_checkpoint(directory), tmp_path / f"{noise}.gguf", "f32")
+        checkpoint = open_checkpoint(tmp_path / f"{noise}.gguf")
+        notes = notes_on(checkpoint, load_model(checkpoint))
+        assert len(notes) == num_notes
+        assert all(f"has {model.num_parameters() - head_VD.numel():,} parameters" in note for note in notes)
+
+
 @pytest.mark.parametrize("kept_share", [0.0, 0.001, 0.02, 0.999])
 def test_broken_gguf(tmp_path, kept_share):
     path = write_gguf(tmp_path)

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.facts import Loss
+from secateur.formats.gguf import export_gguf
 from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.methods.budget import token_prices
+from secateur.model.checkpoint import open_checkpoint
 from secateur.pruning import trim as trimming
 from secateur.pruning.open import Opened
 from secateur.pruning.resolve import Resolved, resolve
@@ -376,6 +378,17 @@ def test_a_model_whose_rows_are_all_needed_is_told_so(tmp_path):
     model = saved(tmp_path / "bytes", tiny_llama(vocab_size=260), tiny_tokenizer())
     with pytest.raises(secateur.RecipeError, match=r"none of the model's 260 rows can go, .*; leave it out\.$"):
         secateur.prune(model, {"remove": {"groups": [], "vocabulary": 192}}, out=tmp_path / "out")
+
+
+def test_what_a_trim_reads_of_the_weights_is_told_by_the_run(asked, tmp_path):
+    """The trim loads the weights, and the run that has them already said nothing on them."""
+    pytest.importorskip("gguf")
+    tokenizer, _ = made("byte-level")
+    model = tiny_llama(vocab_size=len(tokenizer) + NUM_PADDING)
+    model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight * 1.001)
+    export_gguf(open_checkpoint(saved(tmp_path / "model", model, tokenizer)), tmp_path / "twice.gguf", "f32")
+    result = secateur.prune(tmp_path / "twice.gguf", grouped(asked), force=True)
+    assert any("one matrix twice" in note for note in result.summary.warnings)
 
 
 @pytest.mark.parametrize(

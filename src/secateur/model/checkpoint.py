@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.functional import cosine_similarity
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -37,6 +38,9 @@ from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_l
 from secateur.model.modules import linears_for_conv
 from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
 from secateur.model.tensors import deferred_tensors, note_on, stored_tensors, take_quantisation
+
+# Head and embedding are one matrix if the mean cosine of their rows, of about so many, is at least this.
+ONE_MATRIX, ROWS_TO_COMPARE = 0.99, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +153,10 @@ def left_aside(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...
 
 
 def notes_on(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return notes for people on how weights were quantised, and on the tensors that are left aside."""
+    """Return notes for people on how weights were quantised, and on the tensors that are left aside or there twice."""
     notes = () if checkpoint.quantised is None else (note_on(checkpoint.quantised),)
+    if checkpoint.gguf_file is not None:
+        return _notes_on_head(model)
     if not (aside := left_aside(checkpoint, model)):
         return notes
     stored = stored_tensors(checkpoint.directory)
@@ -160,6 +166,23 @@ def notes_on(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
         f"{len(aside)} tensors of {size:,} parameters ({aside[0]} to {aside[-1]}) are no part of the model that "
         "transformers runs, such as heads that predict several tokens; a result has them unchanged if nothing that "
         "they read has another shape, else it is without them.",
+    )
+
+
+def _notes_on_head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return a note if the head is the embedding in other digits: llama.cpp may quantise a tied matrix twice."""
+    embedding_VD, head_VD = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if head_VD is embedding_VD or head_VD.is_meta:
+        return ()
+    step = max(1, len(head_VD) // ROWS_TO_COMPARE)
+    rows_RD = (weight_VD[::step].detach().float() for weight_VD in (embedding_VD, head_VD))
+    cosine = float(cosine_similarity(*rows_RD, dim=-1).mean())
+    if cosine < ONE_MATRIX:
+        return ()
+    num_params = model.num_parameters() - head_VD.numel()
+    return (
+        f"the file has one matrix twice, as embedding and as head (the cosine of their rows is {cosine:.3f}), and both "
+        f"count; the checkpoint that it was made of has {num_params:,} parameters, so prune that one to end below it.",
     )
 
 

@@ -70,7 +70,7 @@ class Opened:
     `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
     stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
     goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut by.
-    `on_disk`: whether its weights, once loaded, stay in their files.
+    `on_disk`: whether its weights, once loaded, stay in their files. `notes`: for people, on the weights.
     """
 
     checkpoint: Checkpoint | None
@@ -83,6 +83,7 @@ class Opened:
     trim: Trim | None = None
     like: Like | None = None
     on_disk: bool | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -182,22 +183,22 @@ def tokenizer_of(opened: Opened) -> Tokenizer:
     return load_tokenizer(opened.checkpoint)
 
 
-def loaded(opened: Opened, *, on_disk: bool) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with weights, mapped if `on_disk`, and the changes to one in memory.
+def loaded(opened: Opened, *, on_disk: bool) -> Opened:
+    """Return the model with weights, mapped if `on_disk`, and notes on them.
 
     One that was loaded so before is returned as it is.
     """
     model, checkpoint = opened.model, opened.checkpoint
     if opened.on_disk == on_disk:
-        return opened, ()
+        return opened
     if checkpoint is None:
         check_finite(model)
-        return opened, restore_buffers(model)
+        return replace(opened, notes=opened.notes + restore_buffers(model))
     # Weights for a device need not pass through the host's memory.
     mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
     model = load_model(checkpoint, mapped=mapped)
-    aside = notes_on(checkpoint, model)
-    return replace(opened, model=model, size=Size.of(model), on_disk=on_disk), aside
+    notes = notes_on(checkpoint, model)
+    return replace(opened, model=model, size=Size.of(model), on_disk=on_disk, notes=notes)
 
 
 def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool, keeps: bool = False) -> Placement:

@@ -106,8 +106,8 @@ def prepared(
         services.tell(sentence)
     with log.time("load"):
         services.progress("load", 0, 1)
-        opened, notes = loaded(opened, on_disk=plan.weights_on_disk)
-        notes = text_notes + notes + _notes(opened, plan)
+        opened = loaded(opened, on_disk=plan.weights_on_disk)
+        notes = text_notes + opened.notes + _notes(opened, plan)
         resolved = replace(resolved, warnings=resolved.warnings + notes)
         check_same_run(opened.model, resolved.recipe)
         placement = onload(

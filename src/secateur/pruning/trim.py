@@ -228,7 +228,7 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     resolved = resolve(plain)
     plan = memory_for(plain, resolved)
     domains = from_first(lambda: text.learning().text).domains
-    opened, _ = loaded(opened, on_disk=plan.weights_on_disk)
+    opened = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(
         opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32, keeps=plan.keeps_layers
     )
