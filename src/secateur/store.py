@@ -197,16 +197,16 @@ class Store:
         """Save a finished step: its tensors and a line, which the caller logs."""
         self._write(_stem(name), _named(name) | {"line": line}, tensors)
 
-    def save_files(self, name: str, directory: Path) -> None:
-        """Save a finished step whose outcome is the files that another library wrote there."""
-        self._write(_stem(name), _named(name) | {"value": _digests(directory), "lines": []})
+    def save_files(self, directory: Path) -> None:
+        """Save the finished step of the directory's name: its outcome is the files that another library wrote there."""
+        self._write(_stem(directory.name), _named(directory.name) | {"value": _digests(directory), "lines": []})
 
-    def has_files(self, name: str, directory: Path) -> bool:
+    def has_files(self, directory: Path) -> bool:
         """Whether the step is finished and its files are as they were saved; no byte may differ."""
-        record = self._record(_stem(name))
+        record = self._record(_stem(directory.name))
         if record is None or record["value"] == _digests(directory):
             return record is not None
-        self._remove_damaged(_stem(name))
+        self._remove_damaged(_stem(directory.name))
         return False
 
     def hand_on(self, directory: Path) -> None:

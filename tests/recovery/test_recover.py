@@ -195,7 +195,7 @@ def test_gradient_checkpointing_changes_nothing_and_cross_entropy_needs_no_teach
         assert work.teacher is None
         # Without a teacher the loss says whether it helped, whatever the KL did.
         assert record.held and mean_nats(record.after) < mean_nats(before)
-        assert objective(before, 0.25) == pytest.approx(0.25 * mean_kl(before) + 0.75 * mean_nats(before))
+        assert objective(before, 0.25, (), before) == pytest.approx(0.25 * mean_kl(before) + 0.75 * mean_nats(before))
         found.append(weights(work.pruned))
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6)
@@ -330,7 +330,7 @@ def test_pickles_in_it_are_opened_as_tensors_only(interrupted, pruned, checkpoin
     place = shutil.copytree(interrupted, tmp_path / "place")
     [state] = place_beside(place / "out").glob("recover-*/trainer/checkpoint-*/optimizer.pt")
     torch.save(Code(tmp_path / "ran"), state)
-    Store(state.parents[1]).save_files(state.parent.name, state.parent)  # by somebody who also writes the digests
+    Store(state.parents[1]).save_files(state.parent)  # by somebody who also writes the digests
     with pytest.raises(secateur.CheckpointError, match="holds more than tensors, so it is not opened") as caught:
         recover(pruned, checkpoints["llama"], CHANGES, out=place / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import recover
 from secateur.facts import mean_kl
+from secateur.model.bind import bind
 from secateur.recipe import as_recipe
 from secateur.recovery.judge import Judge
 from secateur.recovery.loss import states_of
@@ -48,9 +49,10 @@ def test_the_teacher_s_predictions_are_the_dense_ones_of_the_kept_tokens(pair, c
     teacher = job.load_teacher()
     ids_BT = torch.randint(len(pair.kept.dense_ids), (2, 20), generator=torch.Generator().manual_seed(1))
     expected = torch.cat([pair.dense_log_p(dense, ids_T) for ids_T in ids_BT])
-    judge = Judge(teacher, job.teacher_arch, {"mine": ids_BT})
+    arch = bind(teacher)
+    judge = Judge(teacher, arch, {"mine": ids_BT})
     with torch.no_grad():
-        logits_PV = judge.head(states_of(teacher, job.teacher_arch, ids_BT))
+        logits_PV = judge.head(states_of(teacher, arch, ids_BT))
     torch.testing.assert_close(logits_PV.double().log_softmax(-1), expected, rtol=1e-5, atol=1e-5)
     verdict = judge.verdicts(lambda ids_BT: pruned(ids_BT).logits)["mine"]
     others = torch.cat([log_q(pruned, ids_T) for ids_T in ids_BT])

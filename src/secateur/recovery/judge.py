@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from jaxtyping import Float
@@ -36,11 +36,9 @@ class Judge:
         """Ask the dense model; unless `asked`, `states` are to be filled before anything is judged."""
         self.text = {domain: blocks_of(blocks) for domain, blocks in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
-        self.states: dict[str, list[Tensor]] = {domain: [] for domain in self.text}
-        if asked:
-            blocks = [block for blocks in self.text.values() for block in blocks]
-            states = head_inputs(dense, arch, blocks, progress, "judge dense")
-            self.states = {domain: list(islice(states, len(blocks))) for domain, blocks in self.text.items()}
+        all_blocks = [*chain.from_iterable(self.text.values())]
+        states = head_inputs(dense, arch, all_blocks, progress, "judge dense") if asked else iter(())
+        self.states = {domain: list(islice(states, len(blocks))) for domain, blocks in self.text.items()}
 
     @property
     def answers(self) -> frozenset[str]:
@@ -57,7 +55,6 @@ class Judge:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""
         return self._verdicts(lambda domain, number, _: self.head(self.states[domain][number].to(self._device())))
 
-    @torch.no_grad()
     def verdicts(self, logits_of: Callable[[Tensor], Tensor]) -> Verdicts:
         """Return each domain's verdict. `logits_of`: (B, T) ids to (B, T, V) logits.
 
@@ -103,19 +100,11 @@ def verdict_of(domain: str, blocks: Sequence[Block], figures: Sequence[tuple[Ten
     )
 
 
-def unless_diverged(judged: Callable[[], Verdicts]) -> Verdicts | None:
-    """Return the verdicts, None if the model's logits are not finite: its training has diverged."""
-    try:
-        return judged()
-    except NumericsError:
-        return None
-
-
 def objective(
     verdicts: Verdicts | None,
     kl_share: float,
-    answers: Collection[str] = (),
-    before: Verdicts | None = None,
+    answers: Collection[str],
+    before: Verdicts,
 ) -> float:
     """Return what judges a training: kl_share * KL + (1 - kl_share) * nats per token, means.
 
@@ -123,7 +112,7 @@ def objective(
     directions, so that neither a model that only grows surer passes nor one that grows vague. Infinite
     without verdicts, and for a model that `moved_away` from the one `before`.
     """
-    if verdicts is None or (before is not None and moved_away(before, verdicts, answers)):
+    if verdicts is None or moved_away(before, verdicts, answers):
         return math.inf
     whole = answers if kl_share > 0 else ()
     values = [

@@ -5,8 +5,8 @@ largest tensor where there are many words, exist for `HEAD_POSITIONS` positions 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -75,7 +75,6 @@ class _Distillation(torch.autograd.Function):
             for gradient, more in zip(of_weights, gradients, strict=True):
                 gradient += more
         ctx.save_for_backward(of_states_PD, *of_weights)
-        ctx.is_trained = [weight.requires_grad for weight in weights]
         return (total / len(states_PD)).float()
 
     @staticmethod
@@ -83,15 +82,7 @@ class _Distillation(torch.autograd.Function):
         """Scale the saved gradients, in place: autograd refuses a second call."""
         of_states_PD, *of_weights = (gradient.mul_(outer.to(gradient.dtype)) for gradient in ctx.saved_tensors)
         gradients = iter(of_weights)
-        return (
-            of_states_PD,
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(next(gradients) if is_trained else None for is_trained in ctx.is_trained),
-        )
+        return of_states_PD, *(next(gradients) if is_trained else None for is_trained in ctx.needs_input_grad[1:])
 
 
 def _loss_and_gradient(
@@ -177,8 +168,7 @@ def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_s
     do not learn may have another dtype.
     """
     embedding: Any = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _, __, output: output.float())
-    plain: Callable[..., Any] = model.forward
+    plain, read = cast(Callable[..., Any], model.forward), _reader(model, arch, in_shards=in_shards)
 
     def forward(
         input_ids: Tensor,
@@ -191,36 +181,31 @@ def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_s
     ) -> Any:
         if not learns:
             return plain(input_ids=input_ids, **others)
-        read = _read_by_head(model, arch, plain if in_shards else None, input_ids)
         if counted is not None and answers is not None:
-            return masked_loss(*read, input_ids, teacher, counted, answers, kl_share=kl_share)
-        return distillation_loss(*read, input_ids[:, 1:].flatten(), teacher, kl_share=kl_share)
+            return masked_loss(*read(input_ids), input_ids, teacher, counted, answers, kl_share=kl_share)
+        return distillation_loss(*read(input_ids), input_ids[:, 1:].flatten(), teacher, kl_share=kl_share)
 
-    try:
-        with forwards_replaced([model], forward):
-            yield
-    finally:
-        hook.remove()
+    in_float32 = embedding.register_forward_hook(lambda _, __, output: output.float())
+    with in_float32, forwards_replaced([model], forward):
+        yield
 
 
-@contextmanager
-def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool) -> Iterator[None]:
+def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool) -> AbstractContextManager[None]:
     """Inside, `model(ids)` returns a `Teacher`.
 
     `in_shards`: one of whole logits, whose head does nothing. FSDP gathers the head's weights
     together with others', for one call of each.
     """
+    return forwards_replaced([model], _reader(model, arch, in_shards=in_shards))
+
+
+def _reader(model: nn.Module, arch: Arch, *, in_shards: bool) -> Callable[[Tensor], Teacher]:
+    """Return what gives, of ids, what the head reads, and the head; `in_shards`: whole logits, and no head."""
     plain: Callable[..., Any] = model.forward
 
-    def forward(input_ids: Tensor) -> Teacher:
-        return _read_by_head(model, arch, plain if in_shards else None, input_ids)
+    def read(input_ids: Tensor) -> Teacher:
+        if in_shards:
+            return plain(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1), nn.Identity()
+        return states_of(model, arch, input_ids), head_of(model, arch)
 
-    with forwards_replaced([model], forward):
-        yield
-
-
-def _read_by_head(model: nn.Module, arch: Arch, whole: Callable[..., Any] | None, ids_BT: Tensor) -> Teacher:
-    """Return what the head reads, and the head; for a forward of `whole` logits those, and no head."""
-    if whole is not None:
-        return whole(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1), nn.Identity()
-    return states_of(model, arch, ids_BT), head_of(model, arch)
+    return read

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data.blocks import block_length
 from secateur.errors import RecipeError
 from secateur.log import versions
-from secateur.model.bind import Arch, bind
+from secateur.model.bind import bind
 from secateur.model.checkpoint import (
     Checkpoint,
     check_weights,
@@ -43,7 +43,6 @@ class Job:
     pruned: Checkpoint
     teacher: Checkpoint
     pruned_shape: PreTrainedModel
-    teacher_arch: Arch
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     settings: RecoverySettings
@@ -78,7 +77,7 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_
     trim = trim_between(student, dense, "--teacher")
     for checkpoint, shape in zip((student, dense), shapes, strict=True):
         check_weights(checkpoint, shape)
-    teacher_arch = bind(shapes[1])
+    bind(shapes[1])  # a teacher of an unknown family is told before its weights are read
     if trim is not None:
         keep_tokens(shapes[1], trim.kept)
 
@@ -103,7 +102,6 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_
         pruned=student,
         teacher=dense,
         pruned_shape=shapes[0],
-        teacher_arch=teacher_arch,
         tokenizer=load_tokenizer(student) if trim is None else trim.tokenizer,
         recipe=recipe.filled(calibration={"sequence_length": length}).model_copy(update={"recover": settings}),
         settings=settings,

@@ -115,7 +115,7 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
     an interrupted training goes on from its last checkpoint.
     """
     settings, text = lesson.settings, lesson.text
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with training_folder(services, settings, STAGE) as place, services.log.time(STAGE):
         work = Work(
             pruned=model,
@@ -131,9 +131,8 @@ def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, devic
             on_cpu=device.type != "cuda",
         )
         before, training = train_guarded(work)
-    model.requires_grad_(True)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_()
     return PolishRecord(
         settings=settings.model_dump(mode="json"),
         num_held_out_tokens=text.num_held_out_tokens,

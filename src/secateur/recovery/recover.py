@@ -47,15 +47,8 @@ def recover(
     """Recover. `finish`: writes what people read. The rest: see `api.recover`."""
     job, record = open_job(pruned, teacher, changes, other_dense=other_dense), None
     check_replaceable(Path(out), overwrite=overwrite, protected=job.teacher.directory)
-    services_of_job = begun(
-        out,
-        partial(inputs_of, job),
-        overwrite=overwrite,
-        protected=job.pruned.directory,
-        progress=progress,
-        tell=tell,
-    )
-    with services_of_job as services:
+    inputs, source = partial(inputs_of, job), job.pruned.directory
+    with begun(out, inputs, overwrite=overwrite, protected=source, progress=progress, tell=tell) as services:
         with training_folder(services, job.settings, "recover") as folder:
             work = prepare(job, folder, services)
             judge, judged = judged_first(job, work)
@@ -110,7 +103,13 @@ def write_result(
         versions=versions(),
         judged=judged,
     )
-    _write_record(record, work, job.pruned.directory, directory)
+    (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
+
+    # The run log goes on where that of the pruning ends.
+    source = job.pruned.directory / LOG_FILE
+    earlier = source.read_text(encoding="utf-8") if has_own(job.pruned.directory, LOG_FILE) else ""
+    added = "".join(json.dumps(line) + "\n" for line in work.services.log.lines)
+    (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
     finish(directory, record)
     return record
 
@@ -130,11 +129,3 @@ def _save(work: Work, job: Job, directory: Path) -> None:
     for name in CARRIED:
         if has_own(source, name):
             shutil.copyfile(source / name, directory / name)
-
-
-def _write_record(record: RecoveryRecord, work: Work, source: Path, directory: Path) -> None:
-    """Write recovery.json, and continue the run log."""
-    (directory / RECOVERY_FILE).write_text(record.to_json(), encoding="utf-8")
-    earlier = (source / LOG_FILE).read_text(encoding="utf-8") if has_own(source, LOG_FILE) else ""
-    added = "".join(json.dumps(line) + "\n" for line in work.services.log.lines)
-    (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")

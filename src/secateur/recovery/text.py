@@ -88,11 +88,6 @@ class RecoveryText:
     judged: dict[str, Blocks] = field(default_factory=dict[str, Blocks])
 
     @property
-    def num_tokens(self) -> int:
-        """Return the tokens to train on."""
-        return sum(len(block.ids_T) for block in self.blocks)
-
-    @property
     def num_held_out_tokens(self) -> int:
         """Return the tokens that guard."""
         return sum(blocks.num_tokens for blocks in self.held_out.values())

@@ -17,7 +17,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from accelerate.utils import wait_for_everyone
+from accelerate.utils import fsdp2_prepare_model, wait_for_everyone
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import (
@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, NumericsError
 from secateur.facts import TrainingRecord, Verdicts
 from secateur.files import disk_errors
 from secateur.log import Progress, Tell
@@ -40,7 +40,7 @@ from secateur.model.stock import quiet_transformers
 from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
 from secateur.recovery.attention import attention_in_training
-from secateur.recovery.judge import Judge, moved_away, objective, unless_diverged
+from secateur.recovery.judge import Judge, moved_away, objective
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.text import RecoveryText
 from secateur.recovery.weights import (
@@ -76,7 +76,7 @@ class Checkpoints:
 
     def finish(self, step: int) -> None:
         """Save the digests of a checkpoint that is written; then remove all others."""
-        self.store.save_files(self.path(step).name, self.path(step))
+        self.store.save_files(self.path(step))
         for other in set(self._steps()) - {step}:
             self._remove(other)
 
@@ -87,7 +87,7 @@ class Checkpoints:
         """
         last: int | None = None
         for step in sorted(self._steps(), reverse=True):
-            if last is None and self.store.has_files(self.path(step).name, self.path(step)):
+            if last is None and self.store.has_files(self.path(step)):
                 last = step
             else:
                 self._remove(step)
@@ -221,7 +221,10 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     before = judged(work)
     old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
     cost = _train(work)
-    after = unless_diverged(lambda: judged(work))
+    try:
+        after = judged(work)
+    except NumericsError:  # the logits are not finite: the training has diverged
+        after = None
     was, now = (objective(verdicts, work.settings.kl_share, work.judge.answers, before) for verdicts in (before, after))
     held = now < was
     if not held:
@@ -285,21 +288,23 @@ def recover_logits(work: Work) -> int:
     num_steps = len(work.text.blocks) // size
     faster = FASTER_IN_LORA if settings.train == "lora" else 1
     rate = settings.learning_rate or faster * RELATIVE_RATE * weight_size(work.pruned)
-    prepare_weights(work.pruned, settings.train, float_all=wants_shards() or not autocasts(dtype, on_cpu=work.on_cpu))
+    in_shards = wants_shards()
+    prepare_weights(work.pruned, settings.train, float_all=in_shards or not autocasts(dtype, on_cpu=work.on_cpu))
     torch.manual_seed(work.seed)
-    model = handed_over(work.pruned) if wants_shards() else work.pruned
+    model = handed_over(work.pruned) if in_shards else work.pruned
     with ExitStack() as inside:
         inside.enter_context(quiet_transformers())
-        inside.enter_context(loss_in_forward(model, bind(model), settings.kl_share, in_shards=wants_shards()))
+        inside.enter_context(loss_in_forward(model, bind(model), settings.kl_share, in_shards=in_shards))
         if work.teacher is not None:
-            inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=wants_shards()))
-        trained = _to_train(settings, model)  # after binding, which knows no wrapped linears
+            inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=in_shards))
+        # After binding, which knows no wrapped linears.
+        trained = with_lora(model) if settings.train == "lora" else model
         checkpoints = Checkpoints(work.directory / TRAINER_FOLDER, work.name, work.services.tell)
         arguments = _arguments(work, dtype, size, num_steps, rate)
         trainer = _trainer(work, trained, arguments, checkpoints, tokens_per_step=size * length)
         last = from_first(checkpoints.last)
         with checkpoints.errors_told(), attention_in_training(bool(trainer.args.gradient_checkpointing)):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            trainer.train(resume_from_checkpoint=last and str(last))
         _take_back(work, trained, trainer, dtypes)
     for line in log_lines(work.name, trainer.state.log_history, size * length):
         work.services.log.write(line)
@@ -312,10 +317,6 @@ def recover_logits(work: Work) -> int:
     return trainer.state.global_step * size * length
 
 
-def _to_train(settings: RecoverySettings, model: PreTrainedModel) -> nn.Module:
-    return with_lora(model) if settings.train == "lora" else model
-
-
 def _trainer(
     work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
 ) -> Distiller:
@@ -325,7 +326,8 @@ def _trainer(
         for item, block in zip(items, work.text.blocks, strict=True):
             item |= {"counted": block.mask_T, "answers": block.counted_T is not None}
     if work.states is not None:
-        items = [{**item, "states": states_PD} for item, states_PD in zip(items, work.states, strict=True)]
+        for item, states_PD in zip(items, work.states, strict=True):
+            item["states"] = states_PD
     data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items}
     trainer = Distiller(model=trained, args=arguments, callbacks=[listener], **data)
     trainer.remove_callback(PrinterCallback)
@@ -335,20 +337,18 @@ def _trainer(
     teacher: Any = work.teacher
     if work.states is not None:
         work.judge.head.to(arguments.device)  # a copy: see `polish.learn`
+    elif teacher is not None and not trainer.is_fsdp_enabled:
+        teacher = teacher.to(arguments.device)
     if trainer.is_fsdp_enabled:
         # Checkpoints are written whole: torch reads those as tensors alone, but unpickles shards.
         plugin: Any = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
         plugin.set_state_dict_type("FULL_STATE_DICT")
         work.services.log.note(f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP).")
-    if teacher is not None and trainer.is_fsdp_enabled:
-        from accelerate.utils import fsdp2_prepare_model
-
-        work.judge.own_head()
-        work.judge.head.to(arguments.device)
-        teacher = fsdp2_prepare_model(trainer.accelerator, teacher)
-    elif teacher is not None:
-        teacher = teacher.to(arguments.device)
+        if teacher is not None:
+            work.judge.own_head()
+            work.judge.head.to(arguments.device)
+            teacher = fsdp2_prepare_model(trainer.accelerator, teacher)
     trainer.teacher = teacher
     return trainer
 
@@ -387,7 +387,7 @@ def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[
     """Give `work.pruned` the trained weights: unwrapped, gathered, with additions merged."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled:
-        whole = _to_train(work.settings, work.pruned)
+        whole = with_lora(work.pruned) if work.settings.train == "lora" else work.pruned
         places = dict(whole.named_parameters())
         for name, tensor in whole_parameters(trained):
             places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32

@@ -30,9 +30,8 @@ LORA_RANK = 16
 
 def weight_size(model: Any) -> float:
     """Return the root mean square of the weights in matrices, embedding and head left out."""
-    words = (model.get_input_embeddings(), model.get_output_embeddings())
-    left_out = {id(parameter) for module in words for parameter in module.parameters()}
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in left_out]
+    words = words_of(model)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1 and parameter not in words]
     squares = sum(matrix.double().square().sum().item() for matrix in matrices)
     return math.sqrt(squares / sum(matrix.numel() for matrix in matrices))
 

@@ -45,7 +45,7 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
     for sentence in text.notes:
         log.note(sentence)
     with log.time("judge"):
-        judge = Judge(dense, job.teacher_arch, text.held_out, progress)
+        judge = Judge(dense, bind(dense), text.held_out, progress)
     return Work(
         pruned=job.load_pruned(),
         teacher=dense,

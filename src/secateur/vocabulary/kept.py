@@ -116,19 +116,15 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     anything is changed, if the model has other weights by token, its rows are not those that
     `kept` counts, or its configs name a token that is not kept.
     """
-    check_weights_by_token(model)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embedding, nn.Embedding)
+    embedding, head = check_weights_by_token(model)
     _check_ids(model, embedding.num_embeddings, kept)
     index = torch.tensor(kept.dense_ids, device=embedding.weight.device)
-    was_tied = head is not None and head.weight is embedding.weight
+    was_tied = head.weight is embedding.weight
     embedding.weight = _rows_of(embedding.weight, index)
-    embedding.num_embeddings = kept.num_kept
-    if isinstance(head, nn.Linear):
-        head.weight = embedding.weight if was_tied else _rows_of(head.weight, index)
-        if head.bias is not None:
-            head.bias = _rows_of(head.bias, index)
-        head.out_features = kept.num_kept
+    embedding.num_embeddings = head.out_features = kept.num_kept
+    head.weight = embedding.weight if was_tied else _rows_of(head.weight, index)
+    if head.bias is not None:
+        head.bias = _rows_of(head.bias, index)
     sized: list[Any] = [module for module in model.modules() if getattr(module, "vocab_size", None) == kept.num_dense]
     for module in sized:
         module.vocab_size = kept.num_kept
@@ -141,19 +137,18 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     model.config.get_text_config().vocab_size = kept.num_kept
 
 
-def _rows_of(parameter: nn.Parameter | Tensor, index: Tensor) -> nn.Parameter:
+def _rows_of(parameter: Tensor, index: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.index_select(0, index.to(parameter.device)), requires_grad=parameter.requires_grad)
 
 
-def check_weights_by_token(model: CausalLM) -> None:
-    """Raise CheckpointError if the model has other weights by token than embedding and head."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    num_rows, known = embedding.num_embeddings, {id(embedding.weight)}
-    known |= {id(parameter) for parameter in ([] if head is None else head.parameters())}
+def check_weights_by_token(model: CausalLM) -> tuple[nn.Embedding, nn.Linear]:
+    """Return embedding and head. Raises CheckpointError if the model has other weights by token than these."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    num_rows, known = embedding.num_embeddings, {embedding.weight, *head.parameters()}
     weights = [*model.named_parameters(), *model.named_buffers()]
-    others = [name for name, weight in weights if num_rows in weight.shape and id(weight) not in known]
-    others += ["head"] if isinstance(head, nn.Linear) and head.out_features != num_rows else []
+    others = [name for name, weight in weights if num_rows in weight.shape and weight not in known]
+    others += ["head"] if head.out_features != num_rows else []
     # Gemma 3n's embeddings of each layer have fewer rows than the first one.
     others += [key for key in vars(model.config.get_text_config()) if key.startswith("vocab_size_")]
     if others:
@@ -161,6 +156,7 @@ def check_weights_by_token(model: CausalLM) -> None:
             f"vocabulary: the model has other weights by token than embedding and head ({others[0]}), so tokens "
             "cannot go; leave vocabulary out."
         )
+    return embedding, head
 
 
 def _check_ids(model: CausalLM, num_rows: int, kept: KeptTokens) -> None:
