@@ -16,6 +16,7 @@ from secateur.data.blocks import Blocks, LearningDomain, LearningText
 from secateur.facts import Size
 from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
+from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers, head_of
 from secateur.model.group import Group, linear, rows_of
 from secateur.pruning import loop
@@ -136,10 +137,10 @@ def test_every_layer_reads_the_stream_that_the_cut_layers_before_it_give() -> No
     model, seen = tiny_llama(), list[torch.Tensor]()
     original = loop.prune_group
 
-    def spy(walk: Walk, group: Group, *arguments: Any) -> Any:
-        if group.layer == 2:
-            seen.extend(hidden.clone() for hidden in walk.hidden_BTD)
-        return original(walk, group, *arguments)
+    def spy(task: Task) -> Any:
+        if task.group.layer == 2:
+            seen.extend(hidden.clone() for hidden in task.walk.hidden_BTD)
+        return original(task)
 
     calibration = random_calibration(num_domains=1, blocks=2)
     with pytest.MonkeyPatch.context() as patched:

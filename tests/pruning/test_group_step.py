@@ -14,10 +14,11 @@ from secateur.data.pool import Allotted
 from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.methods.compensate import Guard, Repaired
+from secateur.methods.select import Task
 from secateur.model.bind import decoder_layers
 from secateur.pruning import group_step
 from secateur.pruning.cut import Cut
-from secateur.pruning.group_step import prune_group
+from secateur.pruning.group_step import method_of, prune_group
 from secateur.pruning.like import read_keeps, write_keeps
 from secateur.pruning.open import onload
 from secateur.pruning.prepare import Prepared
@@ -37,7 +38,7 @@ def step(run: Run, number: int = 0, num_keep: int = 64) -> tuple[torch.Tensor, d
     walk = Walk(run.model, run.arch, run.batches(), dense=bool(run.resolved.target_mix))
     if run.resolved.target_mix:
         walk.advance_dense(0)
-    keep, line = prune_group(walk, group, num_keep, run.resolved.recipe, run.shares, 0, None)
+    keep, line = prune_group(Task(walk, group, num_keep, method_of(run.resolved.recipe), run.shares, 0))
     return keep, line, walk
 
 

@@ -83,7 +83,7 @@ def test_the_same_model_gives_the_same_bytes(name, models, recipe, tmp_path, mon
     model = models.get(name.split()[0], models["llama"])
     first, again = tmp_path / "first", tmp_path / "again"
     secateur.prune(model, grouped({**recipe, "remove": 0.2, **RECIPES[name]}), out=first)
-    monkeypatch.setattr("secateur.pruning.loop._planned", None)  # widths are not measured again
+    monkeypatch.setattr("secateur.pruning.loop.curve_plan", None)  # widths are not measured again
     found = secateur.prune(model, like=first, out=again)
     before, after = weights(first), weights(again)
     assert before.pop("recipe.yaml") and after.pop("recipe.yaml")

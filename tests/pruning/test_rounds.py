@@ -42,7 +42,7 @@ def test_a_seed_is_of_one_layer_in_one_round_of_one_draw():
 
 def test_random_units_are_drawn_anew_in_every_layer_and_round_and_for_every_seed(monkeypatch):
     seeds, original = [], loop.prune_group
-    monkeypatch.setattr(loop, "prune_group", lambda *arguments: seeds.append(arguments[5]) or original(*arguments))
+    monkeypatch.setattr(loop, "prune_group", lambda task: seeds.append(task.seed) or original(task))
     drawn = [prune_together([run_of(tiny_llama(), seed=seed, rounds=2, **RANDOM)])[0] for seed in (0, 1)]
     assert len(seeds) == len(set(seeds)) == 2 * 6
     chosen = [tuple(keep.tolist()) for keeps in drawn for keep in keeps.values()]

@@ -338,7 +338,8 @@ def test_tokens_go_by_shares_of_domains_whatever_weighs_units_unless_the_worst_c
     for weighting in ("energy", "tokens", "minimax"):
         ready = asking(*loaded(tied), {**asked, "domain_weighting": weighting})
         dense, text = trimming._read(ready, Services()), run_text(ready, silent)
-        orders[weighting] = trimming._removal(dense, trimming._counts(dense, text, {}, ready), PieceNats()).ids
+        counts = trimming._counts(dense, text, trimming._Hand(ready, {}, {}, {}, 0.0))
+        orders[weighting] = trimming._removal(dense, counts, PieceNats()).ids
     assert orders["energy"] == orders["tokens"] != orders["minimax"]
 
 

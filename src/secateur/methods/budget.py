@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.errors import RecipeError
 from secateur.model.bind import Arch
-from secateur.model.group import ALIGNED, Group, GroupKey
+from secateur.model.group import ALIGNED, Group, GroupKey, by_name
 
 # Widths that suit tensor cores: ALIGN_LARGE from LARGE_WIDTH units on. llama.cpp's k-quants store rows
 # in blocks of ALIGN_BLOCKS, and others in wider types; so many blocks are to be left to choose from.
@@ -107,10 +107,9 @@ def align_of(group: Group, align: int) -> int:
 
 def least_step(groups: tuple[Group, ...], align: int, *, alike: bool) -> int:
     """Return the cost of the smallest step: one group's, or `alike` that of all of its kind."""
-    kinds: dict[str, list[int]] = {}
-    for group in groups:
-        kinds.setdefault(group.name, []).append(align_of(group, align) * group.params_per_unit)
-    return min(sum(steps) if alike else min(steps) for steps in kinds.values())
+    kinds = by_name(groups).values()
+    steps = ([align_of(group, align) * group.params_per_unit for group in kind] for kind in kinds)
+    return min(map(sum if alike else min, steps))
 
 
 def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:

@@ -5,6 +5,7 @@ in each segment unit i owns a fixed number of consecutive rows.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -215,6 +216,14 @@ class Group:
         if num_units < self.at_least or num_units % self.multiple_of:
             return False
         return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
+
+
+def by_name(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    """Return the groups of each name, in order."""
+    named = dict[str, list[Group]]()
+    for group in groups:
+        named.setdefault(group.name, []).append(group)
+    return named
 
 
 def linear(layer: nn.Module, name: str) -> nn.Linear:

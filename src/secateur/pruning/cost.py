@@ -65,7 +65,8 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     budget = host if on_cpu else _there(opened)
     needed = whole.peak if on_cpu else size.num_bytes
     on_disk = host is not None and needed > host
-    if on_disk and not _can_map(opened):
+    files = opened.checkpoint  # safetensors as they are can be mapped, layer by layer
+    if on_disk and (files is None or files.gguf_file is not None or files.quantised is not None):
         raise RecipeError(
             f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the {human_bytes(needed)} "
             f"that are needed with this model's weights in memory; only safetensors weights, not quantised and given "
@@ -82,12 +83,6 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     if least.peak > budget:
         raise _too_little(least, budget, on_cpu=on_cpu)
     return MemoryPlan(least, on_disk, not on_cpu, budget, in_float32)
-
-
-def _can_map(opened: Opened) -> bool:
-    """Return whether weights are in safetensors files as they are, to be mapped layer by layer."""
-    files = opened.checkpoint
-    return files is not None and files.gguf_file is None and files.quantised is None
 
 
 def _allowed(opened: Opened, key: str) -> int | None:
@@ -186,10 +181,9 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     With S inputs that stay, C that go and H outputs: S^2 of the system, C S and C H of its right
     side, S H of the result. If a budget chooses the widths, any S may come.
     """
-    plan, uniform = resolved.plans[0], resolved.recipe.choose.budget == "uniform"
     needs = []
     for group in resolved.groups:
-        kept = plan.num_keep[group.key] * group.width if uniform else group.num_inputs
+        kept = resolved.plans[0].num_keep[group.key] * group.width if resolved.is_uniform else group.num_inputs
         removed = group.num_inputs - kept
         needs.append(8 * (kept * kept + removed * kept + (removed + kept) * num_outputs))
     return max(needs, default=0)

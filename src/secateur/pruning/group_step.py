@@ -24,8 +24,7 @@ from secateur.model.per_layer import record_widths
 from secateur.model.stock import CausalLM
 from secateur.recipe import Recipe
 from secateur.stream.measure import measure, minimax_weights
-from secateur.stream.statistics import GroupStatistics, Hand, decided, pool
-from secateur.stream.walk import Walk
+from secateur.stream.statistics import GroupStatistics, decided, pool
 
 
 def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
@@ -98,23 +97,10 @@ def method_of(recipe: Recipe) -> Method:
 
 
 @torch.no_grad()
-def prune_group(
-    walk: Walk,
-    group: Group,
-    num_keep: int,
-    recipe: Recipe,
-    shares: dict[str, float],
-    seed: int,
-    keep: Tensor | None,
-    hand: Hand | None = None,
-) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
-    """Prune one group; return kept indices and log line. `keep`: the units that stay, if chosen before.
-
-    `hand`: what the statistics of channels and heads go through, see `measure`.
-    """
-    with walk.layer(group.layer):
-        task = Task(walk, group, num_keep, method_of(recipe), shares, seed, keep, hand)
-        return STEPS[group.kind](task)
+def prune_group(task: Task) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
+    """Prune one group; return kept indices and log line."""
+    with task.walk.layer(task.group.layer):
+        return STEPS[task.group.kind](task)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -15,7 +15,7 @@ from secateur.formats.gguf_tensors import TOLD
 from secateur.log import Progress, silent
 from secateur.methods.budget import align_of, token_prices
 from secateur.model.checkpoint import meta_model, notes_on
-from secateur.model.group import Group
+from secateur.model.group import Group, GroupKey, by_name
 from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, open_model
@@ -88,14 +88,14 @@ def inspect(
     embedding: Any = opened.model.get_input_embeddings()
     num_tokens: int = embedding.num_embeddings
     files, files_problem = gguf_files(opened, resolved)
-    cut = {group.name for group in resolved.groups}  # not those that protected layers alone have
+    cut = by_name(resolved.groups)  # not those that protected layers alone have
     return Inspection(
         model=opened.name,
         family=arch.family,
         dtype=str(opened.model.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
-        groups=tuple(_facts(name, resolved.groups, plan.num_keep) for name in recipe.remove.group_names if name in cut),
+        groups=tuple(_facts(cut[name], plan.num_keep) for name in recipe.remove.group_names if name in cut),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         largest_remove=resolved.largest,
@@ -108,7 +108,7 @@ def inspect(
         disk_bytes=disk_bytes(opened, resolved, memory),
         device=str(opened.device),
         warnings=(*refused, *measured_later, *resolved.warnings, *aside),
-        possible=tuple(_facts(name, arch.groups, {}) for name in dict.fromkeys(group.name for group in arch.groups)),
+        possible=tuple(_facts(members, {}) for members in by_name(arch.groups).values()),
         impossible=arch.omits,
         num_tokens=num_tokens,
         num_token_params=token_prices(opened.model, num_tokens),
@@ -132,10 +132,9 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
         return resolve(possible), (f"a run would be refused ({why}); shown is remove: {share:g}.",)
 
 
-def _facts(name: str, groups: Iterable[Group], num_keep: Mapping[tuple[int, str], int]) -> GroupFacts:
-    """Return what the groups of this name are together. One that `num_keep` does not have keeps all."""
-    members = [group for group in groups if group.name == name]
-    kept = round(mean(num_keep.get((group.layer, name), group.num_units) for group in members))
+def _facts(members: Sequence[Group], num_keep: Mapping[GroupKey, int]) -> GroupFacts:
+    """Return what groups of one name are together. One that `num_keep` does not have keeps all."""
+    kept = round(mean(num_keep.get(group.key, group.num_units) for group in members))
     num_params = sum(group.num_units * group.params_per_unit for group in members)
     first = members[0]
-    return GroupFacts(name, first.unit, len(members), first.num_units, kept, first.params_per_unit, num_params)
+    return GroupFacts(first.name, first.unit, len(members), first.num_units, kept, first.params_per_unit, num_params)

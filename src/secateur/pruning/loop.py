@@ -17,10 +17,11 @@ from torch import Tensor
 from secateur.methods.budget import Plan, plan_of
 from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
 from secateur.methods.profile import ProfileSettings, profile
+from secateur.methods.select import Task
 from secateur.model.bind import decoder_layers
 from secateur.model.group import Group, GroupKey, Keeps, original_units
 from secateur.model.per_layer import record_widths
-from secateur.pruning.group_step import outcome_of, prune_group, redo_group
+from secateur.pruning.group_step import method_of, outcome_of, prune_group, redo_group
 from secateur.pruning.run import LossWatch, Run, keep_statistics
 from secateur.ranks import from_first
 from secateur.stream.device import peak_bytes, release_freed
@@ -45,11 +46,6 @@ class _Member:
         assert run.arch.num_layers == len(run.resolved.layers), "whole layers go first"
         keeps = {group.key: torch.arange(group.num_units) for group in run.resolved.groups}
         return cls(run, LossWatch(run), keeps)
-
-    @property
-    def target_mix(self) -> float:
-        """The part of the drift that is made up for, by which a dense stream runs beside."""
-        return self.run.resolved.target_mix
 
 
 def prune_together(runs: Sequence[Run]) -> list[Keeps]:
@@ -93,7 +89,8 @@ def _begin_round(members: list[_Member], number: int) -> None:
     steps = ((member.run, group) for member in members for group in member.run.resolved.groups)
     idle = all(run.services.store.has(_step_name(number, group)) for run, group in steps) and first.after_dense is None
     for member in members:
-        dense = bool(member.target_mix) and member is members[0]
+        # Where drift is made up for, a dense stream runs beside.
+        dense = member is members[0] and member.run.resolved.target_mix > 0
         member.walk = Walk(member.run.model, member.run.arch, [] if idle else batches, dense=dense)
         member.walk.dense_BTD = members[0].walk.dense_BTD
 
@@ -103,7 +100,7 @@ def _one_round(members: list[_Member], number: int, dense_layers: LayersOnDisk, 
     stage, num_layers = f"prune, round {number} of {num_rounds}", run.arch.num_layers
     run.services.progress(stage, 0, num_layers * len(members))
     for index in range(num_layers):
-        if members[0].target_mix:
+        if run.resolved.target_mix:
             groups = [group for group in run.resolved.groups if group.layer == index]
             _advance_dense(members[0].walk, index, groups, dense_layers, is_last=number == num_rounds)
         for place, member in enumerate(members):
@@ -145,7 +142,7 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, plan: Plan) -> 
             hand = partial(run.supports.mix, name, plan.removed_share)
         elif run.keeps_statistics:
             hand = partial(keep_statistics, statistics)
-        keep, line = prune_group(walk, group, num_keep, recipe, run.shares, seed, kept, hand)
+        keep, line = prune_group(Task(walk, group, num_keep, method_of(recipe), run.shares, seed, kept, hand))
         seconds = round(time.perf_counter() - start, 3)
         line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
         run.services.store.save(name, outcome_of(layer, group, keep) | statistics, line)
@@ -174,20 +171,19 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
     `max_rise`: how much each protected domain's loss may still rise. Raises RecipeError if the
     round's share cannot go within these limits.
     """
-    if run.kept or run.resolved.recipe.choose.budget == "uniform":
+    groups, prices, remove = run.resolved.groups, run.resolved.prices_left, run.resolved.removals[number - 1]
+    if run.kept or run.resolved.is_uniform:
         return run.resolved.plans[number - 1]
-    planned = partial(_planned, run, number, batches, max_rise)
+
+    def planned() -> list[tuple[GroupKey, int]]:
+        profiles = run.profiles or profiles_of(run, number, batches)
+        plan = from_first(lambda: curve_plan(groups, profiles, prices, remove, max_rise=max_rise))
+        predicted = predicted_rise(profiles, plan.num_keep)
+        run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
+        return [*plan.num_keep.items()]
+
     num_keep = run.services.store.value(f"round-{number}-plan", planned, kind=list[tuple[GroupKey, int]])
-    return plan_of(run.resolved.groups, run.resolved.prices_left, dict(num_keep))
-
-
-def _planned(run: Run, number: int, batches: list[Batch], max_rise: dict[str, float]) -> list[tuple[GroupKey, int]]:
-    resolved, remove = run.resolved, run.resolved.removals[number - 1]
-    prices, profiles = resolved.prices_left, run.profiles or profiles_of(run, number, batches)
-    plan = from_first(lambda: curve_plan(resolved.groups, profiles, prices, remove, max_rise=max_rise))
-    predicted = predicted_rise(profiles, plan.num_keep)
-    run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
-    return [*plan.num_keep.items()]
+    return plan_of(groups, prices, dict(num_keep))
 
 
 def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:

@@ -29,7 +29,7 @@ from secateur.model.checkpoint import (
     restore_buffers,
     weight_digests,
 )
-from secateur.model.group import GroupKey, Keeps
+from secateur.model.group import Keeps
 from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import check_same, device_called, size
@@ -56,11 +56,6 @@ class Like:
     digest: str
     keeps: Keeps
     tokens: KeptTokens | None
-
-    @property
-    def num_keep(self) -> dict[GroupKey, int]:
-        """How many units of each group stay."""
-        return {key: keep.shape[-1] for key, keep in self.keeps.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +158,16 @@ def computes_in_float32(opened: Opened) -> bool:
     Default: if the device multiplies their dtype in software and the recipe does not limit memory.
     Raises RecipeError if the recipe asks for it where it cannot be.
     """
-    recipe, checkpoint, dtype = opened.recipe, opened.checkpoint, opened.model.dtype
-    if recipe.machine.compute_dtype == "float32" and (checkpoint is None or recipe.machine.memory_budget is not None):
-        why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
-        raise RecipeError(f"machine.compute_dtype: float32 does not go with {why}; leave one of them out.")
-    if checkpoint is None or recipe.machine.memory_budget is not None or dtype not in LOW:
+    machine, checkpoint, dtype = opened.recipe.machine, opened.checkpoint, opened.model.dtype
+    is_asked = machine.compute_dtype == "float32"
+    if checkpoint is None or machine.memory_budget is not None:
+        if is_asked:
+            why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
+            raise RecipeError(f"machine.compute_dtype: float32 does not go with {why}; leave one of them out.")
         return False
-    compute_dtype = recipe.machine.compute_dtype
-    return compute_dtype == "float32" or (compute_dtype is None and multiplies_in_software(opened.device, dtype))
+    if dtype not in LOW:
+        return False
+    return is_asked or (machine.compute_dtype is None and multiplies_in_software(opened.device, dtype))
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
@@ -201,7 +198,7 @@ def loaded(opened: Opened, *, on_disk: bool) -> Opened:
     return replace(opened, model=model, size=Size.of(model), on_disk=on_disk, notes=notes)
 
 
-def onload(opened: Opened, *, one_at_a_time: bool, in_float32: bool, keeps: bool = False) -> Placement:
+def onload(opened: Opened, *, in_float32: bool, one_at_a_time: bool = False, keeps: bool = False) -> Placement:
     """Bring the loaded model to the run's device; a model in memory stays where it is. Arguments: of `Placement`."""
     layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
     placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32, keeps=keeps)

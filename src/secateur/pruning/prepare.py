@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from secateur.log import Progress, Tell, human_bytes
+from secateur.model.group import by_name
 from secateur.model.stock import eval_mode
 from secateur.pruning.cost import MemoryPlan, disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.open import (
@@ -159,11 +160,10 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, nu
     """Return a sentence on what a run is about to do, and in how much memory for so many copies. `does`: its verb."""
     recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
     parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
-    for name in dict.fromkeys(group.name for group in resolved.groups):
-        members = [group for group in resolved.groups if group.name == name]
+    for name, members in by_name(resolved.groups).items():
         before = sum(group.num_units for group in members) / len(members)
-        after = sum(kept[group.layer, name] for group in members) / len(members)
-        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (recipe.choose.budget != "uniform")]
+        after = sum(kept[group.key] for group in members) / len(members)
+        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (not resolved.is_uniform)]
     if opened.trim is not None:
         parts += [f"tokens {opened.trim.kept.num_dense:,} -> {opened.trim.kept.num_kept:,}"]
     text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"

@@ -33,7 +33,7 @@ from secateur.methods.budget import (
 )
 from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
-from secateur.model.group import OF_EXPERTS, Group, GroupKey
+from secateur.model.group import OF_EXPERTS, Group, GroupKey, by_name
 from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
@@ -50,6 +50,8 @@ MIN_DEFAULT_TOKENS = 51200
 DEFAULT_TARGET_MIX = 0.5
 # With 15% of SmolLM2's channels perplexity is 10 to 20 times the dense one: LOG, 2026-11-25.
 DEEP_KEEP = 0.3
+# A size is no larger share than this: no recipe may name all.
+MOST_SHARE = 0.9999
 # Readers used only to compare layers are fitted to this many tokens per input.
 NARROW_TOKENS_PER_INPUT = 4
 
@@ -191,13 +193,12 @@ def share_of_size(opened: Opened) -> Opened:
             f"remove.to: {remove.to} leaves {stays:,} parameters, and the model has {size.num_params:,} "
             f"({human_bytes(size.num_bytes)}); give a smaller model's size that is above 0."
         )
-    plain = _of_share(opened, 1 - stays / size.num_params)
+    plain = _of_share(opened, min(1 - stays / size.num_params, MOST_SHARE))
     run = _unplanned(plain)
-    if not run.is_uniform or not run.groups:
-        share, align = run.recipe.remove.share, remove.align
-    else:
-        share, align = (size.num_params - stays + run.step / 2) / size.num_params, run.align
-    sized = _of_share(opened, min(share, 0.9999), align)
+    sized = plain
+    if run.is_uniform and run.groups:
+        share = (size.num_params - stays + run.step / 2) / size.num_params
+        sized = _of_share(opened, min(share, MOST_SHARE), run.align)
     if remove.vocabulary is not None:  # it is not known yet what the tokens take
         return sized
 
@@ -293,7 +294,7 @@ def _unplanned(opened: Opened) -> Resolved:
         prices=prices,
         layers=layers,
         groups=groups,
-        kept={} if opened.like is None else opened.like.num_keep,
+        kept={key: keep.shape[-1] for key, keep in (opened.like.keeps if opened.like else {}).items()},
         warnings=warnings,
     )
 
@@ -474,9 +475,8 @@ def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict
 def too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
     """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
     warnings: list[str] = []
-    for name in dict.fromkeys(group.name for group in groups):
-        members = [group for group in groups if group.name == name]
-        kept = sum(plan.num_keep[group.layer, name] for group in members) / sum(group.num_units for group in members)
+    for name, members in by_name(groups).items():
+        kept = sum(plan.num_keep[group.key] for group in members) / sum(group.num_units for group in members)
         if kept < DEEP_KEEP:
             warnings.append(
                 f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "

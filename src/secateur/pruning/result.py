@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur.facts import Judgement, Size
 from secateur.formats.save import Verification
 from secateur.log import TELLING_SHARES, versions
-from secateur.model.group import Group, Keeps
+from secateur.model.group import Group, GroupKey, Keeps, by_name
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cut import Cut
 from secateur.pruning.prepare import Prepared
@@ -67,8 +67,8 @@ def summary_of(
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
         foretold={stage: told for stage, told in log.foretold.items() if len(told) == len(TELLING_SHARES)},
-        reload_max_abs_difference=proof.max_abs_difference if proof else None,
-        loaded_by=proof.loaded_by if proof else None,
+        reload_max_abs_difference=proof and proof.max_abs_difference,
+        loaded_by=proof and proof.loaded_by,
         warnings=(*run.resolved.warnings, *notes),
         versions=versions(),
         device=str(opened.device),
@@ -88,12 +88,10 @@ def summary_of(
     )
 
 
-def group_widths(groups: tuple[Group, ...], keeps: Mapping[tuple[int, str], Tensor]) -> dict[str, tuple[int, int, int]]:
+def group_widths(groups: tuple[Group, ...], keeps: Mapping[GroupKey, Tensor]) -> dict[str, tuple[int, int, int]]:
     """Return, by kind of group: units per layer before, and the least and most of them after."""
     widths: dict[str, tuple[int, int, int]] = {}
-    for group in groups:
-        keep = keeps.get(group.key)
-        kept = group.num_units if keep is None else keep.shape[-1]
-        before, least, most = widths.get(group.name, (group.num_units, kept, kept))
-        widths[group.name] = (before, min(least, kept), max(most, kept))
+    for name, members in by_name(groups).items():
+        kept = [keeps[group.key].shape[-1] if group.key in keeps else group.num_units for group in members]
+        widths[name] = members[0].num_units, min(kept), max(kept)
     return widths

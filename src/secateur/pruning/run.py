@@ -139,15 +139,10 @@ class Run:
         return not (kinds & OF_EXPERTS or self.resolved.recipe.choose.domain_weighting in BY_DOMAIN)
 
 
-def text_losses(
-    run: Run, which: str, text: Mapping[str, Text], num_tokens: dict[str, dict[int, int]] | None = None
-) -> dict[str, Loss]:
-    """Return the losses of the run's model on some text by domain, kept in the run's store.
-
-    `num_tokens`: of each document, in nats per which they are, if not the text's own.
-    """
+def text_losses(run: Run, which: str, text: Mapping[str, Text]) -> dict[str, Loss]:
+    """Return the losses of the run's model on held-out text by domain, kept in the run's store."""
     stage = f"evaluate {which}"
-    losses = partial(domain_losses, run.model, run.arch, text, run.services.progress, stage, num_tokens)
+    losses = partial(domain_losses, run.model, run.arch, text, run.services.progress, stage, run.dense_tokens)
     with run.services.log.time("evaluate"):
         return run.services.store.value(stage, losses, kind=dict[str, Loss])
 
@@ -197,7 +192,7 @@ class LossWatch:
 
 def watched_losses(run: Run, which: str) -> dict[str, float]:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
-    losses = text_losses(run, f"held-out text, {which}", run.held_out, run.dense_tokens) if is_watched(run) else {}
+    losses = text_losses(run, f"held-out text, {which}", run.held_out) if is_watched(run) else {}
     return {name: loss.nats_per_token for name, loss in losses.items()}
 
 

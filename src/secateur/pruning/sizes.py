@@ -102,7 +102,7 @@ def of_sizes(ready: Prepared, recipe: Recipe, sizes: Sizes, *, stays: bool = Fal
         resolved = replace(resolved, warnings=resolved.warnings + notes)
         place = placement
         if model is not opened.model:
-            place = onload(member, one_at_a_time=placement.one_at_a_time, in_float32=placement.in_float32)
+            place = onload(member, in_float32=placement.in_float32)
         services = dense.services.part(name)
         services.store.check_input("size", f"{remove}")
         run = replace(dense, model=model, resolved=resolved, services=services, on_host=place.on_host)
@@ -153,9 +153,8 @@ class MeasuredSizes:
     def check_files(self, progress: Progress) -> None:
         """Raise CheckpointError if a file is not as it was written."""
         for wrong in mismatches(self.directory, self.record.files, progress):
-            if wrong.what not in self.record.files:
-                continue
-            raise CheckpointError(f"from {self.directory}: {wrong.what} was changed since; measure again.")
+            if wrong.what in self.record.files:
+                raise CheckpointError(f"from {self.directory}: {wrong.what} was changed since; measure again.")
 
     def check_model(self, opened: Opened) -> None:
         """Raise CheckpointError if it is of another model or version."""

@@ -62,12 +62,11 @@ class Drawn(NamedTuple):
 class RunText:
     """A run's documents, read once. Ranks share what the first one draws, which alone may ask.
 
-    `recipe`: with its text filled in. `num_tokens`: of all domains. `num_judged_tokens`: of each.
+    `opened`: with the recipe's text filled in. `num_tokens`: of all domains. `num_judged_tokens`: of each.
     `must_judge`: a text that is too short for these is an error.
     """
 
     opened: Opened
-    recipe: Recipe
     pool: TextPool
     num_tokens: int
     num_judged_tokens: int
@@ -80,15 +79,15 @@ class RunText:
 
         `dense`: with weights where it computes.
         """
-        tokenizer = tokenizer_of(replace(dense, trim=None))
-        num_tokens = 3 * self.num_tokens + (self.recipe.polish.num_tokens or 0)
-        speaker = Speaker(dense.model, dense.arch, tokenizer, str(self.recipe.seed), self.pool.length)
-        return answers_of(self.recipe, speaker, num_tokens, services.store, services.progress, self._written)
+        tokenizer, recipe = tokenizer_of(replace(dense, trim=None)), self.opened.recipe
+        num_tokens = 3 * self.num_tokens + (recipe.polish.num_tokens or 0)
+        speaker = Speaker(dense.model, dense.arch, tokenizer, str(recipe.seed), self.pool.length)
+        return answers_of(recipe, speaker, num_tokens, services.store, services.progress, self._written)
 
     def learning(self) -> Learning:
         """Return what a dense model may learn by before it is trimmed, and hold those documents to that."""
         if self._before is None:
-            self._before = self._split(self.recipe, self.opened, self.num_tokens)
+            self._before = self._split(self.opened.recipe, self.opened, self.num_tokens)
         return self._before.learning
 
     def drawn(self, opened: Opened, resolved: Resolved) -> Drawn:
@@ -115,11 +114,12 @@ def run_text(opened: Opened, progress: Progress, *, num_judged_blocks: int | Non
     """
     recipe = opened.recipe
     calibration, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
-    recipe = recipe.filled(calibration=calibration)
+    opened = opened.filled(calibration=calibration)
+    recipe = opened.recipe
     pool = TextPool(recipe.calibration, tokenizer_of(opened), recipe.seed, progress)
     must_judge = num_judged_blocks is not None
     judged = num_judged_blocks * pool.length if must_judge else judging_tokens(recipe.output.evaluate)
-    return RunText(opened, recipe, pool, calibration["num_tokens"], judged, must_judge)
+    return RunText(opened, pool, calibration["num_tokens"], judged, must_judge)
 
 
 def with_share_of_answers(opened: Opened) -> Opened:

@@ -18,7 +18,7 @@ from secateur.methods.budget import least_step, params_of, prices_of, token_pric
 from secateur.model.stock import Tokenizer, eval_mode
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
-from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve, text_for
+from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve
 from secateur.pruning.text import RunText
 from secateur.ranks import from_first, own_part
 from secateur.store import Services
@@ -49,7 +49,7 @@ NUM_TRIMS = 4
 class _Dense:
     """The dense model before any token goes.
 
-    `opened`: with the recipe's text filled in. `stay`: ids that `keep_scripts` names.
+    `stay`: ids that `keep_scripts` names.
     """
 
     opened: Opened
@@ -78,12 +78,12 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
         there, kept = opened.like.checkpoint, opened.like.tokens
         return replace(opened, trim=trim_like(there, kept, tokenizer_of(opened), opened.model, opened.name))
     with log.time("vocabulary"):
-        dense = _read(opened, services)
+        dense = _read(text.opened, services)
         num_rows = dense.vocabulary.num_rows
         if isinstance(size, int):
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
         with _at_hand(dense, text) as hand:
-            counts = from_first(partial(_counts, dense, text, hand.answers, hand.opened))
+            counts = from_first(partial(_counts, dense, text, hand))
             nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
@@ -114,19 +114,18 @@ def _trim_to(dense: _Dense, size: int) -> Trim:
 
 def _read(opened: Opened, services: Services) -> _Dense:
     """Read the vocabulary and what is to stay of it."""
-    tokenizer, recipe = tokenizer_of(opened), opened.recipe
-    text, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
-    opened, vocabulary = opened.filled(calibration=text), read_vocabulary(tokenizer, opened.model)
-    stay = of_scripts(vocabulary, recipe.remove.keep_scripts)
+    tokenizer = tokenizer_of(opened)
+    vocabulary = read_vocabulary(tokenizer, opened.model)
+    stay = of_scripts(vocabulary, opened.recipe.remove.keep_scripts)
     return _Dense(opened, services, tokenizer, vocabulary, stay)
 
 
-def _counts(dense: _Dense, text: RunText, answers: Mapping[str, Blocks], opened: Opened) -> dict[str, TokenCounts]:
-    """Count what text has, and of answers what the model, `opened` with its weights, is likely to say."""
+def _counts(dense: _Dense, text: RunText, hand: "_Hand") -> dict[str, TokenCounts]:
+    """Count what text has, and of answers what the model is likely to say."""
     num_rows, progress = dense.vocabulary.num_rows, dense.services.progress
+    model, arch = hand.opened.model, hand.opened.arch
     expected = {
-        name: methods.expected_counts(opened.model, opened.arch, blocks, num_rows, progress)
-        for name, blocks in answers.items()
+        name: methods.expected_counts(model, arch, blocks, num_rows, progress) for name, blocks in hand.answers.items()
     }
     return counts_of(text.learning().documents(), num_rows, progress, expected)
 

@@ -28,7 +28,7 @@ def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     before = text_losses(run, "with all tokens", held_out)
     dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if is_watched(run) else {}
     keep_tokens(run.model, trim.kept)
-    after = text_losses(run, "without tokens", run.held_out, run.dense_tokens)
+    after = text_losses(run, "without tokens", run.held_out)
     trimmed = {name: (before[name], after[name]) for name in before}
     if (refusal := too_dear(trimmed, trim)) is not None:
         if not force:

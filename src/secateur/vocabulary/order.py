@@ -63,10 +63,8 @@ def counts_of(
             "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
             "add a domain of files or installed text."
         )
-    counts = dict(answers)
-    for name, ids in steps(progress, "count tokens", documents.items()):
-        counts[name] = count_tokens(ids, num_rows)
-    return counts
+    of_text = steps(progress, "count tokens", documents.items())
+    return {**answers, **{name: count_tokens(ids, num_rows) for name, ids in of_text}}
 
 
 def token_use(
