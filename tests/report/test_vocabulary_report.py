@@ -50,10 +50,8 @@ def facts(trim: Trim) -> VocabularyFacts:
     blocks = {name: torch.tensor([trim.tokenizer(text)["input_ids"]]) for name, text in texts.items()}
     losses = {"prose": (Loss(3.0, 0.1, 9), Loss(3.25, 0.1, 9))}
     dense = retokenised(blocks, trim.tokenizer, trim.dense_tokenizer)
-    num_tokens = {
-        name: (sum(predicted_tokens(dense[name]).values()), sum(predicted_tokens(text).values()))
-        for name, text in blocks.items()
-    }
+    before, now = predicted_tokens(dense), predicted_tokens(blocks)
+    num_tokens = {name: (sum(before[name].values()), sum(now[name].values())) for name in blocks}
     return vocabulary_facts(dataclasses.replace(trim, foretold=0.2), num_tokens, losses)
 
 

@@ -173,7 +173,8 @@ def test_a_loss_is_of_the_documents_that_its_tokens_are_of_and_of_those_that_cou
     assert found.document_nats == pytest.approx([nats[number] for number in order], rel=TOLERANCE)
     assert list(found.document_tokens) == [tokens[number] for number in order]
     assert found.nats_per_token == pytest.approx(sum(nats.values()) / sum(tokens.values()), rel=TOLERANCE)
-    assert predicted_tokens(Blocks(ids_NT, document_NT, counted_NT)) == {number: tokens[number] for number in order}
+    counts = predicted_tokens({"a": Blocks(ids_NT, document_NT, counted_NT)})
+    assert counts == {"a": {number: tokens[number] for number in order}}
 
 
 def test_bits_per_byte_over_several_blocks() -> None:

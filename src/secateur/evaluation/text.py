@@ -154,9 +154,8 @@ def losses_of_dense_tokens(
     """
     if not text or trim is None:
         return domain_losses(model, arch, text, progress) if text else {}
-    counts = {name: predicted_tokens(blocks) for name, blocks in text.items()}
     own = retokenised(text, trim.dense_tokenizer, trim.tokenizer)
-    return domain_losses(model, arch, own, progress, num_tokens=counts)
+    return domain_losses(model, arch, own, progress, num_tokens=predicted_tokens(text))
 
 
 def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:

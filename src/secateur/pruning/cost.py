@@ -81,7 +81,16 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     else:  # the running layer, the prefetched one, and what is in no layer
         least = estimate_memory(opened, resolved, min(size.num_params, outside + two_layers) * item, item)
     if least.peak > budget:
-        raise _too_little(least, budget, on_cpu=on_cpu)
+        key, how = (
+            ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
+        )
+        remedy = "lower calibration.num_tokens"
+        if least.is_of_layer_choice:
+            remedy = "name layers that go in remove.layers or give depth: 0"
+        raise RecipeError(
+            f"machine.{key}: {human_bytes(budget)} cannot work; with {how} the run still needs "
+            f"{human_bytes(least.peak)}; allow that, or {remedy}."
+        )
     return MemoryPlan(least, on_disk, not on_cpu, budget, in_float32)
 
 
@@ -95,18 +104,6 @@ def _there(opened: Opened) -> int | None:
     """Return the bytes that the run's device allows, by the recipe or by what is free; None: unknown."""
     budget = _allowed(opened, "memory_budget" if opened.device.type == "cpu" else "device_budget")
     return free_bytes(opened.device) if budget is None and opened.checkpoint is not None else budget
-
-
-def _too_little(least: MemoryEstimate, budget: int, *, on_cpu: bool) -> RecipeError:
-    """Return the error for a budget in which nothing works."""
-    remedy = "lower calibration.num_tokens"
-    if least.is_of_layer_choice:
-        remedy = "name layers that go in remove.layers or give depth: 0"
-    key, how = ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
-    return RecipeError(
-        f"machine.{key}: {human_bytes(budget)} cannot work; with {how} the run still needs {human_bytes(least.peak)}; "
-        f"allow that, or {remedy}."
-    )
 
 
 def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:

@@ -95,7 +95,7 @@ def prepared(
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:
-        resolved = _without_answers(opened, resolved)
+        resolved = _without_answers(resolved)
     services.check_space(disk_bytes(opened, resolved, plan, num_models, num_results))
     services.tell(foretold(opened, resolved, plan, does, num_models))
 
@@ -179,11 +179,11 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, nu
     )
 
 
-def _without_answers(opened: Opened, resolved: Resolved) -> Resolved:
+def _without_answers(resolved: Resolved) -> Resolved:
     """Return the run without what the model would answer: each token would move all weights."""
     if not resolved.recipe.calibration.answered:
         return resolved
-    recipe = without_answers(opened.asking(resolved.recipe)).recipe
+    recipe = without_answers(resolved.recipe)
     note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
     return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))
 

@@ -117,9 +117,9 @@ class Run:
     @property
     def num_predicted(self) -> dict[str, tuple[int, int]]:
         """The predicted tokens of each domain's held-out text, in the dense tokenizer and, if it was trimmed, now."""
-        now = {name: sum(predicted_tokens(text).values()) for name, text in self.held_out.items()}
-        dense = {name: sum(counts.values()) for name, counts in (self.dense_tokens or {}).items()}
-        return {name: (dense.get(name, count), count) for name, count in now.items()}
+        now = predicted_tokens(self.held_out)
+        dense = self.dense_tokens or now
+        return {name: (sum(dense[name].values()), sum(counts.values())) for name, counts in now.items()}
 
     def batches(self) -> list[Batch]:
         """Return this rank's part of the batches of a round, held-out text too; that alone if it has supports."""

@@ -166,16 +166,15 @@ def with_share_of_answers(opened: Opened) -> Opened:
     return opened.filled(calibration={"domains": domains, "answers": share})
 
 
-def without_answers(opened: Opened) -> Opened:
-    """Return `opened` without what the model would answer, where its weights are not all in memory.
+def without_answers(recipe: Recipe) -> Recipe:
+    """Return the recipe without what the model would answer, where its weights are not all in memory.
 
     Raises RecipeError if it was to answer prompts of the user, or nothing is left.
     """
-    calibration = opened.recipe.calibration
-    answers, text = calibration.answered, calibration.of_text
+    answers, text = recipe.calibration.answered, recipe.calibration.of_text
     if not text or any(domain.source[0] != "answers" for domain in answers.values()):
         raise RecipeError(
             f"calibration.domains.{next(iter(answers))}: the model's weights are not all in memory, and for each token "
             "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
         )
-    return opened.filled(calibration={"domains": text, "answers": None})
+    return recipe.filled(calibration={"domains": text, "answers": None})

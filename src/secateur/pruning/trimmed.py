@@ -24,7 +24,7 @@ def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     Raises RecipeError, unless `force`, if it costs too much: see `BEARABLE_NATS`.
     """
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
-    run = dataclasses.replace(run, dense_tokens={name: predicted_tokens(text) for name, text in held_out.items()})
+    run = dataclasses.replace(run, dense_tokens=predicted_tokens(held_out))
     before = text_losses(run, "with all tokens", held_out)
     dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if is_watched(run) else {}
     keep_tokens(run.model, trim.kept)

@@ -53,27 +53,24 @@ class Judge:
 
     def dense(self) -> Verdicts:
         """Return the dense model's own verdicts: a KL of zero, and its loss."""
-        return self._verdicts(lambda domain, number, _: self.head(self.states[domain][number].to(self._device())))
+        return self._verdicts(lambda _, states_PD: self.head(states_PD))
 
     def verdicts(self, logits_of: Callable[[Tensor], Tensor]) -> Verdicts:
         """Return each domain's verdict. `logits_of`: (B, T) ids to (B, T, V) logits.
 
         Raises NumericsError naming the domain if a divergence is not finite.
         """
-        return self._verdicts(lambda _, __, ids_T: logits_of(ids_T[None])[0, :-1])
-
-    def _device(self) -> torch.device:
-        return next(self.head.parameters()).device
+        return self._verdicts(lambda ids_T, _: logits_of(ids_T[None])[0, :-1])
 
     @torch.no_grad()
-    def _verdicts(self, logits_of: Callable[[str, int, Tensor], Tensor]) -> Verdicts:
-        verdicts: Verdicts = {}
+    def _verdicts(self, logits_of: Callable[[Tensor, Tensor], Tensor]) -> Verdicts:
+        verdicts, device = Verdicts(), next(self.head.parameters()).device
         for domain, blocks in self.text.items():
             figures = list[tuple[Tensor, ...]]()
-            for number, (block, states_PD) in enumerate(zip(blocks, self.states[domain], strict=True)):
-                logits_PV, next_P = logits_of(domain, number, block.ids_T), block.ids_T[1:]
-                there = (tensor.to(self._device()) for tensor in (logits_PV, next_P))
-                figures.append(compare_tokens(states_PD.to(self._device()), self.head, *there))
+            for block, states in zip(blocks, self.states[domain], strict=True):
+                states_PD = states.to(device)
+                logits_PV, next_P = logits_of(block.ids_T, states_PD).to(device), block.ids_T[1:].to(device)
+                figures.append(compare_tokens(states_PD, self.head, logits_PV, next_P))
             verdicts[domain] = verdict_of(domain, blocks, figures)
         return verdicts
 

@@ -239,7 +239,7 @@ class Judge:
         if trim is not None:
             self.dense_text = retokenised(self.text, trim.tokenizer, trim.dense_tokenizer)
             self.dense_tokenizer = trim.dense_tokenizer
-            self.num_tokens = {name: predicted_tokens(blocks) for name, blocks in self.dense_text.items()}
+            self.num_tokens = predicted_tokens(self.dense_text)
         self._store, self._progress, self._share = store, progress, share
         self._sheet: AnswerSheet | None = None
 

@@ -92,10 +92,13 @@ def loss_of(sums: Iterable[Sums], where: str, num_tokens: Mapping[int, int] | No
     return Loss.of(nats_D, counts if num_tokens is None else [num_tokens.get(document, 0) for document in by_document])
 
 
-def predicted_tokens(text: Text) -> dict[int, int]:
-    """Return how many tokens of each document are predicted, and count."""
-    sums = merged(sums_of(torch.zeros(len(block.ids_T) - 1), block) for block in blocks_of(text))
-    return {document: count for document, (_, count) in sums.items()}
+def predicted_tokens(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:
+    """Return, by domain, how many tokens of each document are predicted, and count."""
+    counts = dict[str, dict[int, int]]()
+    for name, blocks in text.items():
+        sums = merged(sums_of(torch.zeros(len(block.ids_T) - 1), block) for block in blocks_of(blocks))
+        counts[name] = {document: count for document, (_, count) in sums.items()}
+    return counts
 
 
 def head_inputs(
