@@ -15,7 +15,7 @@ from secateur.recipe import Recipe
 from secateur.report import records, rows
 from secateur.report.card import model_card, recovered_card
 from secateur.report.page import Page, Table
-from secateur.report.records import Change, ModelFigures, SpeedUp, Spread, TaskResults, TaskScore
+from secateur.report.records import ModelFigures, SpeedUp, Spread, TaskResults, TaskScore, change
 from secateur.report.report import report_page
 from secateur.report.size_curve import measurement_page, measurement_table
 
@@ -183,8 +183,8 @@ EVALUATION = records.Evaluation(
     pruned=measured(AFTER, OTHER[1], 0.5),
     kl=verdicts(0.3, 2.5),
     differences=records.Differences(
-        domains={"prose": Change(0.4, 0.05), "code": Change(-0.05, None)},
-        other_text=Change(0.8, 0.1),
+        domains={name: change(BEFORE[name], AFTER[name]) for name in BEFORE},
+        other_text=change(*OTHER),
         tasks={"copa": {"acc,none": TaskScore(-0.25, 0.06), "f1,strict": TaskScore(0.0, None)}},
     ),
     versions=VERSIONS,

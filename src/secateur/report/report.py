@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from secateur.data.blocks import NGRAM_TOKENS
-from secateur.facts import Trained
 from secateur.files import write_text
 from secateur.log import human_bytes
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
@@ -13,7 +12,6 @@ from secateur.report.card import card_data, model_card, recovered_card, source_t
 from secateur.report.page import KeyFigure, Page, Section, Table, render
 from secateur.report.records import (
     NOT_TOLD_APART,
-    BenchResult,
     GroupStep,
     RecoveryRecord,
     RemovedLayer,
@@ -27,19 +25,15 @@ from secateur.report.records import (
 from secateur.report.rows import (
     OTHER_SOURCES,
     SIDES,
-    answer_rows,
-    answer_tables,
     bench_tables,
     beside_verdict,
     caveats,
     figure_rows,
     judged_table,
     loss_changes,
-    loss_rows,
     note_rows,
     of_dense,
-    other_rows,
-    overlap_cell,
+    quality_rows,
     task_table,
     text_tables,
     verdict,
@@ -66,21 +60,21 @@ def quality_section(files: ResultFiles) -> Section | None:
             f"In {unit}; lower is better. Worst change on text like what it was trained on: {changes[worst].text()} "
             f"on {worst}. ± is {about}."
         )
-        first = [*answer_rows(summary.own_answers), *other_rows(summary.other_text)]
         rises = [change.nats_per_token for change in (*changes.values(), mean_change(changes.values()))]
         bars = [[max(0.0, rise) / max(*rises, 1e-9)] for rise in rises]
         caption = f"{unit.capitalize()} (perplexity); bars: the difference"
-        rows = [*first, *loss_rows(summary)]
-        tables.append(Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(first) + 1)), *bars]))
+        rows = list(quality_rows(summary))
+        # The domains and their mean, which have bars, are the last rows.
+        tables.append(Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(rows) - len(bars))), *bars]))
     if summary.polish is not None:
-        tables.append(_trained("The polish, on the text that guards it", summary.polish, "polished"))
+        tables.append(verdict_table(summary.polish, "The polish, on the text that guards it", "polished"))
     if files.recovery is not None:
         text.append(
             f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page are of the model "
             "before recovery, unless measured later."
         )
         tables.append(judged_table(files.recovery))
-        tables.append(_trained("The recovery, on the text that guards it", files.recovery, "recovered"))
+        tables.append(verdict_table(files.recovery, "The recovery, on the text that guards it"))
     if files.evaluation is not None:
         text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
         tables += [*text_tables(files.evaluation), task_table(files.evaluation)]
@@ -88,15 +82,18 @@ def quality_section(files: ResultFiles) -> Section | None:
     return Section("quality", "Quality by domain", text, shown) if shown else None
 
 
-def _trained(caption: str, record: Trained, name: str) -> Table:
-    return verdict_table(record, f"{caption}: nats per token, KL to the dense model", name)
-
-
 def samples_section(files: ResultFiles) -> Section | None:
     """What both models answer to the same prompts."""
-    tables = answer_tables(files.summary.own_answers)
+    answers, tables = files.summary.own_answers, list[Table]()
+    for pair in answers.shown if answers else ():
+        rows = [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))]
+        tables.append(Table(pair.prompt, (), rows, numbers=False))
     text = "Both models answer the same prompts, always by the likeliest token."
-    return Section("samples", "Answers of both", (text,), tables=tables) if tables else None
+    return Section("samples", "Answers of both", (text,), tables) if tables else None
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
 
 
 def speed_section(files: ResultFiles) -> Section:
@@ -104,17 +101,11 @@ def speed_section(files: ResultFiles) -> Section:
     bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
     if bench is None or not bench.speed_ups:
         return Section("speed", "Size", tables=(sizes,))
-    tables, text = (*bench_tables(bench), sizes), (_how_timed(bench), *bench.notes)
-    return Section("speed", "Speed and memory", text, tables)
-
-
-def _how_timed(bench: BenchResult) -> str:
-    work = bench.workload
-    return (
-        f"secateur bench: transformers on {bench.device}, batch {work.batch}, {work.prompt_tokens} "
-        f"prompt and {work.new_tokens} new tokens, {work.repeats} repeats in turns. "
+    how = (
+        f"secateur bench: transformers on {bench.device}, {bench.workload.repeats} repeats in turns. "
         "Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
     )
+    return Section("speed", "Speed and memory", (how, *bench.notes), (*bench_tables(bench), sizes))
 
 
 def removed_section(files: ResultFiles) -> Section | None:
@@ -178,7 +169,8 @@ def text_section(files: ResultFiles) -> Section:
     rows = []
     for name, num in text.num_tokens.items():
         counts = (num, text.num_held_out_tokens[name], text.num_judged_tokens[name])
-        overlap = overlap_cell(text.held_out_overlap[name])
+        share = text.held_out_overlap[name]
+        overlap = "blocks too short" if share is None else f"{share:.2%}"
         rows.append((name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name])))
     header = ("domain", "tokens", "guard", "judge", "overlap", "source")
     return Section("text", "Text", about, (Table("Text by domain", header, rows),))

@@ -36,6 +36,9 @@ from secateur.report.records import (
     plus_minus,
 )
 
+# The cells of a row; what a note is about, and the note.
+Cells = tuple[str, ...]
+Note = tuple[str, str]
 SIDES = ("dense", "pruned", "difference")
 # Warn of a larger share of common n-grams.
 MUCH_OVERLAP = 0.1
@@ -51,8 +54,12 @@ def summary_table(summary: Summary) -> Tables:
 def quality_and_size(summary: Summary, caption: str = "") -> Table:
     """Return quality by domain, if measured, sizes and widths: dense, pruned and difference."""
     first = f"nats/token{of_dense(summary)} (perplexity)" if summary.dense_losses else ""
-    rows = [*answer_rows(summary.own_answers), *other_rows(summary.other_text), *loss_rows(summary)]
-    return Table(caption, (first, *SIDES), [*rows, *figure_rows(summary)])
+    return Table(caption, (first, *SIDES), [*quality_rows(summary), *figure_rows(summary)])
+
+
+def listed(amounts: Mapping[str, int | float], form: str) -> str:
+    """Return amounts with their names, each written in the form of a format specification."""
+    return ", ".join(f"{name} {amount:{form}}" for name, amount in amounts.items())
 
 
 def headline(summary: Summary) -> str:
@@ -109,12 +116,12 @@ def faster(phase: str, ratio: Spread) -> str:
 def caveats(summary: Summary) -> list[str]:
     """Return what a reader must know about the numbers: the run's notes, overlap of texts."""
     notes = list(summary.warnings)
-    overlap = {domain: share or 0.0 for domain, share in summary.calibration.held_out_overlap.items()}
-    much = ", ".join(f"{domain} {share:.0%}" for domain, share in overlap.items() if share > MUCH_OVERLAP)
+    overlap = summary.calibration.held_out_overlap.items()
+    much = {domain: share for domain, share in overlap if share is not None and share > MUCH_OVERLAP}
     if much:
         notes.append(
-            f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({much}), so the quality "
-            "there is flattered."
+            f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({listed(much, '.0%')}), "
+            "so the quality there is flattered."
         )
     return notes
 
@@ -124,31 +131,34 @@ OTHER_SOURCES = "text of other sources"
 LARGEST_RATIO = math.log(1000)
 
 
-def other_rows(losses: tuple[Loss, Loss] | None) -> Iterator[tuple[str, ...]]:
-    """Yield (label, dense, pruned, difference) on text of other sources."""
-    if losses is not None:
-        yield OTHER_SOURCES, *map(_nats, losses), change(*losses).text()
-
-
-def _nats(loss: Loss | Quality) -> str:
+def _nats(loss: Loss) -> str:
     return f"{loss.nats_per_token:.3f} ({loss.perplexity:.2f})"
 
 
-def loss_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
-    """Yield (domain, dense, pruned, difference): nats per token and perplexity on text like what was learnt by.
+def quality_rows(summary: Summary) -> Iterator[Cells]:
+    """Yield (label, dense, pruned, difference) on own answers, on other text, and on domains, whose mean comes last.
 
     The difference is over the same documents and has its error; a model's own error would be mostly
     that documents differ, in which both models agree.
     """
+    yield from answer_rows(summary.own_answers)
+    if summary.other_text is not None:
+        yield _compared(OTHER_SOURCES, *summary.other_text)
     changes, both = loss_changes(summary), (summary.dense_losses, summary.pruned_losses)
     if not changes:
         return
     yield "text like what it was trained on:", "", "", ""
-    for domain, difference in changes.items():
-        yield domain, *(_nats(losses[domain]) for losses in both), difference.text()
+    for domain in changes:
+        yield _compared(domain, *(losses[domain] for losses in both))
     means = map(geometric_mean_perplexity, both)
     mean = mean_change(changes.values()).text()
     yield "mean (geometric mean)", *(f"{math.log(perplexity):.3f} ({perplexity:.2f})" for perplexity in means), mean
+
+
+def _compared(label: str, *losses: Loss) -> Cells:
+    """Return the nats per token and the perplexity of one model, or of two with their difference."""
+    differences = [change(*losses).text()] if len(losses) > 1 else []
+    return label, *map(_nats, losses), *differences
 
 
 def loss_changes(summary: Summary) -> dict[str, Change]:
@@ -156,12 +166,10 @@ def loss_changes(summary: Summary) -> dict[str, Change]:
     return {domain: change(dense, summary.pruned_losses[domain]) for domain, dense in summary.dense_losses.items()}
 
 
-def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
+def figure_rows(summary: Summary) -> Iterator[Cells]:
     """Yield (label, dense, pruned, difference): parameters, bytes, widths."""
 
-    def row(
-        label: str, before: int, after: int, show: Callable[[int], str] = "{:,}".format
-    ) -> tuple[str, str, str, str]:
+    def row(label: str, before: int, after: int, show: Callable[[int], str] = "{:,}".format) -> Cells:
         return label, show(before), show(after), f"{after / before - 1:+.1%}"
 
     dense, pruned = summary.dense_size, summary.pruned_size
@@ -176,21 +184,17 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
         yield row(label, before, least) if least == most else (label, f"{before:,}", f"{least:,} to {most:,}", "")
 
 
-def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
+def note_rows(summary: Summary) -> Iterator[Note]:
     """Yield what else a reader wants to know: cost, calibration, proof of reload."""
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in summary.seconds.items())
-    yield "seconds", f"{seconds}; total {sum(summary.seconds.values()):.1f}"
+    yield "seconds", f"{listed(summary.seconds, '.1f')}; total {sum(summary.seconds.values()):.1f}"
     yield "peak memory", f"{human_bytes(summary.peak_bytes)} resident, interpreter included"
     yield from lineage_rows(summary)
     text = summary.calibration
-    tokens = ", ".join(f"{name} {count:,}" for name, count in text.num_tokens.items())
-    yield "calibration", f"{tokens} tokens in blocks of {text.sequence_length}; sha256 {text.content_hash[:16]}"
+    tokens = f"{listed(text.num_tokens, ',')} tokens in blocks of {text.sequence_length}"
+    yield "calibration", f"{tokens}; sha256 {text.content_hash[:16]}"
     if summary.dense_losses:
-        judged = ", ".join(f"{name} {count:,}" for name, count in text.num_judged_tokens.items())
-        yield (
-            "quality on",
-            f"{judged} held-out tokens, seen by no statistic; ± is one standard error over the same documents",
-        )
+        judged = f"{listed(text.num_judged_tokens, ',')} held-out tokens, seen by no statistic"
+        yield "quality on", f"{judged}; ± is one standard error over the same documents"
     if summary.other_text is not None:
         loss = summary.other_text[0]
         yield (
@@ -198,7 +202,12 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
             f"{loss.num_tokens:,} tokens of {len(loss.document_nats)} documents of prose that come with secateur, such "
             "as news, letters, law and stories; no domain holds them",
         )
-    yield from answer_note(summary.own_answers)
+    if (answers := summary.own_answers) is not None:
+        yield (
+            "own answers",
+            f"the dense model's, greedy, up to {ANSWER_TOKENS} tokens, {answers.num_tokens:,} in all, to "
+            f"{answers.num_prompts} prompts that come with secateur; ± is one standard error over prompts",
+        )
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
     if summary.polish is not None:
@@ -206,11 +215,13 @@ def note_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.guard_refusals:
         yield "guard", f"groups whose compensation held-out text refused: {summary.guard_refusals}"
     if summary.reload_max_abs_difference is not None:
-        difference = summary.reload_max_abs_difference
-        yield "reload", f"stock transformers in a fresh process: largest logit difference {difference:g}"
+        yield "reload", f"stock transformers in {RELOADED} {summary.reload_max_abs_difference:g}"
 
 
-def lineage_rows(summary: Summary) -> Iterator[tuple[str, str]]:
+RELOADED = "a fresh process: largest logit difference"
+
+
+def lineage_rows(summary: Summary) -> Iterator[Note]:
     """Yield which model was pruned, and of one that was pruned before what went in all."""
     if not summary.lineage:
         return
@@ -223,19 +234,8 @@ def lineage_rows(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "lineage", f"{names} → this; {share:.1%} of all {first.num_params:,} parameters of {first.name} removed"
 
 
-def overlap_cell(share: float | None) -> str:
-    """Return a share of n-grams as text."""
-    return "blocks too short" if share is None else f"{share:.2%}"
-
-
 def inspection_table(inspection: Inspection) -> Tables:
-    """Return what `secateur inspect` shows."""
-    # Without column rules a 70B model's numbers fit 80 characters.
-    return terminal([inspected_groups(inspection)], _inspection_notes(inspection), SIMPLE_HEAD)
-
-
-def inspected_groups(inspection: Inspection) -> Table:
-    """Return what goes, by kind of group."""
+    """Return what `secateur inspect` shows: what goes, by kind of group, and what that takes."""
     size, rows = inspection.size, []
     for group in inspection.groups:
         numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
@@ -243,10 +243,11 @@ def inspected_groups(inspection: Inspection) -> Table:
         rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
     caption = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
     header = ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share")
-    return Table(caption, header, rows)
+    # Without column rules a 70B model's numbers fit 80 characters.
+    return terminal([Table(caption, header, rows)], _inspection_notes(inspection), SIMPLE_HEAD)
 
 
-def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def _inspection_notes(inspection: Inspection) -> Iterator[Note]:
     size, memory = inspection.size, inspection.memory
     yield (
         "removing",
@@ -274,7 +275,7 @@ def _inspection_notes(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "GGUF files", "; ".join(text for text in (sizes, inspection.files_problem) if text)
 
 
-def _possible_groups(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def _possible_groups(inspection: Inspection) -> Iterator[Note]:
     shown = {group.name for group in inspection.groups}
     for group in (group for group in inspection.possible if group.name not in shown):
         size = f"{group.num_units:,} in each of {group.num_layers} layers, {group.num_params:,} parameters"
@@ -288,7 +289,7 @@ def lost_cell(answers: OwnAnswers) -> str:
     return f"{answers.nats_lost:+.3f} ± {answers.standard_error:.3f}"
 
 
-def answer_rows(answers: OwnAnswers | None) -> Iterator[tuple[str, str, str, str]]:
+def answer_rows(answers: OwnAnswers | None) -> Iterator[Cells]:
     """Yield (label, dense, pruned, difference) on the dense model's own answers."""
     if answers is None:
         return
@@ -296,30 +297,6 @@ def answer_rows(answers: OwnAnswers | None) -> Iterator[tuple[str, str, str, str
     yield "same first choice there", "all", f"{answers.same_first:.1%}", ""
     for label, (before, after) in (("answers that end", answers.ended), ("repeats itself", answers.repeated)):
         yield label, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
-
-
-def answer_tables(answers: OwnAnswers | None) -> list[Table]:
-    """Return the answers of both models to a few prompts, side by side."""
-    if answers is None:
-        return []
-    return [
-        Table(pair.prompt, (), [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))], numbers=False)
-        for pair in answers.shown
-    ]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip("\n")
-
-
-def answer_note(answers: OwnAnswers | None) -> Iterator[tuple[str, str]]:
-    """Yield of which text the figures on answers are."""
-    if answers is not None:
-        yield (
-            "own answers",
-            f"the dense model's, greedy, up to {ANSWER_TOKENS} tokens, {answers.num_tokens:,} in all, to "
-            f"{answers.num_prompts} prompts that come with secateur; ± is one standard error over prompts",
-        )
 
 
 # Scripts of fewer tokens are not named, nor more than so many of those that lose most.
@@ -357,17 +334,14 @@ def _worst(trim: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
     return [(script, trim.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
 
 
-def vocabulary_notes(trim: VocabularyFacts) -> Iterator[tuple[str, str]]:
+def vocabulary_notes(trim: VocabularyFacts) -> Iterator[Note]:
     """Yield what a trim does to text: more tokens and nats by domain."""
-    growths = ", ".join(f"{name} {growth(*pair):+.1%}" for name, pair in trim.by_domain.items())
-    yield "text growth", f"{growths} more tokens for the same held-out text"
+    growths = {name: growth(*pair) for name, pair in trim.by_domain.items()}
+    yield "text growth", f"{listed(growths, '+.1%')} more tokens for the same held-out text"
     if trim.nats:
-        more = ", ".join(f"{name} {after - before:+.3f}" for name, (before, after) in trim.nats.items())
+        more = {name: after - before for name, (before, after) in trim.nats.items()}
         foretold = "" if trim.foretold is None else f"; {trim.foretold:.3f} were foretold"
-        yield "trim alone", f"{more} nats per token of the dense tokenizer{foretold}"
-
-
-Cells = tuple[str, ...]
+        yield "trim alone", f"{listed(more, '+.3f')} nats per token of the dense tokenizer{foretold}"
 
 
 def evaluation_table(evaluation: Evaluation) -> Tables:
@@ -378,16 +352,28 @@ def evaluation_table(evaluation: Evaluation) -> Tables:
 
 def text_tables(evaluation: Evaluation) -> list[Table]:
     """Return nats per token, bits per byte and KL by domain."""
-    columns = (*evaluation.models, *(["difference"] if evaluation.differences else []))
-    of_kl = ("domain", "mean", "same token first")
-    answers = list(answer_rows(evaluation.own_answers))
+    models = evaluation.models.values()
+    by_domain = {name: [model.domains[name] for model in models] for name in evaluation.pruned.domains}
+    other = _compared(OTHER_SOURCES, *(model.other_text for model in models))
+    nats = [other, *(_compared(name, *qualities) for name, qualities in by_domain.items())]
+    bits = [_bits_row(name, qualities) for name, qualities in by_domain.items()]
     kl_rows = [(domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}") for domain, kl in (evaluation.kl or {}).items()]
     return [
-        Table("the dense model's own answers", ("", "dense", "pruned", "difference"), answers),
-        Table("nats/token (perplexity)", ("domain", *columns), list(_nats_rows(evaluation))),
-        Table("bits/byte", ("domain", *columns), list(_bits_rows(evaluation))),
-        Table("KL(dense || pruned), nats/token", of_kl, kl_rows),
+        Table("the dense model's own answers", ("", *SIDES), list(answer_rows(evaluation.own_answers))),
+        Table("nats/token (perplexity)", ("domain", *_columns(evaluation)), nats),
+        Table("bits/byte", ("domain", *_columns(evaluation)), bits),
+        Table("KL(dense || pruned), nats/token", ("domain", "mean", "same token first"), kl_rows),
     ]
+
+
+def _columns(evaluation: Evaluation) -> Cells:
+    return SIDES if evaluation.differences else tuple(evaluation.models)
+
+
+def _bits_row(domain: str, qualities: list[Quality]) -> Cells:
+    bits = [quality.bits_per_byte for quality in qualities]
+    difference = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) > 1 else []
+    return domain, *(f"{value:.4f}" for value in bits), *difference
 
 
 def task_table(evaluation: Evaluation) -> Table:
@@ -401,26 +387,7 @@ def task_table(evaluation: Evaluation) -> Table:
             if changes is not None:
                 cells.append(changes[task][metric].text("+"))
             rows.append((f"{task}, {metric.removesuffix(',none')}", *cells))  # with the harness's filter, if any
-    columns = (*evaluation.models, *(["difference"] if changes is not None else []))
-    return Table("score ± standard error", ("task", *columns), rows)
-
-
-def _nats_rows(evaluation: Evaluation) -> Iterator[Cells]:
-    models, changes = list(evaluation.models.values()), evaluation.differences
-
-    def row(label: str, parts: list[Quality], change: Change | None) -> Cells:
-        return label, *map(_nats, parts), *([] if change is None else [change.text()])
-
-    yield row(OTHER_SOURCES, [model.other_text for model in models], changes and changes.other_text)
-    for domain in evaluation.pruned.domains:
-        yield row(domain, [model.domains[domain] for model in models], changes.domains[domain] if changes else None)
-
-
-def _bits_rows(evaluation: Evaluation) -> Iterator[Cells]:
-    for domain in evaluation.pruned.domains:
-        bits = [model.domains[domain].bits_per_byte for model in evaluation.models.values()]
-        change = [f"{bits[1] - bits[0]:+.4f}"] if len(bits) == 2 else []
-        yield domain, *(f"{value:.4f}" for value in bits), *change
+    return Table("score ± standard error", ("task", *_columns(evaluation)), rows)
 
 
 def _legend(evaluation: Evaluation) -> Iterator[str]:
@@ -473,7 +440,7 @@ _ROWS: dict[str, Callable[[ModelFigures], str]] = {
 }
 
 
-def _notes(result: BenchResult) -> Iterator[tuple[str, str]]:
+def _notes(result: BenchResult) -> Iterator[Note]:
     for name, figures in result.models.items():
         yield name, f"{figures.model}, {figures.dtype}"
     threads = f", threads: {result.num_threads}" if result.device == "cpu" else ""
@@ -524,13 +491,13 @@ def _kl_cell(verdict: Verdict) -> str:
     return f"{verdict.kl:.3f}{plus_minus(verdict.standard_error)}"
 
 
-def cost_rows(record: RecoveryRecord) -> Iterator[tuple[str, str]]:
+def cost_rows(record: RecoveryRecord) -> Iterator[Note]:
     """Yield what the recovery took (tokens, seconds, memory), reload and notes."""
     ours = record.training
     yield "training", f"{ours.num_tokens:,} tokens, {ours.seconds:,.1f} s"
     yield "guarded by", f"{record.num_held_out_tokens:,} held-out tokens, never trained on"
     yield "peak memory", f"{human_bytes(record.peak_bytes)} resident, interpreter included"
-    yield "reload", f"in a fresh process: largest logit difference {record.reload_max_abs_difference:g}"
+    yield "reload", f"in {RELOADED} {record.reload_max_abs_difference:g}"
     for note in record.notes:
         yield "note", note
 
