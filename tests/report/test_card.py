@@ -13,6 +13,7 @@ from markdown_it.token import Token
 from test_shown import BARE, RECOVERY
 
 from secateur.facts import Loss
+from secateur.recipe import Recipe
 from secateur.report.card import model_card
 from secateur.report.page import Table, code, escaped, markdown
 from secateur.report.records import RecoveryRecord, Summary
@@ -48,11 +49,16 @@ def summary(model: str, domain: str, note: str, command: str) -> Summary:
     return dataclasses.replace(BARE, model=model, command=command, **changes)
 
 
+def card_of(run: Summary) -> str:
+    domains = {name: {"installed": "code"} for name in run.calibration.num_tokens}
+    return model_card(run, Recipe.model_validate({"calibration": {"domains": domains}}))
+
+
 def test_the_three_domains_that_lost_most_are_named():
     lost = {"a": 3.2, "b": 3.4, "c": 2.9, "d": 3.3, "e": 3.1}
     pruned = {name: Loss(nats, 0.1, 100) for name, nats in lost.items()}
     dense = {name: Loss(3.0, 0.1, 100) for name in lost}
-    card = model_card(dataclasses.replace(summary("m", "a", "", ""), dense_losses=dense, pruned_losses=pruned))
+    card = card_of(dataclasses.replace(summary("m", "a", "", ""), dense_losses=dense, pruned_losses=pruned))
     times = {"b": 1.49, "d": 1.35, "a": 1.22}
     named = [f"{name} ({ratio} times the dense model's perplexity)" for name, ratio in times.items()]
     assert f"It lost most on {', '.join(named)}. " in card
@@ -79,8 +85,8 @@ def shown(text: str) -> str:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_text_in_the_card(name):
-    card = model_card(summary(name, name, name, f"secateur prune {name} out"))
-    plain = model_card(summary("name", "name", "name", "secateur prune name out"))
+    card = card_of(summary(name, name, name, f"secateur prune {name} out"))
+    plain = card_of(summary("name", "name", "name", "secateur prune name out"))
     _, front, body = card.split("---\n", 2)
     said, quiet = (yaml.safe_load(each) for each in (front, plain.split("---\n", 2)[1]))
     assert said == quiet  # what was given is named in the text alone

@@ -10,12 +10,11 @@ import torch
 from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
 from models import tiny_llama
 from page_checks import PageChecks
-from test_card import HOSTILE, READER, shown, summary, tokens
+from test_card import HOSTILE, READER, card_of, shown, summary, tokens
 
 from secateur.facts import Loss
 from secateur.pruning.trimmed import vocabulary_facts
 from secateur.recipe import Recipe
-from secateur.report.card import model_card
 from secateur.report.page import Page, render
 from secateur.report.records import ResultFiles, Summary, VocabularyFacts
 from secateur.report.report import removed_section
@@ -97,7 +96,7 @@ def test_texts_of_tokens_and_names_are_text(name):
     def facts(each: str) -> VocabularyFacts:
         return made({each: (20, 2)}, by_domain={each: (1, 2)}, nats={each: (1.0, 2.0)})
 
-    card, plain = (model_card(trimmed(facts(each), each)) for each in (name, "name"))
+    card, plain = (card_of(trimmed(facts(each), each)) for each in (name, "name"))
     body, quiet = (text.split("---\n", 2)[2] for text in (card, plain))
     assert [token.type for token in tokens(body)] == [token.type for token in tokens(quiet)]
     assert shown(name) in html.unescape(re.sub(r"<[^>]*>", "", READER.render(body)))

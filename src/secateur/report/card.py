@@ -5,10 +5,10 @@ The metadata is the hub's: https://huggingface.co/docs/hub/model-cards.
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from secateur.facts import Ancestor
 from secateur.files import without_places
 from secateur.recipe import Domain, Recipe
 from secateur.report.page import code, escaped, markdown
@@ -30,22 +30,23 @@ NUM_WORST = 3  # domains named as those that suffered most
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def card_data(summary: Summary, recipe: Recipe | None) -> ModelCardData:
-    """Return the hub's metadata. What is not known is left out; `unknown` says why."""
-    lineage, domains = summary.lineage, {} if recipe is None else dict(recipe.calibration.domains)
-    base_model = next((checkpoint.hub_id for checkpoint in reversed(lineage) if checkpoint.hub_id), None)
-    metadata: dict[str, Any] = {"tags": list(TAGS)}
-    if lineage and lineage[-1].license:
-        dense = lineage[-1]
-        metadata |= {"license": dense.license, "license_name": dense.license_name, "license_link": dense.license_link}
-    if base_model:
-        metadata |= {"base_model": base_model, "base_model_relation": "finetune"}  # the hub knows no `pruned`
-    if lineage and lineage[-1].languages and summary.vocabulary is None:
-        metadata["language"] = list(lineage[-1].languages)
-    if datasets := [without_places(domain.dataset) for domain in domains.values() if domain.dataset]:
-        metadata["datasets"] = sorted(set(datasets))
-    tag = "image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation"
-    return ModelCardData(library_name="transformers", pipeline_tag=tag, **metadata)
+def card_data(summary: Summary, recipe: Recipe) -> ModelCardData:
+    """Return the hub's metadata. What is not known is None, which is left out; `unknown` says why."""
+    dense = summary.lineage[-1] if summary.lineage else Ancestor("", None, 0)
+    base_model = next((checkpoint.hub_id for checkpoint in reversed(summary.lineage) if checkpoint.hub_id), None)
+    datasets = {without_places(domain.dataset) for domain in recipe.calibration.domains.values() if domain.dataset}
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,  # the hub knows no `pruned`
+        datasets=sorted(datasets) or None,
+        language=None if summary.vocabulary else list(dense.languages) or None,
+        library_name="transformers",
+        license=dense.license,
+        license_name=dense.license_name,
+        license_link=dense.license_link,
+        pipeline_tag="image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation",
+        tags=list(TAGS),
+    )
 
 
 def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
@@ -63,14 +64,12 @@ def with_metadata(card: str, data: ModelCardData) -> str:
     return f"---\n{data.to_yaml()}\n---\n{_FRONT_MATTER.sub('', card, count=1)}"
 
 
-def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
+def model_card(summary: Summary, recipe: Recipe) -> str:
     """Return the card: what was removed, measured, how to load it, what it is bad at, how it was made."""
-    data = card_data(summary, recipe)
-    title = f"# {escaped(summary.model)}, pruned by secateur"
     trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
     lines = [
         "",
-        title,
+        f"# {escaped(summary.model)}, pruned by secateur",
         "",
         *trimmed,
         f"**{escaped(verdict(summary))}.**",
@@ -84,19 +83,19 @@ def model_card(summary: Summary, recipe: Recipe | None = None) -> str:
     lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
     lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary)]
     lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
-    files = "all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
-    lines += [f"- {files}"]
+    lines += [
+        "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
+    ]
     lines += [f"- note: {escaped(note)}" for note in caveats(summary)]
-    return with_metadata("\n".join(lines) + "\n", data)
+    return with_metadata("\n".join(lines) + "\n", card_data(summary, recipe))
 
 
-def _calibrated_on(summary: Summary, recipe: Recipe | None) -> Iterator[str]:
+def _calibrated_on(summary: Summary, recipe: Recipe) -> Iterator[str]:
     """Yield which text the run saw, and the domains that lost most, against the dense model."""
-    domains = {} if recipe is None else recipe.calibration.domains
     yield from ("## What it was calibrated on, and what it is bad at", "")
     for name, num_tokens in summary.calibration.num_tokens.items():
-        source = f" ({source_text(domains[name])})" if name in domains else ""
-        yield f"- {escaped(f'{name}: {num_tokens:,} tokens{source}')}"
+        source = source_text(recipe.calibration.domains[name])
+        yield f"- {escaped(f'{name}: {num_tokens:,} tokens ({source})')}"
     losses = ((name, summary.pruned_losses[name], loss) for name, loss in summary.dense_losses.items())
     ratios = sorted(((pruned.perplexity / dense.perplexity, name) for name, pruned, dense in losses), reverse=True)
     lost = [f"{name} ({ratio:.2f} times the dense model's perplexity)" for ratio, name in ratios if ratio > 1]
