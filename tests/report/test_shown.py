@@ -370,7 +370,6 @@ def in_terminal(tables: rows.Tables) -> str:
 def plain(page: Page) -> str:
     """Return all that a page says, without what it looks like."""
     lines = [page.title, page.verdict, page.beside, *(f"note: {note}" for note in page.notes)]
-    lines += [f"{figure.label}: {figure.before} > {figure.after}" for figure in page.figures]
     for section in page.sections:
         lines += ["", f"== {section.name}: {section.title}", *section.text]
         for table in section.tables:

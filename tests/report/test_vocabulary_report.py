@@ -110,4 +110,4 @@ def test_texts_of_tokens_and_names_are_text(name):
 def page_of(facts: VocabularyFacts) -> str:
     section = removed_section(ResultFiles(trimmed(facts), (), (), Recipe(), None, None, None))
     assert section is not None
-    return render(Page("title", "verdict", (), (), (section,)))
+    return render(Page("title", "verdict", (), (section,)))

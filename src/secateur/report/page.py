@@ -105,22 +105,12 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyFigure:
-    """A number that everybody asks for, after and before."""
-
-    label: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True, slots=True)
 class Page:
-    """A report: the verdict and what stands beside it, then warnings and key figures, then sections."""
+    """A report: the verdict and what stands beside it, then warnings, then sections."""
 
     title: str
     verdict: str
     notes: Sequence[str]
-    figures: Sequence[KeyFigure]
     sections: Sequence[Section]
     beside: str = ""
 

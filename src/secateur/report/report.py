@@ -1,29 +1,25 @@
 """What people read of a result: `report.html`, one page that needs no network, and the card. In: its directory."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from secateur.data.blocks import NGRAM_TOKENS
 from secateur.files import write_text
-from secateur.log import human_bytes
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
 from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
-from secateur.report.page import KeyFigure, Page, Section, Table, render
+from secateur.report.page import Page, Section, Table, render
 from secateur.report.records import (
-    NOT_TOLD_APART,
     GroupStep,
     RecoveryRecord,
     RemovedLayer,
     ResultFiles,
-    SpeedUp,
     Summary,
     mean_change,
     read_result,
     read_summary,
 )
 from secateur.report.rows import (
-    OTHER_SOURCES,
     SIDES,
     bench_tables,
     beside_verdict,
@@ -38,7 +34,6 @@ from secateur.report.rows import (
     text_tables,
     verdict,
     verdict_table,
-    vocabulary_notes,
     who_suffers,
 )
 from secateur.result_directory import PAGE_FILE, RESULT_FILE, write_summary
@@ -131,7 +126,7 @@ def removed_section(files: ResultFiles) -> Section | None:
         caption = "Units by layer, before → kept; bars: the share that stays"
         tables.append(Table(caption, ("", *groups), rows, bars=bars))
     if (vocabulary := files.summary.vocabulary) is not None:
-        text += [who_suffers(vocabulary), *(f"{label}: {note}." for label, note in vocabulary_notes(vocabulary))]
+        text.append(who_suffers(vocabulary))
     return Section("removed", "What went where", text, tables) if text else None
 
 
@@ -251,28 +246,8 @@ def report_page(files: ResultFiles) -> Page:
     """Return the report of one run."""
     summary = files.summary
     shown = [section for make in SECTIONS if (section := make(files)) is not None]
-    ups = files.bench.speed_ups if files.bench else {}
+    ups = {phase: up.measured for phase, up in files.bench.speed_ups.items()} if files.bench else {}
     tasks = files.evaluation is not None and files.evaluation.pruned.tasks is not None
-    beside = beside_verdict(summary, {phase: up.measured for phase, up in ups.items()}, asked_tasks=tasks)
+    beside = beside_verdict(summary, ups, asked_tasks=tasks)
     title = f"{summary.model}, pruned by secateur"
-    return Page(title, f"{verdict(summary)}.", caveats(summary), key_figures(summary, ups), shown, beside)
-
-
-def key_figures(summary: Summary, ups: Mapping[str, SpeedUp]) -> list[KeyFigure]:
-    """Return size, quality and speed, before and after."""
-    dense, pruned = summary.dense_size, summary.pruned_size
-    figures = [
-        KeyFigure("parameters", f"of {dense.num_params:,}", f"{pruned.num_params / 1e6:,.1f} M"),
-        KeyFigure("weights", f"from {human_bytes(dense.num_bytes)}", human_bytes(pruned.num_bytes)),
-    ]
-    if (answers := summary.own_answers) is not None:
-        error = f"± {answers.standard_error:.2f}, the dense model's to {answers.num_prompts} prompts"
-        figures.append(KeyFigure("nats a token, own answers", error, f"{answers.nats_lost:+.2f}"))
-    if (other := summary.other_text) is not None:
-        before, after = (loss.perplexity for loss in other)
-        figures.append(KeyFigure(f"perplexity, {OTHER_SOURCES}", f"from {before:.2f}", f"{after:.2f}"))
-    for phase, up in ups.items():
-        (before, after), ratio = up.rates, up.measured
-        spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f} times, {before:,.1f} → {after:,.1f} tokens/s"
-        figures.append(KeyFigure(phase, spread, f"{ratio.median:.2f}x" if ratio.is_told else NOT_TOLD_APART))
-    return figures
+    return Page(title, f"{verdict(summary)}.", caveats(summary), shown, beside)

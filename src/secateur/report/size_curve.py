@@ -46,7 +46,7 @@ def measurement_page(measurement: Measurement) -> Page:
     ]
     title = f"{measurement.model}: what smaller costs, by secateur"
     verdict = ", ".join(f"{name} {bound}" for name, bound in _bounds(measurement).items()).capitalize()
-    return Page(title, f"{verdict}.", measurement.warnings, (), sections)
+    return Page(title, f"{verdict}.", measurement.warnings, sections)
 
 
 def marked(measurement: Measurement) -> dict[str, float]:
