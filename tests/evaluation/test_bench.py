@@ -106,8 +106,6 @@ def test_the_command_writes_what_it_shows(pair):
     ideal = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
     assert decode.ideal == pytest.approx(ideal) and ideal > 1
     assert f"{ideal:.2f}" in outcome.stdout
-    assert decode.rates == (dense.speed.decode.median, pruned.speed.decode.median)
-    assert result.speed_ups["prefill"].rates == (dense.speed.prefill.median, pruned.speed.prefill.median)
 
 
 def test_a_speed_up_is_told_where_1_is_not_in_its_range():

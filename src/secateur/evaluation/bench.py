@@ -72,25 +72,13 @@ def bench(
         notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
     for checkpoint in checkpoints:
         _check_model(checkpoint, workload)
-    result = _bench(checkpoints, workload, place, (*notes, *_notes(checkpoints, workload)), progress)
-    if is_result(Path(model)):
-        add_figures(Path(model), BENCH_FILE, result.to_json())
-    return result
 
-
-def _bench(
-    checkpoints: list[Checkpoint],
-    workload: Workload,
-    device: torch.device,
-    notes: tuple[str, ...],
-    progress: Progress,
-) -> BenchResult:
+    # Time them, and count the least that they have to do.
     models = list[PreTrainedModel]()
     for checkpoint in steps(progress, "load", checkpoints):
         models.append(load_model(checkpoint))
-        nn.Module.to(models[-1], device)
+        nn.Module.to(models[-1], place)
     runs = take_turns([runner_of(model, workload) for model in models], workload.repeats, progress)
-
     figures = [
         ModelFigures(
             model=name_of(checkpoint),
@@ -101,24 +89,28 @@ def _bench(
         )
         for checkpoint, model, of_model in zip(checkpoints, models, runs, strict=True)
     ]
-    by_name, speed_ups = {"model": figures[0]}, dict[str, SpeedUp]()
-    if len(figures) == 2:
-        pruned, dense = figures
-        by_name = {"dense": dense, "pruned": pruned}
-        flops = dense.costs.prefill_flops_per_token / pruned.costs.prefill_flops_per_token
-        num_bytes = dense.costs.decode_bytes_per_token / pruned.costs.decode_bytes_per_token
-        for phase, rates, ideal in (("prefill", prefill_rates, flops), ("decode", decode_rates, num_bytes)):
-            ours, theirs = (rates(run, workload) for run in runs)
-            speed_ups[phase] = SpeedUp(paired_ratio(ours, theirs), ideal, (median(theirs), median(ours)))
-    return BenchResult(
-        device=str(device),
+
+    result = BenchResult(
+        device=str(place),
         num_threads=torch.get_num_threads(),
         workload=workload,
-        models=by_name,
-        speed_ups=speed_ups,
+        models={"model": figures[0]} if against is None else {"dense": figures[1], "pruned": figures[0]},
+        speed_ups={} if against is None else _speed_ups(figures, runs, workload),
         versions=versions(),
-        notes=notes,
+        notes=(*notes, *_notes(checkpoints, workload)),
     )
+    if is_result(Path(model)):
+        add_figures(Path(model), BENCH_FILE, result.to_json())
+    return result
+
+
+def _speed_ups(figures: list[ModelFigures], runs: list[list[list[float]]], workload: Workload) -> dict[str, SpeedUp]:
+    """Return by phase how much faster the first of two models is. `runs`: of each model, seconds to each token."""
+    pruned, dense = (of_model.costs for of_model in figures)
+    flops = dense.prefill_flops_per_token / pruned.prefill_flops_per_token
+    num_bytes = dense.decode_bytes_per_token / pruned.decode_bytes_per_token
+    prefill, decode = (paired_ratio(*(rates(run, workload) for run in runs)) for rates in (prefill_rates, decode_rates))
+    return {"prefill": SpeedUp(prefill, flops), "decode": SpeedUp(decode, num_bytes)}
 
 
 def _notes(checkpoints: list[Checkpoint], workload: Workload) -> Iterator[str]:

@@ -232,11 +232,10 @@ class ModelFigures:
 
 @dataclass(frozen=True, slots=True)
 class SpeedUp:
-    """Pruned over dense speed: measured, and the ideal. `rates`: of dense and pruned, median tokens per second."""
+    """Pruned over dense speed: measured, and the ideal."""
 
     measured: Spread
     ideal: float
-    rates: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
