@@ -192,14 +192,7 @@ def prune(
     parsed = _recipe_of(recipe, preset, options, domain, sets, answers)
     if is_alone:
         return prune_and_tell(
-            model,
-            out,
-            parsed,
-            like=like,
-            from_=from_,
-            max_loss=max_loss,
-            overwrite=overwrite,
-            force=force,
+            model, out, parsed, like=like, from_=from_, max_loss=max_loss, overwrite=overwrite, force=force
         )
     for option, given in (("--like", like), ("--max-loss", max_loss)):
         if given is not None:
@@ -220,32 +213,11 @@ def prune(
         common.show(made.summary, str(made.out))
 
 
-def prune_and_tell(
-    model: str,
-    out: Path,
-    recipe: Recipe,
-    *,
-    like: Path | None = None,
-    from_: Path | None = None,
-    max_loss: float | None = None,
-    overwrite: bool,
-    force: bool = False,
-) -> None:
-    """Prune, and print the result."""
+def prune_and_tell(model: str, out: Path, recipe: Recipe, **options: Any) -> None:
+    """Prune, and print the result. `options`: others of `secateur.prune`."""
+    command = common.command_line(out)
     with common.progress_bar() as progress:
-        made = secateur.prune(
-            model,
-            recipe,
-            out=out,
-            like=like,
-            from_=from_,
-            max_loss=max_loss,
-            overwrite=overwrite,
-            force=force,
-            command=common.command_line(out),
-            progress=progress,
-            tell=common.tell,
-        )
+        made = secateur.prune(model, recipe, out=out, command=command, progress=progress, tell=common.tell, **options)
     summary = made.summary
     loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
     common.show(summary, f"{out}. Load it with {loader}('{out}')")

@@ -36,6 +36,7 @@ class _Shared:
     study: Study
     opened: Opened
     dense: Subject
+    options: TaskOptions
     tasks: LoadedTasks | None
     store: Store
     progress: Progress
@@ -111,11 +112,13 @@ def _shared(study: Study, out: Path, progress: Progress, tell: Tell) -> _Shared:
             raise type(error)(f"study, method '{cell.method}' at {cell.ratio:.0%}: {error}") from None
     assert opened.checkpoint is not None, "a study names its models"
     evaluation = study.evaluation
+    options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size, run_code=evaluation.run_code)
     return _Shared(
         study=study,
         opened=replace(opened, tokenizer=tokenizer_of(opened)),
         dense=subject_of(DENSE, opened.checkpoint, opened.arch, opened.device),
-        tasks=load_tasks(evaluation.tasks, _task_options(study), evaluation.tasks_data) if evaluation.tasks else None,
+        options=options,
+        tasks=load_tasks(evaluation.tasks, options, evaluation.tasks_data) if evaluation.tasks else None,
         store=Store.lasting(out / CELLS_FOLDER, tell),
         progress=progress,
     )
@@ -142,8 +145,8 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
         if cell.is_dense:
             figures = {"remove_reached": 0.0, "seconds": 0.0}
             return place | figures | _judge(shared, replace(shared.dense), shared.opened, judged)
-        start, num_blocks = time.perf_counter(), shared.study.evaluation.num_blocks
-        ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=num_blocks)
+        start = time.perf_counter()
+        ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=shared.study.evaluation.num_blocks)
         run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
         seconds = time.perf_counter() - start
         num_params = run.model.num_parameters()
@@ -170,11 +173,6 @@ def _depends_on(shared: _Shared, cell: Cell, judged: Judged) -> dict[str, Any]:
     }
 
 
-def _task_options(study: Study) -> TaskOptions:
-    evaluation = study.evaluation
-    return TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size, run_code=evaluation.run_code)
-
-
 def _judge(shared: _Shared, subject: Subject, opened: Opened, judged: Judged) -> dict[str, Any]:
     """Return a cell's losses, by document too, and its tasks. `opened`: with the trim of the vocabulary, if any."""
     model, tasks = subject.model(), dict[str, Any]()
@@ -184,6 +182,6 @@ def _judge(shared: _Shared, subject: Subject, opened: Opened, judged: Judged) ->
     )
     for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
         listen = partial(shared.progress, name)
-        result = run_task(task, model, tokenizer_of(opened), _task_options(shared.study), listen)
+        result = run_task(task, model, tokenizer_of(opened), shared.options, listen)
         tasks[name] = {key: value for key, value in result["results"][name].items() if isinstance(value, int | float)}
     return {"losses": losses, "others": others, "tasks": tasks}

@@ -173,10 +173,6 @@ class FoundCell:
     num_tokens: dict[str, int] = field(default_factory=dict)
     others: dict[str, Loss] = field(default_factory=dict)
 
-    def over(self, dense: "FoundCell") -> dict[str, Change]:
-        """Return nats per token over those of the dense model on the same draw, by domain."""
-        return {name: change(dense.losses[name], loss) for name, loss in self.losses.items()}
-
     @property
     def perplexity(self) -> float:
         """Geometric mean over domains."""
@@ -266,21 +262,25 @@ PERPLEXITY_BY_DOMAIN = "Perplexity by domain, mean ± spread over seeds"
 
 def quality_table(caption: str, cells: list[FoundCell], domains: Iterable[str]) -> Table:
     """Return what was removed, and perplexity over all domains and on each of `domains`."""
-    columns: dict[str, Value] = {
-        "removed, %": lambda cell: 100 * cell.remove_reached,
-        "perplexity (geometric mean)": lambda cell: cell.perplexity,
-    }
-    for name in domains:
-        columns[name] = lambda cell, name=name: cell.losses[name].perplexity
-    return _table(caption, cells, columns | {"seconds": lambda cell: cell.seconds})
+    removed: dict[str, Value] = {"removed, %": lambda cell: 100 * cell.remove_reached}
+    perplexities = _perplexities(lambda cell: cell.losses, domains)
+    return _table(caption, cells, removed | perplexities | {"seconds": lambda cell: cell.seconds})
 
 
 def others_table(cells: list[FoundCell]) -> Table:
     """Return perplexity on the other kinds of text."""
-    columns: dict[str, Value] = {"perplexity (geometric mean)": lambda cell: geometric_mean_perplexity(cell.others)}
-    for name in cells[0].others:
-        columns[name] = lambda cell, name=name: cell.others[name].perplexity
+    columns = _perplexities(lambda cell: cell.others, cells[0].others)
     return _table("Perplexity on kinds of text that no run saw", cells, columns)
+
+
+def _perplexities(losses_of: Callable[[FoundCell], dict[str, Loss]], names: Iterable[str]) -> dict[str, Value]:
+    """Return columns of perplexity: the geometric mean over all texts, and each of `names`."""
+    columns: dict[str, Value] = {
+        "perplexity (geometric mean)": lambda cell: geometric_mean_perplexity(losses_of(cell)),
+    }
+    for name in names:
+        columns[name] = lambda cell, name=name: losses_of(cell)[name].perplexity
+    return columns
 
 
 OVER_DENSE = (
@@ -304,8 +304,8 @@ def _over_dense(row: StudyRow, cells: list[FoundCell]) -> tuple[Change, dict[str
     Errors are over draws, each of which has its own calibration and judging text; of one draw, over
     documents.
     """
-    dense = {cell.seed: cell for cell in cells if (cell.method, cell.ratio) == (DENSE, 0.0)}
-    draws = [cell.over(dense[cell.seed]) for cell in row.cells]
+    dense = {cell.seed: cell.losses for cell in cells if (cell.method, cell.ratio) == (DENSE, 0.0)}
+    draws = [{name: change(dense[cell.seed][name], loss) for name, loss in cell.losses.items()} for cell in row.cells]
     if len(draws) == 1:
         return mean_change(draws[0].values()), draws[0]
 

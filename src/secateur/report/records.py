@@ -6,7 +6,7 @@ First what runs and inspections tell, then what is measured on finished models: 
 import math
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,8 @@ class Quality(Loss):
     @classmethod
     def on(cls, num_bytes: int, loss: Loss) -> "Quality":
         """Return the quality of a loss on so many bytes."""
-        return cls(
-            loss.nats_per_token,
-            loss.standard_error,
-            loss.num_tokens,
-            loss.document_nats,
-            loss.document_tokens,
-            num_bytes=num_bytes,
-            bits_per_byte=loss.nats_per_token / math.log(2) * loss.num_tokens / num_bytes,
-        )
+        bits_per_byte = loss.nats_per_token / math.log(2) * loss.num_tokens / num_bytes
+        return cls(**asdict(loss), num_bytes=num_bytes, bits_per_byte=bits_per_byte)
 
 
 @dataclass(frozen=True, slots=True)
