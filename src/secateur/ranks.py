@@ -90,19 +90,15 @@ def joined() -> Iterator[None]:
 
 
 def meet(name: str) -> None:
-    """Wait for every rank, however long one works alone. Raises RankError if one is lost."""
+    """Wait for every rank, however long one works alone. Raises RankError if one, or the store, is lost."""
     if _groups:
         group = _groups[0]
         group.store.add(f"meet-{name}", 1)
-        wait_until(lambda: group.store.add(f"meet-{name}", 0) >= group.size)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Poll, so that signals are handled. Raises RankError if a rank or the store is lost."""
-    while not _asked(is_so):
-        time.sleep(LOOK_SECONDS)
-        if _asked(lambda: bool(lost_ranks())):
-            raise RankError(lost_text())
+        # Polls, so that signals are handled.
+        while not _asked(lambda: group.store.add(f"meet-{name}", 0) >= group.size):
+            time.sleep(LOOK_SECONDS)
+            if _asked(lambda: bool(lost_ranks())):
+                raise RankError(lost_text())
 
 
 def _asked(is_so: Callable[[], bool]) -> bool:

@@ -35,7 +35,9 @@ class Strict(BaseModel):
             try:
                 super().__init__(**data)
             except ValidationError as error:
-                raise RecipeError(sentence_of(error, type(self))) from None
+                name = type(self).__name__
+                wrong = sentence(error, type(self)).removeprefix(f"{name.lower()}: ")
+                raise RecipeError(f"{name}: {wrong}") from None
 
         __init__.__pydantic_base_init__ = True  # a recipe as a whole is validated without it
 
@@ -336,12 +338,6 @@ class Recipe(Strict):
     @classmethod
     def _a_number_is_the_share(cls, value: Any) -> Any:
         return value if isinstance(value, dict | Remove) else {"share": value}
-
-
-def sentence_of(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return what is wrong with a recipe, or a part of it, that was made by its name."""
-    name = model.__name__
-    return f"{name}: {sentence(error, model).removeprefix(f'{name.lower()}: ')}"
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:

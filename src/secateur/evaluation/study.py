@@ -5,7 +5,7 @@ The verdict on a grid says no more than its draws carry.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -198,7 +198,7 @@ class StudyRow:
 
     method: str
     ratio: float
-    cells: list[FoundCell]
+    cells: Sequence[FoundCell]
 
     def mean(self, value: Value) -> float:
         """Return the mean over seeds."""
@@ -219,18 +219,17 @@ class StudyRow:
 def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
     """Write the study, results.json, and the tables in Markdown to `out`."""
     dumped = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    tables = _markdown(study, list(comparison.cells))
+    tables = _markdown(study, comparison.cells)
     for name, text in {"study.yaml": dumped, "results.json": comparison.to_json(), "table.md": tables}.items():
         write_text(out / name, text)
 
 
 def comparison_table(comparison: Comparison) -> Tables:
     """Return what the terminal shows of a study: a row per method and share, and the verdict."""
-    cells = list(comparison.cells)
-    return terminal([quality_table("", cells, domains=())], [(study_verdict(cells),)])
+    return terminal([quality_table("", comparison.cells, domains=())], [(study_verdict(comparison.cells),)])
 
 
-def _markdown(study: Study, cells: list[FoundCell]) -> str:
+def _markdown(study: Study, cells: Sequence[FoundCell]) -> str:
     lines = [f"# {escaped(study.question)}", "", escaped(study_verdict(cells)), ""]
     lines += [*(f"- {escaped(line)}" for line in _about(study, cells)), ""]
     tables = [quality_table(PERPLEXITY_BY_DOMAIN, cells, cells[0].losses), over_dense_table(cells)]
@@ -241,7 +240,7 @@ def _markdown(study: Study, cells: list[FoundCell]) -> str:
     return "\n".join(lines)
 
 
-def study_rows(cells: Iterable[FoundCell]) -> list[StudyRow]:
+def study_rows(cells: Sequence[FoundCell]) -> list[StudyRow]:
     """Group cells by share and method, in the order they came."""
     grouped: dict[tuple[float, str], list[FoundCell]] = {}
     for cell in cells:
@@ -250,7 +249,7 @@ def study_rows(cells: Iterable[FoundCell]) -> list[StudyRow]:
     return [StudyRow(method, ratio, of_row) for (ratio, method), of_row in ordered]
 
 
-def _table(caption: str, cells: list[FoundCell], columns: Mapping[str, Value]) -> Table:
+def _table(caption: str, cells: Sequence[FoundCell], columns: Mapping[str, Value]) -> Table:
     rows = [
         (row.method, f"{row.ratio:.0%}", *(row.text(value) for value in columns.values())) for row in study_rows(cells)
     ]
@@ -260,14 +259,14 @@ def _table(caption: str, cells: list[FoundCell], columns: Mapping[str, Value]) -
 PERPLEXITY_BY_DOMAIN = "Perplexity by domain, mean ± spread over seeds"
 
 
-def quality_table(caption: str, cells: list[FoundCell], domains: Iterable[str]) -> Table:
+def quality_table(caption: str, cells: Sequence[FoundCell], domains: Iterable[str]) -> Table:
     """Return what was removed, and perplexity over all domains and on each of `domains`."""
     removed: dict[str, Value] = {"removed, %": lambda cell: 100 * cell.remove_reached}
     perplexities = _perplexities(lambda cell: cell.losses, domains)
     return _table(caption, cells, removed | perplexities | {"seconds": lambda cell: cell.seconds})
 
 
-def others_table(cells: list[FoundCell]) -> Table:
+def others_table(cells: Sequence[FoundCell]) -> Table:
     """Return perplexity on the other kinds of text."""
     columns = _perplexities(lambda cell: cell.others, cells[0].others)
     return _table("Perplexity on kinds of text that no run saw", cells, columns)
@@ -288,7 +287,7 @@ OVER_DENSE = (
 )
 
 
-def over_dense_table(cells: list[FoundCell]) -> Table:
+def over_dense_table(cells: Sequence[FoundCell]) -> Table:
     """Return the difference to the dense model on the same draw: mean of domains, and each."""
     domains, rows = list(cells[0].losses), []
     for row in (row for row in study_rows(cells) if row.method != DENSE):
@@ -298,7 +297,7 @@ def over_dense_table(cells: list[FoundCell]) -> Table:
     return Table(OVER_DENSE, ("method", "asked", "mean of domains", *domains), rows)
 
 
-def _over_dense(row: StudyRow, cells: list[FoundCell]) -> tuple[Change, dict[str, Change]]:
+def _over_dense(row: StudyRow, cells: Sequence[FoundCell]) -> tuple[Change, dict[str, Change]]:
     """Return the row's nats per token over the dense model's, draw by draw: mean of domains, and each.
 
     Errors are over draws, each of which has its own calibration and judging text; of one draw, over
@@ -316,7 +315,7 @@ def _over_dense(row: StudyRow, cells: list[FoundCell]) -> tuple[Change, dict[str
     return over_draws([mean_change(draw.values()).nats_per_token for draw in draws]), by_domain
 
 
-def study_verdict(cells: list[FoundCell]) -> str:
+def study_verdict(cells: Sequence[FoundCell]) -> str:
     """Name the method with the lowest perplexity at each share, and those that may be as good.
 
     A method is told apart from another if it is better on every draw and, over at least two draws, by
@@ -342,7 +341,7 @@ def _is_better(best: StudyRow, other: StudyRow) -> bool:
     return statistics.mean(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
-def _about(study: Study, cells: list[FoundCell]) -> list[str]:
+def _about(study: Study, cells: Sequence[FoundCell]) -> list[str]:
     tokens = sorted({sum(cell.num_tokens.values()) for cell in cells if cell.num_tokens})
     length = study.recipe.get("calibration", {}).get("sequence_length", "the model's default")
     tasks, limit = ", ".join(study.evaluation.tasks) or "none", study.evaluation.limit
@@ -359,7 +358,7 @@ def _about(study: Study, cells: list[FoundCell]) -> list[str]:
 ACCURACY = "Accuracy by task (acc_norm where the task has it), ± spread over seeds; of one, its error over questions"
 
 
-def accuracy_table(cells: list[FoundCell]) -> Table:
+def accuracy_table(cells: Sequence[FoundCell]) -> Table:
     """Return accuracies by task, and their mean."""
     tasks, rows = list(cells[0].tasks), []
     for row in study_rows(cells):

@@ -90,14 +90,9 @@ def task_metrics(results: dict[str, Any]) -> list[str]:
     return [key for key in results if "," in key and "_stderr," not in key]
 
 
-def task_scores(results: dict[str, dict[str, Any]]) -> Scores:
-    """Return every task's scores from the harness's results."""
-
-    def score(of: dict[str, Any], metric: str) -> TaskScore:
-        error = of.get(metric.replace(",", "_stderr,", 1))
-        return TaskScore(of[metric], error if isinstance(error, float) else None)
-
-    return {task: {metric: score(of, metric) for metric in task_metrics(of)} for task, of in results.items()}
+def _score(results: dict[str, Any], metric: str) -> TaskScore:
+    error = results.get(metric.replace(",", "_stderr,", 1))
+    return TaskScore(results[metric], error if isinstance(error, float) else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +106,8 @@ class Measured:
     @property
     def scores(self) -> Scores:
         """The tasks' scores; empty without tasks."""
-        return {} if self.tasks is None else task_scores(self.tasks.results)
+        results = {} if self.tasks is None else self.tasks.results
+        return {task: {metric: _score(of, metric) for metric in task_metrics(of)} for task, of in results.items()}
 
 
 @dataclass(frozen=True, slots=True)
