@@ -22,7 +22,6 @@ from secateur.formats.gguf_tensors import (
     GgufTensor,
     gguf_tensors,
     num_gguf_bytes,
-    padded_bytes,
     planned_tensors,
     quantise,
     read_gguf_arrays,
@@ -203,7 +202,10 @@ def gguf_bytes(model: Any, type_name: str, reference: str) -> int:
     Raises ArchError for what llama.cpp does not run, CheckpointError if the package gguf is missing.
     """
     require_gguf("the size of a GGUF file")
-    return padded_bytes(planned_tensors(model, gguf_family_of(model.config, reference), type_name))
+    import gguf
+
+    sizes = map(num_gguf_bytes, planned_tensors(model, gguf_family_of(model.config, reference), type_name))
+    return sum(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes)
 
 
 def _begun(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str, type_name: str) -> Any:

@@ -26,7 +26,7 @@ from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 # One expert's matrix in files that have them apart; Mixtral's names of its parts and llama.cpp's.
 _EXPERT = re.compile(r"(model\.layers\.\d+\.).*\bexperts\.(\d+)\.(\w+)\.weight")
 _EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_LATENT = ".kv_b_proj.weight"
+_LATENT, _LATENT_PART = ".kv_b_proj.", re.compile(r"\.([kv])_b_proj\.")
 _QKV = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.weight")
 # Parameters that are no module's weight or bias, and the names that gguf looks for.
 _RENAMED = (
@@ -50,40 +50,26 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     sources: tuple[StoredTensor, ...]
-    half: int | None = None
-    gguf_name: str = ""
-    type_name: str = ""
+    half: int | None
+    gguf_name: str
+    type_name: str
 
 
-def _named(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec) -> Iterator[GgufTensor]:
-    """Yield the file's tensors, tied weights once; read no weights. `model`: may be on meta."""
-    for name, sources, half in _sources(stored, model, family):
-        if name.endswith(_LATENT):
-            yield from _latent_parts(name, sources, model.config)
-        else:
-            shapes = [torch.empty(source.shape, device="meta") for source in sources]
-            yield GgufTensor(name, tuple(_assembled(name, shapes, half, family).shape), sources, half)
+def _assembled(name: str, values: list[Tensor], half: int | None, family: GgufSpec, config: Any) -> Tensor:
+    """Return what a file has under a name: experts stacked, q, k and v joined, gate or input alone.
 
-
-def _read(tensor: GgufTensor, family: GgufSpec) -> Tensor:
-    """Return the tensor's values in float32, in transformers' order of rows and channels."""
-    values = [read_tensor(source).float() for source in tensor.sources]
-    if family.latent_attention and "_b_proj." in tensor.name and len(tensor.shape) == 3:
-        (whole,) = values
-        by_head = whole.reshape(tensor.shape[0], -1, whole.shape[1])
-        is_key = ".k_b_proj." in tensor.name
-        return by_head[:, : tensor.shape[2]].transpose(1, 2) if is_key else by_head[:, -tensor.shape[1] :]
-    return _assembled(tensor.name, values, tensor.half, family)
-
-
-def _assembled(name: str, values: list[Tensor], half: int | None, family: GgufSpec) -> Tensor:
-    """Return what a file has under a name: experts stacked, q, k and v joined, gate or input alone."""
+    Of latent attention: the matrices from the latent vector to each head's keys, transposed, or to its values.
+    """
     if ".mlp.experts." in name and values[0].ndim == 2 and name.endswith(".weight"):
         whole = torch.stack(values)
     else:
         whole = torch.cat(values) if len(values) > 1 else values[0]  # an embedding is not copied
     if name.endswith(".weight") and name.split(".")[-2] in family.transposed:
         whole = whole.transpose(-1, -2)
+    if latent := _LATENT_PART.search(name):
+        by_head = whole.unflatten(0, (config.num_attention_heads, -1))
+        keys, values_of_heads = by_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        return keys.transpose(1, 2) if latent[1] == "k" else values_of_heads
     if half is None:
         return whole
     rows = -1 if name.endswith(".bias") else -2
@@ -115,19 +101,13 @@ def _sources(
             if fused[2] == "q":
                 joined = tuple(stored[f"{fused[1]}{part}_proj.weight"] for part in "qkv")
                 yield f"{fused[1]}qkv_proj.weight", joined, None
+        elif _LATENT in name:
+            yield name.replace(_LATENT, ".k_b_proj."), (tensor,), None
+            yield name.replace(_LATENT, ".v_b_proj."), (tensor,), None
         else:
             yield name, (tensor,), None
     for name, stack in stacks.items():
         yield name, tuple(stack[index] for index in sorted(stack)), None
-
-
-def _latent_parts(name: str, sources: tuple[StoredTensor, ...], config: PreTrainedConfig) -> Iterator[GgufTensor]:
-    """Yield the matrices from the latent vector to a head's keys, transposed, and to its values."""
-    sizes: Any = config
-    heads, latent = sizes.num_attention_heads, sizes.kv_lora_rank
-    layer = name.removesuffix(_LATENT)
-    yield GgufTensor(f"{layer}.k_b_proj.weight", (heads, latent, sizes.qk_nope_head_dim), sources)
-    yield GgufTensor(f"{layer}.v_b_proj.weight", (heads, sizes.v_head_dim, latent), sources)
 
 
 TYPES = ("f32", "f16", "bf16", "q8_0")  # that need no llama.cpp
@@ -166,11 +146,13 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
     }
     if file_type in TYPES:
         return tensors_of(stored, model, family, file_type)
-    tensors = tensors_of(stored, model, family, OWN_TYPES.get(str(model.config.dtype), "f32"))
+    config = model.config
+    tensors = tensors_of(stored, model, family, OWN_TYPES.get(str(config.dtype), "f32"))
     assert file_type == TOLD
     is_tied = all(tensor.gguf_name != "output.weight" for tensor in tensors)
-    shape = Shape.of(model.config, family.architecture, is_tied=is_tied, latent=family.latent_attention)
-
+    (num_heads, *_), (num_kv_heads, *_), _ = widths_by_layer(config)
+    queries = num_heads // (1 if family.latent_attention else num_kv_heads)  # it has one KV head in llama.cpp
+    shape = Shape(family.architecture, config.num_hidden_layers, num_experts(config) or 1, queries, is_tied)
     return [
         tensor
         if stays_as_it_is(tensor.gguf_name, tensor.shape)
@@ -187,14 +169,16 @@ def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec,
     config: Any = model.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = []
-    for tensor in _named(stored, model, family):
-        gguf_name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, tensor.name
-        small = len(tensor.shape) == 1 or _ALWAYS_F32.search(gguf_name)
-        tensors.append(replace(tensor, gguf_name=gguf_name, type_name="f32" if small else type_name))
+    for name, sources, half in _sources(stored, model, family):
+        shapes = [torch.empty(source.shape, device="meta") for source in sources]
+        shape = tuple(_assembled(name, shapes, half, family, config).shape)
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        small = len(shape) == 1 or _ALWAYS_F32.search(gguf_name)
+        tensors.append(GgufTensor(name, shape, sources, half, gguf_name, "f32" if small else type_name))
     if rotary(config)["rope_type"] == "llama3":
         shape = (head_width(config) // 2,)
-        tensors.append(GgufTensor(_FACTORS, shape, (), gguf_name=f"{_FACTORS}.weight", type_name="f32"))
+        tensors.append(GgufTensor(_FACTORS, shape, (), None, f"{_FACTORS}.weight", "f32"))
     return tensors
 
 
@@ -211,14 +195,6 @@ def num_gguf_bytes(tensor: GgufTensor) -> int:
     return math.prod(tensor.shape) // block_size * block_bytes
 
 
-_PADDED = 32  # GGUF starts every tensor at a multiple of this
-
-
-def padded_bytes(tensors: list[GgufTensor]) -> int:
-    """Return the bytes of these tensors in a file, each padded."""
-    return sum(-(-part // _PADDED) * _PADDED for part in map(num_gguf_bytes, tensors))
-
-
 def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:
     """Yield each tensor's array: reordered, norms shifted, in its type.
 
@@ -227,7 +203,11 @@ def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTra
     import gguf
 
     for tensor in tensors:
-        values = _read(tensor, family) if tensor.sources else llama3_factors(config)
+        if tensor.sources:
+            parts = [read_tensor(source).float() for source in tensor.sources]
+            values = _assembled(tensor.name, parts, tensor.half, family, config)
+        else:
+            values = llama3_factors(config)
         _check_range(tensor, values)
         values = _reordered(values, tensor.name, family, config)
         yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()])
@@ -295,14 +275,6 @@ class Shape:
     num_experts: int
     queries: int
     is_tied: bool
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, architecture: str, *, is_tied: bool, latent: bool) -> "Shape":
-        """Read it from a config. `latent`: attention has one KV head in llama.cpp."""
-        sizes: Any = config
-        (num_heads, *_), (num_kv_heads, *_), _ = widths_by_layer(config)
-        queries = num_heads // (1 if latent else num_kv_heads)
-        return cls(architecture, sizes.num_hidden_layers, num_experts(config) or 1, queries, is_tied)
 
     @property
     def is_70b(self) -> bool:

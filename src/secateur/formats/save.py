@@ -39,7 +39,7 @@ from secateur.model import modeling_per_layer
 from secateur.model.checkpoint import Checkpoint, left_aside, load_model, load_tokenizer, open_checkpoint
 from secateur.model.modules import text_model
 from secateur.model.stock import quiet_transformers, replaced
-from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
+from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors, tensors_in
 from secateur.result_directory import RESULT_FILE, Mismatch, mismatches, read_digests
 from secateur.vocabulary.kept import KeptTokens
 
@@ -56,10 +56,8 @@ _FILES_BY_TOKEN = """
 generation_config.json tokenizer.model spiece.model tekken.json tiktoken.model *.tiktoken vocab.json vocab.txt
 merges.txt added_tokens.json special_tokens_map.json
 """.split()
-# By these keys transformers finds code, at any depth of a config.
-_NAMES_OF_CODE = ("auto_map", "custom_pipelines")
-# And by these a config says where its program read it.
-_NAMES_OF_PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
+# By the first two keys transformers finds code, at any depth of a config; by the others it says where it was read.
+_NAMES = ("auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
 def save_checkpoint(
@@ -87,7 +85,10 @@ def save_checkpoint(
         if carry_from is not None and (carry_from / "config.json").is_file():
             patterns = [*([] if kept else _FILES_BY_TOKEN), *_SIDE_FILES]
             left = tuple(_carry(carry_from, directory, patterns))
-            left += carry_aside(model, carry_from, directory, kept)
+            left += _carry_aside(model, carry_from, directory, kept)
+        readable = (directory / "config.json").stat().st_mode & 0o777
+        for file in directory.glob("*.safetensors"):
+            file.chmod(readable)  # safetensors lets only the owner read
         if kept:
             kept.write(directory)
         _clean_configs(model, directory)
@@ -100,9 +101,6 @@ def _save_model(model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory, max_shard_size=MAX_SHARD_BYTES)
     if (generation := model.generation_config) is not None:
         generation.to_json_file(directory / "generation_config.json")
-    readable = (directory / "config.json").stat().st_mode & 0o777
-    for file in directory.glob("*.safetensors"):
-        file.chmod(readable)  # safetensors lets only the owner read
 
 
 def _carry(source: Path, directory: Path, patterns: list[str]) -> Iterator[str]:
@@ -142,27 +140,28 @@ def _clean_configs(model: PreTrainedModel, directory: Path) -> None:
     for file in directory.glob("*config.json"):
         try:
             text = file.read_text(encoding="utf-8")
-            parsed, clean = json.loads(text), json.loads(text, object_hook=_without_names)
-            if file.name == "config.json":
-                clean = json.loads(text, object_hook=lambda settings: _with_old_rope_keys(_without_names(settings)))
+            is_models = file.name == "config.json"
+            clean = json.loads(text, object_hook=_with_old_rope_keys if is_models else _without_names)
+            if is_models:
                 clean = dict(sorted({**clean, **own}.items()))  # the order that transformers writes
             elif clean.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
                 clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # both know this name
-            if clean != parsed:
+            if clean != json.loads(text):
                 file.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
         except (ValueError, RecursionError):
             file.unlink()
 
 
 def _without_names(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in (*_NAMES_OF_CODE, *_NAMES_OF_PLACES)}
+    return {key: value for key, value in config.items() if key not in _NAMES}
 
 
 def _with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Add the keys that programs read which do not know `rope_parameters`, transformers before 5 among them.
+    """Return it without names, and with the keys of programs without `rope_parameters`, as transformers before 5.
 
-    Without them these take a base of 10,000 and say nothing.
+    Without the keys these take a base of 10,000 and say nothing.
     """
+    config = _without_names(config)
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return config
@@ -351,7 +350,7 @@ Shapes = dict[str, set[tuple[int, ...]]]
 _IN_LAYER = re.compile(r"(?:.*\.)?layers?\.\d+\.(.+)")
 
 
-def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | None) -> tuple[str, ...]:
+def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | None) -> tuple[str, ...]:
     """Add the tensors to the result in `directory`, rows of tokens as in its embedding.
 
     Returns a sentence if they do not fit: a part of a layer that they have too, or a size that the
@@ -375,14 +374,12 @@ def carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | No
     # One file more, which the index names; a loader that finds a whole one reads no index.
     tensors = {name: _rows(read_tensor(tensor), kept) for name, tensor in aside.items()}
     save_file(tensors, directory / ASIDE_FILE, {"format": "pt"})
-    (directory / ASIDE_FILE).chmod((directory / "config.json").stat().st_mode & 0o777)
     if (directory / WHOLE_FILE).is_file():
         (directory / WHOLE_FILE).rename(directory / FIRST_FILE)
-    files = {name: FIRST_FILE if tensor.file.name == WHOLE_FILE else tensor.file.name for name, tensor in after.items()}
-    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in after.values())
-    size += sum(tensor.nbytes for tensor in tensors.values())
-    places = sorted([*files.items(), *((name, ASIDE_FILE) for name in tensors)])
-    index = {"metadata": {"total_size": size}, "weight_map": dict(places)}
+    written = tensors_in(directory.glob("*.safetensors"))
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in written.values())
+    files = {name: written[name].file.name for name in sorted(written)}
+    index = {"metadata": {"total_size": size}, "weight_map": files}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return ()
 

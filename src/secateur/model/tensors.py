@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers.modeling_utils import str_to_torch_dtype
 
 from secateur.errors import CheckpointError, one_line
@@ -47,7 +46,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError if there are no safetensors weights, or a shard is missing or damaged.
     """
-    return {name: tensor for file in _weight_files(directory) for name, tensor in _read_header(file).items()}
+    return tensors_in(_weight_files(directory))
 
 
 def read_tensor(stored: StoredTensor, *, mapped: bool = False) -> Tensor:
@@ -93,19 +92,23 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def tensors_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return every tensor of safetensors files by name, from the headers alone. Raises CheckpointError."""
     tensors: dict[str, StoredTensor] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # no mapping
-                piece = opened.get_slice(name)
-                dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-                if dtype not in _DTYPES:
-                    allowed = ", ".join(_DTYPES)
-                    raise CheckpointError(f"{file}: stores weights as {dtype}, not prunable; allowed: {allowed}.")
-                tensors[name] = StoredTensor(file, name, _DTYPES[dtype], shape)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: is truncated, damaged or not safetensors ({error}); copy it again.") from None
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # no mapping
+                    piece = opened.get_slice(name)
+                    dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+                    if dtype not in _DTYPES:
+                        allowed = ", ".join(_DTYPES)
+                        raise CheckpointError(f"{file}: stores weights as {dtype}, not prunable; allowed: {allowed}.")
+                    tensors[name] = StoredTensor(file, name, _DTYPES[dtype], shape)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: is truncated, damaged or not safetensors ({error}); copy it again."
+            ) from None
     return tensors
 
 
@@ -236,18 +239,15 @@ def _fp8(name: str, parts: Parts, settings: Settings) -> Tensor:
 
     weight = parts.pop("weight")
     (scale,) = parts.values()
-    sizes, whole = weight.shape[-2:], list(weight.shape[-2:])
     if weight.dtype.is_floating_point and scale.ndim == weight.ndim:
-        blocks = zip(settings.get("weight_block_size") or sizes, scale.shape[-2:], sizes, strict=True)
-        # transformers takes the size of blocks from the number of scales, which is wrong if the last is smaller
-        whole = [number * block if number == -(-size // block) else size for block, number, size in blocks]
-    bytes_of_whole = pad(weight.view(torch.uint8), (0, whole[1] - sizes[1], 0, whole[0] - sizes[0]))
-    given: dict[str, Tensor | list[Tensor]] = {
-        "weight": bytes_of_whole.view(weight.dtype),
-        "weight_scale_inv": scale,
-    }
-    product = cast(Tensor, Fp8Dequantize(None).convert(given)["weight"])
-    return product[..., : sizes[0], : sizes[1]] if whole != list(sizes) else product
+        for axis, block in zip((-2, -1), settings.get("weight_block_size") or (1, 1), strict=True):
+            size = weight.shape[axis]
+            # transformers takes the size of blocks from the number of scales, which is wrong if the last is smaller:
+            # then each number gets a scale of its own.
+            if size % block and scale.shape[axis] == -(-size // block):
+                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, size)
+    given: dict[str, Tensor | list[Tensor]] = {"weight": weight, "weight_scale_inv": scale}
+    return cast(Tensor, Fp8Dequantize(None).convert(given)["weight"])
 
 
 def _mxfp4(name: str, parts: Parts, settings: Settings) -> Tensor:
