@@ -36,28 +36,27 @@ from secateur.model.stock import Tokenizer
 from secateur.plugins import EXPORTER_GROUP, look_up
 
 
-def context_length(config: PreTrainedConfig, family: GgufSpec) -> int:
+def context_length(config: Any, family: GgufSpec) -> int:
     """Return up to how many tokens llama.cpp computes what the model does.
 
     Where llama.cpp has no sliding window, this is the window's length.
     """
-    sizes: Any = config
-    window = None if family.window_period else getattr(sizes, "sliding_window", None)
-    return min(sizes.max_position_embeddings, window or sizes.max_position_embeddings)
+    longest = config.max_position_embeddings
+    window = None if family.window_period else getattr(config, "sliding_window", None)
+    return min(longest, window or longest)
 
 
-def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> None:
+def add_metadata(writer: Any, config: Any, family: GgufSpec) -> None:
     """Write the keys that describe the model's shape to a `gguf.GGUFWriter`."""
-    sizes: Any = config
-    writer.add_vocab_size(sizes.vocab_size)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(context_length(config, family))
-    writer.add_embedding_length(sizes.hidden_size)
-    writer.add_block_count(sizes.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
     num_heads, num_kv_heads, ffn_widths = widths_by_layer(config)
     writer.add_feed_forward_length(_one_or_all(ffn_widths))
     writer.add_head_count(_one_or_all(num_heads))
     if family.latent_attention:
-        _add_latent_attention(writer, sizes)
+        _add_latent_attention(writer, config)
     else:
         writer.add_head_count_kv(_one_or_all(num_kv_heads))
         # Stated: the default, hidden size / heads, is wrong once heads are pruned.
@@ -65,13 +64,13 @@ def add_metadata(writer: Any, config: PreTrainedConfig, family: GgufSpec) -> Non
         writer.add_value_length(head_width(config))
     writer.add_rope_dimension_count(int(head_width(config) * rotary(config).get("partial_rotary_factor", 1.0)))
     add_eps = writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
-    add_eps(getattr(sizes, family.eps) if isinstance(family.eps, str) else family.eps)
+    add_eps(getattr(config, family.eps) if isinstance(family.eps, str) else family.eps)
     for key, name in family.scales.items():
-        if (value := getattr(sizes, key)) is not None:
+        if (value := getattr(config, key)) is not None:
             getattr(writer, f"add_{name}")(value)
     if family.window_period:
-        writer.add_sliding_window(sizes.sliding_window)
-    _add_experts(writer, sizes)
+        writer.add_sliding_window(config.sliding_window)
+    _add_experts(writer, config)
     _add_rotary(writer, rotary(config), family)
 
 
@@ -106,8 +105,8 @@ def _add_experts(writer: Any, sizes: Any) -> None:
         writer.add_leading_dense_block_count(sizes.first_k_dense_replace)
         writer.add_expert_weights_scale(sizes.routed_scaling_factor)
         writer.add_expert_weights_norm(sizes.norm_topk_prob)
-        sigmoid = sizes.model_type != "deepseek_v2"
-        writer.add_expert_gating_func(getattr(gguf.ExpertGatingFuncType, "SIGMOID" if sigmoid else "SOFTMAX"))
+        kinds = gguf.ExpertGatingFuncType
+        writer.add_expert_gating_func(kinds.SOFTMAX if sizes.model_type == "deepseek_v2" else kinds.SIGMOID)
         if (getattr(sizes, "n_group", None) or 1) > 1:
             writer.add_expert_group_count(sizes.n_group)
             writer.add_expert_group_used_count(sizes.topk_group)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter
-from transformers import PreTrainedConfig
 
 from secateur.errors import ArchError
 from secateur.model.bind import head_width, num_kv_heads
@@ -65,14 +64,13 @@ def gguf_specs() -> dict[str, GgufSpec]:
     return {key: row["gguf"] for text in texts for key, row in _FILE.validate_python(yaml.safe_load(text)).items()}
 
 
-def rotary(config: PreTrainedConfig) -> dict[str, Any]:
+def rotary(config: Any) -> dict[str, Any]:
     """Return the rotary settings, with `rope_type` and `rope_theta`, of full-attention layers.
 
     Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)).
     A model without rotary positions gets transformers' default, which nothing reads.
     """
-    settings: Any = config
-    parameters = getattr(settings, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    parameters = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
     rope = dict(parameters.get("full_attention", parameters))
     if alpha := rope.get("alpha") if rope["rope_type"] == "dynamic" else None:
         dim = head_width(config)
@@ -80,10 +78,9 @@ def rotary(config: PreTrainedConfig) -> dict[str, Any]:
     return rope
 
 
-def widths_by_layer(config: PreTrainedConfig) -> tuple[list[int], list[int], list[int]]:
+def widths_by_layer(config: Any) -> tuple[list[int], list[int], list[int]]:
     """Return query heads, KV heads and FFN channels of every layer."""
-    sizes: Any = config
-    layers = sizes.per_layer_config if is_per_layer(config) else [sizes] * sizes.num_hidden_layers
+    layers = config.per_layer_config if is_per_layer(config) else [config] * config.num_hidden_layers
     num_heads = [layer.num_attention_heads for layer in layers]
     return num_heads, [num_kv_heads(layer) for layer in layers], [_ffn_width(layer) for layer in layers]
 
@@ -133,10 +130,9 @@ def gguf_family_of(config: Any, reference: str) -> GgufSpec:
         got = _value(config, key)
         if got != expected and not (expected in (None, False) and got in (None, False)):
             raise ArchError(f"{where} takes {key} to be {expected}, the config says {got}; keep it in safetensors.")
-    if rotary(config)["rope_type"] not in ROTARY_TYPES:
+    if (kind := rotary(config)["rope_type"]) not in ROTARY_TYPES:
         raise ArchError(
-            f"{reference}: rope_type '{rotary(config)['rope_type']}' has no counterpart in GGUF; "
-            f"allowed: {', '.join(ROTARY_TYPES)}."
+            f"{reference}: rope_type '{kind}' has no counterpart in GGUF; allowed: {', '.join(ROTARY_TYPES)}."
         )
     return family
 

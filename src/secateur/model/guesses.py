@@ -113,14 +113,12 @@ def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator
     for (writer, up), (down, reader) in permutations(stacks.items(), 2):
         biases = [name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)]
         for transposed in (False, True):
-            width, made = reader.shape[1 if transposed else 2], up.shape[2 if transposed else 1]
-            if (
-                made not in (width, 2 * width)
-                or up.shape[1 if transposed else 2] != reader.shape[2 if transposed else 1]
-            ):
-                continue
-            for alternating in (False, True) if made == 2 * width else (False,):
-                yield Stacks(writer, next(iter(biases), None), down, alternating, transposed, gated=made == 2 * width)
+            inputs, outputs = (1, 2) if transposed else (2, 1)
+            width, made = reader.shape[inputs], up.shape[outputs]
+            gated = made == 2 * width
+            if (gated or made == width) and up.shape[inputs] == reader.shape[outputs]:
+                for alternating in (False, True) if gated else (False,):
+                    yield Stacks(writer, next(iter(biases), None), down, alternating, transposed, gated)
 
 
 def expert_channels_in(place: str, stacks: Stacks) -> Group:

@@ -26,6 +26,7 @@ from secateur.result_directory import RESULT_FILE
 _OF_THE_WRITER = {"transformers_version", "_name_or_path"}
 SHOWN = 12  # characters of a fingerprint in a sentence
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_IN_CACHE = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
 MOST_CARD_BYTES = 1 << 20
 _LICENSE, _LANGUAGE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}"), re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,8})?")
 
@@ -106,6 +107,7 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
     """
     of_pruned, of_dense = ancestors(pruned), ancestors(dense)
     print_of_pruned, print_of_dense = identity(pruned), identity(dense)
+    is_itself = print_of_dense == print_of_pruned
     names, public = (pruned.reference, dense.reference), (name_of(pruned), name_of(dense))
     if print_of_pruned in (model.fingerprint for model in of_dense or ()):
         raise CheckpointError(
@@ -122,11 +124,11 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
     last = of_pruned[-1]
     if print_of_dense in (model.fingerprint for model in of_pruned):
         return ()
-    if last.fingerprint is None and print_of_dense != print_of_pruned:
-        why = f"its {RESULT_FILE} has no fingerprint of it"
-        what = f"whether {public[1]} is the model that {public[0]} was pruned from ({last.name})"
-        return (f"{what} is not known: {why}.",)
-    is_itself = print_of_dense == print_of_pruned
+    if last.fingerprint is None and not is_itself:
+        return (
+            f"whether {public[1]} is the model that {public[0]} was pruned from ({last.name}) is not known: its "
+            f"{RESULT_FILE} has no fingerprint of it.",
+        )
     dense_print = "the result itself" if is_itself else f"fingerprint {print_of_dense[:SHOWN]}"
     wanted = last.name if last.fingerprint is None else f"{last.name} (fingerprint {last.fingerprint[:SHOWN]})"
     if other:
@@ -148,9 +150,8 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
         return INSTALLED_HUB_IDS[checkpoint.reference]
     if not checkpoint.gguf_file and not Path(checkpoint.reference).exists():
         return checkpoint.reference
-    place = Path(checkpoint.directory).absolute()
-    folder = place.parents[1].name if len(place.parents) > 1 and place.parent.name == "snapshots" else ""
-    return folder.removeprefix("models--").replace("--", "/") if folder.startswith("models--") else None
+    cached = _IN_CACHE.search(checkpoint.directory.absolute().as_posix())
+    return cached[1].replace("--", "/") if cached else None
 
 
 def _card(directory: Path) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _gguf_card(file: Path) -> dict[str, Any]:
     try:
         fields: Mapping[str, Any] = gguf.GGUFReader(file).fields
         keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-        keys |= {"language": "languages"}
+        keys["language"] = "languages"
         return {key: fields[f"general.{name}"].contents() for key, name in keys.items() if f"general.{name}" in fields}
     except BAD_GGUF:
         return {}  # whoever loads the weights says what is wrong with them

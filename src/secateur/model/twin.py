@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ArchError, one_line
+from secateur.model.guesses import heads_of
 from secateur.model.modules import text_model
 from secateur.model.stock import BAD_VALUE, quiet_transformers
 
@@ -41,16 +42,11 @@ _HEAD_SIZES = re.compile(
 )
 
 
-def twin(stock: Any, config: Any, num_params: int, num_layers: int) -> PreTrainedModel:
-    """Return the twin of a model of class `stock`, with its first `num_layers` layers.
-
-    Raises ArchError if no small model runs.
-    """
-    return next(twins(stock, config, num_params, num_layers))
-
-
 def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator[PreTrainedModel]:
-    """Yield such twins of several sizes, and raise ArchError behind the last one."""
+    """Yield twins, of several sizes, of a model of class `stock`, with its first `num_layers` layers.
+
+    Raises ArchError behind the last one.
+    """
     problems: list[str] = []
     # Towers of images and sound are deep, as configs name layers of theirs, else shallow, else whole with their tokens.
     towers = (MOST_LAYERS, MOST_TOKENS), (num_layers, MOST_TOKENS), (num_layers, math.inf), (MOST_LAYERS, MOST_TOKENS)
@@ -105,7 +101,7 @@ def shrunk(config: Any, num_layers: int, in_towers: int, tokens: int | float, by
             values[key] = {name: _sections(name, part, by_width) for name, part in value.items()}
         elif isinstance(value, (list, tuple)) and len(value) == depth > num_layers:
             values[key] = type(value)(value[:num_layers])
-        elif isinstance(value, int) and not isinstance(value, bool) and not key.startswith("_"):
+        elif not key.startswith("_"):
             values[key] = smaller(key, value)
     if own:  # layers that have sizes of their own
         kept = {index: sizes for index, sizes in own.items() if int(index) < num_layers}
@@ -145,10 +141,8 @@ def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
     if num_params <= SMALL_MODEL:
         yield None
     sizes = config.get_text_config(decoder=True).per_layer_config[0]
-    heads, keys = (getattr(sizes, key, None) or 1 for key in ("num_attention_heads", "num_key_value_heads"))
-    heads, keys = (number if isinstance(number, int) else 1 for number in (heads, keys))
-    shared = math.gcd(heads, keys)
-    fewer = [number for number in (16, 8, 4, 2) if shared % number == 0 and keys // number >= 2] or [1]
+    _, keys, _ = heads_of(sizes) or (1, 1, 1)
+    fewer = [number for number in (16, 8, 4, 2) if keys % number == 0 and keys // number >= 2] or [1]
     for by_width in (8, 4, 1, 2, 16):  # 1: some models have lists of parts of a head in their code
         for by_heads in dict.fromkeys((fewer[0], 4, 1)):
             yield by_heads, by_width
