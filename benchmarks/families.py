@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, places
 from secateur.model.group import Group, cut
-from secateur.model.guesses import Unrouted, close_to, mask, some_units
+from secateur.model.guesses import Unrouted, silence, some_units
 from secateur.model.per_layer import record_widths
 from secateur.model.stock import quiet_transformers
 from secateur.model.twin import run, token_ids, twins
@@ -208,10 +208,7 @@ def check_groups(model: Any, names: tuple[str, ...], auto: Any) -> None:
     for group in arch.select(names):
         keep = some_units(group, kept(group))
         silent, layer = (decoder_layers(each, arch)[group.layer] for each in (masked, whole))
-        if group.kind == "experts":
-            unrouted += close_to(silent, group, keep)
-        else:
-            mask(silent, group, keep)
+        unrouted += silence(silent, group, keep)
         cut(layer, group, keep)
     record_widths(whole, arch)
     with Unrouted(unrouted):

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from secateur.errors import ArchError, RecipeError
 from secateur.model.bind import bind, decoder_layers, head_of, places
 from secateur.model.group import cut, linear
-from secateur.model.guesses import Unrouted, close_to, mask, some_units
+from secateur.model.guesses import Unrouted, silence, some_units
 from secateur.model.modules import Logits
 from secateur.model.per_layer import record_widths
 from secateur.pruning.resolve import layers_to_expect
@@ -167,7 +167,7 @@ def test_an_odd_ffn_is_cut_right_or_not_at_all(name: str) -> None:
     assert groups or name in ("as wide as the stream", "one channel squared", "weights tied")
     for group in groups:
         keep = some_units(group, 40)
-        mask(masked.model.layers[group.layer], group, keep)
+        silence(masked.model.layers[group.layer], group, keep)
         cut(decoder_layers(model, arch)[group.layer], group, keep)
         assert linear(model.model.layers[group.layer], group.reader.module).in_features == 40
     torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-5, rtol=1e-5)
@@ -373,7 +373,7 @@ def test_experts_beside_an_ffn_go_as_in_gemma_4(tmp_path: Path) -> None:
     for group in arch.select(("experts",)):
         assert (group.num_units, group.at_least) == (6, 2)
         keep = some_units(group, 4)
-        unrouted += close_to(decoder_layers(masked, arch)[group.layer], group, keep)
+        unrouted += silence(decoder_layers(masked, arch)[group.layer], group, keep)
         cut(decoder_layers(whole, arch)[group.layer], group, keep)
     record_widths(whole, arch)
     whole.save_pretrained(tmp_path)

@@ -34,11 +34,10 @@ from secateur.model.guesses import (
     SHARED,
     Unrouted,
     channel_guesses,
-    close_to,
     expert_channels_in,
     head_guesses,
     heads_of,
-    mask,
+    silence,
     sized,
     some_of,
     some_units,
@@ -173,10 +172,10 @@ class Arch:
                     f"{', '.join(sorted(known))}; {advice(name, known)}"
                 )
         chosen = tuple(group for group in self.groups if group.name in names)
+        first_module = {group.name: group.parts.module for group in reversed(chosen)}
         for name, other in combinations(names, 2):
-            first, second = (next(group for group in chosen if group.name == n) for n in (name, other))
-            if first.parts.module == second.parts.module:
-                raise ArchError(f"remove.groups: {name} and {other} cut the same {first.parts.module}; choose one.")
+            if first_module[name] == first_module[other]:
+                raise ArchError(f"remove.groups: {name} and {other} cut the same {first_module[name]}; choose one.")
         return chosen
 
 
@@ -461,7 +460,7 @@ class _Finder:
             whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
             group = sized(guess, whole, index, self.config)
             keep = some_of(group)
-            mask(masked, group, keep)
+            silence(masked, group, keep)
             cut(whole, group, keep)
             silent, without = (call.again(layer.get_submodule(place))[:1] for layer in (masked, whole))
             return not _near(silent, _tensors(call.output)[:1]) and _near(without, silent)
@@ -537,7 +536,7 @@ class _Finder:
                 counts = tuple(f"{place}.{key}" for key in (count, "config") if hasattr(module, key))
                 offer = replace(guess, config_key=key, counts=counts)
                 # None of one head can go, which needs no proof.
-                if sized(offer, layer, index, config).num_units == 1 or self._holds(index, place, offer):
+                if self._sized(offer, index).num_units == 1 or self._holds(index, place, offer):
                     yield offer
                 else:
                     self.why[guess.name] = "the attention does not give the same without a head and with a silent one"
@@ -567,7 +566,8 @@ class _Finder:
 
     def _say(self, name: str, offers: dict[int, Group]) -> dict[int, Group]:
         """Return the offers whose numbers one key of the config says, by layer; empty if none does."""
-        first = self._sized(next(iter(offers.values())), next(iter(offers)))
+        index, offer = next(iter(offers.items()))
+        first = self._sized(offer, index)
         self.why[name] = "no key of the config says how many there are"
         if first.num_units == 1 and first.kind == "heads":
             return dict(offers)
@@ -662,10 +662,7 @@ class _Finder:
                 cut(cut_layer, group, keep)
             except WRONG_GUESS:
                 return False
-            if group.kind == "experts":
-                unrouted += close_to(masked_layer, group, keep)
-            else:
-                mask(masked_layer, group, keep)
+            unrouted += silence(masked_layer, group, keep)
         ours, theirs = _shapes(whole), _shapes(built)
         if ours != theirs:
             other = next(name for name in theirs if ours.get(name) != theirs[name])

@@ -166,18 +166,6 @@ def heads_of(config: Any) -> tuple[int, int, int] | None:
     return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
 
 
-@torch.no_grad()
-def mask(layer: nn.Module, group: Group, keep: Tensor) -> None:
-    """Silence the units that do not stay, channels or heads: what reads them is zero."""
-    read = group.parts.read
-    rows = rows_of(_others(group, keep), read.segments, group.num_units)
-    attribute_of(layer, read.name).index_fill_(read.axis, rows, 0.0)
-
-
-def _others(group: Group, keep: Tensor) -> Tensor:
-    return torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64)
-
-
 class Unrouted(TorchFunctionMode):
     """While it lasts, products with these router weights give minus infinity for these experts."""
 
@@ -193,13 +181,21 @@ class Unrouted(TorchFunctionMode):
 
 
 @torch.no_grad()
-def close_to(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Let the router's vectors turn down all experts but these; return its matrices and the others."""
-    others = _others(group, keep)
-    rows = [attribute_of(layer, name) for name in group.experts.router_rows]
-    for vector in (row for row in rows if row.numel() == max(row.shape) and row.is_floating_point()):
+def silence(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Silence the units that do not stay; return, for `Unrouted`, the router's matrices and the experts of these.
+
+    What reads channels or heads becomes zero. The router's vectors turn down all other experts.
+    """
+    others = torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64)
+    if group.kind != "experts":
+        read = group.parts.read
+        rows = rows_of(others, read.segments, group.num_units)
+        attribute_of(layer, read.name).index_fill_(read.axis, rows, 0.0)
+        return []
+    router = [attribute_of(layer, name) for name in group.experts.router_rows]
+    for vector in (row for row in router if row.numel() == max(row.shape) and row.is_floating_point()):
         vector.index_fill_(-1, others, -1e9)
-    return [(matrix, others) for matrix in rows if matrix.numel() > max(matrix.shape)]
+    return [(matrix, others) for matrix in router if matrix.numel() > max(matrix.shape)]
 
 
 def some_of(group: Group) -> Tensor:

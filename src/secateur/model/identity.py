@@ -108,34 +108,36 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
     of_pruned, of_dense = ancestors(pruned), ancestors(dense)
     print_of_pruned, print_of_dense = identity(pruned), identity(dense)
     is_itself = print_of_dense == print_of_pruned
-    names, public = (pruned.reference, dense.reference), (name_of(pruned), name_of(dense))
     if print_of_pruned in (model.fingerprint for model in of_dense or ()):
         raise CheckpointError(
-            f"{option} {names[1]}: was itself pruned from {names[0]}, so the two are swapped; give {names[1]} as the "
-            f"result, and {names[0]} with {option}."
+            f"{option} {dense.reference}: was itself pruned from {pruned.reference}, so the two are swapped; give "
+            f"{dense.reference} as the result, and {pruned.reference} with {option}."
         )
     if of_pruned is None:
         if of_dense is None or other:
             return ()
         raise CheckpointError(
-            f"{option} {names[1]}: is itself a result of pruning ({of_dense[-1].name}), and {names[0]} is none; swap "
-            "the two, or give --other-dense if this is meant."
+            f"{option} {dense.reference}: is itself a result of pruning ({of_dense[-1].name}), and "
+            f"{pruned.reference} is none; swap the two, or give --other-dense if this is meant."
         )
     last = of_pruned[-1]
     if print_of_dense in (model.fingerprint for model in of_pruned):
         return ()
     if last.fingerprint is None and not is_itself:
         return (
-            f"whether {public[1]} is the model that {public[0]} was pruned from ({last.name}) is not known: its "
-            f"{RESULT_FILE} has no fingerprint of it.",
+            f"whether {name_of(dense)} is the model that {name_of(pruned)} was pruned from ({last.name}) is not known: "
+            f"its {RESULT_FILE} has no fingerprint of it.",
         )
     dense_print = "the result itself" if is_itself else f"fingerprint {print_of_dense[:SHOWN]}"
     wanted = last.name if last.fingerprint is None else f"{last.name} (fingerprint {last.fingerprint[:SHOWN]})"
     if other:
-        return (f"dense is here {public[1]} ({dense_print}), and not {wanted}, which {public[0]} was pruned from.",)
+        return (
+            f"dense is here {name_of(dense)} ({dense_print}), and not {wanted}, which {name_of(pruned)} was pruned "
+            "from.",
+        )
     raise CheckpointError(
-        f"{option} {names[1]}: is not the model that {names[0]} was pruned from, but {dense_print}; give {wanted}, or "
-        "--other-dense if another model is meant."
+        f"{option} {dense.reference}: is not the model that {pruned.reference} was pruned from, but {dense_print}; "
+        f"give {wanted}, or --other-dense if another model is meant."
     )
 
 

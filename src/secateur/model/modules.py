@@ -37,17 +37,15 @@ class TransposedLinear(nn.Linear):
 
 def linears_for_conv(parent: nn.Module) -> None:
     """Replace every `Conv1D` below `parent`, in place."""
-    for module in list(parent.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ == "Conv1D":
-                setattr(module, name, _linear(child))
+    for name, module in list(parent.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            parent.set_submodule(name, _linear(module))
 
 
 @torch.no_grad()
 def _linear(conv: Any) -> TransposedLinear:
     weight: Tensor = conv.weight
-    with torch.device("meta"):
-        linear = TransposedLinear(weight.shape[0], weight.shape[1])
+    linear = TransposedLinear(*weight.shape, device="meta")
     linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=weight.requires_grad)
     linear.bias = conv.bias
     return linear.train(conv.training)

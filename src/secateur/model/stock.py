@@ -19,8 +19,10 @@ CausalLM = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
 
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
-_WRONG_TYPES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
-BAD_VALUE = (*_WRONG_TYPES, OSError, RuntimeError, StrictDataclassError)
+BAD_VALUE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+    *(OSError, RuntimeError, StrictDataclassError),
+)
 BAD_GGUF = (*BAD_VALUE, struct.error)
 
 
