@@ -6,7 +6,7 @@ and the widths by layer. What a model consists of, `model.bind` finds in the mod
 
 from collections.abc import Iterator
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -59,9 +59,9 @@ _FILE = TypeAdapter(dict[str, dict[Literal["gguf"], GgufSpec]])
 @cache
 def gguf_specs() -> dict[str, GgufSpec]:
     """Return what is known, by model type."""
-    files = sorted(resources.files("secateur.formats.families").iterdir(), key=lambda file: file.name)
-    texts = [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")]
-    return {key: row["gguf"] for text in texts for key, row in _FILE.validate_python(yaml.safe_load(text)).items()}
+    files = sorted(Path(__file__).with_name("families").glob("*.yaml"))
+    families = [_FILE.validate_python(yaml.safe_load(file.read_bytes())) for file in files]
+    return {key: row["gguf"] for family in families for key, row in family.items()}
 
 
 def rotary(config: Any) -> dict[str, Any]:

@@ -20,24 +20,19 @@ from secateur.model.stock import BAD_VALUE, quiet_transformers
 NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
 
 
-def layer_widths(layer: nn.Module, groups: tuple[Group, ...]) -> dict[str, Any]:
-    """Return the layer's widths under the config's names, read from the linears of its groups.
+def widths_of(layer: nn.Module, group: Group) -> dict[str, Any]:
+    """Return the widths of the layer's group under the config's names, read from its modules.
 
     Channels: the reader's inputs. Query heads: the reader's inputs / head_dim. KV heads: half of the
-    writers' rows / head_dim that are not for queries.
+    writers' rows / head_dim that are not for queries. The group of KV heads tells both.
     """
-    widths: dict[str, Any] = {}
-    for group in groups:
-        if not group.head_dim:
-            widths |= {
-                group.config_key: round(group.num_units_left(layer) / group.per_key),
-                **dict(group.settings),
-            }
-        elif group.config_key == NUM_KEYS:
-            num_heads = linear(layer, group.reader.module).in_features // group.head_dim
-            made = sum(linear(layer, axis.module).out_features for axis in group.writers) // group.head_dim
-            widths |= {NUM_QUERIES: num_heads, NUM_KEYS: (made - num_heads) // 2, "head_dim": group.head_dim}
-    return widths
+    if not group.head_dim:
+        return {group.config_key: round(group.num_units_left(layer) / group.per_key), **dict(group.settings)}
+    if group.config_key != NUM_KEYS:
+        return {}
+    num_heads = linear(layer, group.reader.module).in_features // group.head_dim
+    made = sum(linear(layer, axis.module).out_features for axis in group.writers) // group.head_dim
+    return {NUM_QUERIES: num_heads, NUM_KEYS: (made - num_heads) // 2, "head_dim": group.head_dim}
 
 
 def commonest(widths: list[dict[str, Any]]) -> dict[str, Any]:
@@ -55,8 +50,9 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     """
     layers = decoder_layers(model, arch)
     config: Any = text_config(model)
-    groups = [tuple(group for group in arch.groups if group.layer == index) for index in range(len(layers))]
-    widths = [layer_widths(*pair) for pair in zip(layers, groups, strict=True)]
+    widths: list[dict[str, Any]] = [{} for _ in layers]
+    for group in arch.groups:
+        widths[group.layer] |= widths_of(layers[group.layer], group)
     was_per_layer = isinstance(model, PerLayerModel)
     native = {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
     config.per_layer_config = None

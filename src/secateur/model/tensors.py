@@ -200,19 +200,20 @@ def deferred_tensors(directory: Path, settings: Settings | None, *, mapped: bool
     suffixes, compute = QUANTISATIONS[settings["quant_method"]] if settings else ({}, None)
     stored = stored_tensors(directory)
     weights: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for name in (name for name in stored if not (settings and _OF_ACTIVATIONS.fullmatch(name))):
+    for name, tensor in stored.items():
+        if settings and _OF_ACTIVATIONS.fullmatch(name):
+            continue
         owner, part = _owner(name, suffixes, stored)
-        weights[owner][part] = stored[name]
+        weights[owner][part] = tensor
     tensors: dict[str, Deferred] = {}
     for name, parts in weights.items():
-        alone = parts["weight"] if parts.keys() == {"weight"} else None
-        if settings and alone is not None and alone.dtype.itemsize == 1 and alone.dtype is not torch.bool:
+        if parts.keys() != {"weight"}:
+            tensors[name] = Deferred(partial(_computed, compute, name, parts, settings or {}))
+            continue
+        dtype = parts["weight"].dtype
+        if settings and dtype.itemsize == 1 and dtype is not torch.bool:
             raise CheckpointError(f"{directory}: {name} is quantised and has no scale; copy the checkpoint again.")
-        tensors[name] = Deferred(
-            partial(read_tensor, alone, mapped=mapped)
-            if alone
-            else partial(_computed, compute, name, parts, settings or {})
-        )
+        tensors[name] = Deferred(partial(read_tensor, parts["weight"], mapped=mapped))
     return tensors
 
 

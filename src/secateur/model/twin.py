@@ -98,7 +98,7 @@ def shrunk(config: Any, num_layers: int, in_towers: int, tokens: int | float, by
             scales = (by_heads, by_width) if holds_text or tokens < math.inf else (1, 1)
             values[key] = shrunk(value, num_layers if holds_text else in_towers, in_towers, tokens, *scales)
         elif isinstance(value, dict):
-            values[key] = {name: _sections(name, part, by_width) for name, part in value.items()}
+            values[key] = _sections(key, value, by_width)
         elif isinstance(value, (list, tuple)) and len(value) == depth > num_layers:
             values[key] = type(value)(value[:num_layers])
         elif not key.startswith("_"):
