@@ -45,7 +45,7 @@ def linears_for_conv(parent: nn.Module) -> None:
 @torch.no_grad()
 def _linear(conv: Any) -> TransposedLinear:
     weight: Tensor = conv.weight
-    linear = TransposedLinear(*weight.shape, device="meta")
+    linear = TransposedLinear(conv.nx, conv.nf, device="meta")
     linear.weight = nn.Parameter(weight.T.contiguous(), requires_grad=weight.requires_grad)
     linear.bias = conv.bias
     return linear.train(conv.training)
