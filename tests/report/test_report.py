@@ -21,7 +21,7 @@ from secateur.report.rows import verdict
 
 HOSTILE = "<script>alert(1)</script>"
 ODD = "$\\frac$ 日本 & \x07co"
-SECTIONS = "quality samples speed removed text repeat"
+SECTIONS = "samples quality speed removed text repeat"
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,8 @@ def notes_on(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[str, ...]:
 
 def _notes_on_head(model: PreTrainedModel) -> tuple[str, ...]:
     """Return a note if the head is the embedding in other digits: llama.cpp may quantise a tied matrix twice."""
-    embedding_VD, head_VD = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    modules: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding_VD, head_VD = (module.weight for module in modules)
     if head_VD is embedding_VD or head_VD.is_meta:
         return ()
     step = max(1, len(head_VD) // ROWS_TO_COMPARE)

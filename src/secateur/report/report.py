@@ -193,8 +193,8 @@ def repeat_section(files: ResultFiles) -> Section:
 
 # Each returns None where the run has nothing of what it is about.
 SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
-    quality_section,
     samples_section,
+    quality_section,
     speed_section,
     removed_section,
     text_section,
