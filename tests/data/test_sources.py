@@ -24,8 +24,8 @@ from secateur.data import rows as rows_of_files
 from secateur.data import sources
 from secateur.data.sources import documents
 from secateur.errors import CalibrationError
-from secateur.plugins import GENERAL_TEXT, general_text
-from secateur.recipe import INSTALLED_DOMAINS, Domain
+from secateur.plugins import GENERAL_TEXT, general_text, mixtures
+from secateur.recipe import INSTALLED_DOMAINS, Calibration, Domain
 
 TEXTS = ["one, with a comma", 'two "quoted"\nand a line', "drei: schön\u2028x", "four", "five"]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -374,3 +374,10 @@ def test_streamed_datasets_are_shuffled_by_seed(tmp_path: Path, monkeypatch: pyt
         CalibrationError, match=r"cannot be loaded \(.*nowhere.*check its id, config, revision and split"
     ):
         list(documents("mine", Domain(dataset=str(tmp_path), split="nowhere"), TOKENIZER, 0))
+
+
+@pytest.mark.parametrize("mixture", mixtures())
+def test_a_mixture_is_of_data_sets_each_at_one_revision(mixture: str) -> None:
+    domains = Calibration(domains=mixture).domains  # pyright: ignore[reportArgumentType]
+    assert set(domains) == set(INSTALLED_DOMAINS), "the kinds of text of the defaults"
+    assert all(domain.source[0] == "dataset" and len(domain.revision or "") == 40 for domain in domains.values())
