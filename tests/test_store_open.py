@@ -271,15 +271,6 @@ def test_a_file_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
     assert Store(tmp_path).value("one", lambda: 2) == 1
 
 
-def test_the_models_own_directory_is_never_out(tmp_path):
-    out = tmp_path / "model"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError), Job(out).begun(overwrite=True):
-        pytest.fail("it would be replaced")
-    assert (out / "config.json").read_text() == "{}" and list(tmp_path.iterdir()) == [out]
-
-
 def test_inputs_alone_are_nothing_to_go_on_from(tmp_path):
     """Killed before its first step was finished; other inputs do not matter then."""
     interrupted(tmp_path / "out")

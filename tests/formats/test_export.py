@@ -314,7 +314,7 @@ def test_the_command(llama, tmp_path):
 
 
 def test_types_and_places_that_cannot_be(llama, tmp_path):
-    with pytest.raises(RecipeError, match=r"unknown type 'q4_k'; allowed: f32, f16, .*; did you mean 'q4_k"):
+    with pytest.raises(RecipeError, match=r"unknown type 'q4_k'; allowed: f32, f16, bf16, .*; did you mean 'q4_k"):
         export(llama, tmp_path / "model.gguf", type_name="q4_k")
     with pytest.raises(CheckpointError, match="there is no directory"):
         export(llama, tmp_path / "missing" / "model.gguf")

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MambaConfig, MambaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from secateur.data.answers import Speaker
-from secateur.data.blocks import DEFAULT_SEQUENCE_LENGTH, block_length
 from secateur.errors import CalibrationError, RecipeError
 from secateur.evaluation.bench import (
     decode_bytes_per_token,
@@ -103,15 +102,6 @@ def test_a_model_without_keys_and_values_answers_nothing():
     # As `recover` asks, which has no share.
     with pytest.raises(CalibrationError, match="the model keeps no keys and values while it writes; leave them out"):
         _ = Speaker(of.model, of.arch, tiny_tokenizer(), "0", 32).rows
-
-
-def test_a_block_is_as_long_as_the_model_allows():
-    config = tiny_llama().config
-    assert [block_length(asked, config) for asked in (None, 1, 256)] == [256, 1, 256]
-    with pytest.raises(RecipeError, match="257 is longer than the model's 256 positions; give at most 256"):
-        block_length(257, config)
-    config.max_position_embeddings = 100_000
-    assert block_length(None, config) == DEFAULT_SEQUENCE_LENGTH
 
 
 def test_a_token_needs_the_experts_that_it_is_sent_to_however_many_there_are() -> None:

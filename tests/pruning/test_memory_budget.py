@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama
 from recipes import grouped
 from run_cli import run_cli
-from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import RecipeError
@@ -62,13 +60,6 @@ def test_a_budget_that_cannot_work_names_the_least_that_can(checkpoints, recipe_
     assert told and float(told[1]) > 1
     with pytest.raises(secateur.SecateurError, match=r"machine\.memory_budget: must be a number and KB, MB, GB or TB"):
         secateur.prune(checkpoints["llama"], grouped({**recipe, "memory_budget": "lots"}))
-
-
-def test_a_model_in_memory_cannot_stay_on_disk(recipe):
-    with pytest.raises(
-        secateur.SecateurError, match=r"machine.memory_budget: 1KB is less than .* only safetensors weights"
-    ):
-        secateur.prune(tiny_llama(), grouped({**recipe, "memory_budget": "1KB"}), tokenizer=tiny_tokenizer())
 
 
 def test_a_model_on_disk_answers_nothing_and_says_so(checkpoints, recipe, monkeypatch):

@@ -360,21 +360,6 @@ def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
     assert found.tokenizer.decode(found.tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"keep_scripts": ["klingon"]}, "no token of the model has a letter of klingon"),
-        ({"vocabulary": None, "groups": []}, "nothing would go"),
-        ({"vocabulary": None, "keep_scripts": ["latin"]}, "give vocabulary: auto or a number too"),
-        ({"vocabulary": "some"}, "vocabulary"),
-    ],
-)
-def test_mistakes_are_one_sentence(changes, said, tied, asked, tmp_path):
-    with pytest.raises(secateur.SecateurError, match=said) as error:
-        secateur.prune(tied, grouped({**asked, **changes}), out=tmp_path / "out")
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
 def test_a_model_whose_rows_are_all_needed_is_told_so(tmp_path):
     model = saved(tmp_path / "bytes", tiny_llama(vocab_size=260), tiny_tokenizer())
     with pytest.raises(secateur.RecipeError, match=r"none of the model's 260 rows can go, .*; leave it out\.$"):
