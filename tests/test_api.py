@@ -9,15 +9,12 @@ import torch
 import typer
 from models import tiny_ids, tiny_llama
 from recipes import grouped
-from texts import split_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import app
-from secateur.model.bind import bind
 from secateur.model.checkpoint import check_in_memory, restore_buffers
-from secateur.stream.losses import domain_losses
 
 TOKENIZER = tiny_tokenizer()
 
@@ -56,16 +53,6 @@ def test_the_words_of_the_command_line_are_those_of_the_function(verb):
         assert renamed.get(word, word) in takes
 
 
-def test_a_run_is_judged_by_text_that_nothing_else_looked_at(small, monkeypatch):
-    monkeypatch.setattr("secateur.data.pool.JUDGED_TOKENS", 65)  # in blocks of 32: three
-    found = secateur.prune(tiny_llama(), grouped({**small, "evaluate": True}), tokenizer=TOKENIZER)
-    recipe, facts = found.recipe, found.summary.calibration
-    text = split_text(recipe.calibration, 1280, TOKENIZER, recipe.seed, num_judged_tokens=65)
-    assert facts.num_judged_tokens == {"prose": 96, "code": 96}
-    assert facts.content_hash == text.learning.text.content_hash and facts.judged_hash == text.judged.content_hash
-    assert found.summary.pruned_losses == domain_losses(found.model, bind(found.model), text.judged.blocks)
-
-
 @pytest.fixture(scope="module")
 def pruned(small) -> secateur.Result:
     """What a model in memory became."""
@@ -77,6 +64,7 @@ def pruned(small) -> secateur.Result:
 def test_a_model_in_memory_is_pruned_in_place_and_can_be_trained(pruned):
     model, result = pruned.model, pruned
     assert model.config.intermediate_size == 64
+    assert result.summary.own_answers is None and result.summary.other_text is None, "nothing was to be judged"
     assert sum(p.numel() for p in model.parameters()) == result.summary.pruned_size.num_params
     assert {key: len(keep) for key, keep in result.keeps.items()} == {(layer, "ffn"): 64 for layer in range(3)}
     loss = model(tiny_ids(), labels=tiny_ids()).loss
@@ -132,8 +120,6 @@ def refused(match, *arguments, **options):
 
 def test_mistakes_are_one_sentence(small):
     refused("tokenizer: a model in memory comes without one; pass tokenizer=", tiny_llama(), small)
-    refused("recipe: unknown key 'remvoe'; did you mean 'remove'", tiny_llama(), {"remvoe": 1}, tokenizer=TOKENIZER)
-    refused(r"recipe .*nowhere.yaml: cannot be read", tiny_llama(), Path("nowhere.yaml"), tokenizer=TOKENIZER)
     quantised = tiny_llama()
     quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
     refused("model: it was loaded from quantised weights", quantised, small, tokenizer=TOKENIZER)

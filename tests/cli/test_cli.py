@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
-from models import opened, shards_of, tiny_ids, tiny_llama, tiny_qwen2
+from models import opened, tiny_ids, tiny_llama
 from old_results import old_result
 from recipes import grouped
 from run_cli import Outcome, run_cli
@@ -168,31 +168,6 @@ def test_a_path_with_brackets_is_shown_as_it_is(checkpoints, recipe_file, tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("my [bold]:bug:").symlink_to(checkpoints["llama"])
     assert "my [bold]:bug:: family llama" in run_cli("inspect", "my [bold]:bug:", "--recipe", recipe_file).stdout
-
-
-def test_rounds_shards_tied_weights_and_few_tokens(checkpoints, recipe, tmp_path):
-    changes = {"rounds": 3, "evaluate": False}
-    calibration = {**recipe["calibration"], "num_tokens": 320}
-    file = write_recipe(tmp_path / "r.yaml", recipe, calibration=calibration, **changes)
-    with shards_of(60_000):
-        run = run_prune(checkpoints["qwen2-tied"], tmp_path / "out", "--recipe", file)
-    assert run.outcome.status == 0, run.outcome.stderr
-    shown = " ".join(run.outcome.stdout.split())
-    assert "note: calibration.num_tokens: 320 tokens are few for least squares over 112 channels" in shown
-    saved = parse_recipe(grouped(yaml.safe_load((run.out / "recipe.yaml").read_text())))
-    assert saved.repair.damping == pytest.approx(1e-3 * 10 * NUM_UNITS / 320)
-    assert resolved_for(tiny_qwen2(tied=True), saved) == saved
-    kept = [(line["round"], line["layer"], line["kept"]) for line in run.lines("group")]
-    assert [key[:2] for key in kept] == [(number, layer) for number in (1, 2, 3) for layer in range(NUM_LAYERS)]
-    widths = [width for _, layer, width in kept if layer == 0]
-    assert NUM_UNITS > widths[0] > widths[1] > widths[2] == 72
-    assert all(len(set(entry["keep"])) == 72 for entry in run.json("keep.json"))
-    shards, places = {path.name for path in run.out.glob("*.safetensors")}, run.json("model.safetensors.index.json")
-    assert len(shards) > 2 and set(places["weight_map"].values()) == shards
-    assert "lm_head.weight" not in places["weight_map"]
-    model = AutoModelForCausalLM.from_pretrained(run.out)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.intermediate_size == 72
 
 
 def test_options_stand_over_the_recipe_and_an_earlier_result_is_replaced(

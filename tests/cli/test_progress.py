@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,14 +64,6 @@ def test_a_bar_that_begins_anew_has_a_clock_of_its_own(monkeypatch: Any) -> None
         [task] = bars.tasks
         assert (task.description, task.completed, task.total) == ("prune", 3, 3)
         assert task.finished_time == 30, "from the second start to its end"
-
-
-def test_of_several_sizes_each_is_told(monkeypatch: Any) -> None:
-    made = [SimpleNamespace(out=name, summary=f"table of {name}") for name in "ab"]
-    monkeypatch.setattr("secateur.prune_sizes", lambda *_, **__: made, raising=False)
-    monkeypatch.setattr("secateur.table", lambda summary: summary, raising=False)
-    outcome = run_cli("prune", "m", "o", "--remove", "0.1,0.2")
-    assert (outcome.status, outcome.stdout.split("\n")[::2]) == (0, ["table of a", "table of b", ""]), outcome.stderr
 
 
 def said(capsys: Any, steps: Iterable[tuple[float, str, int, int]]) -> list[str]:

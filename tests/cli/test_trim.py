@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,15 +73,6 @@ def test_it_says_what_went_and_what_that_costs(place, done):
     assert "seed: 3" in saved and "vocabulary: 448" in saved and "groups: []" in saved
 
 
-def test_little_text_is_enough_with_the_key_that_the_refusal_names(place, tmp_path):
-    (tmp_path / "little.txt").write_text("\n\n".join((place / "prose.txt").read_text().splitlines()[:200]))
-    command = ("trim", place / "model", tmp_path / "out", "--domain", f"d={tmp_path}/little.txt", "--vocabulary", SIZE)
-    refused = run_cli(*command)
-    assert refused.status == 2 and "lower calibration.num_tokens" in refused.stderr
-    outcome = run_cli(*command, "--set", "calibration.num_tokens=512")
-    assert outcome.status == 0, outcome.stderr
-
-
 def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
     """Text without a digit: by its length a digit in its byte costs nothing, and the model has never read one so."""
     tokenizer = sentencepiece_tokenizer("gemma", 420)
@@ -136,17 +126,3 @@ def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_t
     ids = [*said["suppress_tokens"], *said["begin_suppress_tokens"], said["eos_token_id"][1], *said["bad_words_ids"][0]]
     ids += [*said["forced_eos_token_id"], said["forced_decoder_ids"][0][1], said["pad_token_id"]]
     assert small.convert_ids_to_tokens(ids) == names and said["forced_decoder_ids"][0][0] == 1
-
-
-def test_a_size_without_room_for_them_is_refused_before_any_text(place, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "model")
-    generation = {"suppress_tokens": list(range(300, 500))}
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
-    least = []
-    for model in (place / "model", tmp_path / "model"):
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("remove: {groups: [], vocabulary: 64}")
-        told = run_cli("inspect", model, "--recipe", recipe)  # reads no text
-        assert told.status == 2
-        least.append(int(re.search(r"from (\d+), without which", told.stderr)[1]))
-    assert least[0] + 128 < least[1]

@@ -13,7 +13,7 @@ from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
-from secateur.errors import CalibrationError, CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.pruning.text import with_share_of_answers
 from secateur.recipe import Recipe
 from secateur.recovery.text import in_steps
@@ -54,13 +54,6 @@ def test_a_run_learns_by_answers_and_is_judged_by_them(pruned: tuple[Any, Path])
     assert chat.nats_per_token < result.summary.dense_losses["lines"].nats_per_token
     assert "answers of the dense model" in (out / "report.html").read_text()
     assert result.summary.polish.before["chat"].num_tokens < 64
-
-
-def test_the_same_again_gives_the_same_bytes(pruned: tuple[Any, Path], files: Path, tmp_path: Path) -> None:
-    _, out = pruned
-    secateur.prune(tiny_llama(), grouped(recipe(files)), tokenizer=TOKENIZER, out=tmp_path / "again")
-    name = "model.safetensors"
-    assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
 def polished(files: Path, out: Path, **polish: Any) -> Any:
@@ -135,14 +128,6 @@ def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
 def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=f"domain '{named}' is of answers; leave out one of them"):
         shares(TOKENIZER, domains=domains, answers=0)
-
-
-def test_too_few_prompts_are_an_error(files: Path, tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
-    domains = {"chat": {"files": str(tmp_path / "one.jsonl"), "answers": True}, "b": {"files": str(files / "a.txt")}}
-    asked = grouped(recipe(files, domains=domains))
-    with pytest.raises(CalibrationError, match=r"too few prompts \(got 1\)"):
-        secateur.prune(tiny_llama(), asked, tokenizer=TOKENIZER, out=tmp_path / "out")
 
 
 def test_answers_to_other_prompts_are_not_taken_for_those_to_these(files: Path, tmp_path: Path) -> None:

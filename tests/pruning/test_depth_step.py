@@ -3,15 +3,13 @@
 import copy
 import dataclasses
 import json
-import re
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_family
-from models import logits_of, num_params, saved, tiny_gemma3, tiny_llama, tiny_qwen2
+from models import logits_of, num_params, tiny_gemma3, tiny_llama, tiny_qwen2
 from recipes import grouped
-from run_cli import run_cli
 from stops import lines_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -190,25 +188,6 @@ def test_a_layer_behind_experts_is_removed_without_being_folded_into_them(small)
     asked = {**small, "remove": 0.5, "groups": ["ffn", "experts"], "removed_layers": [2]}
     found = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER)
     assert found.layers == (0, 1) and model.config.num_hidden_layers == 2
-
-
-def test_inspect_promises_what_a_run_with_fewer_layers_reaches(recipe, tmp_path):
-    saved(tmp_path / "dense", dense(tiny_llama))
-    asked = {**recipe, "depth": 2, "remove": 0.4}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(grouped(asked)))
-    options = ("--recipe", tmp_path / "recipe.yaml")
-    inspected = run_cli("inspect", tmp_path / "dense", *options)
-    assert inspected.status == 0 and "6 -> 4; a run measures which" in " ".join(inspected.stdout.split())
-    outcome = run_cli("prune", tmp_path / "dense", tmp_path / "out", *options)
-    assert outcome.status == 0, outcome.stderr
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    found = inspect(tmp_path / "dense", parse_recipe(grouped(asked)))
-    assert (found.num_params_after, found.remove_reached) == (
-        result["pruned_size"]["num_params"],
-        pytest.approx(result["remove_reached"]),
-    )
-    assert found.groups[0].num_layers == 4 and found.largest_remove > share_of(2) + 0.2
-    assert result["num_layers"] == [6, 4] and re.search(r"│ layers +│ +6 │ +4 │", outcome.stdout)
 
 
 @pytest.mark.parametrize("name", ["opt", "smollm3", "gemma3_multimodal"])

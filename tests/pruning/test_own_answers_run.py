@@ -76,9 +76,6 @@ def test_text_of_other_sources_is_the_second_figure_and_of_the_two_saved_models(
                 nats += float(cross_entropy(own.model(ids_T[None]).logits[0, :-1].float(), ids_T[1:], reduction="sum"))
         assert loss.num_tokens == tokens and len(loss.document_nats) == 2
         assert loss.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
-    card = (pruned.out / "README.md").read_text()
-    places = [card.index(row) for row in ("| own answers", "| text of other sources", "| text like what", "| prose")]
-    assert places == sorted(places)
 
 
 def test_evaluate_finds_the_same_and_keeps_it(checkpoints, pruned):
@@ -98,8 +95,3 @@ def test_a_model_without_a_chat_template_is_not_asked(checkpoints, recipe, tmp_p
     (plain / "tokenizer_config.json").write_text(json.dumps(config))
     summary = secateur.prune(plain, grouped({**recipe, "remove": 0.2})).summary
     assert summary.own_answers is None and summary.other_text is not None
-
-
-def test_nothing_is_asked_if_nothing_is_judged(checkpoints, recipe):
-    result = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2, "evaluate": False}))
-    assert result.summary.own_answers is None and result.summary.other_text is None

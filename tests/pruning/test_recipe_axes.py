@@ -68,11 +68,15 @@ def test_a_protected_domain_is_planned_for(small):
 def test_scores_of_other_methods_run_in_rounds(small, tmp_path):
     """Each round scores the units that are left anew, by the score asked for: others choose other units."""
     settings = {**small, "compensate": "none", "rounds": 2, "groups": ["ffn", "kv_heads"]}
-    kept = {}
+    kept, whole = {}, num_params(tiny_qwen2())
     for name in ("paper", "magnitude"):
         out = tmp_path / name
         result = secateur.prune(tiny_qwen2(), grouped({**settings, "score": name}), tokenizer=TOKENIZER, out=out)
         assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
+        left = lines_of(out, "round")
+        assert [1 - line["num_params"] / whole for line in left] == pytest.approx([0.1, 0.2], abs=0.04)
+        assert left[-1]["num_params"] == num_params(result.model)
+        assert set(left[0]["nats_per_token"]) == {"prose", "code"}
         kept[name] = [tuple(keep.tolist()) for (_, group), keep in result.keeps.items() if group == "ffn"]
     lines = lines_of(tmp_path / "paper", "group")
     assert [line["round"] for line in lines] == [1] * 6 + [2] * 6
@@ -80,16 +84,6 @@ def test_scores_of_other_methods_run_in_rounds(small, tmp_path):
         assert first["kept"] == second["total"] >= second["kept"] == len(result.keeps[second["layer"], second["group"]])
         assert first["output_energy"] != second["output_energy"] or first["group"] == "kv_heads"
     assert all(ours != theirs for ours, theirs in zip(kept["paper"], kept["magnitude"], strict=True))
-
-
-def test_what_a_round_leaves_is_told(small, tmp_path):
-    result = secateur.prune(
-        tiny_llama(), grouped({**small, "rounds": 3, "remove": 0.3}), tokenizer=TOKENIZER, out=tmp_path / "out"
-    )
-    lines, whole = lines_of(tmp_path / "out", "round"), num_params(tiny_llama())
-    assert [1 - line["num_params"] / whole for line in lines] == pytest.approx([0.1, 0.2, 0.3], abs=0.04)
-    assert lines[-1]["num_params"] == num_params(result.model)
-    assert set(lines[0]["nats_per_token"]) == {"prose", "code"}
 
 
 def test_what_runs_is_what_the_file_of_a_preset_says(small):

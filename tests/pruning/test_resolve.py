@@ -66,13 +66,6 @@ def test_layers_that_take_the_share_alone_leave_the_widths_whole():
     assert f"at least {math.ceil(1e4 * share) / 1e4:.4f}." in str(caught.value)
 
 
-def test_groups_are_numbered_as_the_shorter_model_numbers_its_layers():
-    found = resolved(tiny_llama(num_layers=6), removed_layers=[1, -2], protected_layers=[2], remove=0.45)
-    assert found.layers == (0, 2, 3, 5) and found.depth == 2
-    # The dense layer 2 is layer 1 of those left, and stays whole.
-    assert [group.layer for group in found.groups] == [0, 2, 3]
-
-
 @pytest.mark.parametrize("budget", ["uniform", "curve"])
 def test_the_largest_share_that_is_named_can_be_with_the_layers_that_then_go(budget):
     """More to remove lets more layers go by default: each share has its own limit, and theirs is named."""
@@ -108,3 +101,9 @@ def test_text_without_general_prose_is_noted():
     assert note.startswith("calibration.domains: no general prose that people wrote, so text unlike these domains")
     for prose in ({"installed": "web"}, {"installed": "multilingual"}, {"files": ["mine.txt"]}, {"dataset": "a/b"}):
         assert not notes({"code": {"installed": "code"}, "other": prose})
+
+
+def test_a_damping_that_few_tokens_raise_is_not_raised_again():
+    found = resolved(calibration={"num_tokens": 320, "sequence_length": 32})
+    assert found.recipe.repair.damping == pytest.approx(1e-3 * 10 * WIDTH / 320)
+    assert resolve(opened(tiny_llama(), found.recipe)).recipe == found.recipe
