@@ -26,9 +26,8 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.pruning import cost as estimate
 from secateur.pruning import prepare as preparation
 from secateur.pruning import trim
-from secateur.ranks import device_called
 from secateur.stream import walk
-from secateur.stream.device import float64_device, multiplies_in_software
+from secateur.stream.device import float64_device
 from secateur.stream.offload import LayersOnDevice, fetch, offload
 from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
@@ -197,9 +196,3 @@ def test_a_model_in_memory_stays_where_it_is(recipe):
         secateur.prune(model, grouped({**recipe, "device": "pretend"}), tokenizer=tiny_tokenizer())
     with pytest.raises(RecipeError, match=r"machine\.device_budget: a model in memory"):
         secateur.prune(model, grouped({**recipe, "device_budget": "1GB"}), tokenizer=tiny_tokenizer())
-
-
-def test_what_is_in_software():
-    assert not multiplies_in_software(torch.device("cpu"), torch.float32)
-    assert not multiplies_in_software(pretend_device.device(), torch.bfloat16)
-    assert device_called("cpu") == torch.device("cpu")

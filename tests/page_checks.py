@@ -16,8 +16,6 @@ class PageChecks(HTMLParser):
         self.loads: list[str] = []
         self.tags: list[str] = []
         self.ids: dict[str, str] = {}
-        self.texts: dict[str, str] = {}  # id -> text directly within
-        self._ids_open: list[str] = []
         self.feed(html)
         self.close()
         self.problems += [f"never closed: {tag}" for tag in self.open]
@@ -26,7 +24,6 @@ class PageChecks(HTMLParser):
         self._see(tag, dict(attrs))
         if tag not in VOID:
             self.open.append(tag)
-            self._ids_open.append(dict(attrs).get("id") or "")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._see(tag, dict(attrs))
@@ -34,11 +31,6 @@ class PageChecks(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open.pop() != tag:
             self.problems.append(f"closed out of order: {tag}")
-        self._ids_open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self._ids_open and self._ids_open[-1]:
-            self.texts[self._ids_open[-1]] = self.texts.get(self._ids_open[-1], "") + data
 
     def _see(self, tag: str, attributes: dict[str, str | None]) -> None:
         self.tags.append(tag)

@@ -125,20 +125,6 @@ def kl_per_token(dense_PV: Tensor, pruned_PV: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def distillation(student_PV: Tensor, teacher_PV: Tensor | None, next_P: Tensor, share: float) -> tuple[float, Tensor]:
-    """Return mean_P of s KL(p || q) - (1 - s) log q(next) and its gradient.
-
-    The gradient by hand: (s (q - p) + (1 - s) (q - e_next)) / P.
-    """
-    share = 0.0 if teacher_PV is None else share
-    teacher = student_PV if teacher_PV is None else teacher_PV
-    loss_P = share * kl_per_token(teacher, student_PV) + (1 - share) * next_token_nats(student_PV, next_P)
-    p, q = log_probabilities_of(teacher).exp(), log_probabilities_of(student_PV).exp()
-    one_hot = torch.eye(student_PV.shape[1], dtype=torch.float64)[next_P]
-    slope = share * (q - p) + (1 - share) * (q - one_hot)
-    return float(loss_P.mean()), slope / len(student_PV)
-
-
 def bits_per_byte(nats: list[float], num_bytes: int) -> float:
     """Return all predicted tokens' information in bits over the bytes they stand for."""
     return math.fsum(nats) / math.log(2) / num_bytes

@@ -13,9 +13,7 @@ from secateur.data.blocks import JudgedText
 from secateur.data.pool import Allotted
 from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
-from secateur.methods.compensate import Guard, Repaired
 from secateur.methods.select import Task
-from secateur.model.bind import decoder_layers
 from secateur.pruning import group_step
 from secateur.pruning.cut import Cut
 from secateur.pruning.group_step import method_of, prune_group
@@ -40,18 +38,6 @@ def step(run: Run, number: int = 0, num_keep: int = 64) -> tuple[torch.Tensor, d
         walk.advance_dense(0)
     keep, line = prune_group(Task(walk, group, num_keep, method_of(run.resolved.recipe), run.shares, 0))
     return keep, line, walk
-
-
-def test_the_cut_gets_what_repair_gives_and_the_line_its_verdict(monkeypatch):
-    run = run_of(tiny_llama(), score="flap")
-    layer = decoder_layers(run.model, run.arch)[0]
-    weight, guard = torch.randn(48, 64), Guard(0.5, {"d0": 0.25}, {"d0": 0.125})
-    monkeypatch.setattr(group_step, "repair", lambda *_: Repaired(weight, guard))
-    keep, line, _ = step(run)
-    assert torch.equal(layer.mlp.down_proj.weight, weight)
-    assert len(keep) == 64 and (line["kept"], line["total"]) == (64, 112)
-    expected = {"step": 0.5, "error_before": {"d0": 0.25}, "error_after": {"d0": 0.125}}
-    assert {key: line[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(

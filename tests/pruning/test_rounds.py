@@ -168,19 +168,6 @@ def test_losses_are_watched_where_the_recipe_asks_for_them(asked, is_watched):
     assert set(found) == ({"d0", "d1"} if is_watched else set())
 
 
-def test_batches_say_which_text_was_held_out():
-    text = random_calibration(blocks=4)
-    found = run_of(tiny_llama(), text, rounds=2)
-    for domain in text.domains:
-        for held_out, blocks in ((False, domain.calibration.ids_NT), (True, domain.held_out.ids_NT)):
-            mine = [batch for batch in found.batches() if (batch.domain, batch.held_out) == (domain.name, held_out)]
-            assert torch.equal(torch.cat([batch.ids_BT for batch in mine]), blocks)
-    assert found.shares == {"d0": 0.5, "d1": 0.5}
-    assert {name: blocks.ids_NT.data_ptr() for name, blocks in found.held_out.items()} == {
-        domain.name: domain.held_out.ids_NT.data_ptr() for domain in text.domains
-    }
-
-
 def narrow(monkeypatch: pytest.MonkeyPatch, text: LearningText, **short: Any) -> tuple[list[Any], Any, Any]:
     """Return the blocks, the shares and the damping that readers are made narrow with."""
     seen: list[Any] = []
@@ -212,16 +199,6 @@ def test_narrow_readers_take_the_judging_blocks_too_where_there_are_no_others(mo
         mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
         assert torch.equal(mine, domain.calibration.ids_NT)
     assert damping is None
-
-
-def test_the_first_layer_has_none_before_it_to_be_folded_into():
-    model = tiny_llama(num_layers=6)
-    before = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
-    found = cutting.remove_depth(run_of(model, removed_layers=[0], remove=0.2))
-    (line,) = (line for line in found.services.log.lines if line["event"] == "layer")
-    assert "error_after" not in line and "step" not in line
-    for layer, weight in zip(model.model.layers, before[1:], strict=True):
-        assert torch.equal(layer.mlp.down_proj.weight, weight)
 
 
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from secateur.data.blocks import Blocks
 from secateur.errors import NumericsError
-from secateur.facts import standard_error
 from secateur.model.bind import bind
 from secateur.report.records import Change, Quality, change, mean_change
 from secateur.stream import losses as product
@@ -127,14 +126,6 @@ def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> N
         assert found[domain].standard_error == (error and pytest.approx(error, rel=1e-3, abs=TOLERANCE))
     own_tokens = domain_losses(model, bind(model), blocks)
     assert own_tokens["a"].num_tokens == 19 + 8 + 13
-
-
-@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=12), length=st.integers(1, 9))
-def test_the_standard_error_of_documents_of_equal_length_is_that_of_their_mean(
-    values: list[float], length: int
-) -> None:
-    found, expected = standard_error([value * length for value in values], [length] * len(values)), mean_error(values)
-    assert found == (expected if expected is None else pytest.approx(expected, rel=1e-12, abs=1e-12))
 
 
 def test_a_document_without_a_token_of_the_other_tokenizer_has_none() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.modules import forwards_replaced
-from secateur.stream import walk as product
-from secateur.stream.walk import Batch, Walk, at_hand, make_batches
+from secateur.stream.walk import Batch, Walk, make_batches
 
 TOLERANCE = 3 * 112 * FLOAT32_STEP  # three layers, each a sum over 112 inputs
 # Serial, parallel, layers that give tuples, layers of two kinds with their own masks.
@@ -119,12 +118,3 @@ def test_batches_hold_all_blocks_in_order(num_blocks: int, batch_tokens: int | N
 def test_other_devices_get_larger_batches() -> None:
     ids_NT = torch.empty(600, 32, dtype=torch.int64, device="meta")
     assert [len(batch.ids_BT) for batch in make_batches("mine", ids_NT, held_out=False)] == [256, 256, 88]
-
-
-def test_a_layer_at_hand_is_fetched_and_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, calls = nn.Linear(2, 2), []
-    for name in ("fetch", "settle"):
-        monkeypatch.setattr(product, name, lambda given, name=name: calls.append((name, given)))
-    with at_hand(layer) as found:
-        assert found is layer and calls == [("fetch", layer)]
-    assert calls == [("fetch", layer), ("settle", layer)]
