@@ -21,6 +21,7 @@ from secateur.pruning.resolve import resolve
 from secateur.pruning.run import LossWatch, Run, watched_losses
 from secateur.recipe import parse_recipe
 from secateur.store import Services
+from secateur.stream.losses import predicted_tokens
 from secateur.stream.walk import Walk
 from tests.model.test_exactness import random_calibration
 
@@ -208,6 +209,7 @@ def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_toke
     watch = object.__new__(run.LossWatch)
     watch.run, watch.dense, watch.now = found, {"d0": 2.0}, {"d0": 2.05}
     assert watch.allowed_rise() == {"d0": pytest.approx(0.15, rel=1e-12)}
-    watch.run = dataclasses.replace(found, dense_tokens={"d0": {0: held_out // 2, 1: held_out // 4}})
+    dense_tokens = predicted_tokens(found.held_out) | {"d0": {0: held_out // 2, 1: held_out // 4}}
+    watch.run = dataclasses.replace(found, dense_tokens=dense_tokens)
     share = (held_out // 2 + held_out // 4) / held_out
     assert watch.allowed_rise() == {"d0": pytest.approx(0.15 * share, rel=1e-12)}
