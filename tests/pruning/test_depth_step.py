@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_family
-from models import logits_of, num_params, tiny_gemma3, tiny_llama, tiny_qwen2
+from models import logits_of, num_params, saved, tiny_gemma3, tiny_llama, tiny_qwen2
 from recipes import grouped
 from stops import lines_of
 from tiny_tokenizer import tiny_tokenizer
@@ -117,6 +117,11 @@ def test_layers_that_are_named_go_as_if_they_had_been_chosen(small, tmp_path, mo
         dense(tiny_qwen2), grouped({**small, "depth": 2, "remove": 0.4}), tokenizer=TOKENIZER, out=places[0]
     )
     assert measured.layers == (0, 2, 4, 5)
+    # What `inspect` promises before they are chosen.
+    promised = inspect(saved(tmp_path / "dense", dense(tiny_qwen2)), measured.recipe)
+    assert promised.num_layers == measured.summary.num_layers == (6, 4)
+    assert promised.num_params_after == measured.summary.pruned_size.num_params
+    assert promised.remove_reached == pytest.approx(measured.summary.remove_reached)
     monkeypatch.setattr(depth_step, "choose_layers", lambda *_, **__: pytest.fail("nothing is left to choose"))
     asked = {**small, "removed_layers": [-3, 1], "remove": 0.4}
     named = secateur.prune(dense(tiny_qwen2), grouped(asked), tokenizer=TOKENIZER, out=places[1])
