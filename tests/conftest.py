@@ -118,6 +118,12 @@ def recipe(texts: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def small(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run that nothing judges."""
+    return {**recipe, "evaluate": False}
+
+
+@pytest.fixture(scope="session")
 def recipe_file(recipe: dict[str, Any], shared: Path) -> Path:
     file = shared / "recipe.yaml"
     file.write_text(yaml.safe_dump(grouped(recipe)), encoding="utf-8")

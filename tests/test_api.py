@@ -19,12 +19,6 @@ from secateur.model.checkpoint import check_in_memory, restore_buffers
 TOKENIZER = tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def small(recipe):
-    """The shared recipe without its evaluation."""
-    return {**recipe, "evaluate": False}
-
-
 VERBS = ("prune", "measure", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
 KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
     "prune": "remove to fit context type_name preset domains answers vocabulary keep_script polish "

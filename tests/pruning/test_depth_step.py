@@ -30,11 +30,6 @@ from secateur.stream.walk import Walk
 TOKENIZER = tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def small(recipe) -> dict[str, Any]:
-    return {**recipe, "evaluate": False}
-
-
 def dense(factory: Any, quiet: tuple[int, ...] = (1, 3)) -> Any:
     """Return a model of six layers of which the `quiet` ones add little: these are what depth removes."""
     model = factory(num_layers=6)

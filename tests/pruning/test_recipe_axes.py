@@ -24,11 +24,6 @@ from secateur.recipe import Recipe, parse_recipe
 TOKENIZER = tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def small(recipe) -> dict[str, Any]:
-    return {**recipe, "evaluate": False}
-
-
 def widths(result: secateur.Result) -> dict[tuple[int, str], int]:
     return {key: len(keep) for key, keep in result.keeps.items()}
 
