@@ -1,5 +1,6 @@
 """The commands for a model that is there: `evaluate` and `bench` measure it, others hand it on; and `demo`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -237,7 +238,7 @@ def demo(
         "page: about 4 minutes on two idle cores."
     )
     recipe = parse_recipe(DEMO_RECIPE)
-    prune_and_tell(DEMO_MODEL, out, recipe, overwrite=overwrite)
+    prune_and_tell(out, partial(secateur.prune, DEMO_MODEL, recipe, overwrite=overwrite))
     with common.progress_bar() as progress:
         speed = secateur.bench(out, DEMO_MODEL, **DEMO_WORKLOAD, progress=progress)
     common.CONSOLE.print(secateur.table(speed))

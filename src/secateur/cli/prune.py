@@ -5,7 +5,8 @@ The comments that `recipe` prints are the docstrings of keys in `secateur.recipe
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -192,7 +193,17 @@ def prune(
     parsed = _recipe_of(recipe, preset, options, domain, sets, answers)
     if is_alone:
         return prune_and_tell(
-            model, out, parsed, like=like, from_=from_, max_loss=max_loss, overwrite=overwrite, force=force
+            out,
+            partial(
+                secateur.prune,
+                model,
+                parsed,
+                like=like,
+                from_=from_,
+                max_loss=max_loss,
+                overwrite=overwrite,
+                force=force,
+            ),
         )
     for option, given in (("--like", like), ("--max-loss", max_loss)):
         if given is not None:
@@ -213,11 +224,10 @@ def prune(
         common.show(made.summary, str(made.out))
 
 
-def prune_and_tell(model: str, out: Path, recipe: Recipe, **options: Any) -> None:
-    """Prune, and print the result. `options`: others of `secateur.prune`."""
-    command = common.command_line(out)
+def prune_and_tell(out: Path, prune: "Callable[..., secateur.Result]") -> None:
+    """Print the result of `prune` in `out`. It is `secateur.prune` but for what the terminal gives."""
     with common.progress_bar() as progress:
-        made = secateur.prune(model, recipe, out=out, command=command, progress=progress, tell=common.tell, **options)
+        made = prune(out=out, command=common.command_line(out), progress=progress, tell=common.tell)
     summary = made.summary
     loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
     common.show(summary, f"{out}. Load it with {loader}('{out}')")
@@ -267,7 +277,7 @@ def trim(
     Every text still reads back as it was, in more tokens. Held-out text judges what that costs, domain by domain.
     """
     recipe = _recipe_of(None, None, {"remove": {"groups": [], "vocabulary": vocabulary}}, domain, sets)
-    prune_and_tell(model, out, recipe, overwrite=overwrite, force=force)
+    prune_and_tell(out, partial(secateur.prune, model, recipe, overwrite=overwrite, force=force))
 
 
 @common.app.command(
