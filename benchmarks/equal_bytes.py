@@ -69,7 +69,7 @@ def documents(domain: str, num_bytes: int) -> list[str]:
 
 def bits_per_byte(file: Path, texts: dict[str, list[str]]) -> dict[str, list[float]]:
     """Return, by domain, the bits that llama.cpp needs for each document, per byte of it."""
-    with closing(open_llama_cpp(file, PIECE + 2, all_logits=True)) as model:
+    with closing(open_llama_cpp(file, PIECE + 2)) as model:
         # Not the file's first token: a model that is never given one, as Qwen2, reads badly behind it.
         first = model.tokenize(b"\n", add_bos=False)
 
@@ -88,7 +88,12 @@ def bits_per_byte(file: Path, texts: dict[str, list[str]]) -> dict[str, list[flo
 
 def runner(file: Path) -> Runner:
     """Load the file and return a run of greedy generation that gives the seconds to each new token."""
-    model = open_llama_cpp(file, WORK.prompt_tokens + WORK.new_tokens, all_logits=False)
+    import llama_cpp  # a package that few have
+
+    # The last position's logits alone, as a server asks for them.
+    threads, num_context = torch.get_num_threads(), WORK.prompt_tokens + WORK.new_tokens
+    options: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "verbose": False}
+    model = llama_cpp.Llama(str(file), n_ctx=num_context, n_gpu_layers=0, **options)
     # Timing needs no real text.
     ids = [position * 7919 % model.n_vocab() for position in range(WORK.prompt_tokens)]
 

@@ -538,6 +538,11 @@ def _known(results: Path) -> dict[str, str]:
 
 def _equivalent() -> dict[tuple[str, str, str], str]:
     listed = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or []
+    for each in listed:
+        if each["old"] not in (SOURCE / each["file"]).read_text(encoding="utf-8"):
+            sys.exit(
+                f"{EQUIVALENT.name}: {each['file']} has no line {each['old']!r} any more; give the line as it is now."
+            )
     return {(each["file"], each["old"], each["new"]): each["why"] for each in listed}
 
 
