@@ -404,6 +404,8 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {sentence(error, Recipe)}") from None
 
 
+# Keys of `remove` that say otherwise what another one says.
+REPLACES = {"to": "share", "layers": "depth"}
 AnyRecipe = Recipe | Keys | Path | str | None
 
 
@@ -423,9 +425,7 @@ def over_preset(data: Keys, where: str) -> Keys:
     if not isinstance(name, str) or name not in texts:
         hint = advice(str(name), texts)
         raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(texts)}; {hint}")
-    preset = yaml.safe_load(texts[name])
-    _drop_replaced(preset, own)
-    return merged(preset, own)
+    return asked_over(yaml.safe_load(texts[name]), own)
 
 
 def preset_texts() -> dict[str, str]:
@@ -446,23 +446,22 @@ def merged(base: Keys, changes: Keys) -> Keys:
     return result
 
 
+def asked_over(base: Keys, changes: Keys) -> Keys:
+    """Return `base` with `changes` merged in; a size takes the place of a share, and layers that of their number."""
+    asked, there = changes.get("remove"), base.get("remove")
+    if isinstance(asked, dict) and there is not None:
+        replaced = {REPLACES.get(key) for key in asked}
+        there = there if isinstance(there, dict) else {"share": there}
+        base = base | {"remove": {key: value for key, value in there.items() if key not in replaced}}
+    return merged(base, changes)
+
+
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
-    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups."""
+    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups; its domains replace."""
     keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
-    _drop_replaced(base, keys)
-    return parse_recipe(merged(base, keys), "recipe")
-
-
-def _drop_replaced(base: Keys, changes: Keys) -> None:
-    """Drop what a key in `changes` says otherwise: the old domains, the share for a size, the depth for layers."""
-    for group, old, new in (
-        ("calibration", "domains", "domains"),
-        ("remove", "share", "to"),
-        ("remove", "depth", "layers"),
-    ):
-        asked = changes.get(group)
-        if isinstance(asked, dict) and new in asked:
-            base.get(group, {}).pop(old, None)
+    if "domains" in keys.get("calibration", {}):
+        base.get("calibration", {}).pop("domains", None)
+    return parse_recipe(asked_over(base, keys), "recipe")
 
 
 def load_recipe(path: Path) -> Keys:

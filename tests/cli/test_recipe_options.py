@@ -103,6 +103,14 @@ def test_the_printed_recipe_is_the_preset(preset):
     assert parse_recipe(yaml.safe_load(with_recovery)).recover == RecoverySettings()
 
 
+@pytest.mark.parametrize("asked", ["--preset smallest --to 60K", "--preset quick --set remove.layers=[1]"])
+def test_a_size_or_layers_take_the_place_of_what_a_preset_says(asked, checkpoints):
+    shown = run_cli("inspect", checkpoints["llama"], *asked.split(), "--json")
+    assert shown.status == 0, shown.stderr
+    twice = run_cli("inspect", checkpoints["llama"], "--set", "remove.depth=2", "--set", "remove.layers=[1]")
+    assert twice.status == 2 and "remove.depth: 2 is not the number of remove.layers: [1]" in twice.stderr
+
+
 def test_the_comments_of_the_recipe_are_the_docstrings():
     shown = " ".join(run_cli("recipe").stdout.replace("#", " ").split())
     for group in ("remove", "choose", "repair", "calibration", "machine", "output"):
