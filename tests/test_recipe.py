@@ -118,7 +118,8 @@ def test_presets_lie_below_what_is_asked():
     assert parse_recipe({"preset": "best", "remove": {"vocabulary": None}}).remove.vocabulary is None
     quick = parse_recipe({"preset": "quick", "remove": 0.3})
     assert (quick.remove.share, quick.remove.depth, quick.choose.score, quick.output.evaluate) == (0.3, 0, "wanda", 512)
-    # What says the same otherwise replaces the preset's key.
+    # What says the same otherwise replaces the key below.
+    assert merged({"remove": {"to": "60M", "align": 8}}, {"remove": 0.2}) == {"remove": {"share": 0.2, "align": 8}}
     assert parse_recipe({"preset": "smallest", "remove": {"to": "60M"}}).remove.to == "60M"
     assert parse_recipe({"preset": "quick", "remove": {"layers": [4]}}).remove.depth is None
 

@@ -404,8 +404,8 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {sentence(error, Recipe)}") from None
 
 
-# Keys of `remove` that say otherwise what another one says.
-REPLACES = {"to": "share", "layers": "depth"}
+# Keys of `remove`, and the key below that says the same otherwise.
+REPLACES = {"to": "share", "share": "to", "layers": "depth"}
 AnyRecipe = Recipe | Keys | Path | str | None
 
 
@@ -425,7 +425,7 @@ def over_preset(data: Keys, where: str) -> Keys:
     if not isinstance(name, str) or name not in texts:
         hint = advice(str(name), texts)
         raise RecipeError(f"{where}: unknown preset '{name}'; allowed: {', '.join(texts)}; {hint}")
-    return asked_over(yaml.safe_load(texts[name]), own)
+    return merged(yaml.safe_load(texts[name]), own)
 
 
 def preset_texts() -> dict[str, str]:
@@ -436,24 +436,19 @@ def preset_texts() -> dict[str, str]:
 
 
 def merged(base: Keys, changes: Keys) -> Keys:
-    """Return `base` with `changes` merged in; `remove: 0.2` is `remove: {share: 0.2}`."""
+    """Return `base` with `changes` merged in; `remove: 0.2` is `remove: {share: 0.2}`.
+
+    Of `remove`, a size and a share replace each other, and layers their number.
+    """
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
         if key == "remove" and (isinstance(old, dict) or isinstance(value, dict)):
             old, value = (each if isinstance(each, dict) or each is None else {"share": each} for each in (old, value))
+            replaced = {REPLACES.get(name) for name in value or {}}
+            old = {name: part for name, part in (old or {}).items() if name not in replaced}
         result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
-
-
-def asked_over(base: Keys, changes: Keys) -> Keys:
-    """Return `base` with `changes` merged in; a size takes the place of a share, and layers that of their number."""
-    asked, there = changes.get("remove"), base.get("remove")
-    if isinstance(asked, dict) and there is not None:
-        replaced = {REPLACES.get(key) for key in asked}
-        there = there if isinstance(there, dict) else {"share": there}
-        base = base | {"remove": {key: value for key, value in there.items() if key not in replaced}}
-    return merged(base, changes)
 
 
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
@@ -461,7 +456,7 @@ def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recip
     keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
     if "domains" in keys.get("calibration", {}):
         base.get("calibration", {}).pop("domains", None)
-    return parse_recipe(asked_over(base, keys), "recipe")
+    return parse_recipe(merged(base, keys), "recipe")
 
 
 def load_recipe(path: Path) -> Keys:

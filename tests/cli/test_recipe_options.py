@@ -107,7 +107,7 @@ def test_the_printed_recipe_is_the_preset(preset):
 def test_a_size_or_layers_take_the_place_of_what_a_preset_says(asked, checkpoints):
     shown = run_cli("inspect", checkpoints["llama"], *asked.split(), "--json")
     assert shown.status == 0, shown.stderr
-    twice = run_cli("inspect", checkpoints["llama"], "--set", "remove.depth=2", "--set", "remove.layers=[1]")
+    twice = run_cli("inspect", checkpoints["llama"], "--set", "remove.layers=[1]", "--set", "remove.depth=2")
     assert twice.status == 2 and "remove.depth: 2 is not the number of remove.layers: [1]" in twice.stderr
 
 

@@ -24,8 +24,8 @@ from secateur.recipe import (
     Keys,
     Recipe,
     RecoverySettings,
-    asked_over,
     load_recipe,
+    merged,
     over_preset,
     parse_recipe,
     preset_texts,
@@ -246,7 +246,7 @@ def _recipe_of(
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
         data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
-    data = asked_over(data, _without_none(options))
+    data = merged(data, _without_none(options))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
