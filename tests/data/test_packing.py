@@ -60,6 +60,7 @@ class Read(_Texts):
     """Documents as if read."""
 
     def __init__(self, num_documents: int) -> None:
+        self.name = "mine"
         self.digests = [bytes([number]) for number in range(num_documents)]
 
     def has(self, number: int) -> bool:
@@ -69,8 +70,9 @@ class Read(_Texts):
 class Turns(_Tokens):
     """Documents of given tokens."""
 
-    def __init__(self, documents: list[list[list[int]]]) -> None:
-        self.documents, self.texts = documents, Read(len(documents))
+    def __init__(self, documents: list[list[list[int]]], tokenizer: Any) -> None:
+        super().__init__(Read(len(documents)), tokenizer)
+        self.documents = documents
 
     def piece(self, document: int, number: int) -> "array[int] | None":
         turns = self.documents[document]
@@ -79,7 +81,7 @@ class Turns(_Tokens):
 
 def split_of(documents: list[list[int]], amounts: Amounts, tokenizer: Any = TOKENIZER) -> Split:
     """Return the parts of documents, given as lengths of their turns."""
-    pool, turns = TextPool(CALIBRATION, tokenizer, 0), Turns(turns_of(documents))
+    pool, turns = TextPool(CALIBRATION, tokenizer, 0), Turns(turns_of(documents), tokenizer)
     pool._texts["mine"], pool._tokens["mine", id(tokenizer)] = turns.texts, turns
     return pool.split(CALIBRATION, amounts)
 
@@ -151,7 +153,7 @@ def test_too_little_text_says_what_there_is_and_what_it_needs() -> None:
         CalibrationError, match=r"'mine': 14 tokens of text .* 1 held-out and 2 calibration .* need 24;"
     ):
         split_of([[9], [4]], Amounts(num_tokens=2 * LENGTH, num_judged_tokens=3 * LENGTH))
-    pool, turns = TextPool(CALIBRATION, TOKENIZER, 0), Turns(turns_of([[9], [4]]))
+    pool, turns = TextPool(CALIBRATION, TOKENIZER, 0), Turns(turns_of([[9], [4]]), TOKENIZER)
     pool._texts["mine"], pool._tokens["mine", id(TOKENIZER)] = turns.texts, turns
     with pytest.raises(CalibrationError, match=r"'mine': 14 tokens .* but 3 blocks of 8 tokens need 24; ask for fewer"):
         pool.draw(CALIBRATION.domains, 3)

@@ -81,6 +81,7 @@ class _Texts:
     """
 
     def __init__(self, name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int, note: Note) -> None:
+        self.name = name
         self._source = documents(name, domain, tokenizer, seed, note)
         self._order = Random(f"{seed}:{name}:lines")
         self._num_characters = length * CHARACTERS_PER_TOKEN
@@ -116,10 +117,12 @@ def _pieces(text: str, size: int, order: Random) -> Iterator[str]:
 
 
 class _Tokens:
-    """A domain's pieces in one tokenizer, each tokenised once."""
+    """A domain's pieces in one tokenizer, each tokenised once. `eos`: its end-of-text token, if it has one."""
 
     def __init__(self, texts: _Texts, tokenizer: Tokenizer) -> None:
-        self.texts = texts
+        eos = tokenizer.eos_token_id
+        assert eos is None or isinstance(eos, int)
+        self.texts, self.eos = texts, eos
         self._tokenizer = tokenizer
         self._ids: dict[tuple[int, int], array[int]] = {}
 
@@ -142,13 +145,11 @@ class _Tokens:
             number += 1
         return _tensor(ids[rest.offset :][:most])
 
-    def fresh(
-        self, name: str, first: int, last: int | None, owners: Mapping[bytes, str], late: "deque[_Rest]"
-    ) -> Iterator[int]:
-        """Yield the documents from `first` to before `last`; those that another one than `name` owns come late."""
+    def fresh(self, first: int, last: int | None, owners: Mapping[bytes, str], late: "deque[_Rest]") -> Iterator[int]:
+        """Yield the documents from `first` to before `last`; those that another domain owns come late."""
         number = first
         while (last is None or number < last) and self.texts.has(number):
-            if owners.get(self.texts.digests[number], name) == name:
+            if owners.get(self.texts.digests[number], self.texts.name) == self.texts.name:
                 yield number
             else:
                 late.append(_Rest(number))
@@ -170,10 +171,13 @@ class _Packing:
     their documents, and is used when all else has run out.
     """
 
-    def __init__(self, tokens: _Tokens, fresh: Iterator[int], late: deque[_Rest], eos: int | None) -> None:
+    def __init__(
+        self, tokens: _Tokens, first: int, last: int | None, owners: Mapping[bytes, str], late: deque[_Rest]
+    ) -> None:
+        """Begin with what `_Tokens.fresh` yields."""
         self.begun: list[_Rest] = []
         self.begun_late: list[_Rest] = []
-        self._tokens, self._fresh, self._late, self._eos = tokens, fresh, late, eos
+        self._tokens, self._fresh, self._late = tokens, tokens.fresh(first, last, owners, late), late
         self._waiting: deque[_Rest] = deque()
         self._last: int | None = None
         self._ids, self._documents = array("i"), array("i")
@@ -192,8 +196,8 @@ class _Packing:
             ids = self._tokens.piece(turn.document, turn.piece)
             if ids is None:
                 continue
-            if self._eos is not None and self._ids and turn.document != self._last:
-                self._ids.append(self._eos)
+            if self._tokens.eos is not None and self._ids and turn.document != self._last:
+                self._ids.append(self._tokens.eos)
                 self._documents.append(self._documents[-1])
             ids = ids[turn.offset :]
             self._ids += ids
@@ -248,43 +252,46 @@ class _Sizes:
 class _Domain:
     """A domain whose parts are drawn in turn: judged, held out, to learn by.
 
-    `is_given`: whether it is known which documents each part has. `first`: the first document that no
+    `given`: which documents each part has, if that is known. `first`: the first document that no
     part has. `late`: what parts have left of their documents. `allotted`: `first` behind each part.
     `owners`: the domains that have a document in what judges or guards, by its digest.
     """
 
-    name: str
     tokens: _Tokens
-    eos: int | None
     sizes: _Sizes
     length: int
     owners: dict[bytes, str]
-    is_given: bool
+    given: Allotted
     first: int = 0
     late: deque[_Rest] = field(default_factory=deque[_Rest])
     parts: list[_Packing] = field(default_factory=list[_Packing])
     allotted: list[int] = field(default_factory=list[int])
 
-    def draw(self, num_blocks: int, last: int | None = None) -> None:
-        """Pack the next part. `last`: the first document of the part behind it, if that is given."""
-        packing = self._packing(last)
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        return self.tokens.texts.name
+
+    def pack(self, num_blocks: int, last: int | None = None) -> _Packing:
+        """Pack the next part, or the last one, of all documents that are left; see `draw`."""
+        packing = _Packing(self.tokens, self.first, last, self.owners, self.late)
         packing.reaches(num_blocks * self.length)
+        self.parts.append(packing)
+        return packing
+
+    def draw(self, num_blocks: int, last: int | None) -> None:
+        """Pack a part with others behind it. `last`: the first document of these, if that is given."""
+        packing = self.pack(num_blocks, last)
         begun = [rest.document for rest in packing.begun]
         self.first = max([self.first, *(number + 1 for number in begun)]) if last is None else last
         self.late = deque([*packing.rests(num_blocks * self.length), *self.late])
         self.allotted.append(self.first)
         self.owners |= dict.fromkeys((self.tokens.texts.digests[number] for number in begun), self.name)
-        self.parts.append(packing)
-
-    def draw_rest(self, num_blocks: int) -> None:
-        """Pack the last part, which has all documents that are left."""
-        packing = self._packing(None)
-        packing.reaches(num_blocks * self.length)
-        self.parts.append(packing)
 
     def all_learning(self, most: int) -> Iterator[tuple[int, Int64[Tensor, " T"]]]:
         """Yield the number and the ids of the last part's documents, each as a whole, up to `most` ids."""
-        for rest in chain(map(_Rest, self._fresh(None, deque())), self.parts[LEARNING].begun_late):
+        fresh = self.tokens.fresh(self.first, None, self.owners, deque())
+        for rest in chain(map(_Rest, fresh), self.parts[LEARNING].begun_late):
             ids_T = self.tokens.rest(rest, most)
             yield rest.document, ids_T
             most -= len(ids_T)
@@ -298,9 +305,9 @@ class _Domain:
     @property
     def is_whole(self) -> bool:
         """Whether there is enough of every part; of a given one, what there is."""
-        numbers = (self.sizes.held_out, self.sizes.calibration)
-        enough = [part.num_tokens >= num * self.length for part, num in zip(self.parts[1:], numbers, strict=True)]
-        return all(enough) and (self.is_given or self.parts[JUDGED].num_tokens >= self.sizes.judged * self.length)
+        num_judged = self.sizes.judged if self.given.judged is None else 0
+        numbers = (num_judged, self.sizes.held_out, self.sizes.calibration)
+        return all(part.num_tokens >= num * self.length for part, num in zip(self.parts, numbers, strict=True))
 
     def too_short(self, num_learning: int, what: str, key: str) -> CalibrationError:
         """Return the error for a text that is too short. `what`: the blocks to learn by, in words."""
@@ -318,13 +325,6 @@ class _Domain:
         """Return the digests of a part's documents."""
         packing = self.parts[part]
         return {self.tokens.texts.digests[rest.document] for rest in (*packing.begun, *packing.begun_late)}
-
-    def _packing(self, last: int | None) -> _Packing:
-        return _Packing(self.tokens, self._fresh(last, self.late), self.late, self.eos)
-
-    def _fresh(self, last: int | None, late: deque[_Rest]) -> Iterator[int]:
-        """Yield the documents that no part has, to before `last`."""
-        return self.tokens.fresh(self.name, self.first, last, self.owners, late)
 
 
 JUDGED, HELD_OUT, LEARNING = range(3)
@@ -444,7 +444,7 @@ class TextPool:
         notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
         learning = LearningText(text, self.length, notes)
         allotted = {name: Allotted(*domain.allotted) for name, domain in domains.items()}
-        judged = _judged(text, domains, amounts, self.length)
+        judged = _judged(text, domains, math.ceil(amounts.num_judged_tokens / self.length))
         return Split(Learning(learning, domains), judged, allotted, self.notes)
 
     def draw(
@@ -457,10 +457,7 @@ class TextPool:
         drawn: dict[str, Blocks] = {}
         for name, domain in domains.items():
             self._read(name, domain)
-            tokens, eos = self._in(name, self._tokenizer), self._tokenizer.eos_token_id
-            assert eos is None or isinstance(eos, int)
-            owners, late = dict.fromkeys(used, ""), deque[_Rest]()
-            packing = _Packing(tokens, tokens.fresh(name, 0, None, owners, late), late, eos)
+            packing = _Packing(self._in(name, self._tokenizer), 0, None, dict.fromkeys(used, ""), deque())
             if not packing.reaches(num_blocks * self.length):
                 raise CalibrationError(
                     f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but {num_blocks} blocks of "
@@ -487,36 +484,31 @@ class TextPool:
         self, sizes: Mapping[str, _Sizes], tokenizer: Tokenizer, allotted: Mapping[str, Allotted]
     ) -> dict[str, _Domain]:
         """Return the domains with their parts packed: those that judge of all, then those that guard, then the rest."""
-        eos, owners = tokenizer.eos_token_id, dict[bytes, str]()
-        assert eos is None or isinstance(eos, int)
-        domains: dict[str, _Domain] = {}
+        owners, domains = dict[bytes, str](), dict[str, _Domain]()
         for name, size in sizes.items():
-            domains[name] = _Domain(name, self._in(name, tokenizer), eos, size, self.length, owners, name in allotted)
-        given = {name: allotted.get(name, Allotted(None, None)) for name in sizes}
-        for name, domain in domains.items():
-            domain.draw(sizes[name].judged, given[name].judged)
-        for name, domain in domains.items():
-            domain.draw(sizes[name].held_out, given[name].held_out)
+            given = allotted.get(name, Allotted(None, None))
+            domains[name] = _Domain(self._in(name, tokenizer), size, self.length, owners, given)
+        for domain in domains.values():
+            domain.draw(domain.sizes.judged, domain.given.judged)
+        for domain in domains.values():
+            domain.draw(domain.sizes.held_out, domain.given.held_out)
         num_done, num_all = 0, sum(size.held_out + size.calibration for size in sizes.values())
         self._progress("calibration", num_done, num_all)
-        for name, domain in domains.items():
-            domain.draw_rest(sizes[name].calibration)
-            num_done += sizes[name].held_out + sizes[name].calibration
+        for domain in domains.values():
+            domain.pack(domain.sizes.calibration)
+            num_done += domain.sizes.held_out + domain.sizes.calibration
             self._progress("calibration", num_done, num_all)
         return domains
 
 
-def _part(domain: _Domain | None, part: int, num_blocks: int, length: int) -> Blocks:
-    """Return a part's blocks; without a domain that is read, on the meta device."""
-    if domain is not None:
-        return domain.blocks(part, num_blocks)
-    empty_NT = torch.empty(num_blocks, length, dtype=torch.int64, device="meta")
-    return Blocks(empty_NT, empty_NT)
-
-
 def _learning(name: str, sizes: _Sizes, domain: _Domain | None, length: int) -> LearningDomain:
-    blocks = _part(domain, LEARNING, sizes.learning, length)
-    held_out = _part(domain, HELD_OUT, sizes.held_out, length)
+    """Return what is learnt by; without a domain that is read, on the meta device."""
+    if domain is not None:
+        blocks, held_out = domain.blocks(LEARNING, sizes.learning), domain.blocks(HELD_OUT, sizes.held_out)
+    else:
+        shapes = (sizes.learning, length), (sizes.held_out, length)
+        empty = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in shapes)
+        blocks, held_out = (Blocks(ids_NT, ids_NT) for ids_NT in empty)
     return LearningDomain(name, sizes.share, blocks, sizes.calibration, held_out)
 
 
@@ -524,19 +516,15 @@ GUARD_SHARES = "guards the run and what it learns by"
 JUDGE_SHARES = "judges the run and what guards it or what it learns by"
 
 
-def _judged(
-    text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], amounts: Amounts, length: int
-) -> JudgedText:
+def _judged(text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], num_blocks: int) -> JudgedText:
     """Return what judges: a part of its own; of answers, and of a domain that is too short, what guards."""
-    judged, notes = dict[str, Blocks](), list[str]()
-    for domain in text:
-        num_blocks = amounts.of(domain.share, length).judged if domain.name in domains else 0
-        judged[domain.name] = (
-            _part(domains.get(domain.name), JUDGED, num_blocks, length) if num_blocks else domain.held_out
-        )
-        if num_blocks and not len(judged[domain.name]):
-            judged[domain.name] = domain.held_out
-            notes.append(f"domain '{domain.name}': {TOO_SHORT_TO_JUDGE}")
+    judged, notes = {domain.name: domain.held_out for domain in text}, list[str]()
+    for name, domain in domains.items() if num_blocks else ():
+        own = domain.blocks(JUDGED, num_blocks)
+        if len(own):
+            judged[name] = own
+        else:
+            notes.append(f"domain '{name}': {TOO_SHORT_TO_JUDGE}")
     return JudgedText(judged, (*notes, *_shared(domains, JUDGED, (HELD_OUT, LEARNING), JUDGE_SHARES)))
 
 
