@@ -7,7 +7,7 @@ B conversations at a time, T tokens of a block, N blocks, V tokens of the vocabu
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer
 
 from secateur.data.blocks import Blocks, JudgedText, LearningText
@@ -131,8 +133,7 @@ class Answers:
         stage, length = f"answers, {domain}", self.speaker.length
         num_batches = 1 + -(-2 * sum(num_blocks.values()) // self.speaker.rows)
         total = sum(num_blocks.values()) * length + num_batches * STEP_TOKENS * (length // 2)
-        tell = _Counter(self.progress, stage, 0, total)
-        self.progress(stage, 0, total)
+        tell = _Counter(self.progress, stage, total)
         while True:
             blocks: dict[Part, Blocks] = {
                 part: filled
@@ -152,14 +153,14 @@ class Answers:
         end = self.speaker.tokenizer.eos_token_id
         filler = Conversation(torch.tensor([end if isinstance(end, int) else 0]), num_prompt=0)
         if told is not None:
-            own, filler = map(told, own), told(filler)
-        return _filled(list(own), num_blocks, self.speaker.length, int(filler.ids_T[-1]))
+            own, filler = [*map(told, own)], told(filler)
+        return _filled(own, num_blocks, self.speaker.length, int(filler.ids_T[-1]))
 
     def _so_far(self, domain: str, part: Part) -> list[Conversation]:
         return self.written.setdefault((domain, part), [])
 
     def _asked(self, domain: str, part: Part) -> list[list[int]]:
-        """Return the part's prompts."""
+        """Return the ids of the part's prompts that leave at least half of a block for the answer."""
         given = self.prompts[domain]
         if len(given) < 2:
             raise CalibrationError(
@@ -168,7 +169,15 @@ class Answers:
             )
         tenth = -(-len(given) // 10)
         own = given[:tenth] if part == "held-out" else given[tenth:]
-        return _that_fit(own, self.speaker, domain)
+        tokenizer, most = self.speaker.tokenizer, self.speaker.length // 2
+        ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in own]
+        fitting = [prompt for prompt in ids if 0 < len(prompt) <= most]
+        if not fitting:
+            raise CalibrationError(
+                f"domain '{domain}': no prompt has {most} tokens or less, so none leaves room for an answer in a block "
+                f"of {self.speaker.length}; raise calibration.sequence_length, or give other prompts."
+            )
+        return fitting
 
     def _write_on(
         self,
@@ -195,7 +204,7 @@ class Answers:
         nothing. Later a block more than is missing is asked for, so that few batches are small.
         """
         length, first = self.speaker.length, len(self._so_far(domain, part))
-        fresh = list(_once(self._so_far(domain, part)))
+        fresh = _once(self._so_far(domain, part))
         if first >= PATIENCE and len(fresh) < LEAST_FRESH * first:
             raise CalibrationError(
                 f"domain '{domain}': the model gives the same answers again and again; give more prompts, or lower "
@@ -259,32 +268,19 @@ def greedy_answers(
 
     An answer ends by itself, or behind `num_tokens`. Raises NumericsError if a logit is not finite.
     """
-    conversations, ends, rows = list[Conversation](), speaker.ends, speaker.rows
+    conversations, rows = list[Conversation](), speaker.rows
     all_ids = [_prompt(text, speaker) for text in prompts]
     batches = [all_ids[start : start + rows] for start in range(0, len(all_ids), rows)]
     total = sum(map(len, all_ids)) + num_tokens * (len(prompts) + STEP_TOKENS * len(batches))
-    tell = _Counter(progress, stage, 0, total)
-    progress(stage, 0, total)
+    tell = _Counter(progress, stage, total)
     for prompt_ids in batches:
-        written = _continued(speaker, prompt_ids, None, lambda ids: ids[-1] in ends or len(ids) >= num_tokens, tell)
+        written = _continued(speaker, prompt_ids, None, num_tokens, tell)
         conversations += [
             Conversation(ids_T=torch.tensor([*prompt, *answer]), num_prompt=len(prompt))
             for prompt, answer in zip(prompt_ids, written, strict=True)
         ]
     progress(stage, total, total)
     return conversations
-
-
-def _that_fit(prompts: Sequence[str], speaker: Speaker, name: str) -> list[list[int]]:
-    """Return the prompts' ids, without those that leave less than half of a block for the answer."""
-    ids = [speaker.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in prompts]
-    fitting = [prompt for prompt in ids if 0 < len(prompt) <= speaker.length // 2]
-    if not fitting:
-        raise CalibrationError(
-            f"domain '{name}': no prompt has {speaker.length // 2} tokens or less, so none leaves room for an answer "
-            f"in a block of {speaker.length}; raise calibration.sequence_length, or give other prompts."
-        )
-    return fitting
 
 
 def _batch(
@@ -298,8 +294,7 @@ def _batch(
     prompts = [prompt_ids[request.part][request.number % len(prompt_ids[request.part])] for request in requests]
     seeds = [f"{speaker.seed}:{domain}-{request.part}:{request.number}" for request in requests]
     # An answer is cut at half of a block.
-    ends, most = speaker.ends, speaker.length // 2
-    answers = _continued(speaker, prompts, seeds, lambda ids: ids[-1] in ends or len(ids) >= most, tell)
+    answers = _continued(speaker, prompts, seeds, speaker.length // 2, tell)
     ids = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
     sizes = [[len(ids_T), len(prompt)] for ids_T, prompt in zip(ids, prompts, strict=True)]
     return {"ids": torch.cat(ids), "sizes": torch.tensor(sizes)}
@@ -321,25 +316,29 @@ def _continued(
     speaker: Speaker,
     prompts: list[list[int]],
     seeds: list[str] | None,
-    is_over: Callable[[list[int]], bool],
+    most: int,
     tell: Callable[[int], None],
 ) -> list[list[int]]:
-    """Return what the model writes behind each prompt, until `is_over`.
+    """Return what the model writes behind each prompt, until it ends it or has written `most` tokens.
 
     With `seeds` it draws at `TEMPERATURE`; without, each token is its first choice.
 
     Prompts are padded on their left, behind a mask; each row has draws of its own, so a row depends
     on the others by rounding alone. Rows that are over leave the batch.
     """
-    model, head = speaker.model, head_of(speaker.model, speaker.arch)
+    model, head, ends = speaker.model, head_of(speaker.model, speaker.arch), speaker.ends
     backbone = model.get_submodule(speaker.arch.backbone)
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     draws = None if seeds is None else [Random(seed) for seed in seeds]
     drawn = [list[int]() for _ in prompts]
-    width = max(map(len, prompts))
-    fed_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    fed_BT = pad_sequence(ids, batch_first=True, padding_side="left")
+    mask_BT = pad_sequence([*map(torch.ones_like, ids)], batch_first=True, padding_side="left")
     rows, cache, num_read = list(range(len(prompts))), dict[str, Any](), sum(map(len, prompts))
+
+    def is_over(ids: list[int]) -> bool:
+        return len(ids) >= most or (len(ids) > 0 and ids[-1] in ends)
+
     with eval_mode(model):
         while True:
             # Positions count from each prompt's own first token.
@@ -348,10 +347,15 @@ def _continued(
             output = backbone(fed_BT, attention_mask=mask_BT, use_cache=True, **where, **cache)
             name = next(key for key in CACHE_NAMES if key in output)
             logits_BV = head(output.last_hidden_state[:, -1])[:, : len(speaker.tokenizer)]
-            numbers = None if draws is None else torch.tensor([draws[row].random() for row in rows])
-            next_B = _first(logits_BV) if numbers is None else _draw(logits_BV / TEMPERATURE, numbers)
+            if draws is not None:
+                logits_BV = logits_BV / TEMPERATURE
+            highest_B, next_B = logits_BV.max(dim=-1)
+            if not bool(highest_B.isfinite().all()):
+                raise NumericsError(NOT_FINITE)
+            if draws is not None:
+                next_B = _draw(logits_BV, torch.tensor([draws[row].random() for row in rows]))
             for row, token in zip(rows, next_B.tolist(), strict=True):
-                if not (drawn[row] and is_over(drawn[row])):
+                if not is_over(drawn[row]):
                     drawn[row].append(token)
             open_rows = [place for place, row in enumerate(rows) if not is_over(drawn[row])]
             tell(num_read + STEP_TOKENS + len(open_rows))
@@ -415,20 +419,10 @@ def _with_room(cache: Any) -> Any:
 def _draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> Int64[Tensor, " B"]:
     """Return the token at which the summed probabilities pass each row's number between 0 and 1."""
     sums_BV = logits_BV.float().softmax(dim=-1).cumsum(dim=-1)
-    if not bool(torch.isfinite(sums_BV[:, -1]).all()):
-        raise NumericsError(NOT_FINITE)
     # The last sum is 1 up to rounding.
     aims_B = uniform_B.to(sums_BV) * sums_BV[:, -1]
     found_B = torch.searchsorted(sums_BV, aims_B[:, None], right=True)[:, 0]
     return found_B.clamp_max(sums_BV.shape[1] - 1)
-
-
-def _first(logits_BV: Float[Tensor, "B V"]) -> Int64[Tensor, " B"]:
-    """Return each row's token of the highest logit."""
-    highest = logits_BV.max(dim=-1)
-    if not bool(torch.isfinite(highest.values).all()):
-        raise NumericsError(NOT_FINITE)
-    return highest.indices
 
 
 def packed(conversations: Sequence[Conversation], length: int, filler: int) -> Blocks:
@@ -457,31 +451,29 @@ def packed(conversations: Sequence[Conversation], length: int, filler: int) -> B
             if cut is None or gap <= LARGEST_GAP * length:
                 break
             block.append(left.pop(cut))
-        fill = [torch.full((max(gap, 0),), filler)]
-        ids.append(torch.cat([*(conversation.ids_T for conversation in block), *fill])[:length])
+        # A gap is filled, and what is too long is cut.
+        ids.append(pad(torch.cat([conversation.ids_T for conversation in block]), (0, gap), value=filler))
         answered = [torch.arange(len(conversation.ids_T)) >= conversation.num_prompt for conversation in block]
-        answers.append(torch.cat([*answered, torch.zeros(max(gap, 0), dtype=torch.bool)])[:length])
+        answers.append(pad(torch.cat(answered), (0, gap), value=False))
         numbers = [torch.full_like(conversation.ids_T, number + place) for place, conversation in enumerate(block)]
         number += len(block)
-        documents.append(torch.cat([*numbers, torch.full((max(gap, 0),), number - 1)])[:length])
+        documents.append(pad(torch.cat(numbers), (0, gap), value=number - 1))
     return _stacked(ids, answers, documents, length)
 
 
 def _stacked(ids: list[Tensor], answers: list[Tensor], documents: list[Tensor], length: int) -> Blocks:
     empty = torch.zeros(0, length, dtype=torch.int64)
-    if not ids:
-        return Blocks(empty, empty, empty.bool())
-    return Blocks(torch.stack(ids), torch.stack(documents), torch.stack(answers))
+    return Blocks(
+        torch.vstack([empty, *ids]), torch.vstack([empty, *documents]), torch.vstack([empty.bool(), *answers])
+    )
 
 
-def _once(conversations: list[Conversation]) -> Iterator[Conversation]:
-    """Yield the conversations without those that were had before."""
-    seen: set[tuple[int, ...]] = set()
+def _once(conversations: list[Conversation]) -> list[Conversation]:
+    """Return the conversations without those that were had before."""
+    first: dict[tuple[int, ...], Conversation] = {}
     for conversation in conversations:
-        key = tuple(conversation.ids_T.tolist())
-        if key not in seen:
-            seen.add(key)
-            yield conversation
+        first.setdefault(tuple(conversation.ids_T.tolist()), conversation)
+    return list(first.values())
 
 
 @dataclass(slots=True)
@@ -490,8 +482,11 @@ class _Counter:
 
     progress: Progress
     stage: str
-    done: int
     total: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self(0)
 
     def __call__(self, num_tokens: int) -> None:
         self.done += num_tokens
