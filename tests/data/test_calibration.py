@@ -64,11 +64,14 @@ def test_a_short_model_context_gives_no_warning(
     assert not caplog.records
 
 
-def test_the_default_domains_work_out_of_the_box_and_their_held_out_text_is_new() -> None:
+def test_the_default_domains_work_out_of_the_box_and_their_held_out_text_is_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("secateur.data.blocks.NGRAM_TOKENS", 60)
     count = len(Calibration().domains)
     found = learning_text(Calibration(sequence_length=256), count * 9 * 256, TOKENIZER, 0)
     assert [len(domain.calibration) for domain in found.domains] == [9] * count
     assert found.num_held_out_tokens == count * 256
     measured_on = {domain.name: domain.calibration.ids_NT for domain in found.domains}
-    overlap = ngram_overlap(measured_on, {domain.name: domain.held_out.ids_NT for domain in found.domains}, 60)
+    overlap = ngram_overlap(measured_on, {domain.name: domain.held_out.ids_NT for domain in found.domains})
     assert max(share or 0.0 for share in overlap.values()) < 0.1

@@ -47,8 +47,9 @@ def shown_split(split: Split) -> str:
         counts = count_tokens(documents, len(TOKENIZER))
         lines.append(f"  counted of {name}: {int(counts.tokens_V.sum())}, {counts.damped_V.sum():.3f}")
     lines += [f"  {note}" for note in (*text.notes, *split.judged.notes, *split.notes)]
+    num_tokens = sum(domain.calibration.num_tokens for domain in text.domains)
     hashes = [each.content_hash[:8] for each in (text, split.judged)]
-    return "\n".join([*lines, f"  {text.num_tokens} and {text.num_held_out_tokens} tokens, {', '.join(hashes)}"])
+    return "\n".join([*lines, f"  {num_tokens} and {text.num_held_out_tokens} tokens, {', '.join(hashes)}"])
 
 
 SHORT, AGAIN, LONG = {"short": ("short.jsonl",)}, {"again": ("again.csv",)}, {"long": ("p.txt", "q.txt")}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import tiny_ids
 
-from secateur.data.blocks import NGRAM_TOKENS, ngram_overlap
+from secateur.data import blocks as product
+from secateur.data.blocks import ngram_overlap
 
 BLOCKS = tiny_ids(batch=3, length=40, seed=1)
 
@@ -23,17 +24,18 @@ def test_a_passage_counts_by_its_ngrams_whatever_domain_it_is_from():
     assert ngram_overlap({"a": small}, {"byte": small + 256, "word": small + 2**16}) == {"byte": 0.0, "word": 0.0}
 
 
-def test_every_position_counts_as_a_slow_count_says():
+def test_every_position_counts_as_a_slow_count_says(monkeypatch: pytest.MonkeyPatch):
+    size = product.NGRAM_TOKENS - 5
+    monkeypatch.setattr(product, "NGRAM_TOKENS", size)
     calibration, held_out = (
         tiny_ids(batch=6, length=60, vocab_size=2),
         tiny_ids(batch=2, length=60, seed=9, vocab_size=2),
     )
 
     def grams(blocks: torch.Tensor) -> list[tuple[int, ...]]:
-        size = NGRAM_TOKENS - 5
         return [tuple(row[at : at + size].tolist()) for row in blocks for at in range(60 - size + 1)]
 
     seen = grams(calibration)
     expected = sum(gram in seen for gram in grams(held_out)) / len(grams(held_out))
     assert 0 < expected < 1
-    assert ngram_overlap({"a": calibration}, {"a": held_out}, NGRAM_TOKENS - 5) == {"a": expected}
+    assert ngram_overlap({"a": calibration}, {"a": held_out}) == {"a": expected}

@@ -65,11 +65,6 @@ class Blocks:
         """All tokens, counted or not."""
         return self.ids_NT.numel()
 
-    def to(self, device: torch.device) -> "Blocks":
-        """Return the blocks on a device."""
-        counted_NT = None if self.counted_NT is None else self.counted_NT.to(device)
-        return Blocks(self.ids_NT.to(device), self.document_NT.to(device), counted_NT)
-
     def __len__(self) -> int:
         return len(self.ids_NT)
 
@@ -153,11 +148,6 @@ class LearningText:
         )
 
     @property
-    def num_tokens(self) -> int:
-        """Calibration tokens, without the held-out ones."""
-        return sum(domain.calibration.num_tokens for domain in self.domains)
-
-    @property
     def num_held_out_tokens(self) -> int:
         """Held-out tokens of all domains."""
         return sum(domain.held_out.num_tokens for domain in self.domains)
@@ -207,24 +197,23 @@ def text_hash(parts: Iterable[tuple[str, float, Blocks]]) -> str:
 NGRAM_TOKENS = 13
 
 
-def ngram_overlap(
-    calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor], num_tokens: int = NGRAM_TOKENS
-) -> dict[str, float | None]:
+def ngram_overlap(calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor]) -> dict[str, float | None]:
     """Return, per evaluation domain, the share of its n-grams that occur in any calibration block.
 
-    Repeats count. None if no evaluation block has `num_tokens` tokens.
+    Repeats count. None if no evaluation block has `NGRAM_TOKENS` tokens.
     """
-    wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks, num_tokens)}
-    seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks, num_tokens) if ngram in wanted}
-    is_seen = {domain: [n in seen for n in _ngrams(blocks, num_tokens)] for domain, blocks in evaluation_NT.items()}
+    wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks)}
+    seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks) if ngram in wanted}
+    is_seen = {domain: [ngram in seen for ngram in _ngrams(blocks)] for domain, blocks in evaluation_NT.items()}
     return {domain: sum(hits) / len(hits) if hits else None for domain, hits in is_seen.items()}
 
 
-def _ngrams(blocks_NT: Int64[Tensor, "N T"], num_tokens: int) -> Iterator[bytes]:
+def _ngrams(blocks_NT: Int64[Tensor, "N T"]) -> Iterator[bytes]:
+    size = 4 * NGRAM_TOKENS
     for ids_T in blocks_NT.cpu().numpy().astype("<i4"):
         data = ids_T.tobytes()
-        for start in range(0, len(data) - 4 * num_tokens + 1, 4):
-            yield data[start : start + 4 * num_tokens]
+        for start in range(0, len(data) - size + 1, 4):
+            yield data[start : start + size]
 
 
 DEFAULT_SEQUENCE_LENGTH = 512

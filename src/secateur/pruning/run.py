@@ -123,12 +123,12 @@ class Run:
 
     def batches(self) -> list[Batch]:
         """Return this rank's part of the batches of a round, held-out text too; that alone if it has supports."""
-        device = self.device
         batches: list[Batch] = []
         for domain in self.text.domains:
-            for blocks, held_out in ((domain.calibration.to(device), False), (domain.held_out.to(device), True)):
+            for blocks, held_out in ((domain.calibration, False), (domain.held_out, True)):
                 if held_out or self.supports is None:
-                    batches += make_batches(domain.name, blocks.ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
+                    ids_NT = blocks.ids_NT.to(self.device)
+                    batches += make_batches(domain.name, ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
         # Whole batches, so that every hidden state equals that of one process bit for bit.
         return own_part(batches)
 

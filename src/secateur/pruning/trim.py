@@ -258,6 +258,6 @@ def _channel_law(dense: _Dense, hand: _Hand, shares: dict[str, float], most: flo
     model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
     batches: list[Batch] = []
     for name, blocks in hand.written.items():
-        there = blocks.to(model.device)
-        batches += own_part(make_batches(name, there.ids_NT, held_out=False, counted_NT=there.counted_NT))
+        ids_NT = blocks.ids_NT.to(model.device)
+        batches += own_part(make_batches(name, ids_NT, held_out=False, counted_NT=blocks.counted_NT))
     return methods.channel_law(model, arch, batches, shares, most, hand.damping, progress)
