@@ -120,22 +120,19 @@ def test_one_divergence_that_is_no_number_is_enough(monkeypatch) -> None:
     monkeypatch.setattr(depth, "_divergences", lambda *_: [torch.tensor([1.0, torch.inf, 2.0])])
     model = tiny_llama()
     with pytest.raises(NumericsError, match="KL without layer 1, domain a"):
-        layer_kl(model, bind(model), batches_of(TEXT, {})[:1], (), [1])
+        layer_kl(model, bind(model), batches_of(TEXT, {})[:1], (), [1], {})
 
 
 def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, monkeypatch, **options) -> tuple:
     """Choose by these costs of sets of removed layers; return the choice and what was measured, call by call."""
     model, calls = tiny_llama(num_layers=num_layers), []
 
-    def layer_costs(_model, _arch, _batches, removed, asked, _readers) -> torch.Tensor:
+    def layer_costs(_model, _arch, _batches, removed, asked, _readers) -> dict[int, float]:
         calls.append(list(asked))
-        found = torch.full((num_layers,), torch.inf, dtype=torch.float64)
-        for index in asked:
-            found[index] = costs[frozenset({*removed, index})]
-        return found
+        return {index: costs[frozenset({*removed, index})] for index in asked}
 
     monkeypatch.setattr(depth, "layer_kl", layer_costs)
-    asked = {"readers": None, "protected": (), "progress": silent} | options
+    asked = {"readers": {}, "protected": (), "progress": silent} | options
     return choose_layers(model, bind(model), [], num_remove, **asked), calls
 
 

@@ -96,7 +96,7 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
     readers = _narrow_readers(run, run.batches())
     # Nothing is left to the widths here.
     assert readers == {}
-    expected = choose_layers(model, run.arch, batches, 3, readers=None, protected=(), progress=silent)
+    expected = choose_layers(model, run.arch, batches, 3, readers={}, protected=(), progress=silent)
     by_choice = sorted(lines, key=lambda line: line["chosen"])
     assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
     # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.

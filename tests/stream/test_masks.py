@@ -81,7 +81,9 @@ def verdicts(model: Any, own: list[Batch]) -> list[Tensor]:
 
 
 def layers(model: Any, own: list[Batch]) -> list[Tensor]:
-    return [layer_kl(model, bind(model), own)]
+    arch = bind(model)
+    costs = layer_kl(model, arch, own, (), [*range(arch.num_layers)], {})
+    return [torch.tensor([*costs.values()], dtype=torch.float64)]
 
 
 def patch(model: Any, own: list[Batch]) -> list[Tensor]:
@@ -156,7 +158,7 @@ def test_statistics_are_those_of_the_rows_that_count() -> None:
     )
     assert found.pooled.mass == len(calibration) == int(predicts.sum())
     gram = found.pooled.gram
-    torch.testing.assert_close(gram.full(torch.float64), calibration.T @ calibration, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram.full(), calibration.T @ calibration, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.held_out_TF["a"].double(), held_out, rtol=1e-5, atol=1e-6)
 
 

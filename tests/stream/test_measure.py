@@ -93,7 +93,7 @@ def assert_statistics(found: Statistics, expected: Sums) -> None:
     near(found.sum_squares_F, expected.squares_F, expected.squares_F)
     assert float(found.energy) == pytest.approx(expected.energy, rel=2 * TOLERANCE)
     if found.any_gram is not None:
-        near(found.gram.full(torch.float64), expected.gram_FF, root[:, None] * root)
+        near(found.gram.full(), expected.gram_FF, root[:, None] * root)
 
 
 def pooled_reference(

@@ -55,7 +55,7 @@ def assert_sums(found: Statistics, expected: Sums, sizes: Sums, count: int) -> N
     assert_near(found.sum_squares_F, expected.squares_F, sizes.squares_F, count)
     assert_near(float(found.energy), expected.energy, sizes.energy, count * NUM_OUTPUTS)
     if found.any_gram is not None:
-        assert_near(found.gram.full(torch.float64), expected.gram_FF, sizes.gram_FF, count)
+        assert_near(found.gram.full(), expected.gram_FF, sizes.gram_FF, count)
     assert found.cross_FH is not None and sizes.cross_FH is not None
     assert_near(found.cross_FH, expected.cross_FH, sizes.cross_FH, count)
 
@@ -120,7 +120,7 @@ def test_sums_over_batches_are_in_float64() -> None:
         found.update(x_TF, x_TF, x_TF)
     assert found.cross_FH is not None
     expected = 4096.0**2 + 10 * (64 + 1 / 256)
-    for sums in (found.gram.full(torch.float64), found.cross_FH, found.energy, found.sum_squares_F):
+    for sums in (found.gram.full(), found.cross_FH, found.energy, found.sum_squares_F):
         assert float(sums) == expected
     assert float(found.sum_F) == 4096 + 10 * (64 + 1 / 16)
 
@@ -142,7 +142,7 @@ def test_the_order_of_batches_and_who_sums_them_does_not_show_in_a_bit(dtype: to
     ranks[0].merge(ranks[2])
     for other in (back, ranks[0]):
         assert forth.gram is not None and other.gram is not None
-        assert torch.equal(forth.gram.full(torch.float64), other.gram.full(torch.float64))
+        assert torch.equal(forth.gram.full(), other.gram.full())
         for name in ("sum_F", "sum_squares_F", "energy"):
             assert torch.equal(getattr(forth, name), getattr(other, name)), name
 
@@ -160,15 +160,14 @@ def test_half_of_a_gram_is_stored_and_the_whole_or_a_part_returned(size: int) ->
     gram = Gram(size, CPU)
     gram.add_product(x_TF)
     whole = x_TF.double().T @ x_TF.double()
-    assert_near(gram.full(torch.float64), whole, x_TF.abs().double().T @ x_TF.abs().double(), 3)
+    assert_near(gram.full(), whole, x_TF.abs().double().T @ x_TF.abs().double(), 3)
     assert_near(gram.diagonal(), whole.diagonal(), whole.diagonal(), 3)
     assert sum(block.numel() for block in gram.blocks) <= size * (size + -(-size // 8)) / 2 + size
-    assert gram.full(torch.float64).dtype == torch.float64 and gram.full().dtype == torch.float32
-    found, generator = gram.full(torch.float64), torch.Generator().manual_seed(size)
+    found, generator = gram.full(), torch.Generator().manual_seed(size)
     assert float((found - found.T).abs().max()) <= 1e-4 * float(found.abs().max())
     for _ in range(8):  # a part may lie left of the diagonal and right of it
         rows, columns = (torch.rand(size, generator=generator).lt(0.5).nonzero().flatten() for _ in range(2))
-        assert torch.equal(gram.part(rows, columns, torch.float64), found[rows][:, columns])
+        assert torch.equal(gram.part(rows, columns), found[rows][:, columns])
 
 
 # OBS scores, damage and minimax
@@ -186,10 +185,10 @@ def hessian_of(example: Drawn, damping: float = 1e-2) -> tuple[Gram, torch.Tenso
 @given(example=drawn(special=("dead", "equal", "constant")), damping=st.sampled_from([1e-4, 1.0]))
 def test_damping_adds_to_the_diagonal_alone_and_keeps_it_positive(example: Drawn, damping: float) -> None:
     gram, hessian = hessian_of(example, damping)
-    added = hessian - gram.full(torch.float64)
+    added = hessian - gram.full()
     assert hessian.dtype == torch.float64
     assert torch.equal(added, added.diagonal().diag()) and bool((added.diagonal() > 0).all())
-    more = damped_gram(gram, 2 * damping) - gram.full(torch.float64)
+    more = damped_gram(gram, 2 * damping) - gram.full()
     if bool(gram.diagonal().any()):
         torch.testing.assert_close(more, 2 * added, rtol=1e-6, atol=1e-9 * float(gram.diagonal().max()))
     else:
@@ -229,7 +228,7 @@ def damaged_domains(examples: list[Drawn], *, silent: bool = False):
         gram = domains[str(number)].gram
         assert gram is not None
         own = domain_sums(x_TF, x_TF.double() @ reader.double().T)
-        sums.append(Sums(own.mass, own.inputs_F, own.squares_F, own.energy, gram.full(torch.float64)))
+        sums.append(Sums(own.mass, own.inputs_F, own.squares_F, own.energy, gram.full()))
     return domains, sums, reader
 
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.model.stock import replaced
 from secateur.stream.device import float64_device
-from secateur.stream.statistics import Gram, GroupStatistics, decided, exact_product_precision, ridge_of, totals
+from secateur.stream.statistics import (
+    Gram,
+    GroupStatistics,
+    complement,
+    decided,
+    exact_product_precision,
+    ridge_of,
+    totals,
+)
 
 # Shares of a correction that the guard tries, largest first; 0 means the old weights stay.
 GUARD_STEPS = (1.0, 0.5, 0.25)
@@ -75,17 +83,16 @@ def least_squares(
     not positive definite, as with a damping near the rounding of the sums, below 1e-6.
     Source: Hassibi and Stork 1993, in closed form.
     """
-    is_gone = torch.ones(gram.size, dtype=torch.bool, device=keep.device)
-    is_gone[keep] = False
-    if not is_gone.any() and (cross_FH is None or not mix):
+    removed = complement(keep, gram.size)
+    if not len(removed) and (cross_FH is None or not mix):
         return reader_HF
-    removed, place = is_gone.nonzero().flatten(), (torch.float64, float64_device(gram.device))
+    device = float64_device(gram.device)
     # Column-major, for LAPACK. Change the device first: not every device has float64.
-    right_SH = (reader_HF[:, removed].to(place[1]).to(place[0]) @ gram.part(removed, keep, *place)).mT
+    right_SH = (reader_HF[:, removed].to(device).to(torch.float64) @ gram.part(removed, keep)).mT
     if cross_FH is not None and mix:
-        right_SH.add_(cross_FH[keep].to(place[1]), alpha=mix)
-    block = gram.part(keep, keep, *place).mT  # column-major, to work in place
-    block.diagonal().add_(ridge_of(gram, damping)[keep.to(place[1])])
+        right_SH.add_(cross_FH[keep].to(device), alpha=mix)
+    block = gram.part(keep, keep).mT  # column-major, to work in place
+    block.diagonal().add_(ridge_of(gram, damping)[keep.to(device)])
     failed = torch.zeros((), dtype=torch.int32, device=block.device)
     factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
     if failed:
@@ -171,9 +178,7 @@ def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> Abstr
 
 def _judge(weight_HF: Tensor, columns: Tensor, measured: GroupStatistics, change_HS: Tensor, mix: float) -> Guard:
     """Return the guard's verdict on a change of the columns that stay."""
-    is_gone = torch.ones(weight_HF.shape[1], dtype=torch.bool, device=weight_HF.device)
-    is_gone[columns] = False
-    removed = is_gone.nonzero().flatten()
+    removed = complement(columns, weight_HF.shape[1])
     gone_HC = weight_HF[:, removed]
     change_SH, sums = change_HS.T, {}
     for name, x_TF in measured.held_out_TF.items():

@@ -214,35 +214,32 @@ def layer_kl(
     model: nn.Module,
     arch: Arch,
     batches: list[Batch],
-    removed: Collection[int] = (),
-    candidates: Collection[int] | None = None,
-    readers: Mapping[int, Tensor] | None = None,
-) -> Float[Tensor, " L"]:
-    """Return KL(dense || model without `removed` and layer i) per layer i, in nats per token.
+    removed: Collection[int],
+    candidates: list[int],
+    readers: Mapping[int, Tensor],
+) -> dict[int, float]:
+    """Return KL(dense || model without `removed` and layer i) for each candidate i, in nats per token.
 
-    Mean over all calibration tokens and the whole vocabulary; infinite for layers in `removed` or
-    not among `candidates` (None: all are). `readers`: the pruned model's FFN readers that differ. One walk
-    per batch carries a stream per layer i, which branches off there: L^2 / 2 runs of a layer and 2
-    L of the head for all. Raises NumericsError, naming layer and domain, if a divergence is not
-    finite.
+    Mean over all calibration tokens and the whole vocabulary. `readers`: the pruned model's FFN
+    readers that differ. One walk per batch carries a stream per layer i, which branches off there:
+    L^2 / 2 runs of a layer and 2 L of the head for all. Raises NumericsError, naming layer and
+    domain, if a divergence is not finite.
     """
-    candidates = sorted(set(range(arch.num_layers) if candidates is None else candidates) - set(removed))
-    sums_L = torch.zeros(arch.num_layers, dtype=torch.float64)
+    candidates = sorted(candidates)
+    sums_C = torch.zeros(len(candidates), dtype=torch.float64)
     num_tokens = 0
     for batch in (batch for batch in batches if not batch.held_out):
         num_tokens += batch.num_predicted
-        divergences = _divergences(model, arch, batch, removed, candidates, readers or {})
-        for index, divergence_P in zip(candidates, divergences, strict=True):
+        divergences = _divergences(model, arch, batch, removed, candidates, readers)
+        for place, (index, divergence_P) in enumerate(zip(candidates, divergences, strict=True)):
             if not torch.isfinite(divergence_P).all():
                 raise NumericsError(
                     f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
                     f"bfloat16 or float32 and check its weights."
                 )
-            sums_L[index] += divergence_P.cpu().double().sum()
-    total = totals({"kl": sums_L, "tokens": num_tokens})
-    costs_L = torch.full_like(sums_L, torch.inf)
-    costs_L[candidates] = total["kl"][candidates] / total["tokens"]
-    return costs_L
+            sums_C[place] += divergence_P.cpu().double().sum()
+    total = totals({"kl": sums_C, "tokens": num_tokens})
+    return dict(zip(candidates, (total["kl"] / total["tokens"]).tolist(), strict=True))
 
 
 def choose_layers(
@@ -251,7 +248,7 @@ def choose_layers(
     batches: list[Batch],
     num_remove: int,
     *,
-    readers: Mapping[int, Tensor] | None,
+    readers: Mapping[int, Tensor],
     protected: Collection[int],
     progress: Progress,
 ) -> dict[int, float]:
@@ -274,8 +271,7 @@ def choose_layers(
             if not waiting or (anew and min(anew.values()) < before + added[waiting[0]]):
                 break
             candidates = waiting[:LAYERS_AT_ONCE] if chosen else waiting
-            costs = layer_kl(model, arch, batches, chosen, candidates, readers).tolist()
-            anew |= {index: costs[index] for index in candidates}
+            anew |= layer_kl(model, arch, batches, chosen, candidates, readers)
         added |= {index: cost - before for index, cost in anew.items()}
         cheapest = min(anew, key=lambda index: (anew[index], index))
         chosen[cheapest] = before = anew[cheapest]

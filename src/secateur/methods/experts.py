@@ -474,9 +474,7 @@ def _pool_domain(seen: _Observed, current: list[Gram], domain: str, group: Group
             f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
             f"use the model in bfloat16 or float32 and check its weights."
         )
-    # No two ranks have the same lowest number.
-    parts = of_all_ranks({float(drawn[0][0]): drawn for drawn in seen.drawn})
-    seen.samples[domain] = _lowest(list(parts.values()), share)[1]
+    seen.samples[domain] = _lowest(of_all_ranks(seen.drawn), share)[1]
     seen.drawn = []
     for mine, theirs in zip(seen.grams, current, strict=True):
         mine.merge(theirs, domain_weight(weighting, share, energy))

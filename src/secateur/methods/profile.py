@@ -18,7 +18,7 @@ from secateur.model.bind import Arch, head_of
 from secateur.model.group import Group, GroupKey, linear, rows_of, unit_columns
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
 from secateur.stream.measure import measure
-from secateur.stream.statistics import Gram, Statistics, damped_gram, decided, totals
+from secateur.stream.statistics import Gram, Statistics, complement, damped_gram, decided, totals
 from secateur.stream.walk import Batch, Walk
 
 # Of each domain: what a change of the model does to its predictions is measured on these.
@@ -160,9 +160,8 @@ def _refitted(
 ) -> Float[Tensor, "H F"]:
     """Return the weight, as it would be stored, for the units left when only `num_keep` are; other columns are zero."""
     num_units, weight_HF = reader.in_features // group.width, torch.zeros_like(reader.weight)
-    stays = torch.ones(num_units, dtype=torch.bool, device=weight_HF.device)
-    stays[removed_U[: num_units - num_keep]] = False
-    columns = rows_of(stays.nonzero().flatten(), group.reader.segments, num_units)
+    stays = complement(removed_U[: num_units - num_keep], num_units)
+    columns = rows_of(stays, group.reader.segments, num_units)
     new_HS = decided(partial(least_squares, reader.weight.float(), gram, columns, damping))
     weight_HF[:, columns] = new_HS.to(weight_HF.dtype)
     return weight_HF

@@ -20,6 +20,7 @@ from secateur.stream.statistics import (
     Hand,
     InOrder,
     Statistics,
+    complement,
     damped_gram,
     domain_weight,
     inverse_of,
@@ -84,9 +85,8 @@ def removal_damage(
     """
     inverse, device = inverse_of(damped_gram(pooled, damping)), reader_HF.device
     reader_HF, columns_UW = reader_HF.to(inverse.device), columns_UW.to(inverse.device)
-    stays = torch.zeros(len(columns_UW), dtype=torch.bool, device=inverse.device)
-    stays[keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)] = True
-    removed = columns_UW[~stays].flatten()
+    keep = keep_highest(removal_errors(reader_HF, inverse, columns_UW), num_keep)
+    removed = columns_UW[complement(keep, len(columns_UW))].flatten()
     rows_CF = inverse[removed]
     del inverse
     change_HF = (

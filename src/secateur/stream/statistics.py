@@ -63,33 +63,28 @@ class Gram:
         """Return sum x_j^2 for each input j."""
         return torch.cat([block.diagonal(start) for start, block in zip(self.starts, self.blocks, strict=True)])
 
-    def part(
-        self,
-        rows_R: Int64[Tensor, " R"],
-        columns_C: Int64[Tensor, " C"],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> Float[Tensor, "R C"]:
-        """Return a new matrix of these rows and columns (both sorted), on `device` if given.
+    def part(self, rows_R: Int64[Tensor, " R"], columns_C: Int64[Tensor, " C"]) -> Float[Tensor, "R C"]:
+        """Return a new float64 matrix of these rows and columns (both sorted), on `float64_device`.
 
         Only half is stored, so entries are mirrored. First returns freed memory to the system.
         """
         release_freed()
-        result_RC = torch.empty(len(rows_R), len(columns_C), dtype=dtype, device=device or self.device)
+        device = float64_device(self.device)
+        result_RC = torch.empty(len(rows_R), len(columns_C), dtype=torch.float64, device=device)
         edges = torch.tensor([*self.starts, self.size], device=rows_R.device)
         row_bounds, column_bounds = (torch.searchsorted(index, edges).tolist() for index in (rows_R, columns_C))
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):
             (row, row_end), (column, column_end) = row_bounds[b : b + 2], column_bounds[b : b + 2]
             # This block's rows with columns up to its end; then its strictly left part, transposed.
             lower, left = rows_R[row:row_end] - start, columns_C[column:column_end] - start
-            result_RC[row:row_end, :column_end] = block[lower][:, columns_C[:column_end]].to(result_RC.device)
-            result_RC[:row, column:column_end] = block[left][:, rows_R[:row]].T.to(result_RC.device)
+            result_RC[row:row_end, :column_end] = block[lower][:, columns_C[:column_end]].to(device)
+            result_RC[:row, column:column_end] = block[left][:, rows_R[:row]].T.to(device)
         return result_RC
 
-    def full(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Float[Tensor, "F F"]:
+    def full(self) -> Float[Tensor, "F F"]:
         """Return the whole symmetric matrix as a new one, see `part`."""
         everything = torch.arange(self.size, device=self.device)
-        return self.part(everything, everything, dtype, device)
+        return self.part(everything, everything)
 
 
 def pieces(tensor_TX: Float[Tensor, "T X"]) -> tuple[Tensor, ...]:
@@ -121,7 +116,6 @@ def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 T = TypeVar("T")
-Key = TypeVar("Key")
 
 # Takes pooled statistics, which it may fill, and domains' energies; returns the energies.
 Hand = Callable[["Statistics", dict[str, float]], dict[str, float]]
@@ -277,9 +271,9 @@ def totals(values: Mapping[str, Any]) -> dict[str, Any]:
     return total
 
 
-def of_all_ranks(parts: Mapping[Key, T]) -> dict[Key, T]:
-    """Return the entries of all ranks."""
-    return {key: value for part in gathered(dict(parts)) for key, value in part.items()}
+def of_all_ranks(parts: list[T]) -> list[T]:
+    """Return the entries of all ranks, in the order of ranks."""
+    return [part for of_rank in gathered(parts) for part in of_rank]
 
 
 class InOrder:
@@ -316,13 +310,13 @@ class GroupStatistics:
 
 def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
     """Return H = G + diag(ridge), see `ridge_of`, as a new float64 matrix on `float64_device`."""
-    hessian = gram.full(torch.float64, float64_device(gram.device))
-    hessian.diagonal().add_(ridge_of(gram, damping).to(hessian.device))
+    hessian = gram.full()
+    hessian.diagonal().add_(ridge_of(gram, damping))
     return hessian
 
 
 def ridge_of(gram: Gram, damping: float) -> Float[Tensor, " F"]:
-    """Return damping * G_jj in float64 for each channel j, as if all were first scaled to one size.
+    """Return damping * G_jj for each channel j, as if all were first scaled to one size, see `Gram.part`.
 
     So a loud channel does not damp the others. A channel that is silent, or nearly, gets a trace of
     the mean, so that the system is solvable. 1 if all are silent and removal costs nothing.
@@ -359,6 +353,13 @@ def removal_errors(
     blocks_Uww = inverse_FF[columns_UW[:, :, None], columns_UW[:, None, :]]
     weight_UwH = weight_HF.T[columns_UW].to(inverse_FF.dtype)
     return (weight_UwH * torch.linalg.solve(blocks_Uww, weight_UwH)).sum(dim=(1, 2))
+
+
+def complement(indices_S: Int64[Tensor, " S"], size: int) -> Int64[Tensor, " C"]:
+    """Return the other indices below `size`, sorted."""
+    is_other = torch.ones(size, dtype=torch.bool, device=indices_S.device)
+    is_other[indices_S] = False
+    return is_other.nonzero().flatten()
 
 
 def keep_highest(scores_F: Float[Tensor, " F"], num_keep: int) -> Int64[Tensor, " K"]:
