@@ -261,9 +261,9 @@ def test_curve_has_the_least_loss_of_all_choices(case: Case, seed: int, remove: 
     target = next(cost for cost in itertools.count() if cost / case.prices.total >= remove)
     if target > brute.largest():
         with pytest.raises(RecipeError, match=f"at most {round_down(brute.largest() / case.prices.total)} with each"):
-            curve_plan(case.groups, profiles, case.prices, remove)
+            curve_plan(case.groups, profiles, case.prices, remove, {})
         return
-    plan = curve_plan(case.groups, profiles, case.prices, remove)
+    plan = curve_plan(case.groups, profiles, case.prices, remove, {})
     loss, choices = brute.best(target)
     assert plan.num_keep in [brute.counts(options) for options in choices], loss
     assert plan.cost_before - plan.cost_after >= target
@@ -289,7 +289,7 @@ def test_a_limited_curve_keeps_its_limits_and_is_no_better_than_brute_force(
 
     possible, _ = brute.best(target, within)
     try:
-        plan = curve_plan(case.groups, profiles, case.prices, remove, max_rise=limits)
+        plan = curve_plan(case.groups, profiles, case.prices, remove, limits)
     except RecipeError:
         assert "prose" in limits or possible == math.inf  # one domain alone: the search is exact
         return
@@ -354,11 +354,11 @@ def test_a_limited_domain_keeps_within_its_limit_at_least_cost_to_the_average(se
     case = Case(12, {"ffn": 256, "heads": 5}, {"ffn": 576, "heads": 30_720}, 32, {}, 1.0)
     profiles = profiles_of(case, seed)
     alone = {key: replace(each, slopes={"prose": each.slopes["prose"]}) for key, each in profiles.items()}
-    free, careful = (curve_plan(case.groups, each, case.prices, 0.15) for each in (profiles, alone))
+    free, careful = (curve_plan(case.groups, each, case.prices, 0.15, {}) for each in (profiles, alone))
     least, most = (predicted_rise(profiles, plan.num_keep) for plan in (free, careful))
-    assert curve_plan(case.groups, profiles, case.prices, 0.15, max_rise={"prose": least["prose"]}) == free
+    assert curve_plan(case.groups, profiles, case.prices, 0.15, {"prose": least["prose"]}) == free
     limit = (least["prose"] + most["prose"]) / 2
-    limited = curve_plan(case.groups, profiles, case.prices, 0.15, max_rise={"prose": limit})
+    limited = curve_plan(case.groups, profiles, case.prices, 0.15, {"prose": limit})
     rise = predicted_rise(profiles, limited.num_keep)
     assert rise["prose"] <= limit < least["prose"] and limited.removed_share >= 0.15
     assert sum(least.values()) < sum(rise.values()) < sum(most.values())

@@ -71,12 +71,7 @@ def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict
 
 
 def curve_plan(
-    groups: tuple[Group, ...],
-    profiles: Profiles,
-    prices: Prices,
-    remove: float,
-    *,
-    max_rise: Mapping[str, float] | None = None,
+    groups: tuple[Group, ...], profiles: Profiles, prices: Prices, remove: float, max_rise: Mapping[str, float]
 ) -> Plan:
     """Return the plan with the least predicted rise, averaged over domains.
 
@@ -86,15 +81,16 @@ def curve_plan(
     than needed. Raises RecipeError if the groups, with the largest possible `remove`, or `max_rise` do
     not allow it.
     """
-    problem = _problem(groups, profiles)
-    largest = sum(max(options) for options in problem.removals) / prices.total
+    own = {group.key: profiles[group.key] for group in groups}
+    removals = [
+        [(group.num_units - level) * group.params_per_unit for level in own[group.key].levels] for group in groups
+    ]
+    largest = sum(max(options) for options in removals) / prices.total
     if remove > largest:
         raise out_of_reach(remove, prices, largest)
-    domains = sorted({domain for profile in profiles.values() for domain in profile.slopes})
-    weights, limits = dict.fromkeys(domains, 1 / len(domains)), dict(max_rise or {})
-    num_keep = _within_limits(problem, weights, prices.to_remove(remove), limits)
+    num_keep = _Problem(own, removals, prices.to_remove(remove), max_rise).within_limits()
     if num_keep is None:
-        names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(limits.items()))
+        names = ", ".join(f"{domain} {limit:g}" for domain, limit in sorted(max_rise.items()))
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} would raise a protected domain's loss by more than "
             f"allowed ({names} nats per token); ask for less or allow more."
@@ -104,68 +100,60 @@ def curve_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The profiles, and the cost removed at each level, group by group."""
+    """The profiles, the cost removed at each level, group by group, and what is to be removed within which limits."""
 
-    profiles: dict[GroupKey, GroupProfile]
+    profiles: Profiles
     removals: list[list[int]]
+    target: int
+    limits: Mapping[str, float]
 
-    def solve(self, weights: Mapping[str, float], target: int) -> dict[GroupKey, int]:
-        """Return the counts that remove `target` with the least rise, weighted by domain."""
+    def solve(self, weights: Mapping[str, float]) -> dict[GroupKey, int]:
+        """Return the counts that remove the target with the least rise, weighted by domain."""
         losses = []
         for profile in self.profiles.values():
             slope = sum(weights.get(domain, 0.0) * rise for domain, rise in profile.slopes.items())
             losses.append([slope * error for error in profile.errors])
-        pairs = zip(self.profiles.items(), least_loss(self.removals, losses, target), strict=True)
+        pairs = zip(self.profiles.items(), least_loss(self.removals, losses, self.target), strict=True)
         return {key: profile.levels[option] for (key, profile), option in pairs}
 
+    def within_limits(self) -> dict[GroupKey, int] | None:
+        """Return the counts of least mean rise found within the limits; None if there are none."""
+        domains = sorted({domain for profile in self.profiles.values() for domain in profile.slopes})
+        mean = 1 / len(domains)
+        best = self.solve(dict.fromkeys(domains, mean))
+        if self._allows(best):
+            return best
+        careful = self._careful_weights()
+        if careful is None:
+            return None
+        # Find the least share of the careful weights that keeps the limits.
+        low, high, best = 0.0, 1.0, self.solve(careful)
+        for _ in range(HALVINGS):
+            share = (low + high) / 2
+            mixed = {domain: (1 - share) * mean + share * careful.get(domain, 0.0) for domain in domains}
+            num_keep = self.solve(mixed)
+            if self._allows(num_keep):
+                high, best = share, num_keep
+            else:
+                low = share
+        return best
 
-def _problem(groups: tuple[Group, ...], profiles: Profiles) -> _Problem:
-    removals = [
-        [(group.num_units - level) * group.params_per_unit for level in profiles[group.key].levels] for group in groups
-    ]
-    return _Problem({group.key: profiles[group.key] for group in groups}, removals)
-
-
-def _within_limits(
-    problem: _Problem, weights: dict[str, float], target: int, limits: dict[str, float]
-) -> dict[GroupKey, int] | None:
-    """Return the counts of least weighted rise found within the limits; None if there are none."""
-    num_keep = problem.solve(weights, target)
-    if _is_within(problem, num_keep, limits):
-        return num_keep
-    careful = _careful_weights(problem, target, limits)
-    if careful is None:
+    def _careful_weights(self) -> dict[str, float] | None:
+        """Return weights over the limited domains that keep the limits; None if none was found."""
+        # For several domains: exponentiated gradient to the domain furthest over its limit.
+        raised = dict.fromkeys(self.limits, 0.0)
+        for _ in range(WEIGHT_UPDATES if len(self.limits) > 1 else 1):
+            weights = {domain: math.exp(raised[domain]) / limit for domain, limit in self.limits.items()}
+            total = sum(weights.values())
+            weights = {domain: weight / total for domain, weight in weights.items()}
+            num_keep = self.solve(weights)
+            if self._allows(num_keep):
+                return weights
+            rise = predicted_rise(self.profiles, num_keep)
+            furthest = max(rise[domain] / limit for domain, limit in self.limits.items())
+            raised = {domain: raised[domain] + rise[domain] / limit / furthest for domain, limit in self.limits.items()}
         return None
-    # Find the least share of the careful weights that keeps the limits.
-    low, high, best = 0.0, 1.0, problem.solve(careful, target)
-    for _ in range(HALVINGS):
-        share = (low + high) / 2
-        mixed = {domain: (1 - share) * weights[domain] + share * careful.get(domain, 0.0) for domain in weights}
-        num_keep = problem.solve(mixed, target)
-        if _is_within(problem, num_keep, limits):
-            high, best = share, num_keep
-        else:
-            low = share
-    return best
 
-
-def _careful_weights(problem: _Problem, target: int, limits: dict[str, float]) -> dict[str, float] | None:
-    """Return weights over the limited domains that keep the limits; None if none was found."""
-    # For several domains: exponentiated gradient to the domain furthest over its limit.
-    raised = dict.fromkeys(limits, 0.0)
-    for _ in range(WEIGHT_UPDATES if len(limits) > 1 else 1):
-        weights = {domain: math.exp(raised[domain]) / limit for domain, limit in limits.items()}
-        total = sum(weights.values())
-        weights = {domain: weight / total for domain, weight in weights.items()}
-        num_keep = problem.solve(weights, target)
-        if _is_within(problem, num_keep, limits):
-            return weights
-        rise = predicted_rise(problem.profiles, num_keep)
-        furthest = max(rise[domain] / limit for domain, limit in limits.items())
-        raised = {domain: raised[domain] + rise[domain] / limit / furthest for domain, limit in limits.items()}
-    return None
-
-
-def _is_within(problem: _Problem, num_keep: dict[GroupKey, int], limits: dict[str, float]) -> bool:
-    rise = predicted_rise(problem.profiles, num_keep)
-    return all(rise[domain] <= limit for domain, limit in limits.items())
+    def _allows(self, num_keep: dict[GroupKey, int]) -> bool:
+        rise = predicted_rise(self.profiles, num_keep)
+        return all(rise[domain] <= limit for domain, limit in self.limits.items())

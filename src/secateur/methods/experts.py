@@ -53,6 +53,7 @@ from secateur.stream.statistics import (
     domain_weight,
     keep_highest,
     of_all_ranks,
+    sum_dtype,
     sum_over_ranks,
     totals,
 )
@@ -257,7 +258,7 @@ def observe_routing(
     naming layer and domain, if a norm is not finite.
     """
     module, num_experts = experts_module(walk, group), group.num_units
-    routing: dict[str, Routing] = {}
+    routing: dict[str, Tensor] = {}
     wanted: list[Wanted] = []
     for position, (batch, behind_BTD, call, output_TD) in enumerate(expert_calls(walk, group)):
         if keep:
@@ -269,20 +270,24 @@ def observe_routing(
         if batch.held_out:
             continue
         if group.experts.weighted_inputs:
-            new = _routing_of_weighted(call[0], output_TD, num_experts)
+            sums_3E = _routing_of_weighted(call[0], output_TD, num_experts)
         else:
-            new = _routing(module, call, num_experts)
-        if not bool(new.norms_E.isfinite().all()):
-            raise NumericsError(
-                f"layer {group.layer}, {group.experts.module}, domain {batch.domain}: an expert gives NaN or "
-                f"infinite numbers; use the model in bfloat16 or float32 and check its weights."
-            )
-        routing[batch.domain] = routing[batch.domain].plus(new) if batch.domain in routing else new
+            sums_3E = _routing(module, call, num_experts)
+        if not bool(sums_3E[1].isfinite().all()):
+            raise _not_finite(group, batch.domain)
+        routing[batch.domain] = routing.get(batch.domain, 0.0) + sums_3E
 
     # The sums over all ranks.
-    total = totals({name: torch.stack(dataclasses.astuple(of_domain)).cpu() for name, of_domain in routing.items()})
+    total = totals({name: sums_3E.cpu() for name, sums_3E in routing.items()})
     device = next(module.parameters()).device
     return {name: Routing(*sums_3E.to(device)) for name, sums_3E in total.items()}, wanted
+
+
+def _not_finite(group: Group, domain: str) -> NumericsError:
+    return NumericsError(
+        f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
+        f"use the model in bfloat16 or float32 and check its weights."
+    )
 
 
 def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
@@ -341,7 +346,8 @@ def _steps(num_units: int, num_keep: int, num_groups: int) -> list[int]:
     return [num_groups * (size - num_taken) for num_taken in taken]
 
 
-def _routing(module: nn.Module, call: ExpertCall, num_experts: int) -> Routing:
+def _routing(module: nn.Module, call: ExpertCall, num_experts: int) -> Float[Tensor, "3 E"]:
+    """Return per expert the fields of `Routing`, of a call's tokens."""
     hidden_TD, chosen_Tk, weights_Tk = call
     norms = [torch.zeros(0, device=hidden_TD.device)] * num_experts
     for expert in chosen_Tk.unique().tolist():
@@ -350,16 +356,22 @@ def _routing(module: nn.Module, call: ExpertCall, num_experts: int) -> Routing:
         # Call forward, because the module's hook would note this call too.
         output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
         norms[expert] = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
-    return Routing.of(torch.tensor([len(norms_T) for norms_T in norms], device=hidden_TD.device), norms)
+    return _sums(torch.tensor([len(norms_T) for norms_T in norms], device=hidden_TD.device), norms)
 
 
 def _routing_of_weighted(
     inputs_XD: Float[Tensor, "X D"], outputs_XD: Float[Tensor, "X D"], num_experts: int
-) -> Routing:
+) -> Float[Tensor, "3 E"]:
     """As `_routing` if each expert sees all tokens (X = E T) times its weight, mostly 0."""
     chosen_ET = (inputs_XD != 0).any(dim=-1).view(num_experts, -1)
     norms_ET = torch.linalg.vector_norm(outputs_XD.float(), dim=-1).view(num_experts, -1)
-    return Routing.of(chosen_ET.sum(dim=1), list(norms_ET))
+    return _sums(chosen_ET.sum(dim=1), list(norms_ET))
+
+
+def _sums(num_tokens_E: Int64[Tensor, " E"], norms_TE: list[Tensor]) -> Float[Tensor, "3 E"]:
+    dtype = sum_dtype(num_tokens_E.device)
+    sums = (torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2))
+    return torch.stack([num_tokens_E.to(dtype), *sums])
 
 
 # An expert with few tokens of its own borrows from this many, or as many as there are.
@@ -381,7 +393,7 @@ class _Observed:
     energy: dict[str, float] = field(default_factory=dict)
     drawn: list[SampledTokens] = field(default_factory=list)
     samples: dict[str, Tensor] = field(default_factory=dict)
-    held_out: dict[str, list[ExpertCall]] = field(default_factory=dict)
+    held_out: list[tuple[str, ExpertCall]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -397,8 +409,8 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
         narrowed = [decided(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]
         keep_EK = torch.stack([keep_K for keep_K, _ in narrowed])
         refits = [reader for _, reader in narrowed if reader is not None]
-        calls = [(domain, call) for domain, own in seen.held_out.items() for call in own]
-        held_out = [HeldOut(domain, call, own, own) for domain, call in calls for own in [module.forward(*call)]]
+        own = [module.forward(*call) for _, call in seen.held_out]
+        held_out = [HeldOut(*each, own_TD, own_TD) for each, own_TD in zip(seen.held_out, own, strict=True)]
         cut(task.layer, group, keep_EK)
         line |= dataclasses.asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
     return keep_EK, line
@@ -427,7 +439,7 @@ def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str
     for batch, _, call, _ in expert_calls(walk, group):
         domain = batch.domain
         if batch.held_out:
-            seen.held_out.setdefault(domain, []).append(call)
+            seen.held_out.append((domain, call))
             continue
         domains.begin(domain)
         seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
@@ -470,10 +482,7 @@ def _pool_domain(seen: _Observed, current: list[Gram], domain: str, group: Group
     sum_over_ranks(total, *current)
     energy = seen.energy[domain] = float(total)
     if not energy < float("inf"):
-        raise NumericsError(
-            f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
-            f"use the model in bfloat16 or float32 and check its weights."
-        )
+        raise _not_finite(group, domain)
     seen.samples[domain] = _lowest(of_all_ranks(seen.drawn), share)[1]
     seen.drawn = []
     for mine, theirs in zip(seen.grams, current, strict=True):

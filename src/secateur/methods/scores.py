@@ -1,6 +1,5 @@
 """Scores: how important each unit is, from statistics. The highest scores stay."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,7 +16,6 @@ from secateur.stream.statistics import (
     domain_weight,
     inverse_of,
     removal_errors,
-    sum_dtype,
 )
 
 Needs = Literal["moments", "gram", "routing"]
@@ -76,18 +74,6 @@ class Routing:
     num_tokens_E: Tensor
     norms_E: Tensor
     energy_E: Tensor
-
-    @classmethod
-    def of(cls, num_tokens_E: Tensor, norms_TE: list[Tensor]) -> "Routing":
-        """Return the sums over every expert's norms, given one norm per token that chose it."""
-        dtype = sum_dtype(num_tokens_E.device)
-        sums = (torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2))
-        return cls(num_tokens_E.to(dtype), *sums)
-
-    def plus(self, other: "Routing") -> "Routing":
-        """Return the sums over the tokens of both."""
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Routing(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
 
     def planned() -> list[tuple[GroupKey, int]]:
         profiles = run.profiles or profiles_of(run, number, batches)
-        plan = from_first(lambda: curve_plan(groups, profiles, prices, remove, max_rise=max_rise))
+        plan = from_first(lambda: curve_plan(groups, profiles, prices, remove, max_rise))
         predicted = predicted_rise(profiles, plan.num_keep)
         run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
         return [*plan.num_keep.items()]
