@@ -1,6 +1,7 @@
 """How many threads a run computes with: the fastest number beside what else runs, and the user's own."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from stops import lines_of
 
 import secateur
 from secateur.cli import give_way
+from secateur.stream import device
 from secateur.stream.device import fastest_threads, threads_kept
 
 
@@ -28,20 +30,22 @@ def restored():
         ({4: 1.0, 2: 1.5, 1: 0.5}, 4),  # where fewer are so much slower it does not
     ],
 )
-def test_the_fastest_number_is_taken(seconds, expected):
+def test_the_fastest_number_is_taken(seconds, expected, monkeypatch):
     now = 0.0
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def compute() -> None:
         nonlocal now
         now += seconds[torch.get_num_threads()]
 
     torch.set_num_threads(4)
-    assert fastest_threads(compute, clock=lambda: now) == expected
+    assert fastest_threads(compute) == expected
     assert torch.get_num_threads() == 4
 
 
-def test_a_moment_that_something_else_takes_does_not_choose():
+def test_a_moment_that_something_else_takes_does_not_choose(monkeypatch):
     now, runs = 0.0, 0
+    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def compute() -> None:
         nonlocal now, runs
@@ -49,7 +53,7 @@ def test_a_moment_that_something_else_takes_does_not_choose():
         now += 10.0 if runs in (2, 6) else 4.0 / torch.get_num_threads()  # two of five timed runs of all threads
 
     torch.set_num_threads(4)
-    assert fastest_threads(compute, clock=lambda: now) == 4
+    assert fastest_threads(compute) == 4
 
 
 @pytest.mark.parametrize("said", [False, True], ids=["nothing said", "OMP_NUM_THREADS"])

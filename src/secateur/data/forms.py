@@ -288,12 +288,13 @@ def _rendered(messages: Messages, tokenizer: Tokenizer, where: str, tools: Any, 
         TypeError,
         ValueError,
         RuntimeError,
+        MemoryError,
     )
     try:
         how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
         with replaced(vars(chat_template_utils), CLOCK, SimpleNamespace(now=lambda: TODAY)):
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how))
-    except (*raised, MemoryError) as error:  # a program may raise any of these
+    except raised as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__
         sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."
         if type(error) is TemplateError:  # by its own `raise_exception`, which says what it does not take

@@ -40,17 +40,14 @@ def read_rows(path: Path) -> Iterator[Row]:
     path = path.expanduser()
     if not path.is_file():
         raise CalibrationError(f"{where}: there is no such file; paths are relative to the working directory.")
-    suffix, ending = suffixes(path)
-    if ending == ".parquet":
-        rows = _parquet_rows(path, where)
-    elif suffix in _READERS:
-        rows = _READERS[suffix](path, where)
-    else:
+    ending, reader = _ending_and_reader(path)
+    if reader is None:
         tables = ", ".join(suffix for suffix in _READERS if suffix not in TEXT_SUFFIXES)
         raise CalibrationError(
             f"{where}: unknown suffix '{ending}'; allowed: {tables}, text and code (.txt, .md, .py and more), all of "
             "these also with .gz, and .parquet."
         )
+    rows = reader(path, where)
     first = next(rows, None)
     if first is None:
         raise NoText(f"{where}: it is empty; give a file with text in it.", EMPTY_FILES)
@@ -60,15 +57,16 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def is_read(path: Path) -> bool:
     """Whether files with this suffix are read."""
-    suffix, ending = suffixes(path)
-    return suffix in _READERS or ending == ".parquet"
+    return _ending_and_reader(path)[1] is not None
 
 
-def suffixes(path: Path) -> tuple[str, str]:
-    """Return a file's suffix without and with `.gz`."""
+def _ending_and_reader(path: Path) -> tuple[str, "_Reader | None"]:
+    """Return a file's suffix, with `.gz`, and what reads such files."""
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix, f"{suffix}.gz" if name.endswith(".gz") else suffix
+    if name.endswith(".gz"):
+        return f"{suffix}.gz", _READERS.get(suffix)
+    return suffix, _parquet_rows if suffix == ".parquet" else _READERS.get(suffix)
 
 
 @contextmanager
@@ -208,7 +206,8 @@ TEXT_SUFFIXES = frozenset(
     ".swift .js .mjs .jsx .ts .tsx .vue .php .rb .pl .lua .dart .ex .exs .erl .clj .hs .ml .lean .sql .proto "
     ".sh .bash .ps1 .bat .cmake .mk .tf .diff .patch".split()
 )
-_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+_Reader = Callable[[Path, str], Iterator[Row]]
+_READERS: dict[str, _Reader] = {
     ".jsonl": _jsonl_rows,
     ".ndjson": _jsonl_rows,
     ".json": _json_rows,

@@ -368,5 +368,5 @@ def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, no
 def shipped(file: str) -> tuple[str, ...]:
     """Return a file's texts, kinds by turns."""
     kinds = yaml.safe_load(resources.files("secateur").joinpath("data", file).read_bytes()).values()
-    longest = max(map(len, kinds))
-    return tuple(kind[number] for number in range(longest) for kind in kinds if number < len(kind))
+    turns = itertools.zip_longest(*kinds)
+    return tuple(text for turn in turns for text in turn if text is not None)

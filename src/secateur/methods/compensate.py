@@ -120,6 +120,15 @@ def held_out_sums(
     return torch.tensor([*dots, output_energy], dtype=torch.float64)
 
 
+def sums_of(parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]]) -> dict[str, HeldOutSums]:
+    """Return each domain's `held_out_sums`, of the output itself, what it lost and what the fit returns, in pieces."""
+    sums: dict[str, HeldOutSums] = {}
+    for domain, pieces in parts.items():
+        own_TH, lost_TH, given_TH = (torch.cat(tensors).float() for tensors in zip(*pieces, strict=True))
+        sums[domain] = held_out_sums(lost_TH, given_TH, float(own_TH.square().sum()))
+    return sums
+
+
 def held_out_errors(sums: dict[str, HeldOutSums]) -> dict[str, HeldOutError]:
     """Return each domain's |lost - a correction|^2 / output energy, from all ranks' `sums`."""
     errors: dict[str, HeldOutError] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import NumericsError
 from secateur.log import Progress, silent, steps
-from secateur.methods.compensate import Guard, guard, held_out_errors, held_out_sums, least_squares, weight_replaced
+from secateur.methods.compensate import Guard, guard, held_out_errors, least_squares, sums_of, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
 from secateur.model.group import linear
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
@@ -102,7 +102,11 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         new_DF = decided(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
         # The guard judges the weights as stored, rounding included.
         change_DF = new_DF.to(reader.weight.dtype) - reader.weight.float()
-        judged = _judge(held_out, change_DF)
+        given = {
+            domain: [(added_TD, added_TD, x_TF.float() @ change_DF.T) for x_TF, added_TD in pieces]
+            for domain, pieces in held_out.items()
+        }
+        judged = guard(held_out_errors(sums_of(given)))
         reader.weight += judged.step * change_DF
     return judged
 
@@ -199,15 +203,6 @@ def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor
     with reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0])):
         leaving_BTD = walk.through(index, hidden_BTD)
     return seen[0].flatten(0, -2), leaving_BTD
-
-
-def _judge(held_out: dict[str, list[tuple[Tensor, Tensor]]], change_DF: Float[Tensor, "D F"]) -> Guard:
-    sums = {}
-    for domain, parts in held_out.items():
-        added_TD = torch.cat([added_TD for _, added_TD in parts])
-        given_TD = torch.cat([x_TF.float() @ change_DF.T for x_TF, _ in parts])
-        sums[domain] = held_out_sums(added_TD, given_TD, float(added_TD.square().sum()))
-    return guard(held_out_errors(sums))
 
 
 def layer_kl(

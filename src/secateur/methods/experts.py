@@ -31,8 +31,8 @@ from secateur.methods.compensate import (
     HeldOutError,
     Method,
     held_out_errors,
-    held_out_sums,
     least_squares,
+    sums_of,
 )
 from secateur.methods.scores import ExpertInputs, Routing, scored
 from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
@@ -103,11 +103,7 @@ def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], hel
     for each, cut_TD in zip(held_out, masked, strict=True):
         given_TD = module.forward(*each.call) - cut_TD
         parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut_TD, given_TD))
-    sums: dict[str, Tensor] = {}
-    for domain, pieces in parts.items():
-        own_TD, lost_TD, given_TD = (torch.cat(tensors).float() for tensors in zip(*pieces, strict=True))
-        sums[domain] = held_out_sums(lost_TD, given_TD, float(own_TD.square().sum()))
-    judged = best_step(held_out_errors(sums))
+    judged = best_step(held_out_errors(sums_of(parts)))
     module.get_parameter(stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
     return judged
 

@@ -47,21 +47,20 @@ class Probe:
 
     def kl(self) -> dict[str, float]:
         """Return each domain's divergence. Raises NumericsError if one is not finite."""
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        sums: dict[str, Tensor] = {}
         for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
             divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).cpu().double()
-            sums[batch.domain] = sums.get(batch.domain, 0.0) + float(divergence_P.sum())
-            counts[batch.domain] = counts.get(batch.domain, 0) + len(divergence_P)
-        sums, counts = totals(sums), totals(counts)
-        for domain, total in sums.items():
-            if not math.isfinite(total):
+            own = torch.tensor([divergence_P.sum(), len(divergence_P)], dtype=torch.float64)
+            sums[batch.domain] = sums.get(batch.domain, 0.0) + own
+        means = {domain: float(total / count) for domain, (total, count) in totals(sums).items()}
+        for domain, mean in means.items():
+            if not math.isfinite(mean):
                 raise NumericsError(
                     f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; "
                     f"use the model in bfloat16 or float32 and check its weights."
                 )
         # Rounding may leave a divergence slightly below zero.
-        return {domain: max(total / counts[domain], 0.0) for domain, total in sums.items()}
+        return {domain: max(mean, 0.0) for domain, mean in means.items()}
 
     def _states(self) -> list[Tensor]:
         standing = list(self._walk.hidden_BTD)

@@ -169,7 +169,7 @@ REPEATS = 5
 SLOWER = 1.2
 
 
-def fastest_threads(compute: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> int:
+def fastest_threads(compute: Callable[[], object]) -> int:
     """Return with how many threads `compute` takes least: all that torch has, a half, a quarter, ... or one.
 
     On cores that others use, threads that wait for each other are slower than fewer ones.
@@ -182,9 +182,9 @@ def fastest_threads(compute: Callable[[], object], clock: Callable[[], float] = 
             for number in [*timed] * REPEATS:
                 torch.set_num_threads(number)
                 compute()  # so that its threads exist
-                start = clock()
+                start = time.perf_counter()
                 compute()
-                timed[number].append(clock() - start)
+                timed[number].append(time.perf_counter() - start)
             # A core that something takes for a moment is no busy core.
             seconds, fewer_seconds = median(timed[chosen]), median(timed[count])
             if fewer_seconds > SLOWER * seconds:

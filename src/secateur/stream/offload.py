@@ -92,13 +92,9 @@ class LayersOnDevice:
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
-    def index_of(self, layer: nn.Module) -> int:
-        """Return the layer's index."""
-        return next(index for index, mine in enumerate(self.layers) if mine is layer)
-
     def settle(self, layer: nn.Module) -> None:
         """Round the layer's changed parameters to the dtypes in which they are stored; drop what they were before."""
-        copies = self.onloaded.get(self.index_of(layer), {})
+        copies = self.onloaded.get(self.layers.index(layer), {})
         with torch.no_grad():
             for key, parameter in _parameters(layer):
                 if key in copies and copies[key].is_unchanged(parameter):
@@ -160,7 +156,7 @@ class LayersOnDevice:
 def fetch(layer: nn.Module) -> None:
     """Onload the layer before it runs, if layers are onloaded one at a time."""
     if owner := _OWNERS.get(layer):
-        owner.onload(owner.index_of(layer))
+        owner.onload(owner.layers.index(layer))
 
 
 def settle(layer: nn.Module) -> None:
