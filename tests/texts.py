@@ -1,8 +1,12 @@
 """Text as a run draws it, in one call."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from secateur.data.blocks import LearningText
+import torch
+from torch import Tensor
+
+from secateur.data.blocks import Block, Blocks, LearningText
 from secateur.data.pool import Amounts, CalibrationText, Split, TextPool
 from secateur.log import Progress, silent
 
@@ -23,3 +27,13 @@ def split_text(
 def learning_text(*given: Any, **amounts: Any) -> LearningText:
     """Return what may be learnt by, of the arguments of `split_text`."""
     return split_text(*given, **amounts).learning.text
+
+
+def documents_of(ids_NT: Tensor) -> Blocks:
+    """Return blocks that are a document each."""
+    return Blocks(ids_NT, torch.arange(len(ids_NT))[:, None].expand(ids_NT.shape))
+
+
+def blocks_of(ids: Iterable[Tensor]) -> list[Block]:
+    """Return blocks of any lengths that are a document each."""
+    return [Block(ids_T, torch.full_like(ids_T, number)) for number, ids_T in enumerate(ids)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_gemma3, tiny_llama, tiny_mistral
+from texts import documents_of
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -271,9 +272,9 @@ def test_guard_and_what_is_learnt_by_have_other_prompts() -> None:
 
 def test_what_guards_judges_too_and_nothing_else_is_written_to_judge() -> None:
     def unwritten(count: int) -> Blocks:
-        return Blocks.of(torch.empty(count, LENGTH, dtype=torch.int64, device="meta"))
+        return documents_of(torch.empty(count, LENGTH, dtype=torch.int64, device="meta"))
 
-    some = Blocks.of(torch.zeros(3, LENGTH, dtype=torch.int64))
+    some = documents_of(torch.zeros(3, LENGTH, dtype=torch.int64))
     plain = LearningDomain("prose", 1.0, some, 2, some[:1])  # before those with answers
     text = LearningText((plain, LearningDomain("a", 1.0, unwritten(3), 2, unwritten(1))), LENGTH)
     found = Answers(speaker(talkative()), {"a": ASKED}, at_once)

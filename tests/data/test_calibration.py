@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from texts import learning_text, split_text
+from texts import documents_of, learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 
-from secateur.data.blocks import Blocks, LearningText, ngram_overlap
+from secateur.data.blocks import LearningText, ngram_overlap
 from secateur.recipe import Calibration, Domain
 
 LENGTH = 32
@@ -35,11 +35,11 @@ def test_the_hash_covers_every_token_name_and_share(tmp_path: Path) -> None:
     other_held_out[0, 0] += 1
     shorter = domain.blocks.ids_NT.view(-1, LENGTH // 2)
     changed = [
-        dataclasses.replace(domain, blocks=Blocks.of(other_calibration)),
-        dataclasses.replace(domain, held_out=Blocks.of(other_held_out)),
+        dataclasses.replace(domain, blocks=documents_of(other_calibration)),
+        dataclasses.replace(domain, held_out=documents_of(other_held_out)),
         dataclasses.replace(domain, name="b"),
         dataclasses.replace(domain, share=0.5),
-        dataclasses.replace(domain, blocks=Blocks.of(shorter)),
+        dataclasses.replace(domain, blocks=documents_of(shorter)),
     ]
     hashes = {dataclasses.replace(found, domains=(each,)).content_hash for each in changed}
     assert len(hashes) == 5 and found.content_hash not in hashes

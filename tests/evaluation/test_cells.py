@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import saved, tiny_llama
+from texts import documents_of
 
 from secateur.data.blocks import Blocks
 from secateur.evaluation import compare as module
@@ -131,7 +132,7 @@ def test_a_cell_is_its_own_and_depends_on_all_that_could_change_it(seen):
         (shared, module.replace(cell, seed=cell.seed + 1), blocks),
         (shared, module.replace(cell, recipe=cell.recipe.model_copy(update={"seed": 9})), blocks),
         (shared, cell, blocks._replace(content_hash="other")),
-        (shared, cell, blocks._replace(others={"poems": Blocks.of(blocks.held_out["code"].ids_NT + 2)})),
+        (shared, cell, blocks._replace(others={"poems": documents_of(blocks.held_out["code"].ids_NT + 2)})),
     ]
     found = [module._depends_on(*arguments) for arguments in changes]
     assert all(each != first for each in found) and len({str(each) for each in found}) == len(changes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bpe_tokenizer import CORPUS, bpe_tokenizer
 from models import tiny_ids, tiny_llama
+from texts import documents_of
 
 from secateur.data.blocks import Block
 from secateur.log import silent
@@ -40,7 +41,8 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     )
     ids = [60, 50, 7, 70, 51, 60, 50, 6, 61, 50, 61, 7, 60, 51, 50, 60, 30]  # the first is context alone
     blocks = [torch.tensor([[7] * len(ids), ids]), torch.tensor([[9, 50, 9, 9, 51, 9, 50, *[9] * 10]] * 2)]
-    found = piece_nats(model, arch, vocabulary, blocks, silent)
+    own = [*map(documents_of, blocks)]
+    found = piece_nats(model, arch, vocabulary, own, silent)
 
     def surprise(text: list[int]) -> list[float]:
         with torch.no_grad():
@@ -69,7 +71,7 @@ def test_the_nats_of_pieces_are_those_at_their_own_places(monkeypatch):
     assert found.token == pytest.approx(tokens / further, rel=1e-4)
     assert found.character == pytest.approx(sum(characters) / 2, rel=1e-4)
     monkeypatch.setattr(module, "FEWEST_CHARACTERS", 3)
-    few = piece_nats(model, arch, vocabulary, blocks, silent)
+    few = piece_nats(model, arch, vocabulary, own, silent)
     assert few.character == few.token == found.token
 
 
@@ -108,8 +110,9 @@ def test_nats_with_a_trim_are_per_dense_token_and_the_mean_by_share():
     ids = torch.tensor(dense_tokenizer("".join(CORPUS))["input_ids"])
     text, told = {"prose": ids[:180].view(6, 30), "code": ids[180:240].view(2, 30)}, []
     shares = {"prose": 0.75, "code": 0.25}
+    own = {name: documents_of(ids_NT) for name, ids_NT in text.items()}
     before, after = (
-        nats_with(model, bind(model), text, shares, each, lambda *step: told.append(step)) for each in (None, trim)
+        nats_with(model, bind(model), own, shares, each, lambda *step: told.append(step)) for each in (None, trim)
     )
     expected, further, kept_K = {None: 0.0, trim: 0.0}, 0, torch.tensor(kept.dense_ids)
     for name, blocks in (("prose", text["prose"][:4]), ("code", text["code"])):

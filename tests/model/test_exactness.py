@@ -10,9 +10,10 @@ import pytest
 import torch
 from models import opened
 from recipes import grouped
+from texts import documents_of
 from transformers import AutoModelForCausalLM
 
-from secateur.data.blocks import Blocks, LearningDomain, LearningText
+from secateur.data.blocks import LearningDomain, LearningText
 from secateur.facts import Size
 from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
@@ -38,9 +39,9 @@ def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) 
         LearningDomain(
             f"d{seed}",
             1 / num_domains,
-            Blocks.of(tiny_ids(batch=blocks, length=length, seed=seed)),
+            documents_of(tiny_ids(batch=blocks, length=length, seed=seed)),
             blocks,
-            Blocks.of(tiny_ids(batch=2, length=length, seed=seed + 100)),
+            documents_of(tiny_ids(batch=2, length=length, seed=seed + 100)),
         )
         for seed in range(num_domains)
     ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from texts import documents_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import recover
@@ -50,7 +51,7 @@ def test_the_teacher_s_predictions_are_the_dense_ones_of_the_kept_tokens(pair, c
     ids_BT = torch.randint(len(pair.kept.dense_ids), (2, 20), generator=torch.Generator().manual_seed(1))
     expected = torch.cat([pair.dense_log_p(dense, ids_T) for ids_T in ids_BT])
     arch = bind(teacher)
-    judge = Judge(teacher, arch, {"mine": ids_BT})
+    judge = Judge(teacher, arch, {"mine": documents_of(ids_BT)})
     with torch.no_grad():
         logits_PV = judge.head(states_of(teacher, arch, ids_BT))
     torch.testing.assert_close(logits_PV.double().log_softmax(-1), expected, rtol=1e-5, atol=1e-5)

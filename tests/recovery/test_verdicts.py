@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import logits_of, tiny_llama
+from texts import blocks_of, documents_of
 
-from secateur.data.blocks import blocks_of
 from secateur.errors import NumericsError
 from secateur.facts import Verdict, mean_kl, mean_nats
 from secateur.model.bind import bind
@@ -21,6 +21,7 @@ TEXT = {
     name: torch.randint(3, 300, (blocks, 70), generator=torch.Generator().manual_seed(blocks))
     for name, blocks in (("one", 1), ("three", 3))
 }
+BLOCKS = {name: documents_of(ids_NT) for name, ids_NT in TEXT.items()}
 
 
 def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
@@ -41,7 +42,7 @@ def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
 def test_verdicts_are_sums_over_whole_logits(name):
     """Families that scale or cap their logits too: the judge holds the dense model's last states alone."""
     dense, model = tiny_family(name), tiny_family(name, seed=1)
-    judge = Judge(dense, bind(dense), TEXT)
+    judge = Judge(dense, bind(dense), BLOCKS)
     found = judge.verdicts(lambda ids_BT: logits_of(model, ids_BT))
     for domain, ids_BT in TEXT.items():
         expected, verdict = by_hand(dense, model, ids_BT), found[domain]
@@ -57,7 +58,7 @@ def test_verdicts_are_sums_over_whole_logits(name):
 
 def test_the_judge_stands_without_the_dense_model():
     dense, model, seen = tiny_llama(), tiny_llama(seed=1), list[tuple[str, int, int]]()
-    judge = Judge(dense, bind(dense), TEXT, lambda *where: seen.append(where))
+    judge = Judge(dense, bind(dense), BLOCKS, lambda *where: seen.append(where))
     assert seen == [("judge dense", done, 3) for done in range(4)], "layers are counted"
     before = judge.verdicts(lambda ids_BT: logits_of(model, ids_BT))
     judge.own_head()

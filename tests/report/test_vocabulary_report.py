@@ -11,6 +11,7 @@ from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
 from models import tiny_llama
 from page_checks import PageChecks
 from test_card import HOSTILE, READER, card_of, shown, summary, tokens
+from texts import documents_of
 
 from secateur.facts import Loss
 from secateur.pruning.trimmed import vocabulary_facts
@@ -46,7 +47,7 @@ def trim() -> Trim:
 @pytest.fixture(scope="module")
 def facts(trim: Trim) -> VocabularyFacts:
     texts = {"prose": CORPUS[0] * 4, "море": "Паром море " * 9}
-    blocks = {name: torch.tensor([trim.tokenizer(text)["input_ids"]]) for name, text in texts.items()}
+    blocks = {name: documents_of(torch.tensor([trim.tokenizer(text)["input_ids"]])) for name, text in texts.items()}
     losses = {"prose": (Loss(3.0, 0.1, 9), Loss(3.25, 0.1, 9))}
     dense = retokenised(blocks, trim.tokenizer, trim.dense_tokenizer)
     before, now = predicted_tokens(dense), predicted_tokens(blocks)

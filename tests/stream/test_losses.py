@@ -17,6 +17,7 @@ from reference import (
     mean_error,
     next_token_nats,
 )
+from texts import blocks_of, documents_of
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ def logits64(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 
 def test_the_head_is_a_part_of_the_progress_as_large_as_its_weights():
-    model, blocks = tiny_llama(vocab_size=6000), {"a": tiny_ids(batch=3, length=20)}
+    model, blocks = tiny_llama(vocab_size=6000), {"a": documents_of(tiny_ids(batch=3, length=20))}
     arch, seen = bind(model), []
     domain_losses(model, arch, blocks, lambda stage, done, total: seen.append((stage, done, total)))
     in_layer, in_head = arch.params_per_layer[0], model.lm_head.weight.numel()
@@ -68,7 +69,7 @@ def reference_nats(model: nn.Module, ids_NT: Tensor) -> list[Tensor]:
 def test_losses_are_those_of_a_plain_forward_in_float64(family: str) -> None:
     model = tiny_family(family)
     blocks = {"a": tiny_ids(batch=3, length=20, seed=1), "b": tiny_ids(batch=1, length=20, seed=2)}
-    found = domain_losses(model, bind(model), blocks)
+    found = domain_losses(model, bind(model), {domain: documents_of(ids_NT) for domain, ids_NT in blocks.items()})
     assert list(found) == ["a", "b"]
     for domain, ids_NT in blocks.items():
         nats = reference_nats(model, ids_NT)
@@ -85,7 +86,7 @@ def test_losses_are_those_of_a_plain_forward_in_float64(family: str) -> None:
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 15])
 def test_how_many_blocks_pass_together_changes_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    blocks = {"a": tiny_ids(batch=3, length=20, seed=1), "b": tiny_ids(batch=2, length=20, seed=2)}
+    blocks = {domain: documents_of(tiny_ids(batch=size, length=20, seed=size)) for domain, size in (("a", 3), ("b", 2))}
     expected = domain_losses(model, bind(model), blocks)
     seen: list[tuple[str, int, int]] = []
     monkeypatch.setattr(product, "TOKENS_AT_ONCE", at_once)
@@ -102,7 +103,7 @@ def test_a_loss_that_is_no_number_names_the_domain() -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[0] = torch.nan
-    blocks = {"prose": tiny_ids(batch=2, length=20)}
+    blocks = {"prose": documents_of(tiny_ids(batch=2, length=20))}
     with pytest.raises(NumericsError, match="the loss is inf"):
         loss_of([{0: (math.inf, 2)}], "judge, domain prose")
     with pytest.raises(NumericsError, match=r"^judge, domain prose: the loss is nan.*\.$"):
@@ -114,7 +115,8 @@ def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> N
     lengths, counts = {"a": [20, 9, 14], "b": [31]}, {"a": {0: 15, 1: 8, 2: 16}, "b": {0: 7}}
     ids_T = tiny_ids(batch=1, length=120)[0]
     blocks = {domain: [ids_T[size : 2 * size] for size in sizes] for domain, sizes in lengths.items()}
-    found = domain_losses(model, bind(model), blocks, num_tokens=counts)
+    text = {domain: blocks_of(ids) for domain, ids in blocks.items()}
+    found = domain_losses(model, bind(model), text, num_tokens=counts)
     for domain, own in counts.items():
         nats = [float(reference_nats(model, each[None])[0].sum()) for each in blocks[domain]]
         tokens = list(own.values())
@@ -124,7 +126,7 @@ def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> N
         assert found[domain].num_tokens == sum(tokens)
         assert found[domain].nats_per_token == pytest.approx(rate, rel=TOLERANCE)
         assert found[domain].standard_error == (error and pytest.approx(error, rel=1e-3, abs=TOLERANCE))
-    own_tokens = domain_losses(model, bind(model), blocks)
+    own_tokens = domain_losses(model, bind(model), text)
     assert own_tokens["a"].num_tokens == 19 + 8 + 13
 
 
@@ -136,7 +138,7 @@ def test_a_document_without_a_token_of_the_other_tokenizer_has_none() -> None:
 def test_blocks_of_one_document_say_nothing_of_others() -> None:
     model, ids_NT = tiny_llama(), tiny_ids(batch=4, length=20)
     one = Blocks(ids_NT, torch.zeros_like(ids_NT))
-    found = domain_losses(model, bind(model), {"one": one, "four": ids_NT})
+    found = domain_losses(model, bind(model), {"one": one, "four": documents_of(ids_NT)})
     assert found["one"].standard_error is None and found["four"].standard_error is not None
     assert found["one"].nats_per_token == pytest.approx(found["four"].nats_per_token, rel=1e-12)
     assert change(found["one"], found["one"]).text() == "+0.000"
@@ -173,7 +175,7 @@ def test_bits_per_byte_over_several_blocks() -> None:
     texts = "one token for each byte.", "schöne Wörter, 2 mal a", "the end of text follows."
     ids_NT = torch.tensor([tokenizer(text)["input_ids"][:24] for text in texts])
     ids_NT[2, 5] = tokenizer.eos_token_id  # predicted, but no byte of text
-    losses = domain_losses(model, bind(model), {"mine": ids_NT}, stage="evaluate")
+    losses = domain_losses(model, bind(model), {"mine": documents_of(ids_NT)}, stage="evaluate")
     found = Quality.on(text_bytes(tokenizer, list(ids_NT)), losses["mine"])
     nats = [each.tolist() for each in reference_nats(model, ids_NT)]
     num_bytes = 3 * 23 - 1
@@ -247,7 +249,12 @@ def test_the_heads_input_is_where_a_token_follows() -> None:
 
 def test_a_digest_is_of_ids_documents_and_masks() -> None:
     ids_NT = tiny_ids(batch=3, length=5)
-    plain, mask_NT = Blocks.of(ids_NT), torch.ones(3, 5, dtype=torch.bool)
-    others = [Blocks.of(ids_NT + 1), replace(plain, document_NT=ids_NT), replace(plain, counted_NT=mask_NT), plain[:2]]
+    plain, mask_NT = documents_of(ids_NT), torch.ones(3, 5, dtype=torch.bool)
+    others = [
+        documents_of(ids_NT + 1),
+        replace(plain, document_NT=ids_NT),
+        replace(plain, counted_NT=mask_NT),
+        plain[:2],
+    ]
     assert len({digest_of(each) for each in (plain, *others)}) == 5
-    assert digest_of(plain) == digest_of(Blocks.of(ids_NT.clone()))
+    assert digest_of(plain) == digest_of(documents_of(ids_NT.clone()))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from texts import blocks_of as documents_in
 
 from secateur.data.blocks import Block
 from secateur.vocabulary.kept import KeptTokens
@@ -16,7 +17,8 @@ LENGTH = 24
 
 
 def retokenised(text: dict[str, Any], source: Any, target: Any) -> dict[str, list[torch.Tensor]]:
-    return {name: [block.ids_T for block in blocks] for name, blocks in retold(text, source, target).items()}
+    own = {name: documents_in(blocks) for name, blocks in text.items()}
+    return {name: [block.ids_T for block in blocks] for name, blocks in retold(own, source, target).items()}
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:

@@ -59,6 +59,11 @@ class Conversation:
     ids_T: Int64[Tensor, " T"]
     num_prompt: int
 
+    @property
+    def answer_T(self) -> Int64[Tensor, " A"]:
+        """What the model wrote."""
+        return self.ids_T[self.num_prompt :]
+
 
 # Gives a conversation in another tokenizer's tokens.
 Told = Callable[[Conversation], Conversation]

@@ -50,11 +50,6 @@ class Blocks:
     document_NT: Int64[Tensor, "N T"]
     counted_NT: Bool[Tensor, "N T"] | None = None
 
-    @classmethod
-    def of(cls, ids_NT: Int64[Tensor, "N T"]) -> "Blocks":
-        """Return blocks that are a document each."""
-        return cls(ids_NT, torch.arange(len(ids_NT))[:, None].expand(ids_NT.shape))
-
     @property
     def is_meta(self) -> bool:
         """Whether the text is not written yet."""
@@ -77,16 +72,8 @@ class Blocks:
         return Blocks(self.ids_NT[part], self.document_NT[part], counted_NT)
 
 
-# Blocks of one domain; those of plain ids are a document each.
-Text = Blocks | Sequence[Block] | Tensor | Sequence[Tensor]
-
-
-def blocks_of(text: Text) -> list[Block]:
-    """Return a text block by block."""
-    return [
-        block if isinstance(block, Block) else Block(block, torch.full_like(block, number))
-        for number, block in enumerate(text)
-    ]
+# Blocks of one domain.
+Text = Blocks | Sequence[Block]
 
 
 @dataclass(frozen=True, slots=True)

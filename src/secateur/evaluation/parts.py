@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Blocks, Text, blocks_of
+from secateur.data.blocks import Blocks, Text
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, merged_results, num_questions, run_task, task_identity
 from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
@@ -49,7 +49,7 @@ def measured_by(
 ) -> Measured:
     """Return what was measured of one model."""
     losses = {**scores.domains, OTHER: scores.other}
-    sizes = {name: num_bytes(tokenizer, [block.ids_T for block in blocks_of(text[name])]) for name in losses}
+    sizes = {name: num_bytes(tokenizer, [block.ids_T for block in text[name]]) for name in losses}
     qualities = {name: Quality.on(sizes[name], loss) for name, loss in losses.items()}
     other = qualities.pop(OTHER)
     if not harness:

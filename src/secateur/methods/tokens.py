@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import torch
 from torch import Tensor, nn
 
-from secateur.data.blocks import Block, Text, blocks_of
+from secateur.data.blocks import Block, Text
 from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
@@ -41,7 +41,7 @@ def expected_counts(model: nn.Module, arch: Arch, text: Text, num_rows: int, pro
     likely in one answer is damped no further. V: `num_rows`, of the embedding.
     """
     head, expected_V = head_of(model, arch), torch.zeros(num_rows, dtype=torch.float64)
-    for block in steps(progress, "count answers", blocks_of(text)):
+    for block in steps(progress, "count answers", list(text)):
         states_PD = block.counted(final_states(model, arch, block.ids_T[None]))
         for states_SD in states_PD.split(HEAD_POSITIONS):
             # Some devices have no float64.
@@ -65,7 +65,7 @@ def piece_nats(
     index_V[list(in_bytes)] = True
     token_nats, further, character_nats = 0.0, 0, list[float]()
     for domain in steps(progress, "nats of pieces", text):
-        block = max(blocks_of(domain), key=lambda block: int((index_V[block.ids_T] & block.mask_T).sum()))
+        block = max(domain, key=lambda block: int((index_V[block.ids_T] & block.mask_T).sum()))
         ids_T = block.ids_T
         spelt = _some_spelt(block, vocabulary, may_go, in_bytes)
         new_T = torch.tensor([piece for pieces in spelt for piece in pieces])
@@ -114,7 +114,7 @@ def nats_with(
 
     The first `TOKEN_BLOCKS` blocks of each domain are measured. `text`: in the dense tokenizer.
     """
-    dense_text = {name: blocks_of(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
+    dense_text = {name: list(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
     kept_K, own_text = None, dense_text
     if trim is not None:
         kept_K, own_text = (

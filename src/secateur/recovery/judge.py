@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.data.blocks import Block, Text, blocks_of
+from secateur.data.blocks import Block, Text
 from secateur.errors import NumericsError
 from secateur.facts import Verdict, Verdicts, standard_error
 from secateur.log import Progress, silent
@@ -34,7 +34,7 @@ class Judge:
         asked: bool = True,
     ) -> None:
         """Ask the dense model; unless `asked`, `states` are to be filled before anything is judged."""
-        self.text = {domain: blocks_of(blocks) for domain, blocks in text.items()}
+        self.text = {domain: list(blocks) for domain, blocks in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
         all_blocks = [*chain.from_iterable(self.text.values())]
         states = head_inputs(dense, arch, all_blocks, progress, "judge dense") if asked else iter(())

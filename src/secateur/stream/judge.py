@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.data.answers import Conversation, Speaker, greedy_answers
-from secateur.data.blocks import Block, Text, blocks_of, other_text
+from secateur.data.blocks import Block, Text, other_text
 from secateur.data.sources import shipped
 from secateur.errors import NumericsError
 from secateur.facts import ANSWER_TOKENS, AnswerPair, Judgement, Loss, OwnAnswers
@@ -96,7 +96,7 @@ def judge(
     nats_P, same_first = _nats(speaker, own, "pruned on the dense model's answers", progress)
 
     # Per token of the dense tokenizer; the spread is that over prompts.
-    tokens_P = torch.tensor([len(each.ids_T) - each.num_prompt for each in conversations], dtype=torch.float64)
+    tokens_P = torch.tensor([len(each.answer_T) for each in conversations], dtype=torch.float64)
     dense_P = torch.tensor(sheet.nats, dtype=torch.float64)
     lost_P = nats_P - dense_P
     lost = lost_P.sum() / tokens_P.sum()
@@ -136,12 +136,11 @@ def _nats(
     states = head_inputs(model, arch, text, progress, stage)
     for states_PD, each in zip(states, conversations, strict=True):
         # State t predicts token t + 1.
-        answer_A = each.ids_T[each.num_prompt :]
-        losses_A, same_A = _losses(states_PD[each.num_prompt - 1 :], head, answer_A, num_words)
+        losses_A, same_A = _losses(states_PD[each.num_prompt - 1 :], head, each.answer_T, num_words)
         # Some devices have no float64.
         nats.append(float(losses_A.cpu().double().sum()))
         num_same += int(same_A.sum())
-        num_tokens += len(answer_A)
+        num_tokens += len(same_A)
     nats_P = torch.tensor(nats, dtype=torch.float64)
     if not bool(nats_P.isfinite().all()):
         raise NumericsError(f"{stage}: a loss is not finite; the model gives no finite logits.")
@@ -166,16 +165,15 @@ def _losses(states_AD: Tensor, head: nn.Module, answer_A: Int64[Tensor, " A"], n
 
 def _ended(conversations: Sequence[Conversation]) -> float:
     """Return the share of answers that are shorter than they might be: these ended by themselves."""
-    return sum(
-        len(conversation.ids_T) - conversation.num_prompt < ANSWER_TOKENS for conversation in conversations
-    ) / len(conversations)
+    num_ended = sum(len(conversation.answer_T) < ANSWER_TOKENS for conversation in conversations)
+    return num_ended / len(conversations)
 
 
 def _repeated(conversations: Sequence[Conversation]) -> float:
     """Return the share of the answers' runs of `REPEATED_TOKENS` tokens that the answer had before."""
     num_runs = num_repeated = 0
     for conversation in conversations:
-        ids = conversation.ids_T[conversation.num_prompt :].tolist()
+        ids = conversation.answer_T.tolist()
         runs = [tuple(ids[start : start + REPEATED_TOKENS]) for start in range(len(ids) - REPEATED_TOKENS + 1)]
         num_runs += len(runs)
         num_repeated += len(runs) - len(set(runs))
@@ -183,7 +181,7 @@ def _repeated(conversations: Sequence[Conversation]) -> float:
 
 
 def _text(conversation: Conversation, tokenizer: Tokenizer) -> str:
-    return str(tokenizer.decode(conversation.ids_T[conversation.num_prompt :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(conversation.answer_T, skip_special_tokens=True)).strip()
 
 
 # Among the texts by their names; no domain's name ends with a space.
@@ -304,7 +302,7 @@ def _first(texts: tuple[str, ...], share: float, *, least: int) -> tuple[str, ..
 def digest_of(text: Text) -> str:
     """Return the sha256 of a text's blocks: ids, documents and masks."""
     digest = hashlib.sha256()
-    for block in blocks_of(text):
+    for block in text:
         for part in block:
             digest.update(b"" if part is None else f"{len(part)} ".encode() + part.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.data.blocks import Block, Text, blocks_of
+from secateur.data.blocks import Block, Text
 from secateur.errors import NumericsError
 from secateur.facts import Loss
 from secateur.log import Progress, silent
@@ -44,7 +44,7 @@ def domain_losses(
     as those of the dense tokenizer. Raises NumericsError naming the domain if a loss is not finite.
     """
     losses: dict[str, Loss] = {}
-    by_domain = {domain: blocks_of(blocks) for domain, blocks in text.items()}
+    by_domain = {domain: list(blocks) for domain, blocks in text.items()}
     blocks = [block for domain_blocks in by_domain.values() for block in domain_blocks]
 
     def sums(piece: list[Block], states: Iterator[Tensor]) -> list[Sums]:
@@ -96,7 +96,7 @@ def predicted_tokens(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:
     """Return, by domain, how many tokens of each document are predicted, and count."""
     counts = dict[str, dict[int, int]]()
     for name, blocks in text.items():
-        sums = merged(sums_of(torch.zeros(len(block.ids_T) - 1), block) for block in blocks_of(blocks))
+        sums = merged(sums_of(torch.zeros(len(block.ids_T) - 1), block) for block in blocks)
         counts[name] = {document: count for document, (_, count) in sums.items()}
     return counts
 
@@ -105,7 +105,7 @@ def head_inputs(
     model: nn.Module, arch: Arch, text: Text, progress: Progress, stage: str
 ) -> Iterator[Float[Tensor, "P D"]]:
     """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
-    blocks = blocks_of(text)
+    blocks = list(text)
     by_block = _by_layers(model, arch, blocks, lambda _, states: [state.cpu() for state in states], progress, stage)
     return chain.from_iterable(by_block)
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import decoders
 
 from secateur.data.answers import Conversation, Told
-from secateur.data.blocks import Block, Text, blocks_of
+from secateur.data.blocks import Block, Text
 from secateur.model.stock import Tokenizer
 from secateur.vocabulary.tokenizer import decoder_steps
 
@@ -51,7 +51,7 @@ def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) 
         counted_T = None if block.counted_T is None else torch.tensor([mark[1] for _, mark in ids])
         return Block(torch.tensor([index for index, _ in ids]), torch.tensor([mark[0] for _, mark in ids]), counted_T)
 
-    return {domain: [retold(block) for block in blocks_of(blocks)] for domain, blocks in text.items()}
+    return {domain: [retold(block) for block in blocks] for domain, blocks in text.items()}
 
 
 def in_tokens_of(source: Tokenizer, target: Tokenizer) -> Told:
