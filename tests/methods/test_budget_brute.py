@@ -19,7 +19,6 @@ from secateur.methods.budget import (
     default_align,
     least_keep,
     least_step,
-    level_grid,
     levels_of,
     nearest_count,
     params_gone,
@@ -181,7 +180,7 @@ def test_halves_go_to_the_even_multiple_and_never_above_all() -> None:
 def test_levels_are_multiples_of_the_least_stride_that_gives_few_enough(num_units: int, step: int) -> None:
     stride = next(step * k for k in itertools.count(1) if num_units <= MAX_LEVELS * step * k)
     expected = [num_units, *(count for count in range(num_units - 1, 0, -1) if count % stride == 0)]
-    assert list(level_grid(num_units, step)) == expected
+    assert list(levels_of(group_of(0, "ffn", num_units), num_units, step)) == expected
 
 
 @settings(max_examples=50)

@@ -149,8 +149,11 @@ _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
 MAX_BYTES_SHUFFLED, BYTES_PER_VALUE = 2**27, 50
 
 
-def files_at(place: str) -> tuple[list[Path], bool]:
-    """Return the files that a path, a directory or a pattern names, sorted, and whether it names one.
+OTHER_FILES = "files left out, since files of their kind are not read"
+
+
+def _files_at(place: str, note: Note) -> list[Path]:
+    """Return the file that a path names, or those of a directory or a pattern that are read, sorted; note the others.
 
     Hidden files and directories are left out. Raises CalibrationError if there is no file.
     """
@@ -162,10 +165,13 @@ def files_at(place: str) -> tuple[list[Path], bool]:
     elif glob.has_magic(place) and not path.exists():
         paths = [Path(file) for file in glob.iglob(str(path), recursive=True)]
     else:
-        return [path], True
+        return [path]
     if not (files := sorted(file for file in paths if file.is_file())):
         raise CalibrationError(f"calibration files {place}: there is no file there; hidden ones do not count.")
-    return files, False
+    known = [*filter(is_read, files)]
+    for file in set(files).difference(known):
+        note(OTHER_FILES, str(file))
+    return known
 
 
 @runtime_checkable
@@ -189,7 +195,6 @@ class DomainText(Protocol):
 Source = Callable[[DomainText, Random, Note], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
 ROWS_TRIED = 200
-OTHER_FILES = "files left out, since files of their kind are not read"
 
 
 def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, note: Note = unheard) -> Iterator[str]:
@@ -231,7 +236,7 @@ def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
     Raises CalibrationError for a bad file; NoText for a named one without a row that has text, or if
     no file of a directory or pattern has any.
     """
-    files_of = {place: _known(place, note) for place in domain.source[1]}
+    files_of = {place: _files_at(place, note) for place in domain.source[1]}
     num_bytes = {file: file.stat().st_size for files in files_of.values() for file in files if file.is_file()}
     total = sum(num_bytes.values())
     rows: list[Row] = []
@@ -263,15 +268,6 @@ def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
         rows = [row for file, start in left for row in read_on(file, start)]
         order.shuffle(rows)
         yield from rows
-
-
-def _known(place: str, note: Note) -> list[Path]:
-    """Return the files of a place that are read, or the one that it names; note the others."""
-    files, is_named = files_at(place)
-    known = [file for file in files if is_named or is_read(file)]
-    for file in set(files).difference(known):
-        note(OTHER_FILES, str(file))
-    return known
 
 
 def _some_rows(path: Path, start: int, num_bytes: float) -> tuple[list[Row], bool]:

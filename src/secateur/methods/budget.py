@@ -175,22 +175,20 @@ def least_keep(groups: tuple[Group, ...], align: int) -> dict[GroupKey, int]:
 
 
 def levels_of(group: Group, num_units: int, align: int) -> tuple[int, ...]:
-    """Return the counts that a group may keep and its config can state, in falling order."""
-    grid = level_grid(num_units, align_of(group, align))
-    return (num_units, *(count for count in grid[1:] if group.allows(count)))
+    """Return all units, then the counts below that the group may keep: at most `MAX_LEVELS` multiples of its step.
 
-
-def level_grid(num_units: int, step: int) -> tuple[int, ...]:
-    """Return all units, then the multiples of `step` below, at most `MAX_LEVELS` of them."""
+    Those that its config cannot state are left out.
+    """
+    step = align_of(group, align)
     stride = step * math.ceil(num_units / (step * MAX_LEVELS))
     highest = stride * ((num_units - 1) // stride)
-    return (num_units, *range(highest, 0, -stride))
+    return (num_units, *filter(group.allows, range(highest, 0, -stride)))
 
 
 def round_shares(rounds: int) -> list[float]:
     """Return the share of the removal that is gone after each round: r/n."""
     # Not `done / rounds`: its last bit differs, and saved plans are compared exactly.
-    return [1 - (1 - done / rounds) for done in range(1, rounds)] + [1.0]
+    return [1 - (1 - done / rounds) for done in range(1, rounds + 1)]
 
 
 def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:

@@ -160,21 +160,16 @@ def repair(reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, 
     """Return the repair that the method asks for; an empty one if every column stays."""
     if len(columns) == reader.in_features:
         return Repaired()
-    weight_HF, dtype = reader.weight.float(), reader.weight.dtype
-    if method.compensate == "least_squares":
-        return _least_squares(weight_HF, dtype, measured, columns, method)
-    return Repaired(guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0))
+    weight_HF = reader.weight.float()
+    if method.compensate != "least_squares":
+        return Repaired(guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0))
 
-
-def _least_squares(
-    weight_HF: Tensor, dtype: torch.dtype, measured: GroupStatistics, columns: Tensor, method: Method
-) -> Repaired:
-    """Fit, and return the weights as far as held-out text allows."""
+    # Fit, as far as held-out text allows.
     gram, cross_FH = measured.pooled.gram, measured.pooled.cross_FH
     mix = method.target_mix if cross_FH is not None else 0.0
     new_HS = decided(partial(least_squares, weight_HF, gram, columns, method.damping, cross_FH, mix))
     # The guard judges the weights as stored, rounding included.
-    old_HS, new_HS = weight_HF[:, columns], new_HS.copy_(new_HS.to(dtype))
+    old_HS, new_HS = weight_HF[:, columns], new_HS.copy_(new_HS.to(reader.weight.dtype))
     judged = _judge(weight_HF, columns, measured, new_HS - old_HS, mix)
     stored_HS = {0.0: None, 1.0: new_HS}.get(judged.step, old_HS + judged.step * (new_HS - old_HS))
     return Repaired(stored_HS, judged)

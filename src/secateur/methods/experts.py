@@ -29,7 +29,6 @@ from secateur.methods.compensate import (
     GUARD_STEPS,
     Guard,
     HeldOutError,
-    Method,
     held_out_errors,
     least_squares,
     sums_of,
@@ -418,8 +417,13 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
     gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
     if task.keep is not None:
         keep_K = task.keep[expert].to(weight_DF.device)
+    elif method.score == "random":
+        order = torch.randperm(gram.size, generator=torch.Generator().manual_seed(task.seed + expert))
+        keep_K = order[: task.num_keep].sort().values.to(weight_DF.device)
     else:
-        keep_K = _select_channels(weight_DF, gram, task.num_keep, method, task.seed + expert)
+        columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
+        hessian, batch = damped_gram(gram, method.damping), units_at_once(gram.size, 1)
+        keep_K = greedy_obs(weight_DF, hessian, columns_U1, task.num_keep, batch).keep
     refits = method.compensate == "least_squares"
     return keep_K, least_squares(weight_DF, gram, keep_K, method.damping) if refits else None
 
@@ -505,14 +509,3 @@ def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
         trace = float(gram.diagonal().sum())
         mixed.merge(gram, weight / trace if trace > 0 else 0.0)
     return mixed
-
-
-def _select_channels(
-    weight_DF: Float[Tensor, "D F"], gram: Gram, num_keep: int, method: Method, seed: int
-) -> Int64[Tensor, " K"]:
-    if method.score == "random":
-        order = torch.randperm(gram.size, generator=torch.Generator().manual_seed(seed))
-        return order[:num_keep].sort().values.to(weight_DF.device)
-    columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
-    hessian = damped_gram(gram, method.damping)
-    return greedy_obs(weight_DF, hessian, columns_U1, num_keep, units_at_once(gram.size, 1)).keep
