@@ -57,8 +57,9 @@ def test_all_channels_kept_change_nothing(dtype: torch.dtype) -> None:
 def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
     monkeypatch.setattr(experts, "NUM_SAMPLED", 40)
     model, shares = tiny_family("mixtral"), {"a": 0.5, "b": 0.3, "c": 0.2}
-    arch = bind(model)
+    arch, method = bind(model), method_of(parse_recipe(grouped({})))
     group = arch.select(CHANNELS)[0]
+    assert method.weighting == "energy"
     batches = {
         name: make_batches(name, tiny_ids(batch=4, seed=number), held_out=False, batch_tokens=16)
         for number, name in enumerate(shares)
@@ -66,7 +67,7 @@ def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
 
     def sampled(seed: int, order: int) -> dict[str, torch.Tensor]:
         walk = Walk(model, arch, [batch for each in batches.values() for batch in each[::order]])
-        return _observe_channels(walk, group, "energy", shares, seed).samples
+        return _observe_channels(Task(walk, group, 60, method, shares, seed)).samples
 
     found, backwards, other = sampled(0, 1), sampled(0, -1), sampled(1, 1)
     assert {name: len(each_TD) for name, each_TD in found.items()} == {"a": 20, "b": 12, "c": 8}

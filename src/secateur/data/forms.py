@@ -66,9 +66,14 @@ class Chat(NamedTuple):
 CHATS = ("messages", "conversations", "conversation")
 FORMS: tuple[tuple[str, ...], ...] = (
     *((name,) for name in CHATS),
-    *(("instruction", "output"), ("instruction", "response")),
-    *(("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen")),
-    *(("question", "answer"), ("question", "response"), ("query", "response")),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("prompt", "chosen"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
     ("chosen",),
 )
 # What belongs to the instruction, what stands before the chat, and what is said of no list of turns.

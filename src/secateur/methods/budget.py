@@ -169,7 +169,7 @@ def least_keep(groups: tuple[Group, ...], align: int) -> dict[GroupKey, int]:
     least: dict[GroupKey, int] = {}
     for group in groups:
         step = align_of(group, align)
-        counts = (count for count in range(step, group.num_units, step) if group.allows(count))
+        counts = filter(group.allows, range(step, group.num_units, step))
         least[group.key] = next(counts, group.num_units)
     return least
 
@@ -209,7 +209,7 @@ def nearest_count(group: Group, width: float | int, step: int) -> int:
     nearest = min(step * round(width / step), group.num_units)
     if nearest >= step and group.allows(nearest):
         return nearest
-    counts = [count for count in range(step, group.num_units, step) if group.allows(count)]
+    counts = filter(group.allows, range(step, group.num_units, step))
     return min((*counts, group.num_units), key=lambda count: abs(count - width))
 
 

@@ -397,7 +397,7 @@ def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, A
     group, num_keep = task.group, task.num_keep
     stacks, module = group.experts.stacks, experts_module(task.walk, group)
     num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
-    seen = _observe_channels(task.walk, group, task.method.weighting, task.shares, task.seed)
+    seen = _observe_channels(task)
     line = log_line(group, num_keep, num_units, seen.energy)
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
@@ -428,21 +428,22 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
     return keep_K, least_squares(weight_DF, gram, keep_K, method.damping) if refits else None
 
 
-def _observe_channels(walk: Walk, group: Group, weighting: str, shares: dict[str, float], seed: int) -> _Observed:
-    stacks, module = group.experts.stacks, experts_module(walk, group)
+def _observe_channels(task: Task) -> _Observed:
+    group, shares = task.group, task.shares
+    stacks, module = group.experts.stacks, experts_module(task.walk, group)
     readers_EDF, size = module.get_parameter(stacks.down), num_channels(module, stacks)
     num_experts, device = len(readers_EDF), readers_EDF.device
     # In float32: the Gram matrices take most of the memory.
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
     seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
-    domains = InOrder(shares, lambda domain: _pool_domain(seen, current, domain, group, weighting, shares[domain]))
-    for batch, _, call, _ in expert_calls(walk, group):
+    domains = InOrder(shares, lambda domain: _pool_domain(task, seen, current, domain))
+    for batch, _, call, _ in expert_calls(task.walk, group):
         domain = batch.domain
         if batch.held_out:
             seen.held_out.append((domain, call))
             continue
         domains.begin(domain)
-        seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], seed)], shares[domain])]
+        seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], task.seed)], shares[domain])]
         seen.energy[domain] = seen.energy.get(domain, 0.0) + _add_tokens(module, stacks, call, current, seen)
     domains.begin("")
     sum_over_ranks(seen.num_tokens_E)
@@ -477,16 +478,17 @@ def _add_tokens(module: Any, stacks: Stacks, call: ExpertCall, current: list[Gra
     return energy
 
 
-def _pool_domain(seen: _Observed, current: list[Gram], domain: str, group: Group, weighting: str, share: float) -> None:
+def _pool_domain(task: Task, seen: _Observed, current: list[Gram], domain: str) -> None:
     total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
     sum_over_ranks(total, *current)
     energy = seen.energy[domain] = float(total)
     if not energy < float("inf"):
-        raise _not_finite(group, domain)
+        raise _not_finite(task.group, domain)
+    share = task.shares[domain]
     seen.samples[domain] = _lowest(of_all_ranks(seen.drawn), share)[1]
     seen.drawn = []
     for mine, theirs in zip(seen.grams, current, strict=True):
-        mine.merge(theirs, domain_weight(weighting, share, energy))
+        mine.merge(theirs, domain_weight(task.method.weighting, share, energy))
         theirs.clear()
 
 
