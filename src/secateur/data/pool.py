@@ -476,8 +476,9 @@ class TextPool:
         return self._tokens.setdefault((name, id(tokenizer)), _Tokens(self._texts[name], tokenizer))
 
     def _read(self, name: str, domain: DomainText) -> None:
-        texts = _Texts(name, domain, self._tokenizer, self._seed, self.length, self._notes.of(name))
-        self._texts.setdefault(name, texts)
+        if name not in self._texts:
+            note = self._notes.of(name)
+            self._texts[name] = _Texts(name, domain, self._tokenizer, self._seed, self.length, note)
 
     def _drawn(
         self, sizes: Mapping[str, _Sizes], tokenizer: Tokenizer, allotted: Mapping[str, Allotted]
