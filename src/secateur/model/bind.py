@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -50,11 +50,12 @@ from secateur.model.modules import (
     forwards_replaced,
     head_at,
     linears_for_conv,
+    shapes_of,
     silent_attention,
     text_model,
 )
 from secateur.model.stock import quiet_transformers
-from secateur.model.twin import WRONG_GUESS, run, token_ids, twins
+from secateur.model.twin import WIDTHS, WRONG_GUESS, run, token_ids, twins
 
 # In which a layer's groups are cut: each reads what is left of those before.
 ORDER = (KV_HEADS, QUERY_HEADS, SHARED, FFN, EXPERTS, EXPERT_CHANNELS)
@@ -78,11 +79,16 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
 
-    def again(self, module: nn.Module) -> list[Tensor]:
-        """Return the tensors that the module gives for the same arguments."""
+    @property
+    def given(self) -> Tensor:
+        """The first tensor that the module gave."""
+        return _tensors(self.output)[0]
+
+    @torch.no_grad()
+    def again(self, module: nn.Module) -> Tensor:
+        """Return the first tensor that the module gives for the same arguments."""
         args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
-        with torch.no_grad():
-            return _tensors(module.forward(*args, **kwargs))
+        return _tensors(module.forward(*args, **kwargs))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +154,12 @@ class Arch:
 
     def step(self, layer: nn.Module, index: int, hidden: Any, given: dict[str, Any]) -> Any:
         """Return the hidden states that layer `index` gives; `own`: what later layers get of this text."""
-        own: dict[int, dict[str, Any]] = getattr(hidden, "own", {})
-        output = layer(hidden, **given | own.get(index, {}))
+        own: dict[int, dict[str, Any]] = dict(getattr(hidden, "own", {}))
+        output = layer(hidden, **given | own.pop(index, {}))
         states: Any = output[0] if isinstance(output, tuple) else output
         if not self.is_chain:
-            later = {number: each for number, each in own.items() if number > index}
             passed_on = {key: output[place] for key, place in self.carried}
-            states.own = later | {index + 1: later.get(index + 1, {}) | passed_on}
+            states.own = own | {index + 1: own.get(index + 1, {}) | passed_on}
         return states
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
@@ -197,7 +202,6 @@ def places(model: Any) -> tuple[str, str]:
         names.get(part) for part in (model.get_input_embeddings(), text_model(model).get_output_embeddings())
     )
     lists = {name: module for module, name in names.items() if isinstance(module, nn.ModuleList) and len(module)}
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer or not head or not embedding:
         missing = "head" if outer and embedding else "list of decoder layers"
@@ -206,6 +210,7 @@ def places(model: Any) -> tuple[str, str]:
     while not inside:
         backbone = backbone.rpartition(".")[0]
         inside = [name for name in outer if not backbone or name.startswith(f"{backbone}.")]
+    sizes = {name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in inside}
     return backbone, max(inside, key=lambda name: (-name.count("."), sizes[name]))
 
 
@@ -289,15 +294,16 @@ class _Finder:
     """Looks at one model's twin."""
 
     def __init__(self, model: PreTrainedModel, stock: Any, config: Any) -> None:
-        self.backbone, self.place = places(model)
-        kinds = [_kind(layer, shapes=stock is type(model)) for layer in model.get_submodule(self.place).children()]
-        self.arch = Arch(model.config.model_type, self.backbone, self.place)
+        self.arch = Arch(model.config.model_type, *places(model))
+        kinds = [_kind(layer, shapes=stock is type(model)) for layer in decoder_layers(model, self.arch)]
         self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
         num_layers = max(2, max(self.twin_layer) + 1)
         self.twin: Any = next(twins(stock, config, model.num_parameters(), num_layers))
         linears_for_conv(self.twin)
         self.config = text_config(self.twin)
-        self.layers = list(self.twin.get_submodule(self.place).children())
+        self.layers = decoder_layers(self.twin, self.arch)
+        # In how many layers a parameter is.
+        self.num_owners = Counter(parameter for layer in self.layers for parameter in layer.parameters())
         self.why: dict[str, str] = {}
 
     def find(self) -> tuple[Arch, list[list[Group]]]:
@@ -317,19 +323,14 @@ class _Finder:
     # What runs, and how.
 
     def _run(self) -> None:
-        """Run the twin, and note the first call of every module of its layers, and of every other one, in order."""
-        self.calls: list[dict[str, Call]] = [{} for _ in self.layers]
-        self.around: dict[str, Call] = {}
+        """Run the twin, and note the first call of every module, in order."""
+        self.calls: dict[nn.Module, Call] = {}
 
         def note(module: nn.Module, *call: Any) -> None:
-            calls, name = places[module]
-            calls.setdefault(name, Call(*tree_map(_cloned, call)))
+            self.calls.setdefault(module, Call(*tree_map(_cloned, call)))
 
-        places = {module: (self.around, name) for name, module in self.twin.named_modules()}
-        for layer, calls in zip(self.layers, self.calls, strict=True):
-            places |= {module: (calls, name) for name, module in layer.named_modules()}
         with ExitStack() as stack:
-            for module in places:
+            for module in self.twin.modules():
                 stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
             self.logits = run(self.twin)
         with suppress(*WRONG_GUESS):
@@ -341,7 +342,7 @@ class _Finder:
 
         Raises ArchError unless one after the other, by turns on two texts as in `stream.walk`, they are the model.
         """
-        texts, first = (token_ids(self.twin), token_ids(self.twin).flip(0)), self.calls[0][""].output
+        texts, first = (token_ids(self.twin), token_ids(self.twin).flip(0)), self.calls[self.layers[0]].output
         self.arch = replace(self.arch, num_outputs=len(first) if isinstance(first, (tuple, list)) else 0)
 
         def entered(ids: Tensor) -> tuple[Any, list[dict[str, Any]]]:
@@ -360,7 +361,7 @@ class _Finder:
 
         # What the layer before it gave, a layer is not given where none computes anything.
         carried: dict[str, int] = {}
-        calls = [calls[""] for calls in self.calls]
+        calls = [self.calls[layer] for layer in self.layers]
         for bypassed, call, before in zip(given[1:], calls[1:], calls, strict=False):
             own = dict(zip(bypassed, call.args[1:], strict=False)) | call.kwargs
             carried |= {
@@ -379,7 +380,7 @@ class _Finder:
             for ids, hidden in zip(texts, streams, strict=True):
                 with forwards_replaced(self.layers, partial(_given, self.arch.layer_output(hidden))):
                     walked = run(self.twin, ids)
-                if hidden.shape[:2] != ids.shape or not _near([walked], [run(self.twin, ids)]):
+                if hidden.shape[:2] != ids.shape or not _near(walked, run(self.twin, ids)):
                     raise ValueError
         except WRONG_GUESS:
             raise self._refused("layers pass on more than one hidden state") from None
@@ -390,14 +391,14 @@ class _Finder:
     @torch.no_grad()
     def _find_logits(self) -> None:
         """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a), a tanh(b x / a)."""
-        backbone = self.twin.get_submodule(self.backbone)
+        backbone = self.twin.get_submodule(self.arch.backbone)
         numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
         scales = [scale for number in (1.0, *numbers) for scale in ((number, 1.0), (1.0, number))]
         forms = [Logits(*scale, cap) for cap in (None, *map(abs, numbers)) for scale in scales]
         with suppress(*WRONG_GUESS):
             # Called alone, as the walk calls it.
             states = backbone(token_ids(self.twin), use_cache=False).last_hidden_state
-            name = "+".join(self._behind())
+            name = "+".join(self._behind(backbone))
             plain = head_at(self.twin, name)(states)
             for form in forms:
                 if torch.allclose(ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5):
@@ -405,37 +406,36 @@ class _Finder:
                     return
         raise self._refused("what follows the head is not known")
 
-    def _behind(self) -> list[str]:
+    def _behind(self, backbone: nn.Module) -> list[str]:
         """Return the names of the modules that the language model calls beside the one with the backbone."""
-        backbone = self.twin.get_submodule(self.backbone)
+        names = {module: name for name, module in self.twin.named_modules()}
         beside = {child for child in text_model(self.twin).children() if backbone not in child.modules()}
-        return [name for name in self.around if self.twin.get_submodule(name) in beside]
+        return [names[module] for module in self.calls if module in beside]
 
     def _find_middle(self) -> None:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
         if not self.arch.is_chain:  # a silent attention has nothing to pass on
             return
-        pairs = [list(_middles(*pair)) for pair in zip(self.layers, self.calls, strict=True)]
-        attention, middle = next(
-            (pair for pair in pairs[0] if all(pair in of_layer for of_layer in pairs)), (None, None)
-        )
+        first, *others = (_middles(layer, self.calls) for layer in self.layers)
+        common = (pair for pair in first if all(pair in of_layer for of_layer in others))
+        attention, middle = next(common, (None, None))
         self.arch = replace(self.arch, attention=attention, middle=middle)
 
     # What can be cut.
 
     def _offers(self, index: int) -> list[Group]:
         """Return what the layer's modules can lose without changing more than the units' own part."""
-        layer, calls = self.layers[index], self.calls[index]
+        layer = self.layers[index]
         offers = list(self._expert_offers(index))
-        inside = [f"{offer.experts.module}." for offer in offers]
         by_module = _linears(layer)
         linears = (pair for own in by_module.values() for pair in own.items())
         wide = {name: linear for name, linear in linears if linear.in_features != linear.out_features}
         # Writer and reader may lie in modules of their own, as in BERT.
         for place, between in [*by_module.items(), ("", wide)]:
-            if place not in calls or f"{place}.".startswith(tuple(inside)) or (between is wide and offers):
+            call = self.calls.get(layer.get_submodule(place))
+            if call is None or (between is wide and offers):
                 continue
-            if place and len(_tensors((calls[place].args, calls[place].kwargs))) > 1:
+            if place and len(_tensors((call.args, call.kwargs))) > 1:
                 continue  # FFNs are given hidden states alone
             name = SHARED if offers or "shared" in place else FFN
             proved = [guess for guess in channel_guesses(between, name) if self._holds(index, place, guess)]
@@ -451,31 +451,30 @@ class _Finder:
 
     def _holds(self, index: int, place: str, guess: Group) -> bool:
         """Say whether the module at `place`, cut at random, gives what it gives with those units silent."""
-        if (call := self.calls[index].get(place)) is None:  # attention to what an encoder gives does not run
+        module = self.layers[index].get_submodule(place)
+        if (call := self.calls.get(module)) is None:  # attention to what an encoder gives does not run
             return False
-        others = {p for i, layer in enumerate(self.layers) if i != index for p in layer.parameters()}
-        if not others.isdisjoint(self.layers[index].get_submodule(place).parameters()):
-            return False  # weights that another layer has too
+        if any(self.num_owners[parameter] > 1 for parameter in module.parameters()):
+            return False
         try:
             whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
             group = sized(guess, whole, index, self.config)
             keep = some_of(group)
             silence(masked, group, keep)
             cut(whole, group, keep)
-            silent, without = (call.again(layer.get_submodule(place))[:1] for layer in (masked, whole))
-            return not _near(silent, _tensors(call.output)[:1]) and _near(without, silent)
+            silent, without = (call.again(layer.get_submodule(place)) for layer in (masked, whole))
+            return not _near(silent, call.given) and _near(without, silent)
         except WRONG_GUESS:
             return False
 
     @torch.no_grad()
     def _adds(self, index: int, group: Group) -> bool:
         """Say whether what the group's module gives is added to the stream as it is."""
-        layer, call = self.layers[index], self.calls[index][""]
-        before = _tensors(call.output)[0]
-        step = torch.randn(before.shape, generator=torch.Generator().manual_seed(index))
-        module = layer.get_submodule(group.parts.module)
+        layer = self.layers[index]
+        call, module = self.calls[layer], layer.get_submodule(group.parts.module)
+        step = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(index))
         with module.register_forward_hook(lambda _, __, output: output + step.view_as(output)), suppress(*WRONG_GUESS):
-            return _near([call.again(layer)[0] - before], [step])
+            return _near(call.again(layer) - call.given, step)
         return False
 
     @cached_property
@@ -488,21 +487,20 @@ class _Finder:
         if self._has_table:
             self.why[EXPERTS] = "a stored table says which experts read a token"
             return
-        layer, calls = self.layers[index], self.calls[index]
-        for place, module in layer.named_modules():
+        for place, module in self.layers[index].named_modules():
             own = dict(module.named_parameters())
             stacks = {name: tensor for name, tensor in own.items() if tensor.ndim == 3}
             sizes = {len(tensor) for tensor in own.values()}
-            if place not in calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
+            if module not in self.calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
                 continue
-            given = [tensor for tensor in calls[place].args if isinstance(tensor, Tensor)]
+            given = _tensors(self.calls[module].args)
             weighted = len(given) == 1 and len(given[0]) == min(sizes) * token_ids(self.twin).numel()
             if not weighted and (len(given) != 3 or given[1].is_floating_point()):
                 self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
                 continue
             for guess in stack_guesses(stacks, own):
                 channels = expert_channels_in(place, guess)
-                if (weighted or self._reads(index, place, guess)) and self._holds(index, place, channels):
+                if (weighted or _reads(module, guess, given)) and self._holds(index, place, channels):
                     if weighted:  # an expert that a token is not sent to reads zeros
                         adds, chosen = True, int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max())
                     else:
@@ -513,19 +511,6 @@ class _Finder:
                     break
             else:
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
-
-    @torch.no_grad()
-    def _reads(self, index: int, place: str, stacks: Stacks) -> bool:
-        """Say whether an expert's output is the reader times `channel_inputs`, up to a constant."""
-        module: Any = self.layers[index].get_submodule(place)
-        hidden, chosen, weights = (tensor[:6] for tensor in self.calls[index][place].args)
-        try:
-            one = torch.ones_like(weights[:, :1])
-            given = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
-            rest = given - channel_inputs(module, stacks, 0, hidden) @ reader_of(module, stacks, 0).T
-            return _near([rest], [rest[:1].expand_as(rest)]) and not _near([given], [rest])
-        except WRONG_GUESS:
-            return False
 
     def _head_offers(self, index: int) -> Iterator[Group]:
         layer, config = self.layers[index], self.config.per_layer_config[index]
@@ -547,18 +532,16 @@ class _Finder:
 
     def _stored(self, offers: list[list[Group]]) -> list[list[Group]]:
         """Return the offers that a config can say, with its keys, and that reload as what was cut."""
-        groups = [{offer.name: offer for offer in layer} for layer in offers]
-        kept: list[dict[str, Group]] = [{} for _ in groups]
-        for name in sorted({name for layer in groups for name in layer}):
-            left = {index: layer[name] for index, layer in enumerate(groups) if name in layer}
+        kept: list[dict[str, Group]] = [{} for _ in offers]
+        for name in sorted(ORDER):
+            left = {index: offer for index, layer in enumerate(offers) for offer in layer if offer.name == name}
             while left and (added := self._say(name, left)):
                 for index, offer in added.items():
                     kept[index][name] = offer
                     del left[index]
         for layer in kept:
-            if QUERY_HEADS in layer and KV_HEADS not in layer:
-                del layer[QUERY_HEADS]
-                self.why.setdefault(QUERY_HEADS, self.why.get(KV_HEADS, ""))
+            if KV_HEADS not in layer:
+                layer.pop(QUERY_HEADS, None)
         return [[layer[name] for name in ORDER if name in layer] for layer in kept]
 
     def _sized(self, offer: Group, index: int) -> Group:
@@ -594,9 +577,9 @@ class _Finder:
         fewer = len(some_of(group))
         whole = {key: value for key, value in values.items() if type(value) is int and value > 1}
         for key, value in sorted(whole.items(), key=lambda item: item[1] != units):  # the most likely ones first
-            if value in (units, 2 * units) or units % value == 0:
+            if value == 2 * units or units % value == 0:
                 yield {key: max(1, value * fewer // units)}
-        named = [key for key in values if any(part in key for part in ("inner", "ffn", "intermediate"))]
+        named = [key for key in values if WIDTHS.search(key)]
         yield from ({key: fewer} for key in named if values[key] is None)
         switches = [key for key, value in values.items() if value is True]  # one may derive the width from the key
         yield from ({key: fewer, switch: False} for key in named if key in whole for switch in switches)
@@ -613,11 +596,11 @@ class _Finder:
         except WRONG_GUESS:
             return None
         linears_for_conv(built)
-        return built if len(built.get_submodule(self.place)) == len(self.layers) else None
+        return built if len(decoder_layers(built, self.arch)) == len(self.layers) else None
 
     def _said(self, offer: Group, index: int, built: Any, changes: dict[str, Any]) -> Group | None:
         """Return the offer with what building from the changed config says of it; None if it says nothing."""
-        ours, theirs = self.layers[index], built.get_submodule(self.place)[index]
+        ours, theirs = self.layers[index], decoder_layers(built, self.arch)[index]
         group = self._sized(offer, index)
         try:
             left = group.num_units_left(theirs)
@@ -625,12 +608,12 @@ class _Finder:
             return None
         if left == group.num_units:
             return None
-        key, value = next(iter(changes.items()))
         if group.kind == "heads":
             odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
             refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
             return replace(offer, divides=(1, 1) if refused else None)  # `sized` gives it the layer's numbers
-        before, settings, per_key = getattr(self.config, key), tuple(changes.items())[1:], 1.0
+        (key, value), *settings = changes.items()
+        before, per_key = getattr(self.config, key), 1.0
         if settings and left != value:
             return None
         if type(before) is int and not settings:
@@ -638,67 +621,71 @@ class _Finder:
             # A width that is rounded up to a multiple of the key is not as many times the key.
             if per_key > MOST_PER_KEY or not math.isclose(per_key, group.num_units / before, rel_tol=0.1):
                 return None
-        if group.kind == "experts":
-            changed = [name for name, shape in _shapes(theirs).items() if shape != _shapes(ours).get(name)]
-            rows = [name for name in changed if not name.startswith(f"{group.experts.module}.")]
-            counts = _attributes(ours, theirs, group.num_units, left)
-            parts = replace(group.experts, router_rows=tuple(rows))
-            return replace(offer, parts=parts, counts=counts, config_key=key, per_key=per_key)
-        return replace(offer, config_key=key, per_key=per_key, settings=settings)
+        offer = replace(offer, config_key=key, per_key=per_key, settings=tuple(settings))
+        if group.kind != "experts":
+            return offer
+        before, after, own = shapes_of(ours), shapes_of(theirs), f"{group.experts.module}."
+        rows = (name for name in after if after[name] != before.get(name) and not name.startswith(own))
+        parts = replace(group.experts, router_rows=tuple(rows))
+        return replace(offer, parts=parts, counts=_attributes(ours, theirs, group.num_units, left))
 
     def _reloads(self, offers: dict[int, Group], built: Any, name: str) -> bool:
         """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
-        inside = {parameter for layer in self.layers for parameter in layer.parameters()}
-        shared = {
-            id(parameter): parameter for parameter in self.twin.parameters() if parameter not in inside
-        }  # a tower may be large
+        # What is in no layer is not copied: a tower may be large.
+        shared = {id(each): each for each in self.twin.parameters() if each not in self.num_owners}
         whole, masked = (copy.deepcopy(self.twin, dict(shared)) for _ in range(2))
+        layers, silent, smaller = (decoder_layers(model, self.arch) for model in (whole, masked, built))
         unrouted: list[tuple[Tensor, Tensor]] = []
-        for index, offer in offers.items():
-            theirs, group = built.get_submodule(self.place)[index], self._sized(offer, index)
-            keep = some_units(group, group.num_units_left(theirs))
-            cut_layer, masked_layer = (layer.get_submodule(self.place)[index] for layer in (whole, masked))
-            try:
-                cut(cut_layer, group, keep)
-            except WRONG_GUESS:
-                return False
-            unrouted += silence(masked_layer, group, keep)
-        ours, theirs = _shapes(whole), _shapes(built)
-        if ours != theirs:
-            other = next(name for name in theirs if ours.get(name) != theirs[name])
-            self.why[name] = f"the config key that says it also says the size of {other.removeprefix(self.place + '.')}"
-            return False
-        self.why[name] = "loaded again, it is not the model that was cut"
         try:
+            for index, offer in offers.items():
+                group = self._sized(offer, index)
+                keep = some_units(group, group.num_units_left(smaller[index]))
+                cut(layers[index], group, keep)
+                unrouted += silence(silent[index], group, keep)
+            ours, theirs = shapes_of(whole), shapes_of(built)
+            if ours != theirs:
+                other = next(name for name in theirs if ours.get(name) != theirs[name])
+                other = other.removeprefix(f"{self.arch.layers}.")
+                self.why[name] = f"the config key that says it also says the size of {other}"
+                return False
+            self.why[name] = "loaded again, it is not the model that was cut"
             with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 loaded: Any = type(self.twin)._from_config(built.config, dtype=torch.float32).eval()
             loaded.load_state_dict(whole.state_dict())
             with Unrouted(unrouted):
                 expected = run(masked)
-            again = run(loaded)
-            return not _near([expected], [self.logits]) and _near([again, run(whole)], [expected, expected])
+            again = (run(model) for model in (loaded, whole))
+            return not _near(expected, self.logits) and all(_near(logits, expected) for logits in again)
         except WRONG_GUESS:
             return False
 
 
-def _middles(layer: nn.Module, calls: dict[str, Call]) -> Iterator[tuple[str, str]]:
-    """Yield (attention, middle): with the attention silent, middle's input instead of the layer's gives the same."""
-    whole = calls[""]
-    children = [name for name, _ in layer.named_children() if name in calls]
-    for middle in children:
-        args = calls[middle].args
-        if not args or not isinstance(hidden := args[0], Tensor):
+@torch.no_grad()
+def _reads(module: Any, stacks: Stacks, given: list[Tensor]) -> bool:
+    """Say whether an expert's output is the reader times `channel_inputs`, up to a constant."""
+    hidden, chosen, weights = (tensor[:6] for tensor in given)
+    try:
+        one = torch.ones_like(weights[:, :1])
+        output = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
+        rest = output - channel_inputs(module, stacks, 0, hidden) @ reader_of(module, stacks, 0).T
+        return _near(rest, rest[:1].expand_as(rest)) and not _near(output, rest)
+    except WRONG_GUESS:
+        return False
+
+
+def _middles(layer: nn.Module, calls: dict[nn.Module, Call]) -> list[tuple[str, str]]:
+    """Return (attention, middle) pairs: with that silent, the input of this instead of the layer's gives the same."""
+    whole, found = calls[layer], list[tuple[str, str]]()
+    children = {name: calls[child] for name, child in layer.named_children() if child in calls}
+    for middle, attention in permutations(children, 2):
+        hidden = next(iter(children[middle].args), None)
+        if not isinstance(hidden, Tensor) or not isinstance(children[attention].output, tuple):
             continue
-        for attention in children:
-            if middle == attention or not isinstance(calls[attention].output, tuple):
-                continue
-            try:
-                with forwards_replaced([layer.get_submodule(attention)], silent_attention):
-                    moved = Call((hidden, *whole.args[1:]), whole.kwargs, None).again(layer)
-            except WRONG_GUESS:
-                continue
-            if not _equal(hidden, whole.args[0]) and _near(moved[:1], _tensors(whole.output)[:1]):
-                yield attention, middle
+        moved = replace(whole, args=(hidden, *whole.args[1:]))
+        with suppress(*WRONG_GUESS), forwards_replaced([layer.get_submodule(attention)], silent_attention):
+            if not _equal(hidden, whole.args[0]) and _near(moved.again(layer), whole.given):
+                found.append((attention, middle))
+    return found
 
 
 def _linears(layer: nn.Module) -> dict[str, dict[str, nn.Linear]]:
@@ -721,15 +708,10 @@ def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> 
     )
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: tuple(tensor.shape) for name, tensor in tensors}
-
-
 def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
-    """Return what tells kinds of layers apart: the class, and the names of parameters, with shapes or not."""
-    tensors = ((name, tuple(tensor.shape) if shapes else ()) for name, tensor in layer.named_parameters())
-    return (type(layer).__name__, *tensors)
+    """Return what tells kinds of layers apart: the class, and the names of tensors, with shapes or not."""
+    tensors = shapes_of(layer)
+    return (type(layer).__name__, *(tensors.items() if shapes else tensors))
 
 
 def _given(value: Any, *_: Any, **__: Any) -> Any:
@@ -749,6 +731,5 @@ def _equal(one: Any, other: Any) -> bool:
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-def _near(one: list[Tensor], other: list[Tensor]) -> bool:
-    pairs = list(zip(one, other, strict=False))
-    return all(a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=CLOSE, rtol=CLOSE) for a, b in pairs)
+def _near(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), atol=CLOSE, rtol=CLOSE)

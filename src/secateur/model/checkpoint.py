@@ -35,8 +35,8 @@ from secateur.errors import CheckpointError, one_line
 from secateur.files import read_json, sha256_of
 from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
-from secateur.model.modules import linears_for_conv
-from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
+from secateur.model.modules import linears_for_conv, shapes_of
+from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, refused, replaced
 from secateur.model.tensors import StoredTensor, deferred_tensors, note_on, stored_tensors, take_quantisation
 
 # Head and embedding are one matrix if the mean cosine of their rows, of about so many, is at least this.
@@ -79,16 +79,12 @@ def open_checkpoint(reference: str | Path, *, weights: bool = True) -> Checkpoin
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model on the meta device, in the config's dtype. Raises CheckpointError."""
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            if is_per_layer(config):
-                return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]])._from_config(config)
-            auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
-            return auto.from_config(config, trust_remote_code=False)
-    except BAD_VALUE as error:
-        raise CheckpointError(
-            f"config of a {config.model_type} model: no model can be built from it ({one_line(error)})."
-        ) from None
+    problem = f"config of a {config.model_type} model: no model can be built from it"
+    with refused(problem), quiet_transformers(), torch.device("meta"):
+        if is_per_layer(config):
+            return per_layer_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config).__bases__[0]])._from_config(config)
+        auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+        return auto.from_config(config, trust_remote_code=False)
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
@@ -105,10 +101,8 @@ def planned_model(checkpoint: Checkpoint) -> PreTrainedModel:
     model, path = meta_model(checkpoint.config), checkpoint.directory / "generation_config.json"
     if path.is_file():
         read_json(path)
-        try:
+        with refused(f"{path}: transformers cannot use it"):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
-        except BAD_VALUE as error:
-            raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
     return model
 
 
@@ -121,7 +115,7 @@ def check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     if checkpoint.gguf_file or checkpoint.quantised or get_model_conversion_mapping(model, add_legacy=False):
         return
     stored = stored_tensors(checkpoint.directory)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = shapes_of(model)
     ignored = re.compile("|".join([r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())]))
     mismatched = [
         f"{name} is {list(stored[name].shape)}, not {list(shape)} as the config says"
@@ -193,13 +187,9 @@ def load(path: str | Path, **options: Any) -> CausalLM:
     if "trust_remote_code" in options:
         raise CheckpointError("load: never runs a checkpoint's own code, so leave trust_remote_code out.")
     checkpoint = open_checkpoint(path)
-    try:
+    names = ", ".join(options) or "no options"
+    with refused(f"{path}: cannot be loaded with {names}", (*BAD_VALUE, ImportError)):
         return load_model(checkpoint, **options)
-    except CheckpointError:
-        raise
-    except (*BAD_VALUE, ImportError) as error:
-        names = ", ".join(options) or "no options"
-        raise CheckpointError(f"{path}: cannot be loaded with {names} ({one_line(error)}).") from None
 
 
 def load_model(checkpoint: Checkpoint, *, mapped: bool = False, **options: Any) -> PreTrainedModel:
@@ -255,18 +245,15 @@ def _load_gguf(checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrai
     # No bar: its GGUF reader draws one, in notebooks too, that ignores its own switch.
     one_table = replaced(vars(gguf), "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     no_bar = replaced(vars(modeling_gguf_pytorch_utils), "tqdm", lambda items, **_: items)
-    try:
-        with one_table, no_bar:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory,
-                gguf_file=checkpoint.gguf_file,
-                config=checkpoint.config,
-                quantization_config=GgufConfig(dequantize=True),
-                output_loading_info=True,
-                **{"dtype": torch.bfloat16, **options},
-            )
-    except BAD_GGUF as error:
-        raise CheckpointError(f"{checkpoint.reference}: its GGUF weights cannot be read ({one_line(error)}).") from None
+    with refused(f"{checkpoint.reference}: its GGUF weights cannot be read", BAD_GGUF), one_table, no_bar:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            gguf_file=checkpoint.gguf_file,
+            config=checkpoint.config,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **{"dtype": torch.bfloat16, **options},
+        )
     return loaded
 
 
@@ -357,10 +344,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def weight_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Return a hash per weight file: of its size and its first, middle and last megabyte."""
-    if checkpoint.gguf_file:
-        files = {checkpoint.directory / checkpoint.gguf_file}
-    else:
-        files = {stored.file for stored in stored_tensors(checkpoint.directory).values()}
+    directory, gguf_file = checkpoint.directory, checkpoint.gguf_file
+    files = {directory / gguf_file} if gguf_file else {each.file for each in stored_tensors(directory).values()}
     return {file.name: _sampled(file) for file in sorted(files)}
 
 

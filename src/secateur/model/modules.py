@@ -51,6 +51,11 @@ def _linear(conv: Any) -> TransposedLinear:
     return linear.train(conv.training)
 
 
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that is saved with the module, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Logits:
     """logits = head(x) * multiply / divide; with a cap, cap * tanh(logits / cap)."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from secateur.model.bind import Arch, decoder_layers, text_config
 from secateur.model.group import Group, linear
 from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
-from secateur.model.modules import linears_for_conv
+from secateur.model.modules import linears_for_conv, shapes_of
 from secateur.model.stock import BAD_VALUE, quiet_transformers
 
 NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
@@ -103,5 +103,4 @@ def _adopt(layer: nn.Module, built: nn.Module, index: int) -> None:
         for key, value in vars(module).items():
             if not key.startswith("_") and key != "training":
                 setattr(ours, key, value)
-    shapes, theirs = ({name: p.shape for name, p in module.named_parameters()} for module in (layer, built))
-    assert shapes == theirs, f"layer {index}: its tensors and its config disagree"
+    assert shapes_of(layer) == shapes_of(built), f"layer {index}: its tensors and its config disagree"

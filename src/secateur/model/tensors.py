@@ -287,10 +287,12 @@ def _modelopt(name: str, parts: Parts, settings: Settings) -> Tensor:
 
     if "weight_scale_2" not in parts:
         return _decompressed(parts, preset_name_to_scheme("FP8", ["Linear"]), "float-quantized")
-    parts = {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]} | {
-        "weight_global_scale": 1 / parts["weight_scale_2"]
+    packed = {
+        "weight_packed": parts["weight"],
+        "weight_scale": parts["weight_scale"],
+        "weight_global_scale": 1 / parts["weight_scale_2"],
     }
-    return _decompressed(parts, preset_name_to_scheme("NVFP4", ["Linear"]), "nvfp4-pack-quantized")
+    return _decompressed(packed, preset_name_to_scheme("NVFP4", ["Linear"]), "nvfp4-pack-quantized")
 
 
 def _gptq(name: str, parts: Parts, settings: Settings) -> Tensor:

@@ -35,7 +35,7 @@ _KEPT = re.compile(
     r".*(token_id|_ids?|positions?|patch_size|window.*|chunk.*|kernel.*|topk_group|n_groups?|interval|period|offset"
     r"|stride|length|factor|first_k.*|theta|seed|channels|min_.*|max_.*|d_conv|temporal_.*|.*merge_size)"
 )
-_WIDTHS = re.compile("intermediate|ffn|inner")
+WIDTHS = re.compile("intermediate|ffn|inner")
 _HEADS = re.compile(r".*(heads?|n_head|kv_groups)")
 _HEAD_SIZES = re.compile(
     r".*(head_dim|rotary_dim|rope_dim|rope_head_dim|nope_head_dim|head_size|d_kv|d_state|state_size)"
@@ -142,9 +142,9 @@ def _scales(config: Any, num_params: int) -> Iterator[tuple[int, int] | None]:
         yield None
     sizes = config.get_text_config(decoder=True).per_layer_config[0]
     _, keys, _ = heads_of(sizes) or (1, 1, 1)
-    fewer = [number for number in (16, 8, 4, 2) if keys % number == 0 and keys // number >= 2] or [1]
+    fewer = next((number for number in (16, 8, 4, 2) if keys % number == 0 and keys // number >= 2), 1)
     for by_width in (8, 4, 1, 2, 16):  # 1: some models have lists of parts of a head in their code
-        for by_heads in dict.fromkeys((fewer[0], 4, 1)):
+        for by_heads in dict.fromkeys((fewer, 4, 1)):
             yield by_heads, by_width
 
 
@@ -168,7 +168,7 @@ def _smaller(
     if value < 64:
         return value
     smaller = max(8, value // (by_heads * by_width))
-    return -(-smaller // 16) * 16 if _WIDTHS.search(key) else smaller
+    return -(-smaller // 16) * 16 if WIDTHS.search(key) else smaller
 
 
 def _sections(name: Any, value: Any, by_width: int) -> Any:
@@ -179,8 +179,6 @@ def _sections(name: Any, value: Any, by_width: int) -> Any:
 
 def _keep_tokens_inside(values: dict[str, Any]) -> None:
     size = values.get("vocab_size")
-    if not isinstance(size, int):
-        return
-    for key, value in values.items():
+    for key, value in values.items() if isinstance(size, int) else ():
         if key.endswith("token_id") and isinstance(value, int) and value >= size:
-            values[key] = size - 1 if "image" in key or "video" in key or "audio" in key else 0
+            values[key] = size - 1 if re.search("image|video|audio", key) else 0
