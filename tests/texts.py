@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from secateur.data.blocks import Block, Blocks, LearningText
-from secateur.data.pool import Amounts, CalibrationText, Split, TextPool
+from secateur.data.pool import Amounts, Split, TextPool
 from secateur.log import Progress, silent
+from secateur.recipe import Calibration
 
 
 def split_text(
-    calibration: CalibrationText,
+    calibration: Calibration,
     num_tokens: int,
     tokenizer: Any,
     seed: int = 0,
@@ -20,8 +21,9 @@ def split_text(
     **amounts: int,
 ) -> Split:
     """Return the parts of a text."""
-    pool = TextPool(calibration, tokenizer, seed, progress)
-    return pool.split(calibration, Amounts(num_tokens=num_tokens, **amounts))
+    assert calibration.sequence_length is not None
+    pool = TextPool(calibration.sequence_length, tokenizer, seed, progress)
+    return pool.split(calibration.domains, Amounts(num_tokens=num_tokens, **amounts))
 
 
 def learning_text(*given: Any, **amounts: Any) -> LearningText:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ from secateur.errors import CheckpointError
 from secateur.facts import Record
 from secateur.files import disk_errors, make_directory, missing_parents, remove_empty, sha256_of, sync
 from secateur.log import Progress, Tell, mute, steps
-from secateur.ranks import from_first, is_alive, is_first, size
+from secateur.ranks import is_alive
 
 RESULT_FILE = "result.json"
 BENCH_FILE, EVALUATION_FILE = "bench.json", "evaluation.json"
@@ -138,18 +138,6 @@ def staging(
         if not done:
             shutil.rmtree(staged, ignore_errors=True)
             remove_empty(made)
-
-
-def staging_if_any(
-    out: Path | None, *, overwrite: bool, protected: Path | None, tell: Tell
-) -> AbstractContextManager[Path | None]:
-    """Return `staging` on the rank that writes; else a context that gives None."""
-    if out is None:
-        return nullcontext()
-    # Refuse `out` on all ranks before they wait for the first one.
-    if size() > 1:
-        from_first(lambda: check_replaceable(out, overwrite=overwrite, protected=protected))
-    return staging(out, overwrite=overwrite, protected=protected, tell=tell) if is_first() else nullcontext()
 
 
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:

@@ -19,10 +19,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 from safetensors import safe_open
@@ -41,8 +41,8 @@ from secateur.files import (
     whole_file,
 )
 from secateur.log import Progress, RunLog, Tell, mute, silent
-from secateur.ranks import from_first, is_first
-from secateur.result_directory import check_replaceable, restore, staging_if_any
+from secateur.ranks import from_first, is_first, size
+from secateur.result_directory import check_replaceable, restore, staging
 
 INPUTS, INPUT = "inputs", "input-"
 HOW = "the same command goes on from what is finished"
@@ -148,8 +148,8 @@ class Store:
         ignored. `is_input`: later steps rest on the value, and computing it again would give
         another one.
         """
-        stem = _stem(name, depends_on, is_input)
-        finished = from_first(lambda: self._record(stem) or (self.before and self.before._record(stem)))
+        step = _Name(name, depends_on, is_input)
+        finished = from_first(lambda: self._record(step.stem) or (self.before and self.before._record(step.stem)))
         if finished is not None:
             for line in finished["lines"]:
                 self.log.write(line)
@@ -158,7 +158,7 @@ class Store:
         else:
             first = len(self.log.lines)
             value = json.loads(json.dumps(compute(), default=_plain))  # a first run gets the same types
-            self._write(stem, _named(name, depends_on, is_input) | {"value": value, "lines": self.log.lines[first:]})
+            self._write(step.stem, step._asdict() | {"value": value, "lines": self.log.lines[first:]})
         return TypeAdapter(kind).validate_python(value)
 
     def check_input(self, name: str, text: str) -> None:
@@ -168,7 +168,7 @@ class Store:
 
     def has(self, name: str, depends_on: Mapping[str, Any] | None = None) -> bool:
         """Whether the step is finished; the caller may then rely on finding it."""
-        stem = _stem(name, depends_on)
+        stem = _Name(name, depends_on).stem
 
         def promised() -> bool:
             if stem not in self._promised and self._record(stem) is not None:
@@ -182,10 +182,9 @@ class Store:
 
         def found() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             for store in (self, self.before):
-                record = store and store._record(_stem(name))
-                if store is not None and store.directory is not None and record:
+                if store is not None and store.directory is not None and (record := store._record(name)):
                     # Mapped from the file: a tensor fills memory only once it is used.
-                    with safe_open(store.directory / f"{_stem(name)}.safetensors", framework="pt") as opened:
+                    with safe_open(store.directory / f"{name}.safetensors", framework="pt") as opened:
                         return {key: opened.get_tensor(key) for key in opened.keys()}, record["line"]
             return None
 
@@ -195,18 +194,19 @@ class Store:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], line: dict[str, Any]) -> None:
         """Save a finished step: its tensors and a line, which the caller logs."""
-        self._write(_stem(name), _named(name) | {"line": line}, tensors)
+        self._write(name, _Name(name)._asdict() | {"line": line}, tensors)
 
     def save_files(self, directory: Path) -> None:
         """Save the finished step of the directory's name: its outcome is the files that another library wrote there."""
-        self._write(_stem(directory.name), _named(directory.name) | {"value": _digests(directory), "lines": []})
+        outcome = {"value": _digests(directory), "lines": []}
+        self._write(directory.name, _Name(directory.name)._asdict() | outcome)
 
     def has_files(self, directory: Path) -> bool:
         """Whether the step is finished and its files are as they were saved; no byte may differ."""
-        record = self._record(_stem(directory.name))
+        record = self._record(directory.name)
         if record is None or record["value"] == _digests(directory):
             return record is not None
-        self._remove_damaged(_stem(directory.name))
+        self._remove_damaged(directory.name)
         return False
 
     def hand_on(self, directory: Path) -> None:
@@ -249,15 +249,14 @@ class Store:
         if before is None:
             return f"{INPUTS}.json"
         known = sorted(directory.glob(f"{INPUT}*.json"))
-        return next((file.name for file in known if not _is_record_of(_intact(file), file.stem)), "")
+        return next((file.name for file in known if _intact(file) is None), "")
 
     def _record(self, stem: str) -> Record | None:
         """Return the step's record if it and its tensors are present and undamaged."""
         path = self._path(stem)
         if path is None or (not path.is_file() and stem not in self._promised):
             return None
-        record = _intact(path)
-        if _is_record_of(record, stem):
+        if (record := _intact(path)) is not None:
             return record
         if stem in self._promised or stem.startswith(INPUT):
             raise CheckpointError(
@@ -272,7 +271,7 @@ class Store:
         self.tell(f"{self.label}: {stem}, finished by an earlier run, is damaged on disk, so it is done again.")
         if (path := self._path(stem)) is not None:
             path.unlink(missing_ok=True)
-            path.with_name(f"{stem}.safetensors").unlink(missing_ok=True)
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def _write(self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
         path = self._path(stem)
@@ -281,7 +280,7 @@ class Store:
         with disk_errors(path):
             if tensors is not None:
                 held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                with whole_file(path.with_name(f"{stem}.safetensors")) as staged:
+                with whole_file(path.with_suffix(".safetensors")) as staged:
                     save_file(held, staged)
                     record = record | {"tensors": sha256_of(staged)}
             with whole_file(path) as staged:
@@ -339,13 +338,15 @@ def begun(
     `protected`: the model that is read. Of several ranks the first one alone is heard.
     """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
-    target = staging_if_any(place, overwrite=overwrite, protected=protected, tell=tell)
-    if place is None or inputs is None:
-        steps = nullcontext(Store(log=log))
-    elif is_first():
-        steps = Store.open(place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell)
-    else:
-        steps = nullcontext(Store(log=log, label=str(place)))
+    steps: AbstractContextManager[Store] = nullcontext(Store(log=log, label=str(place)))
+    target: AbstractContextManager[Path | None] = nullcontext()
+    if place is not None and size() > 1:
+        # Refuse it on all ranks before they wait for the first one.
+        from_first(lambda: check_replaceable(place, overwrite=overwrite, protected=protected))
+    if place is not None and is_first():
+        target = staging(place, overwrite=overwrite, protected=protected, tell=tell)
+        if inputs is not None:
+            steps = Store.open(place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell)
     told, heard = (tell, progress) if is_first() else (mute, silent)
     with steps as store, target as directory:
         yield Services(progress=log.watched(heard), log=log, store=store, scratch=directory, tell=told)
@@ -371,21 +372,20 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
-def _named(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool = False) -> Record:
-    return {"step": name, "depends_on": depends_on, "is_input": is_input}
+class _Name(NamedTuple):
+    """What a step is known by, as its record says it."""
 
+    step: str
+    depends_on: Mapping[str, Any] | None = None
+    is_input: bool = False
 
-def _stem(name: str, depends_on: Mapping[str, Any] | None = None, is_input: bool = False) -> str:
-    """Return the name of the step's files."""
-    if depends_on is None:
-        return f"{INPUT}{name}" if is_input else name
-    key = hashlib.sha256(json.dumps([name, depends_on], sort_keys=True).encode()).hexdigest()[:16]
-    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{key}"
-
-
-def _is_record_of(record: Record | None, stem: str) -> bool:
-    """Whether the record exists and has this name: a file in another's place is damage too."""
-    return record is not None and "step" in record and _stem(*(record[part] for part in _named(""))) == stem
+    @property
+    def stem(self) -> str:
+        """The name of the step's files."""
+        if self.depends_on is None:
+            return f"{INPUT}{self.step}" if self.is_input else self.step
+        key = hashlib.sha256(json.dumps([self.step, self.depends_on], sort_keys=True).encode()).hexdigest()[:16]
+        return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', self.step)}-{key}"
 
 
 def _sealed(record: Record) -> bytes:
@@ -399,14 +399,14 @@ def _seal_of(body: bytes) -> bytes:
 
 
 def _intact(path: Path) -> Record | None:
-    """Return the file's record; None if a byte of it or of its tensors has changed."""
+    """Return the file's record; None if a byte of it or of its tensors has changed, or it is another step's."""
     try:
         raw = path.read_bytes()
         body = raw[_SEAL_BYTES:]
         if raw[:_SEAL_BYTES] != _seal_of(body):
             return None
         record = json_of(raw)
-        if "tensors" in record and sha256_of(path.with_name(f"{path.stem}.safetensors")) != record["tensors"]:
+        if "tensors" in record and sha256_of(path.with_suffix(".safetensors")) != record["tensors"]:
             return None
     except OSError as error:
         if error.errno not in _UNREADABLE:
@@ -414,7 +414,7 @@ def _intact(path: Path) -> Record | None:
         return None
     except ValueError:  # sealed by another program, which may have written anything
         return None
-    return record if _is_whole(record) else None
+    return record if _is_whole(record, path.stem) else None
 
 
 def _digests(directory: Path) -> dict[str, str]:
@@ -423,14 +423,15 @@ def _digests(directory: Path) -> dict[str, str]:
     return {file.relative_to(directory).as_posix(): sha256_of(file) for file in files}
 
 
-def _is_whole(record: Record) -> bool:
-    """Whether the record has what its readers take from it."""
-    if "step" not in record:
+def _is_whole(record: Record, stem: str) -> bool:
+    """Whether the record is of the step, and has what its readers take from it."""
+    if stem == INPUTS:
         return isinstance(record.get("inputs"), dict)
     kinds: dict[str, Any] = {"step": str, "depends_on": dict | None, "is_input": bool}
     kinds |= {"line": dict} if "tensors" in record else {"value": object, "lines": list}
     has_all = all(key in record and isinstance(record[key], kind) for key, kind in kinds.items())
-    return has_all and all(isinstance(line, dict) for line in record.get("lines", ()))
+    is_of_step = has_all and _Name(*(record[part] for part in _Name._fields)).stem == stem
+    return is_of_step and all(isinstance(line, dict) for line in record.get("lines", ()))
 
 
 def changes_of(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

@@ -135,9 +135,9 @@ def test_the_first_token_has_the_models_distribution() -> None:
 def test_an_answer_is_cut_at_half_of_a_block() -> None:
     of, requests = (
         speaker(tiny_llama(num_layers=1), seed="1"),
-        [answers.Request("learning", number) for number in range(8)],
+        [answers.Request("d", "learning", number, [5, 6, 7]) for number in range(8)],
     )
-    sizes_B2 = answers._batch(of, requests, {"learning": [[5, 6, 7]]}, "d", unheard)["sizes"]
+    sizes_B2 = answers._batch(of, requests, unheard)["sizes"]
     assert (sizes_B2[:, 0] - sizes_B2[:, 1]).max() == LENGTH // 2
 
 

@@ -85,12 +85,15 @@ def test_the_seed_decides_which_document_is_for_what(seed: int, place: Path, mon
             }
         )
         try:
-            lines += [name, shown_split(TextPool(text, TOKENIZER, seed).split(text, Amounts(**amounts), **options))]
+            lines += [
+                name,
+                shown_split(TextPool(LENGTH, TOKENIZER, seed).split(text.domains, Amounts(**amounts), **options)),
+            ]
         except CalibrationError as error:
             lines += [f"  refused: {error}"]
     text = Calibration.model_validate({"domains": {"short": {"files": SHORT["short"]}}, "sequence_length": LENGTH})
     lines += [
         "drawn for others",
-        *shown_blocks("judges", TextPool(text, TOKENIZER, seed).draw(text.domains, 3)["short"]),
+        *shown_blocks("judges", TextPool(LENGTH, TOKENIZER, seed).draw(text.domains, 3)["short"]),
     ]
     assert_shown(f"drawn/seed-{seed}", "\n".join(lines))

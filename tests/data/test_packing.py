@@ -81,9 +81,9 @@ class Turns(_Tokens):
 
 def split_of(documents: list[list[int]], amounts: Amounts, tokenizer: Any = TOKENIZER) -> Split:
     """Return the parts of documents, given as lengths of their turns."""
-    pool, turns = TextPool(CALIBRATION, tokenizer, 0), Turns(turns_of(documents), tokenizer)
+    pool, turns = TextPool(LENGTH, tokenizer, 0), Turns(turns_of(documents), tokenizer)
     pool._texts["mine"], pool._tokens["mine", id(tokenizer)] = turns.texts, turns
-    return pool.split(CALIBRATION, amounts)
+    return pool.split(CALIBRATION.domains, amounts)
 
 
 def parts_of(documents: list[list[int]], sizes: tuple[int, int], tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -153,7 +153,7 @@ def test_too_little_text_says_what_there_is_and_what_it_needs() -> None:
         CalibrationError, match=r"'mine': 14 tokens of text .* 1 held-out and 2 calibration .* need 24;"
     ):
         split_of([[9], [4]], Amounts(num_tokens=2 * LENGTH, num_judged_tokens=3 * LENGTH))
-    pool, turns = TextPool(CALIBRATION, TOKENIZER, 0), Turns(turns_of([[9], [4]]), TOKENIZER)
+    pool, turns = TextPool(LENGTH, TOKENIZER, 0), Turns(turns_of([[9], [4]]), TOKENIZER)
     pool._texts["mine"], pool._tokens["mine", id(TOKENIZER)] = turns.texts, turns
     with pytest.raises(CalibrationError, match=r"'mine': 14 tokens .* but 3 blocks of 8 tokens need 24; ask for fewer"):
         pool.draw(CALIBRATION.domains, 3)
@@ -217,10 +217,10 @@ def test_pieces_of_a_document_are_the_document_from_some_line_on(sizes: list[int
 def test_documents_are_read_and_tokenised_once_and_equal_ones_are_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": 20 * each}) for each in "abacbA"))
     calibration = Calibration(domains={"a": Domain(files=(str(tmp_path / "a.jsonl"),))}, sequence_length=LENGTH)
-    pool = TextPool(calibration, PLAIN, 0)
+    pool = TextPool(LENGTH, PLAIN, 0)
     ASKED.clear()
     for _ in range(2):
-        learning = pool.split(calibration, Amounts(num_tokens=LENGTH)).learning
+        learning = pool.split(calibration.domains, Amounts(num_tokens=LENGTH)).learning
         num_tokens = sum(map(len, learning.documents()["a"]))
     assert [text[0] for text, _ in ASKED] == [*dict.fromkeys(text[0] for text, _ in ASKED)] and len(ASKED) == 4
     assert all(options == {"add_special_tokens": False, "verbose": False} for _, options in ASKED)
@@ -282,9 +282,9 @@ def test_what_judges_comes_before_all_and_gives_way_in_short_texts(domain: Domai
 
 def test_a_split_by_another_tokenizer_has_the_same_documents_in_every_part(domain: Domain) -> None:
     calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
-    pool, amounts = TextPool(calibration, TOKENIZER, 0), Amounts(num_tokens=90 * LENGTH, num_judged_tokens=20 * LENGTH)
-    first = pool.split(calibration, amounts)
-    longer = pool.split(calibration, amounts, PAIRS, allotted=first.allotted)
+    pool, amounts = TextPool(LENGTH, TOKENIZER, 0), Amounts(num_tokens=90 * LENGTH, num_judged_tokens=20 * LENGTH)
+    first = pool.split(calibration.domains, amounts)
+    longer = pool.split(calibration.domains, amounts, PAIRS, allotted=first.allotted)
     assert longer.allotted == first.allotted
     bounds = (0, *first.allotted["a"], 10**6)
     for split in (first, longer):
@@ -294,7 +294,7 @@ def test_a_split_by_another_tokenizer_has_the_same_documents_in_every_part(domai
         ):
             assert all(start <= number < end for number in documents_in(part))
     # By itself it would take fewer documents to judge by, and teach by what judges here.
-    assert pool.split(calibration, amounts, PAIRS).allotted["a"].judged < first.allotted["a"].judged
+    assert pool.split(calibration.domains, amounts, PAIRS).allotted["a"].judged < first.allotted["a"].judged
 
 
 def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

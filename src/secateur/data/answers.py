@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -60,6 +60,11 @@ class Conversation:
     num_prompt: int
 
     @property
+    def is_answer_T(self) -> Bool[Tensor, " T"]:
+        """Which tokens the model wrote."""
+        return torch.arange(len(self.ids_T)) >= self.num_prompt
+
+    @property
     def answer_T(self) -> Int64[Tensor, " A"]:
         """What the model wrote."""
         return self.ids_T[self.num_prompt :]
@@ -74,10 +79,12 @@ Written = dict[tuple[str, Part], list[Conversation]]
 
 
 class Request(NamedTuple):
-    """A conversation that is to be written: the number of its part."""
+    """A conversation that is to be written: its number in a domain's part, and the ids of its prompt."""
 
+    domain: str
     part: Part
     number: int
+    prompt: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +140,23 @@ class Answers:
         `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for too
         few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
         """
-        prompt_ids: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
+        prompts = {part: self._asked(domain, part) for part in num_blocks}
         # Batches whose longest answers are cut, of which the last one fills what is missing.
         stage, length = f"answers, {domain}", self.speaker.length
         num_batches = 1 + -(-2 * sum(num_blocks.values()) // self.speaker.rows)
         total = sum(num_blocks.values()) * length + num_batches * STEP_TOKENS * (length // 2)
         tell = _Counter(self.progress, stage, total)
         while True:
-            blocks: dict[Part, Blocks] = {
-                part: filled
-                for part, number in num_blocks.items()
-                if (filled := self._filled(domain, part, number, told)) is not None
-            }
+            filled = {part: self._filled(domain, part, number, told) for part, number in num_blocks.items()}
+            blocks: dict[Part, Blocks] = {part: own for part, own in filled.items() if own is not None}
             if len(blocks) == len(num_blocks):
                 self.progress(stage, total, total)
                 return blocks
-            missing: dict[Part, int] = {part: number for part, number in num_blocks.items() if part not in blocks}
             tell.done = max(tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks))
-            self._write_on(domain, missing, prompt_ids, tell)
+            missing = [part for part in num_blocks if part not in blocks]
+            self._write(
+                [each for part in missing for each in self._wanted(domain, part, num_blocks[part], prompts[part])], tell
+            )
 
     def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks | None:
         """Return the part's blocks; None if what is written does not fill them."""
@@ -184,26 +190,18 @@ class Answers:
             )
         return fitting
 
-    def _write_on(
-        self,
-        domain: str,
-        missing: Mapping[Part, int],
-        prompt_ids: Mapping[Part, list[list[int]]],
-        tell: Callable[[int], None],
-    ) -> None:
-        """Write as many more conversations as should do, in batches of like size; the ranks share them."""
-        requests = [request for part, number in missing.items() for request in self._wanted(domain, part, number)]
+    def _write(self, requests: list[Request], tell: Callable[[int], None]) -> None:
+        """Write these conversations in batches of like size; the ranks share them."""
         num_batches = -(-len(requests) // self.speaker.rows)
         places = [len(requests) * batch // num_batches for batch in range(num_batches + 1)]
         batches = [requests[start:end] for start, end in pairwise(places)]
-        names = [f"answers-{domain}-{_name(batch[0])}-{_name(batch[-1])}" for batch in batches]
-        work = [partial(_batch, self.speaker, batch, prompt_ids, domain, tell) for batch in batches]
-        for batch, tensors in zip(batches, self.do(list(zip(names, work, strict=True))), strict=True):
+        steps = [(_name(batch[0], batch[-1]), partial(_batch, self.speaker, batch, tell)) for batch in batches]
+        for batch, tensors in zip(batches, self.do(steps), strict=True):
             for request, conversation in zip(batch, _unflat(tensors), strict=True):
-                self._so_far(domain, request.part).append(conversation)
+                self._so_far(request.domain, request.part).append(conversation)
 
-    def _wanted(self, domain: str, part: Part, num_blocks: int) -> list[Request]:
-        """Return what is still to be written, by the mean of what is.
+    def _wanted(self, domain: str, part: Part, num_blocks: int, prompts: list[list[int]]) -> list[Request]:
+        """Return as many more conversations as should do, by the mean of those that are written.
 
         At first that is taken to be half of a block, seldom less than it is, so that nothing is written for
         nothing. Later a block more than is missing is asked for, so that few batches are small.
@@ -220,15 +218,16 @@ class Answers:
         if first:
             missing = max(missing, 0) + length
         mean = (done + length / 2) / (first + 1)
-        return [Request(part, number) for number in range(first, first + max(1, round(missing / mean)))]
+        numbers = range(first, first + max(1, round(missing / mean)))
+        return [Request(domain, part, number, prompts[number % len(prompts)]) for number in numbers]
 
 
 def _num_tokens(conversations: Sequence[Conversation]) -> int:
     return sum(len(conversation.ids_T) for conversation in conversations)
 
 
-def _name(request: Request) -> str:
-    return f"{request.part}-{request.number}"
+def _name(first: Request, last: Request) -> str:
+    return f"answers-{first.domain}-{first.part}-{first.number}-{last.part}-{last.number}"
 
 
 def with_answers(
@@ -263,7 +262,7 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
         blocks = packed(fitting[:count], length, filler)
         if len(blocks) >= num_blocks:
             return blocks[:num_blocks]
-    return None if num_blocks else packed([], length, filler)
+    return None
 
 
 def greedy_answers(
@@ -288,16 +287,10 @@ def greedy_answers(
     return conversations
 
 
-def _batch(
-    speaker: Speaker,
-    requests: list[Request],
-    prompt_ids: Mapping[Part, list[list[int]]],
-    domain: str,
-    tell: Callable[[int], None],
-) -> dict[str, Tensor]:
+def _batch(speaker: Speaker, requests: list[Request], tell: Callable[[int], None]) -> dict[str, Tensor]:
     """Return the conversations of these requests, which share the batch but no draw, for the store."""
-    prompts = [prompt_ids[request.part][request.number % len(prompt_ids[request.part])] for request in requests]
-    seeds = [f"{speaker.seed}:{domain}-{request.part}:{request.number}" for request in requests]
+    prompts = [request.prompt for request in requests]
+    seeds = [f"{speaker.seed}:{request.domain}-{request.part}:{request.number}" for request in requests]
     # An answer is cut at half of a block.
     answers = _continued(speaker, prompts, seeds, speaker.length // 2, tell)
     ids = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -352,13 +345,11 @@ def _continued(
             output = backbone(fed_BT, attention_mask=mask_BT, use_cache=True, **where, **cache)
             name = next(key for key in CACHE_NAMES if key in output)
             logits_BV = head(output.last_hidden_state[:, -1])[:, : len(speaker.tokenizer)]
-            if draws is not None:
-                logits_BV = logits_BV / TEMPERATURE
             highest_B, next_B = logits_BV.max(dim=-1)
             if not bool(highest_B.isfinite().all()):
                 raise NumericsError(NOT_FINITE)
             if draws is not None:
-                next_B = _draw(logits_BV, torch.tensor([draws[row].random() for row in rows]))
+                next_B = _draw(logits_BV / TEMPERATURE, torch.tensor([draws[row].random() for row in rows]))
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if not is_over(drawn[row]):
                     drawn[row].append(token)
@@ -438,39 +429,29 @@ def packed(conversations: Sequence[Conversation], length: int, filler: int) -> B
     smaller one, or one for which there is none, is filled with `filler`, which does not count. A block
     with a larger gap for which nothing is left is left out.
     """
-    left = list(conversations)
-    ids: list[Tensor] = []
-    answers: list[Tensor] = []
-    documents: list[Tensor] = []
-    number = 0
+    left, number = list(conversations), 0
+    empty = torch.zeros(0, length, dtype=torch.int64)
+    ids, documents, answers = [empty], [empty], [empty.bool()]
     while left:
-        block, gap = [left.pop(0)], 0
-        while (gap := length - sum(len(conversation.ids_T) for conversation in block)) > 0:
+        block = [left.pop(0)]
+        while (gap := length - _num_tokens(block)) > 0:
             fitting = [place for place, conversation in enumerate(left) if len(conversation.ids_T) <= gap]
             if fitting:
                 block.append(left.pop(max(fitting, key=lambda place: len(left[place].ids_T))))
                 continue
-            if not left and gap > LARGEST_GAP * length:
-                return _stacked(ids, answers, documents, length)
             cut = next((place for place, conversation in enumerate(left) if conversation.num_prompt < gap), None)
             if cut is None or gap <= LARGEST_GAP * length:
                 break
             block.append(left.pop(cut))
+        if not left and gap > LARGEST_GAP * length:
+            break
         # A gap is filled, and what is too long is cut.
         ids.append(pad(torch.cat([conversation.ids_T for conversation in block]), (0, gap), value=filler))
-        answered = [torch.arange(len(conversation.ids_T)) >= conversation.num_prompt for conversation in block]
-        answers.append(pad(torch.cat(answered), (0, gap), value=False))
+        answers.append(pad(torch.cat([conversation.is_answer_T for conversation in block]), (0, gap), value=False))
         numbers = [torch.full_like(conversation.ids_T, number + place) for place, conversation in enumerate(block)]
         number += len(block)
         documents.append(pad(torch.cat(numbers), (0, gap), value=number - 1))
-    return _stacked(ids, answers, documents, length)
-
-
-def _stacked(ids: list[Tensor], answers: list[Tensor], documents: list[Tensor], length: int) -> Blocks:
-    empty = torch.zeros(0, length, dtype=torch.int64)
-    return Blocks(
-        torch.vstack([empty, *ids]), torch.vstack([empty, *documents]), torch.vstack([empty.bool(), *answers])
-    )
+    return Blocks(torch.vstack(ids), torch.vstack(documents), torch.vstack(answers))
 
 
 def _once(conversations: list[Conversation]) -> list[Conversation]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from random import Random
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -51,26 +51,14 @@ def judging_tokens(evaluate: bool | int) -> int:
     return JUDGED_TOKENS if evaluate is True else int(evaluate)
 
 
-@runtime_checkable
-class CalibrationText(Protocol):
-    """The text asked for."""
-
-    sequence_length: int | None
-
-    @property
-    def domains(self) -> Mapping[str, DomainText]:
-        """Every domain's text, by name."""
-        ...
-
-
 class Allotted(NamedTuple):
     """Whose a domain's documents are: those below `judged` judge, below `held_out` guard, all others teach.
 
     None: as many as it takes.
     """
 
-    judged: int | None
-    held_out: int | None
+    judged: int | None = None
+    held_out: int | None = None
 
 
 class _Texts:
@@ -116,6 +104,14 @@ def _pieces(text: str, size: int, order: Random) -> Iterator[str]:
         position = end
 
 
+class _Rest(NamedTuple):
+    """A document from a piece on, without the piece's first `offset` tokens."""
+
+    document: int
+    piece: int = 0
+    offset: int = 0
+
+
 class _Tokens:
     """A domain's pieces in one tokenizer, each tokenised once. `eos`: its end-of-text token, if it has one."""
 
@@ -137,7 +133,7 @@ class _Tokens:
             self._ids[document, number] = array("i", ids)
         return self._ids[document, number]
 
-    def rest(self, rest: "_Rest", most: int) -> Int64[Tensor, " T"]:
+    def rest(self, rest: _Rest, most: int) -> Int64[Tensor, " T"]:
         """Return the ids of the rest of a document, `most` of them at most."""
         ids, number = array("i"), rest.piece
         while len(ids) < rest.offset + most and (piece := self.piece(rest.document, number)) is not None:
@@ -145,23 +141,15 @@ class _Tokens:
             number += 1
         return _tensor(ids[rest.offset :][:most])
 
-    def fresh(self, first: int, last: int | None, owners: Mapping[bytes, str], late: "deque[_Rest]") -> Iterator[int]:
+    def fresh(self, first: int, last: int | None, owners: Mapping[bytes, str], late: deque[_Rest]) -> Iterator[_Rest]:
         """Yield the documents from `first` to before `last`; those that another domain owns come late."""
         number = first
         while (last is None or number < last) and self.texts.has(number):
             if owners.get(self.texts.digests[number], self.texts.name) == self.texts.name:
-                yield number
+                yield _Rest(number)
             else:
                 late.append(_Rest(number))
             number += 1
-
-
-class _Rest(NamedTuple):
-    """A document from a piece on, without the piece's first `offset` tokens."""
-
-    document: int
-    piece: int = 0
-    offset: int = 0
 
 
 class _Packing:
@@ -208,13 +196,13 @@ class _Packing:
 
     def _turn(self) -> _Rest | None:
         """Return the document whose turn it is, and where it goes on; None if all have run out."""
-        document = next(self._fresh, None)
-        if document is None and self._waiting:
-            return self._waiting.popleft()
-        if document is None and not self._late:
-            return None
-        turn = self._late.popleft() if document is None else _Rest(document)
-        (self.begun_late if document is None else self.begun).append(turn)
+        if (turn := next(self._fresh, None)) is not None:
+            self.begun.append(turn)
+        elif self._waiting:
+            turn = self._waiting.popleft()
+        elif self._late:
+            turn = self._late.popleft()
+            self.begun_late.append(turn)
         return turn
 
     def blocks(self, num_blocks: int, length: int) -> Blocks:
@@ -291,7 +279,7 @@ class _Domain:
     def all_learning(self, most: int) -> Iterator[tuple[int, Int64[Tensor, " T"]]]:
         """Yield the number and the ids of the last part's documents, each as a whole, up to `most` ids."""
         fresh = self.tokens.fresh(self.first, None, self.owners, deque())
-        for rest in chain(map(_Rest, fresh), self.parts[LEARNING].begun_late):
+        for rest in chain(fresh, self.parts[LEARNING].begun_late):
             ids_T = self.tokens.rest(rest, most)
             yield rest.document, ids_T
             most -= len(ids_T)
@@ -390,19 +378,16 @@ class Amounts:
 class TextPool:
     """The documents of a run, each read once, and tokenised once by each tokenizer."""
 
-    def __init__(
-        self, calibration: CalibrationText, tokenizer: Tokenizer, seed: int, progress: Progress = silent
-    ) -> None:
-        """`tokenizer`: its chat template makes text of chats."""
-        assert calibration.sequence_length is not None, "resolve fills it in"
-        self.length = calibration.sequence_length
-        self._tokenizer, self._seed, self._progress, self._notes = tokenizer, seed, progress, Notes()
+    def __init__(self, length: int, tokenizer: Tokenizer, seed: int, progress: Progress = silent) -> None:
+        """`length`: of a block, in tokens. `tokenizer`: its chat template makes text of chats."""
+        self.length, self._tokenizer, self._seed = length, tokenizer, seed
+        self._progress, self._notes = progress, Notes()
         self._texts: dict[str, _Texts] = {}
         self._tokens: dict[tuple[str, int], _Tokens] = {}
 
     def split(
         self,
-        calibration: CalibrationText,
+        text: Mapping[str, DomainText],
         amounts: Amounts,
         tokenizer: Tokenizer | None = None,
         *,
@@ -422,16 +407,14 @@ class TextPool:
         Raises CalibrationError for text that is unreadable or too short.
         """
         tokenizer = tokenizer or self._tokenizer
-        total = sum(domain.share for domain in calibration.domains.values())
-        wanted = {name: domain for name, domain in calibration.domains.items() if only is None or name in only}
+        total = sum(domain.share for domain in text.values())
+        wanted = {name: domain for name, domain in text.items() if only is None or name in only}
         sizes = {
             name: amounts.of(domain.share / total, self.length, fresh=domain.answers) for name, domain in wanted.items()
         }
-        read = [name for name, domain in wanted.items() if not domain.answers]
-        for name in read:
-            self._read(name, calibration.domains[name])
+        read = {name: self._read(name, domain, tokenizer) for name, domain in wanted.items() if not domain.answers}
         while True:
-            domains = self._drawn({name: sizes[name] for name in read}, tokenizer, allotted)
+            domains = self._drawn(read, sizes, allotted)
             if (short := next((domain for domain in domains.values() if not domain.is_whole), None)) is None:
                 break
             if must_judge or not short.sizes.judged:
@@ -440,11 +423,11 @@ class TextPool:
         for domain in domains.values():
             if not domain.parts[LEARNING].reaches(domain.sizes.learning * self.length):
                 raise domain.too_short(domain.sizes.learning, "training blocks", key)
-        text = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
+        parts = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
         notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
-        learning = LearningText(text, self.length, notes)
+        learning = LearningText(parts, self.length, notes)
         allotted = {name: Allotted(*domain.allotted) for name, domain in domains.items()}
-        judged = _judged(text, domains, math.ceil(amounts.num_judged_tokens / self.length))
+        judged = _judged(parts, domains, math.ceil(amounts.num_judged_tokens / self.length))
         return Split(Learning(learning, domains), judged, allotted, self.notes)
 
     def draw(
@@ -456,8 +439,8 @@ class TextPool:
         """
         drawn: dict[str, Blocks] = {}
         for name, domain in domains.items():
-            self._read(name, domain)
-            packing = _Packing(self._in(name, self._tokenizer), 0, None, dict.fromkeys(used, ""), deque())
+            tokens = self._read(name, domain, self._tokenizer)
+            packing = _Packing(tokens, 0, None, dict.fromkeys(used, ""), deque())
             if not packing.reaches(num_blocks * self.length):
                 raise CalibrationError(
                     f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but {num_blocks} blocks of "
@@ -472,27 +455,25 @@ class TextPool:
         """Sentences on what was left out of the text that was read."""
         return self._notes.sentences()
 
-    def _in(self, name: str, tokenizer: Tokenizer) -> _Tokens:
-        return self._tokens.setdefault((name, id(tokenizer)), _Tokens(self._texts[name], tokenizer))
-
-    def _read(self, name: str, domain: DomainText) -> None:
+    def _read(self, name: str, domain: DomainText, tokenizer: Tokenizer) -> _Tokens:
+        """Return a domain's text in tokens; whoever asks first reads it, for all tokenizers."""
         if name not in self._texts:
             note = self._notes.of(name)
             self._texts[name] = _Texts(name, domain, self._tokenizer, self._seed, self.length, note)
+        return self._tokens.setdefault((name, id(tokenizer)), _Tokens(self._texts[name], tokenizer))
 
     def _drawn(
-        self, sizes: Mapping[str, _Sizes], tokenizer: Tokenizer, allotted: Mapping[str, Allotted]
+        self, read: Mapping[str, _Tokens], sizes: Mapping[str, _Sizes], allotted: Mapping[str, Allotted]
     ) -> dict[str, _Domain]:
         """Return the domains with their parts packed: those that judge of all, then those that guard, then the rest."""
         owners, domains = dict[bytes, str](), dict[str, _Domain]()
-        for name, size in sizes.items():
-            given = allotted.get(name, Allotted(None, None))
-            domains[name] = _Domain(self._in(name, tokenizer), size, self.length, owners, given)
+        for name, tokens in read.items():
+            domains[name] = _Domain(tokens, sizes[name], self.length, owners, allotted.get(name, Allotted()))
         for domain in domains.values():
             domain.draw(domain.sizes.judged, domain.given.judged)
         for domain in domains.values():
             domain.draw(domain.sizes.held_out, domain.given.held_out)
-        num_done, num_all = 0, sum(size.held_out + size.calibration for size in sizes.values())
+        num_done, num_all = 0, sum(sizes[name].held_out + sizes[name].calibration for name in domains)
         self._progress("calibration", num_done, num_all)
         for domain in domains.values():
             domain.pack(domain.sizes.calibration)

@@ -15,7 +15,7 @@ from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.checkpoint import Checkpoint
-from secateur.recipe import RECIPE_FILE, Calibration, Domain, as_recipe
+from secateur.recipe import RECIPE_FILE, Domain, as_recipe
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
 from secateur.vocabulary.kept import Trim
@@ -104,7 +104,7 @@ def named_blocks(
     `directory`: of a model, whose run's documents come last. A note says what of the blocks its run has
     learnt by all the same. Raises CalibrationError for missing text.
     """
-    pool = TextPool(Calibration(sequence_length=sequence_length), tokenizer, SEED, progress)
+    pool = TextPool(sequence_length, tokenizer, SEED, progress)
     learning = None if directory is None else _run_learnt(directory, domains, tokenizer, progress)
     if learning is None:
         return pool.draw(domains, num_blocks), pool.notes

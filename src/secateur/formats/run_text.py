@@ -68,5 +68,6 @@ def run_text_again(
     allotted = {} if facts is None else {name: Allotted(*numbers) for name, numbers in facts.allotted.items()}
     if least_held_out:
         allotted = {name: Allotted(numbers.judged, None) for name, numbers in allotted.items()}
-    pool = TextPool(calibration, tokenizer, recipe.seed, progress)
-    return pool.split(calibration, amounts, allotted=allotted, only=only, key=key)
+    assert calibration.sequence_length is not None, "a run writes it"
+    pool = TextPool(calibration.sequence_length, tokenizer, recipe.seed, progress)
+    return pool.split(calibration.domains, amounts, allotted=allotted, only=only, key=key)

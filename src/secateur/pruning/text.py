@@ -103,7 +103,7 @@ class RunText:
         )
         allotted = {} if self._before is None else self._before.allotted
         return self.pool.split(
-            recipe.calibration, amounts, tokenizer_of(opened), allotted=allotted, must_judge=self.must_judge
+            recipe.calibration.domains, amounts, tokenizer_of(opened), allotted=allotted, must_judge=self.must_judge
         )
 
 
@@ -116,7 +116,7 @@ def run_text(opened: Opened, progress: Progress, *, num_judged_blocks: int | Non
     calibration, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
     opened = opened.filled(calibration=calibration)
     recipe = opened.recipe
-    pool = TextPool(recipe.calibration, tokenizer_of(opened), recipe.seed, progress)
+    pool = TextPool(calibration["sequence_length"], tokenizer_of(opened), recipe.seed, progress)
     must_judge = num_judged_blocks is not None
     judged = num_judged_blocks * pool.length if must_judge else judging_tokens(recipe.output.evaluate)
     return RunText(opened, pool, calibration["num_tokens"], judged, must_judge)

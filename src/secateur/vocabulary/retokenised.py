@@ -59,8 +59,8 @@ def in_tokens_of(source: Tokenizer, target: Tokenizer) -> Told:
 
     def told(conversation: Conversation) -> Conversation:
         ids_T = conversation.ids_T
-        is_answer_T = torch.arange(len(ids_T)) >= conversation.num_prompt
-        [block] = retokenised({"": [Block(ids_T, torch.zeros_like(ids_T), is_answer_T)]}, source, target)[""]
+        asked = Block(ids_T, torch.zeros_like(ids_T), conversation.is_answer_T)
+        [block] = retokenised({"": [asked]}, source, target)[""]
         assert block.counted_T is not None, "it had a mask"
         return Conversation(block.ids_T, int((~block.counted_T).sum()))
 

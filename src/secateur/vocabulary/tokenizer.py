@@ -18,10 +18,9 @@ from typing import Any
 from jinja2 import Environment
 from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from tokenizers import decoders, models
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from secateur.errors import CheckpointError
 from secateur.model.checkpoint import Checkpoint, load_tokenizer
@@ -71,15 +70,16 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     ids = _ids(parsed, num_rows)
     pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
     is_bpe, is_byte_level = rules["type"] == "BPE", "ByteLevel" in decoder_steps(tokenizer)
-    parts = (_merged_from(rules, pieces) if is_bpe else _best_without(rules, pieces)) | _spelt_in_bytes(rules, pieces)
+    values = range(256) if rules.get("byte_fallback") else ()
+    byte_tokens = {byte: pieces[byte_piece(byte)] for byte in values if byte_piece(byte) in pieces}
+    parts = _merged_from(rules, pieces) if is_bpe else _best_without(rules, pieces, byte_tokens)
+    symbols = [text for text in pieces if len(text) == 1]
+    parts |= {pieces[symbol]: spelt for symbol in symbols if (spelt := _in_bytes(symbol, byte_tokens))}
     texts = _texts(parsed, ids, is_byte_level=is_byte_level)
-    fixed = {index for text, index in pieces.items() if len(text) == 1 and index not in parts}
+    fixed = {pieces[symbol] for symbol in symbols if pieces[symbol] not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
     fixed |= {index for index, text in texts.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
-    values = range(256) if rules.get("byte_fallback") else ()
-    byte_tokens = {pieces[byte_piece(byte)]: byte for byte in values if byte_piece(byte) in pieces}
-    fixed |= byte_tokens.keys()
-    fixed |= _told_apart(backend, pieces, parts) | _without_cover(rules, pieces)
+    fixed |= {*byte_tokens.values()} | _told_apart(backend, pieces, parts) | _without_cover(pieces, byte_tokens)
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
     return Vocabulary(
         num_rows=num_rows,
@@ -87,7 +87,7 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
         parts=parts,
         needs_parts=is_bpe,
         fixed=frozenset(fixed & set(range(num_rows))),
-        bytes=byte_tokens,
+        bytes={index: byte for byte, index in byte_tokens.items()},
     )
 
 
@@ -163,13 +163,9 @@ def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
 
 def _texts(parsed: Parsed, ids: dict[str, int], *, is_byte_level: bool) -> dict[int, str]:
     added = {token["content"] for token in parsed["added_tokens"]}
-    if not is_byte_level:
-        return {index: text if text in added else text.replace(SPACE, " ") for text, index in ids.items()}
-    byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    decode = decoders.ByteLevel().decode
     return {
-        index: text
-        if text in added or not byte_of.keys() >= set(text)
-        else bytes(byte_of[symbol] for symbol in text).decode(errors="replace")
+        index: text if text in added else decode([text]) if is_byte_level else text.replace(SPACE, " ")
         for text, index in ids.items()
     }
 
@@ -197,19 +193,13 @@ def _merged_from(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, 
     return parts_of
 
 
-def _in_bytes(symbol: str, model: Parsed, pieces: dict[str, int]) -> tuple[int, ...] | None:
+def _in_bytes(symbol: str, byte_tokens: dict[int, int]) -> tuple[int, ...] | None:
     """Return the tokens of the character's bytes; None if the byte fallback does not cover it."""
-    names = [byte_piece(byte) for byte in symbol.encode()]
-    covered = model.get("byte_fallback") and pieces.keys() >= set(names)
-    return tuple(pieces[name] for name in names) if covered else None
+    is_covered = byte_tokens.keys() >= {*symbol.encode()}
+    return tuple(byte_tokens[byte] for byte in symbol.encode()) if is_covered else None
 
 
-def _spelt_in_bytes(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
-    spelt = {index: _in_bytes(text, model, pieces) for text, index in pieces.items() if len(text) == 1}
-    return {index: those for index, those in spelt.items() if those}
-
-
-def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int, ...]]:
+def _best_without(model: Parsed, pieces: dict[str, int], byte_tokens: dict[int, int]) -> dict[int, tuple[int, ...]]:
     """Return how a Unigram tokenizer would split each piece if it were not there; characters without a piece in bytes.
 
     Where the byte fallback does not cover a character, it is left out.
@@ -226,7 +216,7 @@ def _best_without(model: Parsed, pieces: dict[str, int]) -> dict[int, tuple[int,
             if token.value in known:
                 parts.append(pieces[token.value])
             else:
-                parts += [byte for symbol in token.value for byte in _in_bytes(symbol, model, pieces) or ()]
+                parts += [byte for symbol in token.value for byte in _in_bytes(symbol, byte_tokens) or ()]
         parts_of[pieces[piece]] = tuple(parts)
     return parts_of
 
@@ -237,10 +227,10 @@ def _within(text: str, pieces: dict[str, int]) -> set[str]:
     return (parts - {text}) & pieces.keys()
 
 
-def _without_cover(model: Parsed, pieces: dict[str, int]) -> set[int]:
+def _without_cover(pieces: dict[str, int], byte_tokens: dict[int, int]) -> set[int]:
     """Return the tokens that hold a character which neither a token nor the byte fallback spells."""
     symbols = set().union(*pieces)
-    unspelt = {symbol for symbol in symbols if symbol not in pieces and not _in_bytes(symbol, model, pieces)}
+    unspelt = {symbol for symbol in symbols if symbol not in pieces and not _in_bytes(symbol, byte_tokens)}
     return {index for text, index in pieces.items() if not unspelt.isdisjoint(text)}
 
 
@@ -250,7 +240,8 @@ def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int
     decode, differing = backend.decoder.decode, set[int]()
     for index, those in parts.items():
         one, more = [text_of[index]], [text_of[part] for part in those]
-        differing |= {index} if decode(one) != decode(more) or decode(one * 3) != decode(one + more + one) else set()
+        if decode(one) != decode(more) or decode(one * 3) != decode(one + more + one):
+            differing.add(index)
     return differing
 
 
