@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,15 @@ from secateur.formats.gguf_tensors import (
     OWN_TYPES,
     QUANTISED,
     TYPES,
-    GgufTensor,
+    gguf_array,
     gguf_tensors,
     num_gguf_bytes,
     planned_tensors,
     quantise,
-    read_gguf_arrays,
 )
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
-from secateur.log import Progress, silent
+from secateur.log import Progress, silent, steps
 from secateur.model.bind import head_width
 from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint
 from secateur.model.config import require_gguf
@@ -189,10 +188,21 @@ def export_gguf(
             quantise(whole, file, type_name, checkpoint.reference)
             progress("quantise", 1, 1)
         return
+    import gguf
+
     family = gguf_family(checkpoint)
     tensors = gguf_tensors(checkpoint, family, type_name)
     with closing(_begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name)) as writer:
-        _write(writer, file, tensors, read_gguf_arrays(tensors, family, checkpoint.config), progress)
+        for tensor in tensors:
+            # raw_dtype decides, but uint8 before it would convert the shape.
+            kind = gguf.GGMLQuantizationType[tensor.type_name.upper()]
+            shape, dtype, num_bytes = tensor.shape, np.dtype(np.float32), num_gguf_bytes(tensor)
+            writer.add_tensor_info(tensor.gguf_name, shape, dtype, num_bytes, raw_dtype=kind)
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in steps(progress, "export", tensors):
+            writer.write_tensor_data(gguf_array(tensor, family, checkpoint.config))
 
 
 def gguf_bytes(model: Any, type_name: str, reference: str) -> int:
@@ -222,24 +232,6 @@ def _begun(config: PreTrainedConfig, tokenizer: Tokenizer, reference: str, type_
     add_metadata(writer, config, family)
     add_tokenizer(writer, tokenizer, config.get_text_config().vocab_size, reference)
     return writer
-
-
-def _write(
-    writer: Any, file: Path, tensors: list[GgufTensor], arrays: Iterator[np.ndarray], progress: Progress
-) -> None:
-    import gguf
-
-    for tensor in tensors:
-        # raw_dtype decides, but uint8 before it would convert the shape.
-        shape, dtype, kind = tensor.shape, np.dtype(np.float32), gguf.GGMLQuantizationType[tensor.type_name.upper()]
-        writer.add_tensor_info(tensor.gguf_name, shape, dtype, num_gguf_bytes(tensor), raw_dtype=kind)
-    writer.write_header_to_file(file)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, array in enumerate(arrays):
-        progress("export", done, len(tensors))
-        writer.write_tensor_data(array)
-    progress("export", len(tensors), len(tensors))
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,22 +195,21 @@ def num_gguf_bytes(tensor: GgufTensor) -> int:
     return math.prod(tensor.shape) // block_size * block_bytes
 
 
-def read_gguf_arrays(tensors: list[GgufTensor], family: GgufSpec, config: PreTrainedConfig) -> Iterator[np.ndarray]:
-    """Yield each tensor's array: reordered, norms shifted, in its type.
+def gguf_array(tensor: GgufTensor, family: GgufSpec, config: PreTrainedConfig) -> np.ndarray:
+    """Return the tensor's array: reordered, norms shifted, in its type.
 
     Raises NumericsError for NaN, infinity, or a weight beyond what f16 holds.
     """
     import gguf
 
-    for tensor in tensors:
-        if tensor.sources:
-            parts = [read_tensor(source).float() for source in tensor.sources]
-            values = _assembled(tensor.name, parts, tensor.half, family, config)
-        else:
-            values = llama3_factors(config)
-        _check_range(tensor, values)
-        values = _reordered(values, tensor.name, family, config)
-        yield gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()])
+    if tensor.sources:
+        parts = [read_tensor(source).float() for source in tensor.sources]
+        values = _assembled(tensor.name, parts, tensor.half, family, config)
+    else:
+        values = llama3_factors(config)
+    _check_range(tensor, values)
+    values = _reordered(values, tensor.name, family, config)
+    return gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()])
 
 
 def _reordered(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:

@@ -216,16 +216,20 @@ def removal_order(
     def further(pieces: list[int]) -> float:
         return sum(weights[piece] for piece in pieces) - 1
 
-    waiting = [(order_by[index] * further(spelt(index)), index) for index in free if not needed_by[index]]
-    heapq.heapify(waiting)
-    ids, costs, cost = list(padding), [0.0] * len(padding), 0.0
+    def wait(index: int) -> None:
+        heapq.heappush(waiting, (order_by[index] * further(spelt(index)), index))
+
+    waiting, ids, costs, cost = list[tuple[float, int]](), list(padding), [0.0] * len(padding), 0.0
+    for index in free:
+        if not needed_by[index]:
+            wait(index)
 
     # Take the cheapest token each time. Its use becomes that of its pieces.
     while waiting:
         known, index = heapq.heappop(waiting)
         parts = spelt(index)
-        if (now := order_by[index] * further(parts)) > known:  # others passed their use on to it
-            heapq.heappush(waiting, (now, index))
+        if order_by[index] * further(parts) > known:  # others passed their use on to it
+            wait(index)
             continue
         cost += use[index] * further(parts)
         for part in parts:
@@ -239,7 +243,7 @@ def removal_order(
         for part in set(vocabulary.parts[index]) if vocabulary.needs_parts else ():
             needed_by[part] -= 1
             if not needed_by[part] and part in free:
-                heapq.heappush(waiting, (order_by[part] * further(spelt(part)), part))
+                wait(part)
     return Removal(ids, torch.tensor(costs, dtype=torch.float64), vocabulary.num_rows)
 
 
