@@ -91,7 +91,8 @@ def test_every_token_follows_from_its_own_prompt_and_all_those_before(
     expected = [likeliest(model, prompt, 17) for prompt in prompts]
     ends = frozenset({expected[0][2], expected[1][10]})
     monkeypatch.setattr(answers.Speaker, "ends", ends)
-    drawn = answers._continued(speaker(model), prompts, [*"abc"], 17, unheard)
+    written = answers._continued(speaker(model), prompts, [*"abc"], 17, unheard)
+    drawn = [conversation.answer_T.tolist() for conversation in written]
     sizes = [next((size for size, token in enumerate(ids, start=1) if token in ends), 17) for ids in expected]
     assert min(sizes) < max(sizes)
     assert drawn == [ids[:size] for ids, size in zip(expected, sizes, strict=True)]
@@ -126,8 +127,9 @@ def test_the_first_token_has_the_models_distribution() -> None:
     with torch.no_grad():
         likely = (model(torch.tensor([prompt])).logits[0, -1, :257] / answers.TEMPERATURE).softmax(dim=-1)
     seeds = [str(number) for number in range(4000)]
-    drawn = answers._continued(speaker(model), [prompt] * 4000, seeds, 1, unheard)
-    shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=257) / 4000
+    written = answers._continued(speaker(model), [prompt] * 4000, seeds, 1, unheard)
+    drawn = torch.cat([conversation.answer_T for conversation in written])
+    shares = torch.bincount(drawn, minlength=257) / 4000
     assert 0.5 * (shares - likely).abs().sum() < 0.12  # total variation; 257 equal shares of 4000 would be 0.3 away
     assert 0.5 * (shares - 1 / 257).abs().sum() > 0.2
 

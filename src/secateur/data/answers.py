@@ -278,11 +278,7 @@ def greedy_answers(
     total = sum(map(len, all_ids)) + num_tokens * (len(prompts) + STEP_TOKENS * len(batches))
     tell = _Counter(progress, stage, total)
     for prompt_ids in batches:
-        written = _continued(speaker, prompt_ids, None, num_tokens, tell)
-        conversations += [
-            Conversation(ids_T=torch.tensor([*prompt, *answer]), num_prompt=len(prompt))
-            for prompt, answer in zip(prompt_ids, written, strict=True)
-        ]
+        conversations += _continued(speaker, prompt_ids, None, num_tokens, tell)
     progress(stage, total, total)
     return conversations
 
@@ -292,10 +288,9 @@ def _batch(speaker: Speaker, requests: list[Request], tell: Callable[[int], None
     prompts = [request.prompt for request in requests]
     seeds = [f"{speaker.seed}:{request.domain}-{request.part}:{request.number}" for request in requests]
     # An answer is cut at half of a block.
-    answers = _continued(speaker, prompts, seeds, speaker.length // 2, tell)
-    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
-    sizes = [[len(ids_T), len(prompt)] for ids_T, prompt in zip(ids, prompts, strict=True)]
-    return {"ids": torch.cat(ids), "sizes": torch.tensor(sizes)}
+    written = _continued(speaker, prompts, seeds, speaker.length // 2, tell)
+    sizes = [[len(conversation.ids_T), conversation.num_prompt] for conversation in written]
+    return {"ids": torch.cat([conversation.ids_T for conversation in written]), "sizes": torch.tensor(sizes)}
 
 
 def _prompt(text: str, speaker: Speaker) -> list[int]:
@@ -316,8 +311,8 @@ def _continued(
     seeds: list[str] | None,
     most: int,
     tell: Callable[[int], None],
-) -> list[list[int]]:
-    """Return what the model writes behind each prompt, until it ends it or has written `most` tokens.
+) -> list[Conversation]:
+    """Return each prompt and what the model writes behind it, until it ends it or has written `most` tokens.
 
     With `seeds` it draws at `TEMPERATURE`; without, each token is its first choice.
 
@@ -357,7 +352,8 @@ def _continued(
             tell(num_read + STEP_TOKENS + len(open_rows))
             num_read = 0
             if not open_rows:
-                return drawn
+                both = zip(prompts, drawn, strict=True)
+                return [Conversation(torch.tensor([*prompt, *answer]), len(prompt)) for prompt, answer in both]
 
             # Drop what is finished, then append what was drawn.
             if len(rows) - len(open_rows) >= FINISHED_SHARE * len(rows):
@@ -385,7 +381,7 @@ class _Roomy(DynamicLayer):
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if not self._buffers or end > self._buffers[0].shape[-2]:
-            self._buffers = (_longer(self.keys, end + ROOM), _longer(self.values, end + ROOM))
+            self._buffers = tuple(pad(states, (0, 0, 0, end + ROOM - start)) for states in (self.keys, self.values))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start:end, :] = states
         self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
@@ -395,13 +391,6 @@ class _Roomy(DynamicLayer):
         """Keep these rows alone."""
         super().batch_select_indices(indices)
         self._buffers = ()
-
-
-def _longer(states: Tensor, length: int) -> Tensor:
-    """Return the states at the beginning of a buffer of this length."""
-    buffer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
-    buffer[..., : states.shape[-2], :] = states
-    return buffer
 
 
 def _with_room(cache: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils import chat_template_utils
 
 from secateur.errors import CalibrationError, advice, shortened
 from secateur.files import json_of
-from secateur.model.stock import Tokenizer, replaced
+from secateur.model.stock import BAD_VALUE, Tokenizer, replaced
 
 # Gets what happened to a row or file, in words such as these, and where that is.
 Note = Callable[[str, str], None]
@@ -284,22 +284,11 @@ def closing_of_turn(tokenizer: Tokenizer) -> str:
 def _rendered(messages: Messages, tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool) -> str:
     from jinja2 import TemplateError
 
-    raised = (
-        TemplateError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        NameError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        MemoryError,
-    )
     try:
         how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
         with replaced(vars(chat_template_utils), CLOCK, SimpleNamespace(now=lambda: TODAY)):
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how))
-    except raised as error:  # a program may raise any of these
+    except (TemplateError, NameError, *BAD_VALUE) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__
         sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."
         if type(error) is TemplateError:  # by its own `raise_exception`, which says what it does not take

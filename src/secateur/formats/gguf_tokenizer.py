@@ -211,5 +211,5 @@ def _rules(tokenizer: PreTrainedTokenizerBase, where: str) -> Rules:
             f"{where}: its tokenizer splits text by a rule that GGUF export does not know ({_shown(steps)}); "
             f"known are those of {', '.join(PRE_TOKENIZERS.values())}."
         )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    merges = [" ".join(merge) for merge in model["merges"]]
     return Rules("gpt2", rule, merges, None, space_prefix=False)

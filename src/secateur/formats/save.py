@@ -84,8 +84,7 @@ def save_checkpoint(
         left = ()
         if carry_from is not None and (carry_from / "config.json").is_file():
             patterns = [*([] if kept else _FILES_BY_TOKEN), *_SIDE_FILES]
-            left = tuple(_carry(carry_from, directory, patterns))
-            left += _carry_aside(model, carry_from, directory, kept)
+            left = (*_carry(carry_from, directory, patterns), *_carry_aside(model, carry_from, directory, kept))
         readable = (directory / "config.json").stat().st_mode & 0o777
         for file in directory.glob("*.safetensors"):
             file.chmod(readable)  # safetensors lets only the owner read
@@ -350,17 +349,17 @@ Shapes = dict[str, set[tuple[int, ...]]]
 _IN_LAYER = re.compile(r"(?:.*\.)?layers?\.\d+\.(.+)")
 
 
-def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | None) -> tuple[str, ...]:
+def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | None) -> Iterator[str]:
     """Add the tensors to the result in `directory`, rows of tokens as in its embedding.
 
-    Returns a sentence if they do not fit: a part of a layer that they have too, or a size that the
+    Yields a sentence if they do not fit: a part of a layer that they have too, or a size that the
     config says, is another one than in the source.
     """
     if not model._keys_to_ignore_on_load_unexpected:
-        return ()
+        return
     checkpoint = open_checkpoint(source, weights=False)
     if not (aside := left_aside(checkpoint, model)):
-        return ()
+        return
     first = next(iter(aside))
     before = {name: tensor for name, tensor in stored_tensors(source).items() if name not in aside}
     dense: Any = checkpoint.config.get_text_config()
@@ -369,7 +368,8 @@ def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | N
     if model.config.get_text_config().num_hidden_layers != num_layers and f".{num_layers}." in first:
         changed = "they are numbered behind the layers, of which some are gone"
     if changed := "they are quantised" if checkpoint.quantised else changed:
-        return (f"{len(aside)} tensors that transformers leaves aside ({first}, ...) were left out: {changed}.",)
+        yield f"{len(aside)} tensors that transformers leaves aside ({first}, ...) were left out: {changed}."
+        return
 
     # One file more, which the index names; a loader that finds a whole one reads no index.
     tensors = {name: _rows(read_tensor(tensor), kept) for name, tensor in aside.items()}
@@ -381,7 +381,6 @@ def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | N
     files = {name: written[name].file.name for name in sorted(written)}
     index = {"metadata": {"total_size": size}, "weight_map": files}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return ()
 
 
 def _rows(values: Tensor, kept: KeptTokens | None) -> Tensor:
