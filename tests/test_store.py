@@ -109,7 +109,9 @@ def test_tensors_that_are_gone_are_damage(tmp_path):
     heard = list[str]()
     kept(tmp_path)
     (tmp_path / "tensors.safetensors").unlink()
-    assert not Store(tmp_path, tell=heard.append).has("tensors") and len(heard) == 1
+    store = Store(tmp_path, tell=heard.append)
+    assert not store.has("tensors") and store.find("tensors") is None and len(heard) == 1
+    assert not list(tmp_path.glob("tensors*"))
 
 
 def test_a_store_without_a_directory_keeps_nothing():

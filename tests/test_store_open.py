@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from damage import flip
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
@@ -222,17 +221,6 @@ def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):
     Store(tmp_path).value("one", lambda: [1.5])
     record = json.loads((tmp_path / "one.json").read_text())
     assert next(iter(record)) == "sha256" and record["value"] == [1.5] and record["step"] == "one"
-
-
-def test_a_damaged_step_is_removed_and_done_once(tmp_path):
-    store = Store(tmp_path)
-    store.save("step", {"a": torch.ones(2)}, {})
-    flip(tmp_path / "step.json", -3)
-    said = list[str]()
-    again = Store(tmp_path, tell=said.append)
-    assert again.find("step") is None and again.find("step") is None and not again.has("step")
-    assert said == [f"{tmp_path}: step, finished by an earlier run, is damaged on disk, so it is done again."]
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["inputs", "input-text"])

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -117,20 +116,6 @@ def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
         {part.name for part in folder.iterdir()} for folder in (copy / "evaluation", tmp_path / "fresh/evaluation")
     ]
     assert parts[0] == parts[1] and len(parts[0]) == 5  # text and answers of both, KL
-
-
-def test_damaged_parts_are_measured_again(copy):
-    found, heard = evaluate(copy, against=copy, other_dense=True), list[str]()
-    parts = sorted((copy / "evaluation").iterdir())
-    whole = [part.read_bytes() for part in parts]
-    parts[0].write_bytes(b"")
-    parts[1].write_bytes(whole[1][:-5])
-    parts[2].write_bytes(re.sub(rb"\d\.\d", b"9.9", whole[2], count=1))
-    parts[3].write_bytes(whole[3].replace(b'"step"', b'"stop"'))
-    assert evaluate(copy, against=copy, other_dense=True, tell=heard.append) == found
-    assert [part.read_bytes() for part in parts] == whole
-    said = "finished by an earlier run, is damaged on disk, so it is done again."
-    assert sorted(heard) == [f"{part.parent}: {part.stem}, {said}" for part in parts[:4]]
 
 
 def test_another_model_in_the_same_place_is_measured_anew(copy):

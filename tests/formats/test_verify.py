@@ -12,8 +12,6 @@ from secateur.errors import CheckpointError
 from secateur.formats import save as proof
 from secateur.formats.save import save_checkpoint, verify_reload
 from secateur.model.checkpoint import load_model, open_checkpoint
-from secateur.vocabulary.kept import KeptTokens, keep_tokens
-from secateur.vocabulary.tokenizer import trimmed_tokenizer
 
 # What the fresh process says beside the logits.
 SAID = {"problem": "", "class": "AutoModelForImageTextToText"}
@@ -99,11 +97,3 @@ def test_another_shape_and_the_loaders_complaints_are_refused(monkeypatch, tmp_p
     reloaded_as(monkeypatch, torch.zeros(2, 3, 5), "missing_keys: ['a']")
     with pytest.raises(CheckpointError, match=r"reloads it with problems \(missing_keys: \['a'\]\)"):
         verify_reload(tmp_path, IDS, torch.zeros(2, 3, 5))
-
-
-def test_a_model_without_some_tokens_reloads_exactly(tmp_path):
-    model, kept = tiny_qwen2(tied=True), KeptTokens((0, 1, *range(2, 257, 2)), 320)
-    keep_tokens(model, kept)
-    save_checkpoint(model, trimmed_tokenizer(tiny_tokenizer(), kept), tmp_path, carry_from=None, kept=kept)
-    ids_BT = tiny_ids(vocab_size=130)
-    assert verify_reload(tmp_path, ids_BT, logits_of(model, ids_BT)).max_abs_difference == 0

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +10,12 @@ import torch
 from models import opened
 from recipes import grouped
 from texts import documents_of
-from transformers import AutoModelForCausalLM
 
 from secateur.data.blocks import LearningDomain, LearningText
-from secateur.facts import Size
 from secateur.log import RunLog
 from secateur.methods.budget import uniform_plan
 from secateur.methods.select import Task
-from secateur.model.bind import bind, decoder_layers, head_of
+from secateur.model.bind import bind, head_of
 from secateur.model.group import Group, linear, rows_of
 from secateur.pruning import loop
 from secateur.pruning.loop import prune_together
@@ -30,8 +27,6 @@ from secateur.stream.losses import states_for_head
 from secateur.stream.walk import Walk, make_batches
 from tests.families import DTYPES
 from tests.models import logits_of, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
-
-FFN, HEADS = ("ffn",), ("kv_heads", "ffn")
 
 
 def random_calibration(num_domains: int = 2, blocks: int = 8, length: int = 32) -> LearningText:
@@ -153,31 +148,3 @@ def test_every_layer_reads_the_stream_that_the_cut_layers_before_it_give() -> No
         logits_of(model, part)
     handle.remove()
     torch.testing.assert_close(torch.cat(seen), torch.cat(expected), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("factory", "groups", "tied"),
-    [(tiny_llama, HEADS, False), (tiny_qwen2, HEADS, True), (tiny_qwen2, ("query_heads", "ffn"), False)],
-    ids=["llama", "qwen2, tied", "qwen2, query heads"],
-)
-def test_groups_cut_together_saved_and_reloaded_by_stock_transformers_equal_a_mask(
-    factory: Callable[..., Any], groups: tuple[str, ...], tied: bool, tmp_path: Path
-) -> None:
-    model, remove = factory(tied=tied), 0.3
-    masked = copy.deepcopy(model)
-    keeps, _ = prune_tiny(model, random_calibration(), score="random", compensate="none", groups=groups, remove=remove)
-    assert {name for _, name in keeps} == set(groups)
-    arch = bind(masked)
-    for group in arch.select(groups):
-        keep = keeps[group.layer, group.name]
-        assert len(keep) < group.num_units
-        removed = torch.tensor(sorted(set(range(group.num_units)) - set(keep.tolist())))
-        zero_units(decoder_layers(masked, arch)[group.layer], group, removed)
-    model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids_BT = tiny_ids()
-    torch.testing.assert_close(logits_of(reloaded, ids_BT), logits_of(masked, ids_BT), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(logits_of(model, ids_BT), logits_of(masked, ids_BT), atol=1e-6, rtol=1e-6)
-    assert Size.of(reloaded) == Size.of(model)
-    tied = reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
-    assert tied == masked.config.tie_word_embeddings

@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_ids, tiny_llama, tiny_qwen2
+from models import tiny_ids, tiny_llama
 from torch import nn
 
-from secateur.errors import ArchError
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import (
     Axis,
@@ -141,17 +140,6 @@ def test_as_many_experts_stay_as_the_router_needs(config, num_chosen, at_least):
 def test_a_router_chooses_as_many_experts_as_its_config_says():
     groups = bind(tiny_family("mixtral", num_experts_per_tok=3)).select(("experts",))
     assert {(group.at_least, group.multiple_of) for group in groups} == {(3, 1)}
-
-
-def test_groups_are_those_named_and_whole_families_say_why_not():
-    arch = bind(tiny_qwen2())
-    assert [(group.layer, group.name) for group in arch.select(("ffn",))] == [(0, "ffn"), (1, "ffn"), (2, "ffn")]
-    assert {group.name for group in arch.select(("ffn", "kv_heads"))} == {"ffn", "kv_heads"}
-    assert [group.kind == "heads" for group in arch.groups[:3]] == [
-        group.name.endswith("heads") for group in arch.groups[:3]
-    ]
-    with pytest.raises(ArchError, match=r"remove.groups: a model of type falcon cannot lose .*: "):
-        bind(tiny_family("falcon-new")).select(("ffn", *bind(tiny_family("falcon-new")).omits))
 
 
 def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():

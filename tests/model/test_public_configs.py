@@ -78,13 +78,6 @@ def test_the_newest_checkpoints_have_the_published_parameters(file: Path) -> Non
     assert least < counted / facts["num_params"] - 1 < 0.005
 
 
-def test_of_a_model_with_experts_these_go_unless_told_otherwise() -> None:
-    found, _ = inspected(named("deepseek-v3"))
-    assert [group.name for group in found.groups] == ["experts"]
-    assert {group.name: group.num_layers for group in found.possible} == {"ffn": 3, "experts": 58}
-    assert set(found.impossible) == {"kv_heads", "query_heads", "shared", "expert_ffn"}
-
-
 @pytest.mark.parametrize(
     ("name", "recipe", "problem"),
     [

@@ -10,7 +10,6 @@ from recipes import grouped
 
 import secateur
 from secateur.data.blocks import JudgedText
-from secateur.data.pool import Allotted
 from secateur.errors import CheckpointError
 from secateur.formats.save import Verification
 from secateur.methods.select import Task
@@ -134,15 +133,6 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     proved = summary_of(ready, cut, Verification(0.5), **none)
     assert (proved.reload_max_abs_difference, proved.loaded_by) == (0.5, "AutoModelForCausalLM")
     assert (proved.like, proved.vocabulary) == (None, None)
-
-
-def test_facts_of_the_text_count_what_was_measured_on_and_what_was_held_out():
-    text = run_of(tiny_llama()).text
-    facts = Drawn(text, JudgedText(text.held_out), {"d0": Allotted(1, 3)}).facts()
-    assert facts.num_tokens == {"d0": 64, "d1": 64} and facts.num_held_out_tokens == {"d0": 64, "d1": 64}
-    assert (facts.content_hash, facts.sequence_length) == (text.content_hash, 32)
-    assert facts.judged_hash == JudgedText(text.held_out).content_hash and facts.allotted == {"d0": (1, 3)}
-    assert facts.held_out_overlap == {"d0": 0.0, "d1": 0.0}
 
 
 def test_keep_json_names_layers_if_some_went_and_then_units(tmp_path):

@@ -129,6 +129,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"memory_budget": "300MB"},
         {"memory_budget": "300MB", "remove": 0.5, "depth": 1},
         {"polish": "default"},
+        {"polish": "default", "calibration": {"sequence_length": 2048}},
         {"polish": "default", "memory_budget": "2.36GB"},
         {"polish": "default", "memory_budget": "690MB"},
         {"polish": {"num_tokens": 10000, "train": "lora"}, "compute_dtype": "float32"},
@@ -138,6 +139,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {},
         {"remove": 0.5},
         {"remove": 0.9},
+        {"to": "700KB"},
         {"groups": ["expert_ffn"]},
         {"groups": ["experts", "expert_ffn"]},
         {"groups": ["experts", "kv_heads"]},
@@ -229,5 +231,6 @@ def test_what_it_decides_once_tokens_are_gone() -> None:
 
 def test_what_it_decides_on_a_gpu() -> None:
     cases = [{}, {"device_budget": "100MB"}, {"device_budget": "500MB", "polish": "default"}]
+    cases += [{"polish": {"num_tokens": 4096, "train": train}} for train in ("layers", "lora")]
     gpu = torch.device("cuda")
     assert_shown("plans/on-gpu", "\n".join(f"{short}\n{shown_plan('large', short, device=gpu)}" for short in cases))

@@ -2,7 +2,6 @@
 
 import re
 from importlib import resources
-from typing import Any
 
 import pytest
 import torch
@@ -12,13 +11,10 @@ from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from stops import lines_of
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.files import parse_size
-from secateur.pruning.group_step import model_left
-from secateur.pruning.open import open_model
-from secateur.pruning.resolve import checked, resolve
+from secateur.pruning.resolve import resolve
 from secateur.recipe import Recipe, parse_recipe
 
 TOKENIZER = tiny_tokenizer()
@@ -102,43 +98,6 @@ def test_what_runs_is_what_the_file_of_a_preset_says(small):
         plain = Recipe().model_dump(mode="json")
         left = {key for key, value in plain["choose"].items() if ran["choose"][key] != value}
         assert left <= set(said.get("choose", {}))
-
-
-MIXTURE = {
-    "hidden_size": 2048,
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
-    "num_experts": 60,
-}
-SHAPES: dict[str, Any] = {
-    "0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
-    "mixture": Qwen2MoeConfig(**MIXTURE, num_hidden_layers=24, num_attention_heads=16),
-}
-
-
-@pytest.mark.parametrize(("shape", "asked"), [("0.5B", {"to": "900MB"}), ("mixture", {"to": "24GB"})])
-def test_bytes_are_met_within_one_step_from_a_config_alone(shape, asked, tmp_path):
-    config = SHAPES[shape]
-    config.architectures = ["Qwen2MoeForCausalLM" if shape == "mixture" else "Qwen2ForCausalLM"]
-    config.num_key_value_heads, config.tie_word_embeddings = 2, shape == "0.5B"
-    config.vocab_size = 151936
-    config.dtype = torch.bfloat16
-    config.save_pretrained(tmp_path)
-    text = {"domains": {"mine": {"files": ["mine.txt"]}}}
-    recipe = parse_recipe(grouped({"depth": 0, "calibration": text, **asked}))
-    started = checked(open_model(str(tmp_path), recipe, weights=False))
-    found = resolve(started)
-    room = parse_size("", asked["to"])
-
-    def num_bytes(more: int) -> int:
-        kept = {key: kept + more for key, kept in found.plans[-1].num_keep.items()}
-        return 2 * num_params(model_left(config, found.layers, kept, None))
-
-    step = 1 if shape == "mixture" else found.align
-    assert num_bytes(0) <= room < num_bytes(step), (num_bytes(0), room, num_bytes(step))
-    assert found.align == (64 if shape == "mixture" else 256)
-    left = found.recipe.remove
-    assert left.to is None
 
 
 def test_the_least_size_that_is_named_is_one_that_a_cut_leaves(small):

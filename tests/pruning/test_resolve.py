@@ -82,16 +82,6 @@ def test_the_largest_share_that_is_named_can_be_with_the_layers_that_then_go(bud
         resolved(model, remove=largest + 0.01, **asked)
 
 
-def test_a_curve_has_64_levels_at_most_and_the_least_is_one_of_them():
-    """1,024 channels in steps of 8 are 128 steps, so that levels are multiples of 16."""
-    model = wide(1024)
-    largest = 3 * (1024 - 16) * UNIT / Size.of(model).num_params
-    asked = {"budget": "curve", "depth": 0, "calibration": {"num_tokens": 10240, "sequence_length": 32}}
-    resolved(model, remove=largest - 1e-6, **asked)
-    with pytest.raises(RecipeError, match=r"out of reach"):
-        resolved(model, remove=largest + 1e-6, **asked)
-
-
 def test_text_without_general_prose_is_noted():
     def notes(domains: dict[str, Any]) -> list[str]:
         calibration = {"num_tokens": 4096, "sequence_length": 32, "domains": domains}
