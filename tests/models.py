@@ -9,16 +9,10 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 from transformers import (
     Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GemmaConfig,
     GemmaForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     MistralForCausalLM,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
@@ -38,39 +32,21 @@ def opened(model: Any, recipe: Recipe) -> Opened:
     return checked(Opened(None, model, bind(model), Size.of(model), recipe, model.device))
 
 
-def tiny_llama(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """Return a random llama in eval mode; `overrides` replace config values."""
-    return randomised(LlamaForCausalLM(LlamaConfig(**sizes(tied, num_layers) | overrides)), seed)
+def _tiny(
+    kind: Any, *, tied: bool = False, num_layers: int = 3, seed: int = 0, norm_mean: float = 1, **values: Any
+) -> Any:
+    """Return a random model of the class in eval mode; `values` replace those of its config."""
+    return randomised(kind(kind.config_class(**sizes(tied, num_layers) | values)), seed, norm_mean)
 
 
-def tiny_qwen2(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen2ForCausalLM:
-    """Return a random qwen2 in eval mode, its q, k and v biases not zero; `overrides` replace config values."""
-    return randomised(Qwen2ForCausalLM(Qwen2Config(**sizes(tied, num_layers) | overrides)), seed)
-
-
-def tiny_qwen3(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
-    """Return a random qwen3 in eval mode, heads wider than hidden size / heads; `overrides` replace config values."""
-    values = sizes(tied, num_layers) | {"head_dim": 16} | overrides
-    return randomised(Qwen3ForCausalLM(Qwen3Config(**values)), seed)
-
-
-def tiny_mistral(*, tied: bool = False, num_layers: int = 3, seed: int = 0, **overrides: Any) -> MistralForCausalLM:
-    """Return a random mistral in eval mode with a sliding window of 8; `overrides` replace config values."""
-    values = sizes(tied, num_layers) | {"sliding_window": 8} | overrides
-    return randomised(MistralForCausalLM(MistralConfig(**values)), seed)
-
-
-def tiny_gemma(*, tied: bool = True, num_layers: int = 3, seed: int = 0, **overrides: Any) -> GemmaForCausalLM:
-    """Return a random gemma in eval mode; `overrides` replace config values."""
-    values = sizes(tied, num_layers) | {"head_dim": 16} | overrides
-    return randomised(GemmaForCausalLM(GemmaConfig(**values)), seed, norm_mean=0)
-
-
-def tiny_gemma3(*, tied: bool = True, num_layers: int = 3, seed: int = 0, **overrides: Any) -> Gemma3ForCausalLM:
-    """Return a random gemma3 text model in eval mode, every other layer with a window of 8; `overrides` replace."""
-    special = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2}
-    values = sizes(tied, num_layers) | special | overrides
-    return randomised(Gemma3ForCausalLM(Gemma3TextConfig(**values)), seed, norm_mean=0)
+tiny_llama = partial(_tiny, LlamaForCausalLM)
+tiny_qwen2 = partial(_tiny, Qwen2ForCausalLM)
+tiny_qwen3 = partial(_tiny, Qwen3ForCausalLM, head_dim=16)
+tiny_mistral = partial(_tiny, MistralForCausalLM, sliding_window=8)
+tiny_gemma = partial(_tiny, GemmaForCausalLM, tied=True, norm_mean=0, head_dim=16)
+# Every other layer has a window.
+TWO_KINDS = {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2}
+tiny_gemma3 = partial(_tiny, Gemma3ForCausalLM, tied=True, norm_mean=0, head_dim=16, **TWO_KINDS)
 
 
 def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int = 320) -> torch.Tensor:

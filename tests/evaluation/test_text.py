@@ -1,5 +1,6 @@
 """What a model is judged on: the run's own held-out text, with a note if it is not that; figures that are none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import RecipeError
 from secateur.evaluation.text import recipe_blocks
-from secateur.facts import Loss, Size
 from secateur.log import silent
 from secateur.recipe import parse_recipe
-from secateur.report.records import CalibrationFacts, Summary
+from secateur.report.records import CalibrationFacts
+from tests.report.test_shown import BARE
 
 TOKENIZER = tiny_tokenizer()
 
@@ -28,44 +29,8 @@ def result_of(directory: Path, recipe: dict[str, Any], judged_hash: str | None, 
     )
     if judged_hash is not None:
         text = CalibrationFacts("0", 32, {"prose": 640}, {"prose": 64}, {"prose": 1.0}, {"prose": 64}, judged_hash, {})
-        (directory / "result.json").write_text(summary_with(text).to_json(), encoding="utf-8")
+        (directory / "result.json").write_text(replace(BARE, calibration=text).to_json(), encoding="utf-8")
     return directory
-
-
-def summary_with(text: CalibrationFacts) -> Summary:
-    """Return a result whose calibration is this; the rest says nothing."""
-    size, loss = Size(100, 400), {"prose": Loss(3.0, 0.1, 100)}
-    return Summary(
-        model="model",
-        family="llama",
-        command="",
-        remove_asked=0.2,
-        remove_reached=0.2,
-        dense_size=size,
-        pruned_size=size,
-        num_layers=(3, 3),
-        widths={"ffn": (112, 64, 72)},
-        calibration=text,
-        dense_losses=loss,
-        pruned_losses=loss,
-        guard_refusals=0,
-        seconds={"prune": 1.0},
-        peak_bytes=1000,
-        reload_max_abs_difference=0.0,
-        loaded_by=None,
-        warnings=(),
-        versions={"torch": "2"},
-        device="cpu",
-        device_peak_bytes=None,
-        polish=None,
-        other_text=None,
-        own_answers=None,
-        vocabulary=None,
-        like=None,
-        measured=None,
-        lineage=(),
-        foretold={},
-    )
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from test_shown import BARE, RECOVERY
 
 from secateur.facts import Loss
 from secateur.recipe import Recipe
@@ -18,6 +17,7 @@ from secateur.report.card import model_card
 from secateur.report.page import Table, code, escaped, markdown
 from secateur.report.records import RecoveryRecord, Summary
 from secateur.report.rows import recovery_card
+from tests.report.test_shown import BARE, RECOVERY
 
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 HOSTILE = [
