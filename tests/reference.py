@@ -1,11 +1,14 @@
 """The formulae in float64, written from their definitions; nothing here comes from the product."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from reference_methods import domain_factor as domain_factor
+from reference_methods import removal_change, removal_error
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 # Statistics, losses
 
@@ -46,22 +49,9 @@ def weighted(parts: list[tuple[float, Sums]]) -> Sums:
 
 
 def removal_scores(weight_HF: Tensor, hessian_FF: Tensor, columns_UW: Tensor) -> Tensor:
-    """Return the error under H of removing each unit alone and refitting all other columns.
-
-    The refit is solved outright: the least of tr((W - V) H (W - V)') over V with zero columns.
-    """
-    gone = [columns.tolist() for columns in columns_UW]
-    return torch.stack([_error(change_by_refit(weight_HF, hessian_FF, each), hessian_FF) for each in gone])
-
-
-def change_by_refit(weight_HF: Tensor, hessian_FF: Tensor, gone: list[int]) -> Tensor:
-    """Return W - V for the V that is zero at `gone` and nearest to W under H."""
-    stay = [each for each in range(weight_HF.shape[1]) if each not in set(gone)]
-    weight, changed = weight_HF.double(), weight_HF.double().clone()
-    if stay:
-        rest = torch.linalg.solve(hessian_FF[stay][:, stay], hessian_FF[stay][:, gone] @ weight[:, gone].T).T
-        changed[:, stay] = -rest
-    return changed
+    """Return the error under H of removing each unit alone and refitting all other columns."""
+    weight, hessian = weight_HF.double().numpy(), hessian_FF.numpy()
+    return torch.tensor([removal_error(weight, hessian, columns) for columns in columns_UW.tolist()])
 
 
 def _error(change_HF: Tensor, matrix_FF: Tensor) -> Tensor:
@@ -77,7 +67,8 @@ def cut_damage(
     """
     scores = removal_scores(weight_HF, hessian_FF, columns_UW)
     lowest = sorted(range(len(scores)), key=lambda unit: (float(scores[unit]), -unit))[: len(scores) - num_keep]
-    change = change_by_refit(weight_HF, hessian_FF, columns_UW[lowest].flatten().tolist())
+    gone = columns_UW[lowest].flatten().tolist()
+    change = torch.from_numpy(removal_change(weight_HF.double().numpy(), hessian_FF.numpy(), gone))
     pairs = [(_error(change, each.gram_FF), _error(change.abs(), each.gram_FF.abs())) for each in domains]
     errors = [
         [float(part) / each.energy if each.energy > 0 else 0.0 for part in pair]
@@ -97,34 +88,19 @@ def scaled_into(weights_D: Tensor, floor: float) -> Tensor:
         fixed |= scaled < floor
 
 
-def mean_error(values: list[float]) -> float | None:
-    """Return s / sqrt(n) with s^2 = sum (v - mean)^2 / (n - 1); None for one value."""
-    count = len(values)
-    if count == 1:
+def ratio_error(sums: list[float], counts: Sequence[int]) -> float | None:
+    """Return the standard error of sum(sums) / sum(counts), of which each pair is a draw; None for one.
+
+    s sqrt(n) / sum(counts) with s^2 = sum (a - ratio b)^2 / (n - 1): of equal counts that of a mean.
+    """
+    if len(sums) == 1:
         return None
-    mean = math.fsum(values) / count
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)) / math.sqrt(count)
-
-
-def log_probabilities_of(logits_PV: Tensor) -> Tensor:
-    """Return z - log sum exp(z)."""
-    z = logits_PV.double()
-    highest = z.amax(-1, keepdim=True)
-    return z - highest - (z - highest).exp().sum(-1, keepdim=True).log()
-
-
-def next_token_nats(logits_PV: Tensor, next_P: Tensor) -> Tensor:
-    """Return -log p(next) per position."""
-    log_p = log_probabilities_of(logits_PV)
-    return torch.stack([-log_p[position, token] for position, token in enumerate(next_P.tolist())])
+    ratio = math.fsum(sums) / sum(counts)
+    squares = math.fsum((each - ratio * count) ** 2 for each, count in zip(sums, counts, strict=True))
+    return math.sqrt(squares / (len(sums) - 1) * len(sums)) / sum(counts)
 
 
 def kl_per_token(dense_PV: Tensor, pruned_PV: Tensor) -> Tensor:
-    """Return sum_v p (log p - log q) per position, p: dense, q: pruned."""
-    log_p, log_q = log_probabilities_of(dense_PV), log_probabilities_of(pruned_PV)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def bits_per_byte(nats: list[float], num_bytes: int) -> float:
-    """Return all predicted tokens' information in bits over the bytes they stand for."""
-    return math.fsum(nats) / math.log(2) / num_bytes
+    """Return sum_v p (log p - log q) per position in float64, p: dense, q: pruned."""
+    log_p, log_q = (each.double().log_softmax(-1) for each in (dense_PV, pruned_PV))
+    return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

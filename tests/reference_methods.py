@@ -57,15 +57,20 @@ def refit(reader_HF: Array, x_TF: Array, keep: Sequence[int], ridge_F: Array, ex
     return np.linalg.lstsq(rows, targets, rcond=None)[0].T
 
 
-def removal_error(reader_HF: Array, hessian_FF: Array, gone: Iterable[int]) -> float:
-    """The least tr(D H D') of a change D that takes the columns `gone` to zero."""
-    gone = list(gone)
+def removal_change(reader_HF: Array, hessian_FF: Array, gone: Sequence[int]) -> Array:
+    """The change D of least tr(D H D') that takes the columns `gone` to zero."""
     keep = [column for column in range(reader_HF.shape[1]) if column not in gone]
     change = np.zeros_like(reader_HF)
     change[:, gone] = -reader_HF[:, gone]
     if keep:
         inner, outer = hessian_FF[np.ix_(keep, keep)], hessian_FF[np.ix_(gone, keep)]
         change[:, keep] = -np.linalg.solve(inner, (change[:, gone] @ outer).T).T
+    return change
+
+
+def removal_error(reader_HF: Array, hessian_FF: Array, gone: Iterable[int]) -> float:
+    """The least tr(D H D') of a change D that takes the columns `gone` to zero."""
+    change = removal_change(reader_HF, hessian_FF, list(gone))
     return float(np.trace(change @ hessian_FF @ change.T))
 
 

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES as ROWS
 from families import row, tiny_family
 from models import logits_of, tiny_ids, tiny_llama, tiny_qwen2
-from torch.nn.functional import log_softmax
+from reference import kl_per_token
 from transformers import AutoModelForCausalLM
 
 from secateur.methods import depth
@@ -29,12 +29,8 @@ def logits_skipping(model, ids_BT, layers):
 
 def brute_force_kl(model, other, texts, layers):
     """The mean over all tokens, of whichever text."""
-    found = []
-    for ids_BT in texts:
-        log_p = log_softmax(logits_of(model, ids_BT)[:, :-1].double(), -1)
-        log_q = log_softmax(logits_skipping(other, ids_BT, layers)[:, :-1].double(), -1)
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
-    return float(torch.cat(found).mean())
+    pairs = [(logits_of(model, ids_BT), logits_skipping(other, ids_BT, layers)) for ids_BT in texts]
+    return float(torch.cat([kl_per_token(*pair)[:, :-1].flatten() for pair in pairs]).mean())
 
 
 def batches_of(ids_NT, *, held_out=False, batch_tokens=128):

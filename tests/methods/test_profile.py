@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2
-from torch.nn.functional import log_softmax
+from reference import kl_per_token
 
 from secateur.errors import NumericsError
 from secateur.methods.profile import PROBE_BLOCKS, ProfileSettings, _refitted, first_blocks, profile
@@ -52,11 +52,6 @@ def run(model, reader, ids_BT):
     handle.remove()
     ((x, y),) = seen
     return logits, x.flatten(0, 1).double(), (y - reader.bias if reader.bias is not None else y).flatten(0, 1).double()
-
-
-def kl_between(dense, pruned):
-    log_p, log_q = (log_softmax(logits[:, :-1].double(), -1) for logits in (dense, pruned))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 @pytest.fixture(
@@ -127,7 +122,8 @@ def test_slopes_equal_measured_kl_over_error(case):
             dense = run(model, reader_of(model, group), ids_BT)[0]
             refit_into(reader_of(model, group), refits[key], level)
             pruned = run(model, reader_of(model, group), ids_BT)[0]
-            assert found.slopes[domain] == pytest.approx(kl_between(dense, pruned) / error, rel=2e-3)
+            kl = kl_per_token(dense, pruned)[:, :-1]
+            assert found.slopes[domain] == pytest.approx(float(kl.mean()) / error, rel=2e-3)
 
 
 def test_batches_of_other_sizes_and_a_listener_change_nothing():

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import logits_of, tiny_llama
+from reference import kl_per_token, ratio_error
 from texts import blocks_of, documents_of
+from torch.nn.functional import cross_entropy
 
 from secateur.errors import NumericsError
 from secateur.facts import Verdict, mean_kl, mean_nats
@@ -27,12 +29,9 @@ BLOCKS = {name: documents_of(ids_NT) for name, ids_NT in TEXT.items()}
 def by_hand(dense: Any, model: Any, ids_BT: torch.Tensor) -> dict[str, float]:
     """Return KL, its error over blocks, nats and agreement in float64 from whole logits."""
     ours, theirs = (logits_of(each, ids_BT)[:, :-1].double() for each in (dense, model))
-    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-    kl_BP = (log_p.exp() * (log_p - log_q)).sum(-1)
-    reverse = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
-    nats = -log_q.gather(2, ids_BT[:, 1:, None]).mean()
-    means = kl_BP.mean(1)
-    error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else None
+    kl_BP, reverse = kl_per_token(ours, theirs), float(kl_per_token(theirs, ours).mean())
+    nats = cross_entropy(theirs.flatten(0, 1), ids_BT[:, 1:].flatten())
+    error = ratio_error(kl_BP.mean(1).tolist(), [1] * len(kl_BP))
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
     found = {"kl": float(kl_BP.mean()), "error": error, "nats": float(nats), "agreement": float(agreement)}
     return found | {"reverse": reverse}
@@ -107,8 +106,7 @@ def test_figures_of_a_domain_are_those_of_the_formulae(sizes: list[int], seed: i
     found = verdict_of("mine", blocks_of(ids), [(kl, 2 * kl, same, kl) for kl, same in zip(blocks, agree, strict=True)])
     values = [float(value) for block in blocks for value in block]
     assert found.kl == pytest.approx(sum(values) / len(values), rel=1e-12)
-    rest = sum((sum(block.tolist()) - found.kl * len(block)) ** 2 for block in blocks)
-    error = math.sqrt(rest * len(sizes) / (len(sizes) - 1)) / sum(sizes) if len(sizes) > 1 else None
+    error = ratio_error([sum(block.tolist()) for block in blocks], sizes)
     assert found.standard_error == (error if error is None else pytest.approx(error, rel=1e-9, abs=1e-12))
     hits = [bool(value) for block in agree for value in block]
     assert found.top1_agreement == pytest.approx(sum(hits) / len(hits), rel=1e-12)

@@ -10,16 +10,11 @@ from families import tiny_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_ids, tiny_llama
-from reference import (
-    FLOAT32_STEP,
-    bits_per_byte,
-    kl_per_token,
-    mean_error,
-    next_token_nats,
-)
+from reference import FLOAT32_STEP, kl_per_token, ratio_error
 from texts import blocks_of, documents_of
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from secateur.data.blocks import Blocks
 from secateur.errors import NumericsError
@@ -61,7 +56,8 @@ def test_the_head_is_a_part_of_the_progress_as_large_as_its_weights():
 
 
 def reference_nats(model: nn.Module, ids_NT: Tensor) -> list[Tensor]:
-    return [next_token_nats(logits64(model, ids_T[None])[0, :-1], ids_T[1:]) for ids_T in ids_NT]
+    logits_NTV = [logits64(model, ids_T[None])[0, :-1] for ids_T in ids_NT]
+    return [cross_entropy(z_TV, ids_T[1:], reduction="none") for z_TV, ids_T in zip(logits_NTV, ids_NT, strict=True)]
 
 
 # One family plain, one whose logits are capped, one whose logits are scaled.
@@ -76,7 +72,7 @@ def test_losses_are_those_of_a_plain_forward_in_float64(family: str) -> None:
         means = [float(each.mean()) for each in nats]
         assert found[domain].num_tokens == len(ids_NT) * 19
         assert found[domain].nats_per_token == pytest.approx(sum(means) / len(means), rel=TOLERANCE)
-        error = mean_error(means)
+        error = ratio_error(means, [1] * len(means))
         assert found[domain].standard_error == (error and pytest.approx(error, abs=2 * TOLERANCE * max(means)))
         for ids_T, each in zip(ids_NT, nats, strict=True):
             alone = block_losses(model, bind(model), ids_T[None])
@@ -120,11 +116,9 @@ def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> N
     for domain, own in counts.items():
         nats = [float(reference_nats(model, each[None])[0].sum()) for each in blocks[domain]]
         tokens = list(own.values())
-        rate, number = sum(nats) / sum(tokens), len(tokens)
-        squares = sum((a - rate * b) ** 2 for a, b in zip(nats, tokens, strict=True))
-        error = math.sqrt(squares * number / (number - 1)) / sum(tokens) if number > 1 else None
+        error = ratio_error(nats, tokens)
         assert found[domain].num_tokens == sum(tokens)
-        assert found[domain].nats_per_token == pytest.approx(rate, rel=TOLERANCE)
+        assert found[domain].nats_per_token == pytest.approx(sum(nats) / sum(tokens), rel=TOLERANCE)
         assert found[domain].standard_error == (error and pytest.approx(error, rel=1e-3, abs=TOLERANCE))
     own_tokens = domain_losses(model, bind(model), text)
     assert own_tokens["a"].num_tokens == 19 + 8 + 13
@@ -181,12 +175,12 @@ def test_bits_per_byte_over_several_blocks() -> None:
     num_bytes = 3 * 23 - 1
     assert (found.num_tokens, found.num_bytes) == (3 * 23, num_bytes)
     everything = [value for block in nats for value in block]
-    assert found.bits_per_byte == pytest.approx(bits_per_byte(everything, num_bytes), rel=TOLERANCE)
+    assert found.bits_per_byte == pytest.approx(sum(everything) / math.log(2) / num_bytes, rel=TOLERANCE)
     means = [sum(block) / len(block) for block in nats]
     assert found.document_nats == pytest.approx([sum(block) for block in nats], rel=TOLERANCE)
     assert found.nats_per_token == pytest.approx(sum(everything) / len(everything), rel=TOLERANCE)
     assert found.perplexity == pytest.approx(math.exp(sum(means) / 3), rel=10 * TOLERANCE)
-    assert found.standard_error == pytest.approx(mean_error(means), abs=2 * TOLERANCE * max(means))
+    assert found.standard_error == pytest.approx(ratio_error(means, [1] * 3), abs=2 * TOLERANCE * max(means))
 
 
 def degenerate_logits(seed: int, positions: int, words: int, scale: float, kind: str) -> tuple[Tensor, Tensor]:
@@ -216,7 +210,7 @@ def test_divergences_are_those_of_the_formula(seed: int, positions: int, words: 
     assert bool(((found.double() - expected).abs() <= 8 * FLOAT32_STEP * size).all())
     assert torch.equal(found, token_divergences(dense, nn.Identity(), pruned, nn.Identity()))
     assert torch.equal(reverse, token_divergences(pruned, nn.Identity(), dense, nn.Identity()))
-    assert torch.equal(nats, nn.functional.cross_entropy(pruned.float(), next_P, reduction="none"))
+    assert torch.equal(nats, cross_entropy(pruned.float(), next_P, reduction="none"))
     best = [int(row.argmax()) for row in dense], [int(row.argmax()) for row in pruned]
     assert agree.tolist() == [a == b for a, b in zip(*best, strict=True)]
 

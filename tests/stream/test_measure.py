@@ -18,6 +18,7 @@ from secateur.model.group import Group, linear
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Statistics
 from secateur.stream.walk import Batch, Walk, make_batches
+from tests.stream.test_walk import entered as entering
 
 LENGTH = 12
 # Blocks per domain; the last has one block only, and each batch holds two at most.
@@ -179,7 +180,7 @@ def test_the_stream_stays_or_moves_to_where_it_is_asked(name: str) -> None:
     model, batches = MODELS[name][0](), batches_of()
     arch = bind(model)
     group, ffn = group_of(model, 1, MODELS[name][1]), group_of(model, 1, "ffn")
-    entered = layer_inputs(model, batches)
+    entered = entering(model, batches)
 
     def standing(**ways: bool) -> Walk:
         walk = Walk(model, arch, batches)
@@ -189,7 +190,7 @@ def test_the_stream_stays_or_moves_to_where_it_is_asked(name: str) -> None:
 
     def is_at(walk: Walk, layer: int) -> bool:
         pairs = zip(walk.hidden_BTD, entered, strict=True)
-        return all(torch.allclose(hidden, each[layer], rtol=1e-4, atol=1e-4) for hidden, each in pairs)
+        return all(torch.allclose(hidden.double(), each[layer], rtol=1e-4, atol=1e-4) for hidden, each in pairs)
 
     assert is_at(standing(), 1) and is_at(standing(to_end=True), 2)
     middle = standing(to_middle=True)
@@ -198,22 +199,6 @@ def test_the_stream_stays_or_moves_to_where_it_is_asked(name: str) -> None:
     assert_statistics(again.pooled, pooled_reference(hooked(model, ffn, batches), "energy")[0])
     middle.advance(1)
     assert is_at(middle, 2)
-
-
-@torch.no_grad()
-def layer_inputs(model: nn.Module, batches: list[Batch]) -> list[list[Tensor]]:
-    """Return, per batch, what enters each layer in a plain forward."""
-    found: list[list[Tensor]] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda _, inputs: found[-1].append(inputs[0]))
-        for layer in decoder_layers(model, bind(model))
-    ]
-    for batch in batches:
-        found.append([])
-        model(batch.ids_BT, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
