@@ -1,6 +1,5 @@
 """A job's store from its opening to its end: who may have it, what it goes on from, when it stays."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,12 +214,6 @@ def test_changes_are_told_in_order_and_digests_are_not_spelt_out():
     now = {"b": {"x": 3}, "a": "0" * 64, "same": 1}
     assert changes_of(before, now) == ["a has changed", "b x was 1 and is 3", "b y was 2 and is None"]
     assert changes_of({"a": "f" * 64}, {}) == changes_of({}, {"a": "f" * 64}) == ["a has changed"]
-
-
-def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):
-    Store(tmp_path).value("one", lambda: [1.5])
-    record = json.loads((tmp_path / "one.json").read_text())
-    assert next(iter(record)) == "sha256" and record["value"] == [1.5] and record["step"] == "one"
 
 
 @pytest.mark.parametrize("name", ["inputs", "input-text"])

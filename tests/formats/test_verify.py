@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import logits_of, shards_of, tiny_ids, tiny_llama, tiny_qwen2
+from models import logits_of, shards_of, tiny_ids, tiny_llama
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CheckpointError
 from secateur.formats import save as proof
 from secateur.formats.save import save_checkpoint, verify_reload
-from secateur.model.checkpoint import load_model, open_checkpoint
 
 # What the fresh process says beside the logits.
 SAID = {"problem": "", "class": "AutoModelForImageTextToText"}
@@ -24,13 +23,6 @@ def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
     return logits_of(model)
 
 
-def test_a_saved_model_reloads_exactly(tmp_path):
-    save(tmp_path / "source", tiny_qwen2(tied=True).to(torch.bfloat16))
-    # Loaded, for .to(bfloat16) also rounds the rotary frequencies, which no checkpoint holds.
-    logits = save(tmp_path / "out", load_model(open_checkpoint(tmp_path / "source")))
-    assert verify_reload(tmp_path / "out", tiny_ids(), logits).max_abs_difference == 0
-
-
 def test_a_tensor_that_reloading_would_drop_is_refused(tmp_path):
     logits = save(tmp_path, tiny_llama())
     tensors = {name: tensor for shard in tmp_path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
@@ -39,13 +31,6 @@ def test_a_tensor_that_reloading_would_drop_is_refused(tmp_path):
     bias = {"model.layers.0.mlp.down_proj.bias": torch.zeros(48)}
     save_file({**tensors, **bias}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"unexpected_keys: \['model.layers.0.mlp.down_proj.bias'\]"):
-        verify_reload(tmp_path, tiny_ids(), logits)
-
-
-def test_a_directory_that_does_not_load_is_refused(tmp_path):
-    logits = save(tmp_path, tiny_llama())
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot reload it in a fresh process"):
         verify_reload(tmp_path, tiny_ids(), logits)
 
 

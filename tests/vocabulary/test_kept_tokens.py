@@ -59,24 +59,28 @@ def test_ids_and_rows(tied):
         bos_token_id=1,
         eos_token_id=[2, 30],
         suppress_tokens=[40, -1],
+        begin_suppress_tokens=[41],
+        forced_eos_token_id=[42],
+        forced_decoder_ids=[[1, 43]],
         bad_words_ids=[[50, 51]],
         sequence_bias=[[[60], 61], [[62, 63], -2.0]],
         max_length=70,
     )
     model.config.image_token_id, model.config.vision_start_token_id = 90, NUM_ROWS + 5
-    assert ids_named_by(model) == {1, 2, 9, 30, 40, -1, 50, 51, 60, 62, 63, 90, NUM_ROWS + 5}
-    kept = KeptTokens((1, 2, 9, 30, 40, 50, 51, 60, 62, 63, 90, 100), NUM_ROWS)
+    assert ids_named_by(model) == {1, 2, 9, 30, 40, -1, 41, 42, 43, 50, 51, 60, 62, 63, 90, NUM_ROWS + 5}
+    kept = KeptTokens((1, 2, 9, 30, 40, 41, 42, 43, 50, 51, 60, 62, 63, 90, 100), NUM_ROWS)
     embedding, head = model.get_input_embeddings().weight.clone(), model.get_output_embeddings().weight.clone()
     keep_tokens(model, kept)
     assert torch.equal(model.get_input_embeddings().weight, embedding[list(kept.dense_ids)])
     assert torch.equal(model.get_output_embeddings().weight, head[list(kept.dense_ids)])
     assert model.get_input_embeddings().padding_idx == model.model.padding_idx == model.config.pad_token_id == 2
-    assert model.vocab_size == model.model.vocab_size == model.get_output_embeddings().out_features == 12
+    assert model.vocab_size == model.model.vocab_size == model.get_output_embeddings().out_features == 15
     config, said = model.config, model.generation_config
-    assert (config.bos_token_id, config.eos_token_id, config.image_token_id) == (0, 1, 10)
+    assert (config.bos_token_id, config.eos_token_id, config.image_token_id) == (0, 1, 13)
     assert config.vision_start_token_id == NUM_ROWS + 5
     assert (said.bos_token_id, said.eos_token_id, said.suppress_tokens) == (0, [1, 3], [4, -1])
-    assert said.bad_words_ids == [[5, 6]] and said.sequence_bias == [[[7], 61], [[8, 9], -2.0]]
+    assert (said.begin_suppress_tokens, said.forced_eos_token_id, said.forced_decoder_ids) == ([5], [6], [[1, 7]])
+    assert said.bad_words_ids == [[8, 9]] and said.sequence_bias == [[[10], 61], [[11, 12], -2.0]]
     assert said.max_length == 70
 
 
