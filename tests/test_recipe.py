@@ -1,5 +1,6 @@
 """The recipe's keys: as docs/recipe.md tells them, limits, merging, and one sentence per mistake."""
 
+import math
 from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.recipe import Recipe, as_recipe, dump_recipe, load_recipe, merged, parse_recipe
+from secateur.recipe import Domain, Recipe, as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
 TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
@@ -40,7 +41,6 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("calibration: {domains: {a: {}}}", r"calibration\.domains\.a: needs exactly one of .*; got none"),
         ("calibration: {domains: {a: {files: x, installed: code}}}", r"got installed and files"),
         ("calibration: {domains: {a: {file: x}}}", r"'calibration\.domains\.a\.file'; did you mean 'files'"),
-        ("calibration: {domains: {a: {answers: true, share: 0}}}", r"domains\.a\.share: .*greater than 0"),
         ("recover: {kl_share: 1.5}", r"recover\.kl_share: "),
         ("polish: {num_tokens: -1}", r"polish\.num_tokens: .*greater than or equal to 0, got -1\.$"),
         ("polish: much", r"polish: must be default, false or a mapping of its keys, got 'much'\.$"),
@@ -122,6 +122,13 @@ def test_presets_lie_below_what_is_asked():
     assert merged({"remove": {"to": "60M", "align": 8}}, {"remove": 0.2}) == {"remove": {"share": 0.2, "align": 8}}
     assert parse_recipe({"preset": "smallest", "remove": {"to": "60M"}}).remove.to == "60M"
     assert parse_recipe({"preset": "quick", "remove": {"layers": [4]}}).remove.depth is None
+
+
+def test_a_domain_is_frozen_and_has_a_share_above_nothing():
+    with pytest.raises(RecipeError, match=r"share: .*greater than 0"):
+        parse_recipe({"calibration": {"domains": {"a": {"answers": True, "share": 0}}}})
+    with pytest.raises(ValueError, match="frozen"):
+        Domain(answers=True).share = math.pi  # type: ignore[misc]
 
 
 def test_a_written_recipe_says_every_default():

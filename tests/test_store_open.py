@@ -1,5 +1,6 @@
 """A job's store from its opening to its end: who may have it, what it goes on from, when it stays."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from damage import flip
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.log import RunLog
-from secateur.store import HOW, Store, _Name, changes_of, place_beside
+from secateur.store import HOW, Store, _stem, changes_of, place_beside
 
 INPUTS = {"recipe": {"remove": {"share": 0.2}, "seed": 0}, "model file": "a" * 64}
 
@@ -192,9 +194,8 @@ def test_steps_of_a_lasting_store_are_known_by_what_they_depend_on(tmp_path):
     assert store.num_saved == 2 and store.num_found == 1
     stems = {file.stem for file in (tmp_path / "a" / "b").iterdir()}
     assert len(stems) == 2 and all(stem.startswith("x-y-z-") for stem in stems)
-    assert _Name("x", {"a": 1, "b": 2}).stem == _Name("x", {"b": 2, "a": 1}).stem
-    names = [_Name("x").stem, _Name("x", None, True).stem]
-    names += [_Name(name, {}).stem for name in ("x", "y", "x y", "x-y")]
+    assert _stem("x", {"a": 1, "b": 2}) == _stem("x", {"b": 2, "a": 1})
+    names = [_stem("x"), _stem("x", None, True), *(_stem(name, {}) for name in ("x", "y", "x y", "x-y"))]
     assert len(set(names)) == 6
 
 
@@ -214,6 +215,23 @@ def test_changes_are_told_in_order_and_digests_are_not_spelt_out():
     now = {"b": {"x": 3}, "a": "0" * 64, "same": 1}
     assert changes_of(before, now) == ["a has changed", "b x was 1 and is 3", "b y was 2 and is None"]
     assert changes_of({"a": "f" * 64}, {}) == changes_of({}, {"a": "f" * 64}) == ["a has changed"]
+
+
+def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):
+    Store(tmp_path).value("one", lambda: [1.5])
+    record = json.loads((tmp_path / "one.json").read_text())
+    assert next(iter(record)) == "sha256" and record["value"] == [1.5] and record["step"] == "one"
+
+
+def test_a_damaged_step_is_removed_and_done_once(tmp_path):
+    store = Store(tmp_path)
+    store.save("step", {"a": torch.ones(2)}, {})
+    flip(tmp_path / "step.json", -3)
+    said = list[str]()
+    again = Store(tmp_path, tell=said.append)
+    assert again.find("step") is None and again.find("step") is None and not again.has("step")
+    assert said == [f"{tmp_path}: step, finished by an earlier run, is damaged on disk, so it is done again."]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["inputs", "input-text"])

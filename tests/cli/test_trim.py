@@ -1,12 +1,14 @@
 """`secateur trim` end to end: tokens go and nothing else, and every text reads back as it was."""
 
 import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
+from bpe_tokenizer import CORPUS, SAMPLES, SPACE, bpe_tokenizer, sentencepiece_tokenizer
 from models import saved, tiny_llama
 from run_cli import Outcome, run_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +73,19 @@ def test_it_says_what_went_and_what_that_costs(place, done):
     assert "seed: 3" in saved and "vocabulary: 448" in saved and "groups: []" in saved
 
 
+def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
+    """Text without a digit: by its length a digit in its byte costs nothing, and the model has never read one so."""
+    tokenizer = sentencepiece_tokenizer("gemma", 420)
+    saved(tmp_path / "model", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    draw, words = random.Random(0), "the ferry leaves at they said it hours def fare distance return".split()
+    (tmp_path / "prose.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(900)))
+    arguments = ["trim", tmp_path / "model", tmp_path / "out", "--domain", f"prose={tmp_path / 'prose.txt'}"]
+    outcome = run_cli(*arguments, "--vocabulary", 320, "--force", *SMALL)
+    assert outcome.status == 0, outcome.stderr
+    small = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert small.tokenize("06:15 12345") == [*"06:15", SPACE, *"12345"]
+
+
 def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
     arguments: list[Any] = ["prune", place / "model", tmp_path / "out", "--remove", "0.3", "--vocabulary", SIZE]
     arguments += ["--domain", f"prose={place / 'prose.txt'}", "--set", "remove.keep_scripts=[cyrillic]"]
@@ -90,3 +105,24 @@ def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
     )
     assert told["num_params_after"] == result["pruned_size"]["num_params"]
     assert told["remove_reached"] == pytest.approx(result["remove_reached"])
+
+
+def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_text_is_read(place, done, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    rarest = sorted(set(range(NUM_TOKENS)).difference(kept_ids(place / "smaller")))[-8:]
+    names = [tokenizer.convert_ids_to_tokens(index) for index in rarest]
+    a, b, c, d, e, f, g, h = rarest
+    generation = {"suppress_tokens": [a], "begin_suppress_tokens": [b], "eos_token_id": [1, c]}
+    generation |= {"bad_words_ids": [[d, e]], "forced_eos_token_id": [f], "forced_decoder_ids": [[1, g]]}
+    generation |= {"pad_token_id": h}
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    assert done.status == 0
+    outcome = trim(place, tmp_path / "model", tmp_path / "out")
+    assert outcome.status == 0, outcome.stderr
+    assert set(rarest) <= set(kept_ids(tmp_path / "out"))
+    small = AutoTokenizer.from_pretrained(tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ids = [*said["suppress_tokens"], *said["begin_suppress_tokens"], said["eos_token_id"][1], *said["bad_words_ids"][0]]
+    ids += [*said["forced_eos_token_id"], said["forced_decoder_ids"][0][1], said["pad_token_id"]]
+    assert small.convert_ids_to_tokens(ids) == names and said["forced_decoder_ids"][0][0] == 1

@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from secateur.errors import RecipeError
 from secateur.evaluation.compare import compare
@@ -117,6 +123,28 @@ def test_damaged_and_changed_cells_are_run_anew_and_the_rest_is_kept(grid: dict[
     text = tmp_path / f"{next(iter(TEXTS))}.txt"
     text.write_text(text.read_text().replace("1", "one"))
     assert len(run()[1]) == len(more) + 3
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_it_goes_on(grid: dict[str, Any], tmp_path: Path) -> None:
+    reference, out = write(grid, tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "secateur", "compare", reference, str(out)]
+    kept: set[str] = set()
+    for seconds in (6, 7, 8):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        done = {path.name for path in out.glob("cells/[!.]*.json")}
+        assert kept <= done
+        kept = done
+    times = {path: path.stat().st_mtime_ns for path in out.glob("cells/[!.]*.json")}
+    assert subprocess.run(command, capture_output=True, check=True).returncode == 0
+    assert all(path.stat().st_mtime_ns == written for path, written in times.items())
+    whole = compare(reference, tmp_path / "whole").cells
+    results = json.loads((out / "results.json").read_text())["cells"]
+    for one, other in zip(results, whole, strict=True):
+        assert TypeAdapter(dict[str, Loss]).validate_python(one["losses"]) == other.losses
 
 
 def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:

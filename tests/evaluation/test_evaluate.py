@@ -1,10 +1,17 @@
 """`secateur evaluate` on text: figures against computations by hand, resume after a kill, mistakes in a sentence."""
 
+import contextlib
 import json
 import math
+import os
+import re
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from models import saved
@@ -85,6 +92,45 @@ def test_named_domains_give_the_blocks_asked_for_whatever_their_shares(texts):
 def test_blocks_are_no_longer_than_the_model_reads(copy, texts):
     found = evaluate(copy, domains={"prose": Domain(files=(str(texts["prose"]),))}, num_blocks=2)
     assert found.pruned.domains["prose"].num_tokens == 2 * (256 - 1)  # the first of its 256 positions predicts nothing
+
+
+def test_a_killed_evaluation_goes_on(copy, checkpoints, texts, tmp_path, warm):
+    domains = [f"--domain={name}={file}" for name, file in texts.items()]
+    arguments = ["evaluate", copy, "--against", checkpoints["llama"], *domains]
+    arguments += ["--num-blocks", "8", "--sequence-length", "32", "--json"]
+    command = [sys.executable, Path(__file__).parents[1] / "little_main.py", *arguments]
+    process = warm.start(command, dict(os.environ))
+    while not list((copy / "evaluation").glob("*.json")):
+        assert psutil.pid_exists(process), warm.wait(command)
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):  # a busy machine may let it end before
+        os.kill(process, signal.SIGKILL)
+    warm.wait(command)
+    done = {part: part.stat().st_mtime_ns for part in (copy / "evaluation").glob("*.json")}
+    assert done
+    second = run_cli(*arguments)
+    assert second.status == 0
+    assert {part: part.stat().st_mtime_ns for part in done} == done  # not computed again
+    fresh = run_cli(*arguments, "--out", tmp_path / "fresh")
+    assert json.loads(second.stdout) == json.loads(fresh.stdout)
+    parts = [
+        {part.name for part in folder.iterdir()} for folder in (copy / "evaluation", tmp_path / "fresh/evaluation")
+    ]
+    assert parts[0] == parts[1] and len(parts[0]) == 5  # text and answers of both, KL
+
+
+def test_damaged_parts_are_measured_again(copy):
+    found, heard = evaluate(copy, against=copy, other_dense=True), list[str]()
+    parts = sorted((copy / "evaluation").iterdir())
+    whole = [part.read_bytes() for part in parts]
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(whole[1][:-5])
+    parts[2].write_bytes(re.sub(rb"\d\.\d", b"9.9", whole[2], count=1))
+    parts[3].write_bytes(whole[3].replace(b'"step"', b'"stop"'))
+    assert evaluate(copy, against=copy, other_dense=True, tell=heard.append) == found
+    assert [part.read_bytes() for part in parts] == whole
+    said = "finished by an earlier run, is damaged on disk, so it is done again."
+    assert sorted(heard) == [f"{part.parent}: {part.stem}, {said}" for part in parts[:4]]
 
 
 def test_another_model_in_the_same_place_is_measured_anew(copy):
