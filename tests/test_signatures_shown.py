@@ -126,5 +126,5 @@ def test_where_a_pair_may_be_dropped_is_known() -> None:
         "secateur.evaluation.bench": 1,
         "secateur.formats.save": 1,
         "secateur.model.group": 1,
-        "secateur.model.bind": 4,
+        "secateur.model.bind": 3,
     }

@@ -140,20 +140,23 @@ class Answers:
         `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for too
         few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
         """
-        prompts = {part: self._asked(domain, part) for part in num_blocks}
+        prompts: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
         # Batches whose longest answers are cut, of which the last one fills what is missing.
         stage, length = f"answers, {domain}", self.speaker.length
         num_batches = 1 + -(-2 * sum(num_blocks.values()) // self.speaker.rows)
         total = sum(num_blocks.values()) * length + num_batches * STEP_TOKENS * (length // 2)
         tell = _Counter(self.progress, stage, total)
         while True:
-            filled = {part: self._filled(domain, part, number, told) for part, number in num_blocks.items()}
-            blocks: dict[Part, Blocks] = {part: own for part, own in filled.items() if own is not None}
+            blocks: dict[Part, Blocks] = {
+                part: filled
+                for part, number in num_blocks.items()
+                if (filled := self._filled(domain, part, number, told)) is not None
+            }
             if len(blocks) == len(num_blocks):
                 self.progress(stage, total, total)
                 return blocks
             tell.done = max(tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks))
-            missing = [part for part in num_blocks if part not in blocks]
+            missing: list[Part] = [part for part in num_blocks if part not in blocks]
             self._write(
                 [each for part in missing for each in self._wanted(domain, part, num_blocks[part], prompts[part])], tell
             )

@@ -470,7 +470,7 @@ class _Finder:
     @torch.no_grad()
     def _adds(self, index: int, group: Group) -> bool:
         """Say whether what the group's module gives is added to the stream as it is."""
-        layer = self.layers[index]
+        layer: Any = self.layers[index]
         call, module = self.calls[layer], layer.get_submodule(group.parts.module)
         step = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(index))
         with module.register_forward_hook(lambda _, __, output: output + step.view_as(output)), suppress(*WRONG_GUESS):

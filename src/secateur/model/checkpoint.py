@@ -33,10 +33,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from secateur.errors import CheckpointError, one_line
 from secateur.files import read_json, sha256_of
-from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate
+from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate, refused
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import linears_for_conv, shapes_of
-from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, refused, replaced
+from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
 from secateur.model.tensors import StoredTensor, deferred_tensors, note_on, stored_tensors, take_quantisation
 
 # Head and embedding are one matrix if the mean cosine of their rows, of about so many, is at least this.

@@ -4,7 +4,7 @@ In: a layer's linears or stacks of experts. Out: a `Group` that has no numbers y
 of any layer of that kind. Nothing here is proved: `bind` does that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, permutations
 from typing import Any
@@ -108,7 +108,7 @@ def _by_router(experts: Experts, config: Any) -> tuple[Experts, int]:
     return replace(experts, num_groups=num_groups), at_least
 
 
-def stack_guesses(stacks: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Stacks]:
+def stack_guesses(stacks: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Stacks]:
     """Yield ways in which two stacks could be an expert's writer and reader."""
     for (writer, up), (down, reader) in permutations(stacks.items(), 2):
         biases = [name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)]

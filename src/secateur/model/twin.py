@@ -179,6 +179,8 @@ def _sections(name: Any, value: Any, by_width: int) -> Any:
 
 def _keep_tokens_inside(values: dict[str, Any]) -> None:
     size = values.get("vocab_size")
-    for key, value in values.items() if isinstance(size, int) else ():
+    if not isinstance(size, int):
+        return
+    for key, value in values.items():
         if key.endswith("token_id") and isinstance(value, int) and value >= size:
             values[key] = size - 1 if re.search("image|video|audio", key) else 0
