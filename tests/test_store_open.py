@@ -13,7 +13,7 @@ from damage import flip
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.log import RunLog
-from secateur.store import HOW, Store, _stem, changes_of, place_beside
+from secateur.store import HOW, Store, _Name, changes_of, place_beside
 
 INPUTS = {"recipe": {"remove": {"share": 0.2}, "seed": 0}, "model file": "a" * 64}
 
@@ -194,8 +194,9 @@ def test_steps_of_a_lasting_store_are_known_by_what_they_depend_on(tmp_path):
     assert store.num_saved == 2 and store.num_found == 1
     stems = {file.stem for file in (tmp_path / "a" / "b").iterdir()}
     assert len(stems) == 2 and all(stem.startswith("x-y-z-") for stem in stems)
-    assert _stem("x", {"a": 1, "b": 2}) == _stem("x", {"b": 2, "a": 1})
-    names = [_stem("x"), _stem("x", None, True), *(_stem(name, {}) for name in ("x", "y", "x y", "x-y"))]
+    assert _Name("x", {"a": 1, "b": 2}).stem == _Name("x", {"b": 2, "a": 1}).stem
+    names = [_Name("x").stem, _Name("x", None, True).stem]
+    names += [_Name(name, {}).stem for name in ("x", "y", "x y", "x-y")]
     assert len(set(names)) == 6
 
 
