@@ -11,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from secateur.errors import CheckpointError
 
+# A number for each domain of a text, by its name.
+PerDomain = dict[str, float]
+
 
 def standard_error(sums_D: Sequence[float], tokens_D: Sequence[int]) -> float | None:
     """Return the standard error of a mean over tokens, r = sum_d s_d / sum_d n_d, drawn document by document.

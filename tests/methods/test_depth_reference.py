@@ -123,48 +123,46 @@ def test_one_divergence_that_is_no_number_is_enough(monkeypatch) -> None:
         layer_kl(model, bind(model), batches_of(TEXT, {})[:1], (), [1], {})
 
 
-def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, monkeypatch, **options) -> tuple:
+def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, protected=(), progress=silent) -> tuple:
     """Choose by these costs of sets of removed layers; return the choice and what was measured, call by call."""
-    model, calls = tiny_llama(num_layers=num_layers), []
+    calls = []
 
-    def layer_costs(_model, _arch, _batches, removed, asked, _readers) -> dict[int, float]:
+    def kl_without(removed, asked) -> dict[int, float]:
         calls.append(list(asked))
         return {index: costs[frozenset({*removed, index})] for index in asked}
 
-    monkeypatch.setattr(depth, "layer_kl", layer_costs)
-    asked = {"readers": {}, "protected": (), "progress": silent} | options
-    return choose_layers(model, bind(model), [], num_remove, **asked), calls
+    return choose_layers(kl_without, set(range(num_layers)) - set(protected), num_remove, progress), calls
 
 
-def test_of_equal_layers_the_first_goes(monkeypatch) -> None:
+def test_of_equal_layers_the_first_goes() -> None:
     costs = {frozenset(each): float(len(each)) for each in ({0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2})}
-    assert chosen_by(costs, 3, 2, monkeypatch)[0] == {0: 1.0, 1: 2.0}
+    assert chosen_by(costs, 3, 2)[0] == {0: 1.0, 1: 2.0}
 
 
-def test_layers_are_measured_again_until_none_can_be_cheaper(monkeypatch) -> None:
+def test_layers_are_measured_again_until_none_can_be_cheaper() -> None:
     single = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0, 5: 6.0, 6: 7.0, 7: 8.0}
     costs = {frozenset({index}): cost for index, cost in single.items()}
     # After layer 0 each adds what it did alone and more: the first four are dearer than layer 5 was alone.
     more = {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.5, 5: 8.5, 6: 9.0, 7: 9.0}
     costs |= {frozenset({0, index}): cost for index, cost in more.items()}
-    chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
+    chosen, calls = chosen_by(costs, 8, 2)
     assert calls == [list(range(8)), [1, 2, 3, 4], [5, 6, 7]]
     assert chosen == {0: 1.0, 5: 8.5}
     # Layer 5 adds at least 6 to the 1 of before, which is more than what layer 1 now costs: one call is enough.
     costs |= {frozenset({0, 1}): 6.5}
-    chosen, calls = chosen_by(costs, 8, 2, monkeypatch)
+    chosen, calls = chosen_by(costs, 8, 2)
     assert calls == [list(range(8)), [1, 2, 3, 4]] and chosen == {0: 1.0, 1: 6.5}
 
 
-def test_what_a_layer_added_counts_from_what_was_gone_before(monkeypatch) -> None:
+def test_what_a_layer_added_counts_from_what_was_gone_before() -> None:
     single = {0: 1.0, 1: 2.0, 2: 3.0, 3: 3.1, 4: 3.2, 5: 3.5, 6: 3.6, 7: 3.7}
     costs = {frozenset({index}): cost for index, cost in single.items()}
     costs |= {frozenset({0, index}): 1 + cost for index, cost in single.items() if index}
     costs |= {frozenset({0, 1, index}): 3 + cost for index, cost in single.items() if index > 1}
-    chosen, calls = chosen_by(costs, 8, 3, monkeypatch)
+    chosen, calls = chosen_by(costs, 8, 3)
     assert calls[1:] == [[1, 2, 3, 4], [2, 3, 4, 5]] and list(chosen) == [0, 1, 2]
 
 
-def test_protected_layers_are_neither_measured_nor_removed(monkeypatch) -> None:
+def test_protected_layers_are_neither_measured_nor_removed() -> None:
     costs = {frozenset({index}): 5.0 - index for index in range(4)}
-    assert chosen_by(costs, 4, 1, monkeypatch, protected=(3, 0)) == ({2: 3.0}, [[1, 2]])
+    assert chosen_by(costs, 4, 1, protected=(3, 0)) == ({2: 3.0}, [[1, 2]])

@@ -8,7 +8,7 @@ from recipes import grouped
 
 from secateur.errors import RecipeError
 from secateur.methods import experts
-from secateur.methods.experts import _observe_channels, channel_inputs, prune_expert_channels
+from secateur.methods.experts import _observe_channels, prune_expert_channels
 from secateur.methods.scores import SCORES, Score, wanda
 from secateur.methods.select import Task
 from secateur.model.bind import bind, decoder_layers
@@ -28,10 +28,11 @@ CHANNELS = ("expert_ffn",)
 def test_the_readers_inputs_give_what_the_expert_gives(name: str) -> None:
     model = tiny_family(name)
     group = bind(model).select(CHANNELS)[0]
-    module = decoder_layers(model, bind(model))[0].get_submodule(group.experts.module)
+    mixture = group.experts.of(decoder_layers(model, bind(model))[0])
+    module = mixture.module
     x_TD = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
     for expert in range(3):
-        inputs_TF = channel_inputs(module, group.experts.stacks, expert, x_TD)
+        inputs_TF = mixture.inputs(expert, x_TD)
         down = module.down_proj[expert]
         given = inputs_TF @ (down if name == "gpt_oss" else down.T)
         if name == "gpt_oss":

@@ -14,7 +14,6 @@ from secateur.errors import NumericsError
 from secateur.methods.experts import (
     _refit,
     _routing_of_weighted,
-    channel_inputs,
     observe_routing,
     prune_expert_channels,
     prune_experts,
@@ -22,7 +21,7 @@ from secateur.methods.experts import (
 )
 from secateur.methods.select import Task
 from secateur.model.bind import bind
-from secateur.model.group import cut
+from secateur.model.group import Mixture, cut
 from secateur.stream.walk import Walk
 from tests.families import tiny_family
 from tests.methods.test_repair import HELD_OUT, SHARES, TEXT, batches_of
@@ -299,9 +298,9 @@ def test_an_expert_with_many_tokens_is_damped_as_asked() -> None:
     num_tokens = 10 * CHANNELS + 7
     hidden_TD, left_TD = (torch.randn(num_tokens, 48, generator=generator) for _ in range(2))
     parts = {"a": (hidden_TD, torch.ones(num_tokens, 1, dtype=torch.long), torch.rand(num_tokens, 1), left_TD.clone())}
-    reader_DF = experts.down_proj[1].clone()
-    new_DF = _refit(experts, group.experts.stacks, 1, reader_DF, parts, {"a": 1.0}, 0.1)
-    x_TF = numbers(channel_inputs(experts, group.experts.stacks, 1, hidden_TD) * parts["a"][2])
+    reader_DF, mixture = experts.down_proj[1].clone(), Mixture(experts, group.experts.stacks)
+    new_DF = _refit(mixture, 1, reader_DF, parts, {"a": 1.0}, 0.1)
+    x_TF = numbers(mixture.inputs(1, hidden_TD) * parts["a"][2])
     ridge_F = reference.ridge(x_TF.T @ x_TF, 0.1)
     expected_DF = reference.refit(np.zeros((48, CHANNELS)), x_TF, range(CHANNELS), ridge_F, numbers(left_TD))
     np.testing.assert_allclose(numbers(new_DF - reader_DF), expected_DF, atol=1e-5)

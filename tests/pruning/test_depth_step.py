@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.log import silent
-from secateur.methods.depth import choose_layers
+from secateur.methods.depth import choose_layers, layer_kl
 from secateur.methods.profile import first_blocks
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
@@ -96,7 +97,8 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
     readers = _narrow_readers(run, run.batches())
     # Nothing is left to the widths here.
     assert readers == {}
-    expected = choose_layers(model, run.arch, batches, 3, readers={}, protected=(), progress=silent)
+    kl_without = partial(layer_kl, model, run.arch, batches, readers={})
+    expected = choose_layers(kl_without, range(run.arch.num_layers), 3, silent)
     by_choice = sorted(lines, key=lambda line: line["chosen"])
     assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
     # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.
@@ -135,14 +137,15 @@ def test_layers_that_are_named_go_as_if_they_had_been_chosen(small, tmp_path, mo
 def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):
     model, seen = dense(tiny_llama), []
 
-    def spy(*arguments: Any, readers: Any, **named: Any) -> Any:
+    def spy(*arguments: Any, readers: Any) -> Any:
         seen.append(readers)
-        return choose_layers(*arguments, readers=readers, **named)
+        return layer_kl(*arguments, readers=readers)
 
-    monkeypatch.setattr(depth_step, "choose_layers", spy)
+    monkeypatch.setattr(depth_step, "layer_kl", spy)
     settings = {**small, "depth": 2, "remove": 0.45, "protected_layers": [0]}
     result = secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER)
-    (readers,) = seen
+    readers, *again = seen
+    assert all(each is readers for each in again)
     assert sorted(readers) == [1, 2, 3, 4, 5]
     width = model.config.intermediate_size
     (kept,) = {len(keep) for (layer, _), keep in result.keeps.items()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.errors import RecipeError
 from secateur.model.bind import Arch
-from secateur.model.group import ALIGNED, Group, GroupKey, by_name
+from secateur.model.group import ALIGNED, Counts, Group, Groups, by_name
 
 # Widths that suit tensor cores: ALIGN_LARGE from LARGE_WIDTH units on. llama.cpp's k-quants store rows
 # in blocks of ALIGN_BLOCKS, and others in wider types; so many blocks are to be left to choose from.
@@ -71,7 +71,7 @@ def params_of(groups: Iterable[Group]) -> int:
     return sum(group.num_units * group.params_per_unit for group in groups)
 
 
-def params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> int:
+def params_gone(groups: Groups, num_keep: Counts) -> int:
     """Return the parameters that go if each group keeps that many of its full width."""
     return sum((g.num_units - min(num_keep[g.key], g.num_units)) * g.params_per_unit for g in groups)
 
@@ -80,7 +80,7 @@ def params_gone(groups: tuple[Group, ...], num_keep: Mapping[GroupKey, int]) -> 
 class Plan:
     """How many units each group keeps, and the model's cost before and after."""
 
-    num_keep: dict[GroupKey, int]
+    num_keep: Counts
     cost_before: int
     cost_after: int
 
@@ -90,7 +90,7 @@ class Plan:
         return 1 - self.cost_after / self.cost_before
 
 
-def default_align(groups: tuple[Group, ...], keep_share: float) -> int:
+def default_align(groups: Groups, keep_share: float) -> int:
     """Return the alignment of widths for a recipe that names none. `keep_share`: of the units that stay."""
     narrow = [group.num_units for group in groups if group.kind in ALIGNED]
     whole = all(width % ALIGN_BLOCKS == 0 for width in narrow)
@@ -105,14 +105,14 @@ def align_of(group: Group, align: int) -> int:
     return align if group.kind in ALIGNED else 1
 
 
-def least_step(groups: tuple[Group, ...], align: int, *, alike: bool) -> int:
+def least_step(groups: Groups, align: int, *, alike: bool) -> int:
     """Return the cost of the smallest step: one group's, or `alike` that of all of its kind."""
     kinds = by_name(groups).values()
     steps = ([align_of(group, align) * group.params_per_unit for group in kind] for kind in kinds)
     return min(map(sum if alike else min, steps))
 
 
-def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align: int) -> Plan:
+def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> Plan:
     """Keep the same share of every group, so that `remove` of the whole model's cost goes.
 
     The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
@@ -123,7 +123,7 @@ def uniform_plan(groups: tuple[Group, ...], prices: Prices, remove: float, align
     """
     steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
-    num_keep: dict[GroupKey, int] = {}
+    num_keep = Counts()
     missing = remove * prices.total
     for position, name in enumerate(names):
         left = [group for group in groups if group.name in names[position:]]
@@ -155,18 +155,18 @@ def out_of_reach(remove: float, prices: Prices, largest: float) -> RecipeError:
     return RecipeError(
         f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
         f"{round_down(largest)} with each at its smallest width; ask for less, lower align, or remove more "
-        f"whole layers (depth)."
+        "whole layers (depth)."
     )
 
 
-def plan_of(groups: tuple[Group, ...], prices: Prices, num_keep: dict[GroupKey, int]) -> Plan:
+def plan_of(groups: Groups, prices: Prices, num_keep: Counts) -> Plan:
     """Return the plan that keeps these counts."""
     return Plan(num_keep, prices.total, prices.total - params_gone(groups, num_keep))
 
 
-def least_keep(groups: tuple[Group, ...], align: int) -> dict[GroupKey, int]:
+def least_keep(groups: Groups, align: int) -> Counts:
     """Return each group's lowest count: one step, or as many as its config can state."""
-    least: dict[GroupKey, int] = {}
+    least = Counts()
     for group in groups:
         step = align_of(group, align)
         counts = filter(group.allows, range(step, group.num_units, step))
@@ -191,7 +191,7 @@ def round_shares(rounds: int) -> list[float]:
     return [1 - (1 - done / rounds) for done in range(1, rounds + 1)]
 
 
-def round_plans(groups: tuple[Group, ...], prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:
+def round_plans(groups: Groups, prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:
     """Return the plan of each round: `shares` of the way to `plan`, each width aligned."""
     plans = []
     for share in shares[:-1]:

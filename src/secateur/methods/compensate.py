@@ -6,12 +6,14 @@ Ridge least squares, checked on held-out text: a correction that does not help i
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
+from secateur.facts import PerDomain
 from secateur.model.stock import replaced
 from secateur.stream.device import float64_device
 from secateur.stream.statistics import (
@@ -61,8 +63,8 @@ class Guard:
     """The step taken, and each domain's held-out error as a share of its output energy."""
 
     step: float
-    error_before: dict[str, float]
-    error_after: dict[str, float]
+    error_before: PerDomain
+    error_after: PerDomain
 
 
 def least_squares(
@@ -148,8 +150,7 @@ def guard(errors: dict[str, HeldOutError]) -> Guard:
     return Guard(0.0, before, before)
 
 
-@dataclass(frozen=True, slots=True)
-class Repaired:
+class Repaired(NamedTuple):
     """The compensation of a reader: weights of its remaining columns, and the verdict."""
 
     weight_HS: Tensor | None = None

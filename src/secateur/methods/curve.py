@@ -8,8 +8,9 @@ import numpy
 from numpy.typing import NDArray
 
 from secateur.errors import RecipeError
+from secateur.facts import PerDomain
 from secateur.methods.budget import Plan, Prices, out_of_reach, plan_of
-from secateur.model.group import Group, GroupKey
+from secateur.model.group import Counts, GroupKey, Groups
 
 MAX_STEPS = 50_000
 
@@ -54,15 +55,15 @@ class GroupProfile:
 
     levels: tuple[int, ...]
     errors: tuple[float, ...]
-    slopes: dict[str, float]
+    slopes: PerDomain
 
 
 Profiles = Mapping[GroupKey, GroupProfile]
 
 
-def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict[str, float]:
+def predicted_rise(profiles: Profiles, num_keep: Counts) -> PerDomain:
     """Return, by domain, sum over groups of slope x error, in nats per token."""
-    rise: dict[str, float] = {}
+    rise = PerDomain()
     for key, profile in profiles.items():
         error = profile.errors[profile.levels.index(num_keep[key])]
         for domain, slope in profile.slopes.items():
@@ -70,9 +71,7 @@ def predicted_rise(profiles: Profiles, num_keep: Mapping[GroupKey, int]) -> dict
     return rise
 
 
-def curve_plan(
-    groups: tuple[Group, ...], profiles: Profiles, prices: Prices, remove: float, max_rise: Mapping[str, float]
-) -> Plan:
+def curve_plan(groups: Groups, profiles: Profiles, prices: Prices, remove: float, max_rise: PerDomain) -> Plan:
     """Return the plan with the least predicted rise, averaged over domains.
 
     At least `remove` of the whole model's cost goes, counted from the groups' full widths, and less
@@ -105,9 +104,9 @@ class _Problem:
     profiles: Profiles
     removals: list[list[int]]
     target: int
-    limits: Mapping[str, float]
+    limits: PerDomain
 
-    def solve(self, weights: Mapping[str, float]) -> dict[GroupKey, int]:
+    def solve(self, weights: PerDomain) -> Counts:
         """Return the counts that remove the target with the least rise, weighted by domain."""
         losses = []
         for profile in self.profiles.values():
@@ -116,7 +115,7 @@ class _Problem:
         pairs = zip(self.profiles.items(), least_loss(self.removals, losses, self.target), strict=True)
         return {key: profile.levels[option] for (key, profile), option in pairs}
 
-    def within_limits(self) -> dict[GroupKey, int] | None:
+    def within_limits(self) -> Counts | None:
         """Return the counts of least mean rise found within the limits; None if there are none."""
         domains = sorted({domain for profile in self.profiles.values() for domain in profile.slopes})
         mean = 1 / len(domains)
@@ -138,7 +137,7 @@ class _Problem:
                 low = share
         return best
 
-    def _careful_weights(self) -> dict[str, float] | None:
+    def _careful_weights(self) -> PerDomain | None:
         """Return weights over the limited domains that keep the limits; None if none was found."""
         # For several domains: exponentiated gradient to the domain furthest over its limit.
         raised = dict.fromkeys(self.limits, 0.0)
@@ -154,6 +153,6 @@ class _Problem:
             raised = {domain: raised[domain] + rise[domain] / limit / furthest for domain, limit in self.limits.items()}
         return None
 
-    def _allows(self, num_keep: dict[GroupKey, int]) -> bool:
+    def _allows(self, num_keep: Counts) -> bool:
         rise = predicted_rise(self.profiles, num_keep)
         return all(rise[domain] <= limit for domain, limit in self.limits.items())

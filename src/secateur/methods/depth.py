@@ -4,8 +4,8 @@ B blocks of a batch, T tokens of a block, P positions that predict a token (T - 
 L layers. Held-out batches take no part in the choice.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
+from secateur.facts import PerDomain
 from secateur.log import Progress, silent, steps
 from secateur.methods.compensate import Guard, guard, held_out_errors, least_squares, sums_of, weight_replaced
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
@@ -22,6 +23,10 @@ from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergen
 from secateur.stream.statistics import Gram, decided, keep_highest, sum_over_ranks, totals
 from secateur.stream.walk import LAYERS_AT_ONCE, Batch, Walk, at_hand
 
+# By layer, the weight of its FFN's reader.
+Readers = dict[int, Tensor]
+# By layer, KL to the dense model in nats per token.
+LayerKL = dict[int, float]
 # Keys of transformers' mixtures: the layers with an FFN, those with experts; how many come before experts.
 LAYER_NUMBERS, FIRST_LAYERS = ("mlp_only_layers", "moe_layers"), ("first_k_dense_replace",)
 
@@ -42,15 +47,11 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
                 module.layer_idx = number
     parent, _, name = arch.layers.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(modules))
-    _renumber(config, kept, arch.num_layers)
-    return bind(model)
 
-
-def _renumber(config: Any, kept: list[int], num_layers: int) -> None:
-    """Give the config the layers that stay."""
+    # Give the config the layers that stay.
     new, known = {index: number for number, index in enumerate(kept)}, config.to_dict()
     if (step := known.get("decoder_sparse_step", 1)) > 1:  # experts in each `step`-th layer, dense ones between
-        between = {index for index in range(num_layers) if (index + 1) % step}
+        between = {index for index in range(arch.num_layers) if (index + 1) % step}
         known["mlp_only_layers"] = sorted(between.union(known["mlp_only_layers"]))
         config.decoder_sparse_step = 1
     for key, value in known.items():
@@ -58,9 +59,10 @@ def _renumber(config: Any, kept: list[int], num_layers: int) -> None:
             setattr(config, key, [new[index] for index in value if index in new])
         elif key in FIRST_LAYERS and value is not None:
             setattr(config, key, sum(index < value for index in kept))
-        elif "layer" in key and isinstance(value, list) and len(value) == num_layers:
+        elif "layer" in key and isinstance(value, list) and len(value) == arch.num_layers:
             setattr(config, key, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
+    return bind(model)
 
 
 @torch.no_grad()
@@ -75,7 +77,8 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     `layer`, and the family adds what an MLP gives as it is. Raises NumericsError as `least_squares`.
     """
     # Sum what the reader sees, and what `layer` adds.
-    reader, layers = _reader(model, arch, layer - 1), decoder_layers(model, arch)
+    layers = decoder_layers(model, arch)
+    reader = _reader(arch, layers, layer - 1)
     with at_hand(layers[layer - 1]):
         gram = Gram(reader.in_features, reader.weight.device)
         cross_FD = gram.blocks[0].new_zeros(reader.in_features, reader.out_features)
@@ -84,7 +87,7 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
         walk = Walk(model, arch, [batch])
         for index in range(layer - 1):
             walk.advance(index)
-        x_TF, between_BTD = _reader_inputs(walk, layer - 1, reader, walk.hidden_BTD[0])
+        x_TF, between_BTD = _reader_inputs(walk, layer - 1, walk.hidden_BTD[0])
         x_TF, added_TD = (
             batch.counted(x_TF),
             batch.counted(walk.through(layer, between_BTD).float() - between_BTD.float()),
@@ -119,7 +122,7 @@ def narrow_readers(
     shares: Sequence[Mapping[int, float]],
     damping: float | None,
     progress: Progress = silent,
-) -> list[dict[int, Tensor]]:
+) -> list[Readers]:
     """Return narrow models: by layer, the FFN reader's weight with some columns zero.
 
     `shares`: for each of these models, by layer, the share of columns that stays, those of the
@@ -128,20 +131,19 @@ def narrow_readers(
     changed. Held-out batches take no part.
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
-    readers_by_cut: list[dict[int, Tensor]] = [{} for _ in shares]
+    readers_by_cut: list[Readers] = [{} for _ in shares]
     for index in steps(progress, "fit narrow layers", range(arch.num_layers)):
         if any(index in share for share in shares):
             with walk.layer(index):
-                reader = _reader(model, arch, index)
+                reader = _reader(arch, walk.layers, index)
                 gram = Gram(reader.in_features, reader.weight.device)
                 for batch, hidden_BTD in zip(walk.batches, walk.hidden_BTD, strict=True):
-                    gram.add_product(batch.counted(_reader_inputs(walk, index, reader, hidden_BTD)[0]))
+                    gram.add_product(batch.counted(_reader_inputs(walk, index, hidden_BTD)[0]))
                 sum_over_ranks(gram)
                 for readers, of_cut in zip(readers_by_cut, shares, strict=True):
                     if index in of_cut:
                         readers[index] = decided(partial(_narrow, reader.weight, gram, of_cut[index], damping))
-        with _replaced(model, arch, index, readers_by_cut[0].get(index)):
-            walk.advance(index)
+        _advance(walk, index, readers_by_cut[0])
     return readers_by_cut
 
 
@@ -149,8 +151,8 @@ def narrow_kl(
     model: nn.Module,
     arch: Arch,
     batches: list[Batch],
-    readers: Sequence[Mapping[int, Tensor]],
-    shares: Mapping[str, float],
+    readers: Sequence[Readers],
+    shares: PerDomain,
     progress: Progress = silent,
 ) -> list[float]:
     """Return KL(dense || model with FFN readers), in nats per token, for each set of readers.
@@ -160,15 +162,13 @@ def narrow_kl(
     head, nothing = head_of(model, arch), torch.zeros(len(readers) + 1, dtype=torch.float64)
     by_domain = dict[str, Tensor]()
     for batch in steps(progress, "judge narrow layers", batches):
-        dense, *narrow = walks = [Walk(model, arch, [batch]) for _ in range(1 + len(readers))]
+        walks = [Walk(model, arch, [batch]) for _ in range(1 + len(readers))]
         for index in range(arch.num_layers):
-            dense.advance(index)
-            for walk, of_cut in zip(narrow, readers, strict=True):
-                with _replaced(model, arch, index, of_cut.get(index)):
-                    walk.advance(index)
+            for walk, of_cut in zip(walks, ({}, *readers), strict=True):
+                _advance(walk, index, of_cut)
         states, *others = [states_for_head(model, arch, batch, walk.hidden_BTD[0]) for walk in walks]
-        kls = [token_divergences(states, head, other, head).double().sum().cpu() for other in others]
-        sums_R1 = torch.stack([*kls, torch.tensor(float(len(states)), dtype=torch.float64)])
+        kls = [float(token_divergences(states, head, other, head).double().sum()) for other in others]
+        sums_R1 = torch.tensor([*kls, len(states)], dtype=torch.float64)
         by_domain[batch.domain] = by_domain.get(batch.domain, nothing) + sums_R1
     counted = {name: sums_R1 for name, sums_R1 in totals(by_domain).items() if sums_R1[-1] > 0}
     total = sum(shares[name] for name in counted)
@@ -187,19 +187,21 @@ def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) 
     return narrow_DF
 
 
-def _reader(model: nn.Module, arch: Arch, layer: int) -> nn.Linear:
-    (group,) = (group for group in arch.select(("ffn",)) if group.layer == layer)
-    return linear(decoder_layers(model, arch)[layer], group.reader.module)
+def _reader(arch: Arch, layers: list[nn.Module], index: int) -> nn.Linear:
+    (group,) = (group for group in arch.select(("ffn",)) if group.layer == index)
+    return linear(layers[index], group.reader.module)
 
 
-def _replaced(model: nn.Module, arch: Arch, layer: int, weight: Tensor | None) -> AbstractContextManager[None]:
-    """Give the layer's FFN reader this weight within the context; None: its own."""
-    return nullcontext() if weight is None else weight_replaced(_reader(model, arch, layer), weight)
+def _advance(walk: Walk, index: int, readers: Readers) -> None:
+    """Move the stream through a layer, with the weight of its FFN reader in `readers` if it has one there."""
+    reader = _reader(walk.arch, walk.layers, index) if index in readers else None
+    with nullcontext() if reader is None else weight_replaced(reader, readers[index]):
+        walk.advance(index)
 
 
-def _reader_inputs(walk: Walk, index: int, reader: nn.Linear, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reader's inputs (tokens x F) and the layer's output for `hidden_BTD`."""
-    seen: list[Tensor] = []
+def _reader_inputs(walk: Walk, index: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the FFN reader's inputs (tokens x F) and the layer's output for `hidden_BTD`."""
+    seen, reader = list[Tensor](), _reader(walk.arch, walk.layers, index)
     with reader.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0])):
         leaving_BTD = walk.through(index, hidden_BTD)
     return seen[0].flatten(0, -2), leaving_BTD
@@ -211,8 +213,8 @@ def layer_kl(
     batches: list[Batch],
     removed: Collection[int],
     candidates: list[int],
-    readers: Mapping[int, Tensor],
-) -> dict[int, float]:
+    readers: Readers,
+) -> LayerKL:
     """Return KL(dense || model without `removed` and layer i) for each candidate i, in nats per token.
 
     Mean over all calibration tokens and the whole vocabulary. `readers`: the pruned model's FFN
@@ -230,7 +232,7 @@ def layer_kl(
             if not torch.isfinite(divergence_P).all():
                 raise NumericsError(
                     f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
-                    f"bfloat16 or float32 and check its weights."
+                    "bfloat16 or float32 and check its weights."
                 )
             sums_C[place] += divergence_P.cpu().double().sum()
     total = totals({"kl": sums_C, "tokens": num_tokens})
@@ -238,35 +240,31 @@ def layer_kl(
 
 
 def choose_layers(
-    model: nn.Module,
-    arch: Arch,
-    batches: list[Batch],
+    kl_without: Callable[[Collection[int], list[int]], LayerKL],
+    layers: Collection[int],
     num_remove: int,
-    *,
-    readers: Mapping[int, Tensor],
-    protected: Collection[int],
     progress: Progress,
-) -> dict[int, float]:
-    """Return the layers to remove, in order, and the KL then: each time the cheapest one now.
+) -> LayerKL:
+    """Return those of `layers` to remove, in order, and the KL then: each time the cheapest one now.
 
-    The value is KL(dense || model with `readers`, without this layer and those before it). The
-    first n are the choice for n layers. Only the layers that added least when last measured are
-    measured again, until the next one would cost more than the best even if it added as little as
-    then. That is exact if what a layer adds never shrinks; else another of about that cost may win.
+    `kl_without`: `layer_kl`, by the layers that are gone and the candidates; the value is that without this
+    layer and those before it. The first n are the choice for n layers. Only the layers that added least when
+    last measured are measured again, until the next one would cost more than the best even if it added as
+    little as then. That is exact if what a layer adds never shrinks; else another of about that cost may win.
     Source: Minoux 1978, accelerated greedy.
     """
-    chosen: dict[int, float] = {}
+    chosen: LayerKL = {}
     # By layer, what its removal adds to the KL of those removed before.
-    added: dict[int, float] = dict.fromkeys(set(range(arch.num_layers)) - set(protected), -torch.inf)
+    added: LayerKL = dict.fromkeys(layers, -torch.inf)
     before = 0.0
     for _ in steps(progress, "choose layers", range(num_remove)):
-        anew: dict[int, float] = {}
+        anew: LayerKL = {}
         while True:
             waiting = sorted(added.keys() - anew.keys(), key=lambda index: (added[index], index))
             if not waiting or (anew and min(anew.values()) < before + added[waiting[0]]):
                 break
             candidates = waiting[:LAYERS_AT_ONCE] if chosen else waiting
-            anew |= layer_kl(model, arch, batches, chosen, candidates, readers)
+            anew |= kl_without(chosen, candidates)
         added |= {index: cost - before for index, cost in anew.items()}
         cheapest = min(anew, key=lambda index: (anew[index], index))
         chosen[cheapest] = before = anew[cheapest]
@@ -280,7 +278,7 @@ def _divergences(
     batch: Batch,
     removed: Collection[int],
     candidates: list[int],
-    readers: Mapping[int, Tensor],
+    readers: Readers,
 ) -> Iterator[Float[Tensor, " P"]]:
     """Yield, per candidate, the divergence by position without it and `removed`."""
     dense, pruned = Walk(model, arch, [batch]), Walk(model, arch, [batch])
@@ -292,8 +290,7 @@ def _divergences(
         streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == candidates[-1]
         if is_last:
             streams.pop()
-        with _replaced(model, arch, index, readers.get(index)):
-            pruned.advance(index)
+        _advance(pruned, index, readers)
         if index in candidates:
             streams.insert(len(streams) if is_last else len(streams) - 1, skipping)
     head = head_of(model, arch)

@@ -18,13 +18,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
+from secateur.facts import PerDomain
 from secateur.methods.compensate import (
     GUARD_STEPS,
     Guard,
@@ -34,16 +35,8 @@ from secateur.methods.compensate import (
     sums_of,
 )
 from secateur.methods.scores import ExpertInputs, Routing, scored
-from secateur.methods.select import Task, greedy_obs, log_line, units_at_once
-from secateur.model.group import (
-    Experts,
-    Group,
-    Stacks,
-    channel_inputs,
-    cut,
-    num_channels,
-    reader_of,
-)
+from secateur.methods.select import StepResult, Task, greedy_obs, log_line, units_at_once
+from secateur.model.group import Experts, Group, Mixture, cut
 from secateur.stream.statistics import (
     Gram,
     InOrder,
@@ -65,9 +58,9 @@ ExpertCall = tuple[Tensor, Tensor, Tensor]
 """The arguments of the experts' module: hidden states T x D, chosen experts and weights T x k."""
 
 
-def experts_module(walk: Walk, group: Group) -> nn.Module:
-    """Return the module that holds the layer's experts."""
-    return walk.layers[group.layer].get_submodule(group.experts.module)
+def experts_of(walk: Walk, group: Group) -> Mixture:
+    """Return the layer's experts."""
+    return group.experts.of(walk.layers[group.layer])
 
 
 def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any, Tensor]]:
@@ -76,14 +69,14 @@ def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any,
     Experts see each token by itself. The walk moves to the layer's middle.
     """
     seen: list[Any] = []
-    with experts_module(walk, group).register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
+    module = experts_of(walk, group).module
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for batch, behind_BTD in walk.run(group.layer, to_middle=True):
             call, output = seen.pop()
             yield batch, behind_BTD, tuple(batch.counted(part) for part in call), batch.counted(output)
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOut(NamedTuple):
     """A held-out batch: the experts' call now, their output before the cut, the wanted output."""
 
     domain: str
@@ -92,18 +85,18 @@ class HeldOut:
     target_TD: Tensor
 
 
-def put_readers(module: nn.Module, stacks: Stacks, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
+def put_readers(experts: Mixture, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
     """Put in the share of the new readers that held-out text likes best, one for all experts."""
-    plain = module.get_parameter(stacks.down).clone()
-    refitted = torch.stack([weight.T if stacks.transposed else weight for weight in readers_DF]).to(plain)
+    plain, module = experts.readers.clone(), experts.module
+    refitted = torch.stack([weight.T if experts.stacks.transposed else weight for weight in readers_DF]).to(plain)
     masked = [module.forward(*block.call) for block in held_out]
-    module.get_parameter(stacks.down).copy_(refitted)
+    experts.readers.copy_(refitted)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for each, cut_TD in zip(held_out, masked, strict=True):
         given_TD = module.forward(*each.call) - cut_TD
         parts.setdefault(each.domain, []).append((each.own_TD, each.target_TD - cut_TD, given_TD))
     judged = best_step(held_out_errors(sums_of(parts)))
-    module.get_parameter(stacks.down).copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
+    experts.readers.copy_(torch.lerp(plain.float(), refitted.float(), judged.step).to(plain))
     return judged
 
 
@@ -129,26 +122,15 @@ NUM_SWEEPS = 2
 PIECE_TOKENS = 2048
 
 
-@dataclass(slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """The wanted output for a batch's tokens; `own_TD`: the output so far, if held out."""
 
     target_TD: Tensor
     own_TD: Tensor | None
 
 
-@dataclass(slots=True)
-class _Tokens:
-    """A domain's tokens on this rank: the experts' calls, the residual of each (T x D), the wanted energy."""
-
-    calls: list[ExpertCall] = field(default_factory=list)
-    left: list[Tensor] = field(default_factory=list)
-    energy: float = 0.0
-
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return hidden states, chosen experts, weights and residuals of all batches."""
-        hidden, chosen, weights = (torch.cat(parts) for parts in zip(*self.calls, strict=True))
-        return hidden, chosen, weights, torch.cat(self.left)
+RoutedTokens = tuple[Tensor, ...]
+"""A domain's tokens on this rank: the arguments of the experts' module, and the residual of each, T x D."""
 
 
 @torch.no_grad()
@@ -158,7 +140,7 @@ def refit_experts(
     wanted: list[Wanted],
     damping: float,
     weighting: str,
-    shares: dict[str, float],
+    shares: PerDomain,
 ) -> Guard:
     """Refit the readers of the layer's experts towards `wanted`, one entry per batch.
 
@@ -167,73 +149,67 @@ def refit_experts(
     e: wanted minus given; w_d = q_d / energy of domain d's wanted output (`tokens`: one for all);
     ridge_j as in `least_squares`, times 10 F / n_j if n_j < 10 F tokens. No residual: no change.
     """
-    stacks, module = group.experts.stacks, experts_module(walk, group)
-    tokens, held_out = _as_routed_now(walk, group, wanted)
-    energy = totals({name: torch.tensor([each.energy], dtype=torch.float64) for name, each in tokens.items()})
-    total = sum(map(float, energy.values()))
-    weights = {name: domain_weight(weighting, shares[name] * total, float(energy[name])) for name in tokens}
-    parts = {domain: pieces.joined() for domain, pieces in sorted(tokens.items())}
-    tokens.clear()
-    num_experts = len(module.get_parameter(stacks.down))
-    readers_DF = [reader_of(module, stacks, expert) for expert in range(num_experts)]
+    experts = experts_of(walk, group)
+
+    # By domain, tokens as the router sends them to the experts left, and the energy of what is wanted.
+    by_domain: dict[str, list[RoutedTokens]] = {}
+    energy, held_out = PerDomain(), list[HeldOut]()
+    for (batch, _, call, given_TD), (target_TD, own_TD) in zip(expert_calls(walk, group), wanted, strict=True):
+        if own_TD is not None:
+            held_out.append(HeldOut(batch.domain, call, own_TD, target_TD))
+            continue
+        target_TD = target_TD.float()
+        by_domain.setdefault(batch.domain, []).append((*call, target_TD - given_TD.float()))
+        energy[batch.domain] = energy.get(batch.domain, 0.0) + float(target_TD.square().sum())
+    tokens = {name: tuple(map(torch.cat, zip(*by_domain[name], strict=True))) for name in sorted(by_domain)}
+    by_domain.clear()
+
+    # Refit the experts in turns.
+    energy = totals(energy)
+    total = sum(energy.values())
+    weights = {name: domain_weight(weighting, shares[name] * total, energy[name]) for name in tokens}
+    readers_DF = [experts.reader(expert) for expert in range(len(experts.readers))]
     for _ in range(NUM_SWEEPS):
         for expert, reader_DF in enumerate(readers_DF):
-            readers_DF[expert] = _refit(module, stacks, expert, reader_DF, parts, weights, damping)
-    return put_readers(module, stacks, readers_DF, held_out)
-
-
-def _as_routed_now(walk: Walk, group: Group, wanted: list[Wanted]) -> tuple[dict[str, _Tokens], list[HeldOut]]:
-    """Return by domain the router's choices among the experts left, and held-out batches."""
-    tokens: dict[str, _Tokens] = {}
-    held_out = []
-    for (batch, _, call, given_TD), want in zip(expert_calls(walk, group), wanted, strict=True):
-        if want.own_TD is not None:
-            held_out.append(HeldOut(batch.domain, call, want.own_TD, want.target_TD))
-            continue
-        domain = tokens.setdefault(batch.domain, _Tokens())
-        domain.calls.append(call)
-        domain.left.append(want.target_TD.float() - given_TD.float())
-        domain.energy += float(want.target_TD.float().square().sum())
-    return tokens, held_out
+            readers_DF[expert] = _refit(experts, expert, reader_DF, tokens, weights, damping)
+    return put_readers(experts, readers_DF, held_out)
 
 
 def _refit(
-    module: nn.Module,
-    stacks: Stacks,
+    experts: Mixture,
     expert: int,
     reader_DF: Float[Tensor, "D F"],
-    parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]],
-    weights: dict[str, float],
+    tokens: dict[str, RoutedTokens],
+    weights: PerDomain,
     damping: float,
 ) -> Float[Tensor, "D F"]:
     """Return one expert's new reader, and subtract what it adds from the residuals."""
-    size, device = num_channels(module, stacks), reader_DF.device
+    size, device = experts.num_channels, reader_DF.device
     gram = Gram(size, device)
     cross_FD = gram.blocks[0].new_zeros(size, len(reader_DF))
     num_tokens = torch.zeros(1, dtype=torch.int64)
-    routed = {domain: torch.where(chosen_Tk == expert) for domain, (_, chosen_Tk, _, _) in parts.items()}
 
-    def pieces(domain: str):
-        hidden_TD, _, weights_Tk, _ = parts[domain]
-        for rows, places in zip(*(index.split(PIECE_TOKENS) for index in routed[domain]), strict=True):
-            inputs_TF = channel_inputs(module, stacks, expert, hidden_TD[rows])
-            yield rows, inputs_TF.float() * weights_Tk[rows, places, None].float()
+    def pieces() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Yield a domain, the residuals of its tokens, and for a piece of the expert's its rows and reader inputs."""
+        for domain, (hidden_TD, chosen_Tk, weights_Tk, left_TD) in tokens.items():
+            routed = torch.where(chosen_Tk == expert)
+            for rows, places in zip(*(index.split(PIECE_TOKENS) for index in routed), strict=True):
+                inputs_TF = experts.inputs(expert, hidden_TD[rows])
+                yield domain, left_TD, rows, inputs_TF.float() * weights_Tk[rows, places, None].float()
 
-    for domain, (_, _, _, left_TD) in parts.items():
-        for rows, x_TF in pieces(domain):
-            num_tokens += len(rows)
-            x_TF = x_TF * weights[domain] ** 0.5
-            gram.add_product(x_TF)
-            cross_FD += x_TF.T @ (left_TD[rows] * weights[domain] ** 0.5)
+    for domain, left_TD, rows, x_TF in pieces():
+        num_tokens += len(rows)
+        x_TF = x_TF * weights[domain] ** 0.5
+        gram.add_product(x_TF)
+        cross_FD += x_TF.T @ (left_TD[rows] * weights[domain] ** 0.5)
     sum_over_ranks(num_tokens, cross_FD, gram)
     if not num_tokens or not float(gram.diagonal().sum()):
         return reader_DF
     damping *= max(1.0, FEW_TOKENS_PER_CHANNEL * size / int(num_tokens))
     everything = torch.arange(size, device=device)
     new_DF = decided(partial(least_squares, reader_DF, gram, everything, damping, cross_FD, 1.0))
-    for domain, (_, _, _, left_TD) in parts.items():
-        for rows, x_TF in pieces(domain):
-            left_TD[rows] -= x_TF @ (new_DF - reader_DF).T
+    for _, left_TD, rows, x_TF in pieces():
+        left_TD[rows] -= x_TF @ (new_DF - reader_DF).T
     return new_DF
 
 
@@ -252,7 +228,7 @@ def observe_routing(
     (dense minus pruned stream), whose dense stream must have moved already. Raises NumericsError,
     naming layer and domain, if a norm is not finite.
     """
-    module, num_experts = experts_module(walk, group), group.num_units
+    module, num_experts = experts_of(walk, group).module, group.num_units
     routing: dict[str, Tensor] = {}
     wanted: list[Wanted] = []
     for position, (batch, behind_BTD, call, output_TD) in enumerate(expert_calls(walk, group)):
@@ -281,7 +257,7 @@ def observe_routing(
 def _not_finite(group: Group, domain: str) -> NumericsError:
     return NumericsError(
         f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
-        f"use the model in bfloat16 or float32 and check its weights."
+        "use the model in bfloat16 or float32 and check its weights."
     )
 
 
@@ -294,7 +270,7 @@ def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts)
 
 
 @torch.no_grad()
-def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+def prune_experts(task: Task) -> StepResult:
     """Measure, select, cut and, with `compensate: least_squares`, refit one layer's experts.
 
     With a refit they go in NUM_STEPS steps, each measured anew, because a refit changes their
@@ -305,21 +281,16 @@ def prune_experts(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     num_units, num_keep = task.group.num_units_left(layer), task.num_keep
     group = dataclasses.replace(task.group, num_units=num_units)
 
-    def scores_of(routing: dict[str, Routing], seed: int) -> Tensor:
-        inputs = ExpertInputs(routing, task.shares, method.weighting, seed)
-        return decided(lambda: scored(method.score, inputs))
-
     # If the router's weight acts inside an expert, this least squares does not apply.
     refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
     first, wanted = observe_routing(walk, group, target_mix=method.target_mix, keep=refits)
-    first_scores_E = scores_of(first, task.seed)
-    keep, verdict = torch.arange(num_units, device=first_scores_E.device), {}
+    keep, verdict = torch.arange(num_units, device=experts.of(layer).readers.device), {}
     for step, num_left in enumerate(_steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]):
         now = dataclasses.replace(group, num_units=len(keep))
-        scores_E = first_scores_E
-        if step:
-            scores_E = scores_of(observe_routing(walk, now)[0], task.seed + step)
         if num_left < len(keep):
+            routing = observe_routing(walk, now)[0] if step else first
+            inputs = ExpertInputs(routing, task.shares, method.weighting, task.seed + step)
+            scores_E = decided(partial(scored, method.score, inputs))
             if task.keep is not None:  # only the order in which the others go is left to choose
                 scores_E = scores_E.masked_fill(torch.isin(keep, task.keep.to(keep.device)), torch.inf)
             stays = keep_experts(scores_E, num_left, experts)
@@ -378,43 +349,42 @@ SampledTokens = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class _Observed:
-    """Per expert: pooled Gram matrix, token count. `drawn`: of the current domain, on this rank.
+    """What is known of a layer's experts. `grams`: of each, pooled over domains.
 
-    `samples`: by domain, hidden states of tokens sampled from all ranks.
+    `drawn`: of the current domain, on this rank. `samples`: by domain, hidden states of tokens sampled from all ranks.
     """
 
+    experts: Mixture
     grams: list[Gram]
     num_tokens_E: Tensor
-    energy: dict[str, float] = field(default_factory=dict)
+    energy: PerDomain = field(default_factory=dict)
     drawn: list[SampledTokens] = field(default_factory=list)
     samples: dict[str, Tensor] = field(default_factory=dict)
     held_out: list[tuple[str, ExpertCall]] = field(default_factory=list)
 
 
 @torch.no_grad()
-def prune_expert_channels(task: Task) -> tuple[Int64[Tensor, "E K"], dict[str, Any]]:
+def prune_expert_channels(task: Task) -> StepResult:
     """Prune a layer's experts; return kept channels, log line. NumericsError if not finite."""
-    group, num_keep = task.group, task.num_keep
-    stacks, module = group.experts.stacks, experts_module(task.walk, group)
-    num_experts, num_units = len(module.get_parameter(stacks.down)), num_channels(module, stacks)
+    group, num_keep, experts = task.group, task.num_keep, experts_of(task.walk, task.group)
+    num_experts, num_units = len(experts.readers), experts.num_channels
     seen = _observe_channels(task)
     line = log_line(group, num_keep, num_units, seen.energy)
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
-        narrowed = [decided(partial(_narrower, task, module, expert, seen)) for expert in range(num_experts)]
+        narrowed = [decided(partial(_narrower, task, expert, seen)) for expert in range(num_experts)]
         keep_EK = torch.stack([keep_K for keep_K, _ in narrowed])
         refits = [reader for _, reader in narrowed if reader is not None]
-        own = [module.forward(*call) for _, call in seen.held_out]
+        own = [experts.module.forward(*call) for _, call in seen.held_out]
         held_out = [HeldOut(*each, own_TD, own_TD) for each, own_TD in zip(seen.held_out, own, strict=True)]
         cut(task.layer, group, keep_EK)
-        line |= dataclasses.asdict(put_readers(module, stacks, refits, held_out)) if refits else {}
+        line |= dataclasses.asdict(put_readers(experts, refits, held_out)) if refits else {}
     return keep_EK, line
 
 
-def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
+def _narrower(task: Task, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
     """Return an expert's kept channels and its refitted reader; None without least squares."""
-    stacks, method = task.group.experts.stacks, task.method
-    gram, weight_DF = _shrunk(module, stacks, expert, seen), reader_of(module, stacks, expert)
+    method, gram, weight_DF = task.method, _shrunk(expert, seen), seen.experts.reader(expert)
     if task.keep is not None:
         keep_K = task.keep[expert].to(weight_DF.device)
     elif method.score == "random":
@@ -429,22 +399,34 @@ def _narrower(task: Task, module: nn.Module, expert: int, seen: _Observed) -> tu
 
 
 def _observe_channels(task: Task) -> _Observed:
-    group, shares = task.group, task.shares
-    stacks, module = group.experts.stacks, experts_module(task.walk, group)
-    readers_EDF, size = module.get_parameter(stacks.down), num_channels(module, stacks)
-    num_experts, device = len(readers_EDF), readers_EDF.device
+    shares, experts = task.shares, experts_of(task.walk, task.group)
+    size, num_experts, device = experts.num_channels, len(experts.readers), experts.readers.device
     # In float32: the Gram matrices take most of the memory.
     pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
-    seen = _Observed(pooled, torch.zeros(num_experts, dtype=torch.long))
-    domains = InOrder(shares, lambda domain: _pool_domain(task, seen, current, domain))
-    for batch, _, call, _ in expert_calls(task.walk, group):
+    seen = _Observed(experts, pooled, torch.zeros(num_experts, dtype=torch.long))
+
+    def fold(domain: str) -> None:
+        """Pool the domain that has ended."""
+        total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
+        sum_over_ranks(total, *current)
+        energy = seen.energy[domain] = float(total)
+        if not energy < float("inf"):
+            raise _not_finite(task.group, domain)
+        seen.samples[domain] = _lowest(of_all_ranks(seen.drawn), shares[domain])[1]
+        seen.drawn = []
+        for mine, theirs in zip(pooled, current, strict=True):
+            mine.merge(theirs, domain_weight(task.method.weighting, shares[domain], energy))
+            theirs.clear()
+
+    domains = InOrder(shares, fold)
+    for batch, _, call, _ in expert_calls(task.walk, task.group):
         domain = batch.domain
         if batch.held_out:
             seen.held_out.append((domain, call))
             continue
         domains.begin(domain)
         seen.drawn = [_lowest([*seen.drawn, _numbered(batch, call[0], task.seed)], shares[domain])]
-        seen.energy[domain] = seen.energy.get(domain, 0.0) + _add_tokens(module, stacks, call, current, seen)
+        seen.energy[domain] = seen.energy.get(domain, 0.0) + _add_tokens(call, current, seen)
     domains.begin("")
     sum_over_ranks(seen.num_tokens_E)
     return seen
@@ -464,35 +446,21 @@ def _lowest(parts: list[SampledTokens], share: float) -> SampledTokens:
     return numbers_T[order], hidden_TD[order.to(hidden_TD.device)]
 
 
-def _add_tokens(module: Any, stacks: Stacks, call: ExpertCall, current: list[Gram], seen: _Observed) -> float:
+def _add_tokens(call: ExpertCall, current: list[Gram], seen: _Observed) -> float:
     """Add a call's tokens to the experts that they chose; return the output energy of these."""
     hidden_TD, chosen_Tk, weights_Tk = call
     energy = 0.0
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
         # Routers of some families give float32 weights beside bfloat16 experts, so both become float32.
-        x_TF = channel_inputs(module, stacks, expert, hidden_TD[tokens]).float() * weights_Tk[tokens, places, None]
+        x_TF = seen.experts.inputs(expert, hidden_TD[tokens]).float() * weights_Tk[tokens, places, None]
         current[expert].add_product(x_TF)
         seen.num_tokens_E[expert] += len(tokens)
-        energy += float((x_TF @ reader_of(module, stacks, expert).T).square().sum())
+        energy += float((x_TF @ seen.experts.reader(expert).T).square().sum())
     return energy
 
 
-def _pool_domain(task: Task, seen: _Observed, current: list[Gram], domain: str) -> None:
-    total = torch.tensor([seen.energy.get(domain, 0.0)], dtype=torch.float64)
-    sum_over_ranks(total, *current)
-    energy = seen.energy[domain] = float(total)
-    if not energy < float("inf"):
-        raise _not_finite(task.group, domain)
-    share = task.shares[domain]
-    seen.samples[domain] = _lowest(of_all_ranks(seen.drawn), share)[1]
-    seen.drawn = []
-    for mine, theirs in zip(seen.grams, current, strict=True):
-        mine.merge(theirs, domain_weight(task.method.weighting, share, energy))
-        theirs.clear()
-
-
-def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
+def _shrunk(expert: int, seen: _Observed) -> Gram:
     """Return (1 - a) G / tr G + a P / tr P with P the Gram matrix on the sample, a = n0 / (n0 + n).
 
     n tokens chose the expert, n0 is its number of channels. Return G itself from 10 n0 tokens on.
@@ -505,7 +473,7 @@ def _shrunk(module: Any, stacks: Stacks, expert: int, seen: _Observed) -> Gram:
         return own
     sample_TD = torch.cat(list(seen.samples.values()))
     everyone, mixed = (Gram(size, own.device, torch.float32) for _ in range(2))
-    everyone.add_product(channel_inputs(module, stacks, expert, sample_TD))
+    everyone.add_product(seen.experts.inputs(expert, sample_TD))
     share = size / (size + num_tokens)
     for gram, weight in ((own, 1 - share), (everyone, share)):
         trace = float(gram.diagonal().sum())

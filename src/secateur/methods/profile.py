@@ -9,13 +9,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
+from secateur.facts import PerDomain
 from secateur.log import Progress, silent
 from secateur.methods.budget import levels_of
 from secateur.methods.compensate import least_squares, weight_replaced
 from secateur.methods.curve import GroupProfile
 from secateur.methods.select import greedy_obs, units_at_once
 from secateur.model.bind import Arch, head_of
-from secateur.model.group import Group, GroupKey, linear, rows_of, unit_columns
+from secateur.model.group import Group, GroupKey, Groups, linear, rows_of, unit_columns
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
 from secateur.stream.measure import measure
 from secateur.stream.statistics import Gram, Statistics, complement, damped_gram, decided, totals
@@ -45,7 +46,7 @@ class Probe:
         self._walk.advance(self.position)
         self.position += 1
 
-    def kl(self) -> dict[str, float]:
+    def kl(self) -> PerDomain:
         """Return each domain's divergence. Raises NumericsError if one is not finite."""
         sums: dict[str, Tensor] = {}
         for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
@@ -57,7 +58,7 @@ class Probe:
             if not math.isfinite(mean):
                 raise NumericsError(
                     f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; "
-                    f"use the model in bfloat16 or float32 and check its weights."
+                    "use the model in bfloat16 or float32 and check its weights."
                 )
         # Rounding may leave a divergence slightly below zero.
         return {domain: max(mean, 0.0) for domain, mean in means.items()}
@@ -93,7 +94,7 @@ class ProfileSettings:
     """The recipe's settings. `perturbation`: the share of units removed to measure a slope."""
 
     weighting: str
-    shares: dict[str, float]
+    shares: PerDomain
     damping: float
     align: int
     perturbation: float
@@ -103,7 +104,7 @@ class ProfileSettings:
 def profile(
     model: nn.Module,
     arch: Arch,
-    groups: tuple[Group, ...],
+    groups: Groups,
     batches: list[Batch],
     settings: ProfileSettings,
     *,
@@ -143,7 +144,19 @@ def _profile_group(
     group: Group, reader: nn.Linear, statistics: Statistics, probe: Probe, settings: ProfileSettings
 ) -> GroupProfile:
     levels = levels_of(group, reader.in_features // group.width, settings.align)
-    removed_U, errors = decided(lambda: _error_curve(group, reader, statistics, levels, settings))
+
+    def error_curve() -> tuple[Int64[Tensor, " U"], list[float]]:
+        """Return the units in order of removal, and each level's error over the output energy."""
+        num_removed = [levels[0] - level for level in levels]
+        # Every level must fall on the end of a batch.
+        batch = math.gcd(units_at_once(reader.in_features, group.width), *num_removed)
+        columns_UW = unit_columns(group.reader.segments, levels[0], reader.weight.device)
+        hessian = damped_gram(statistics.gram, settings.damping)
+        order = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
+        curve, energy = [0.0, *order.error_curve.tolist()], float(statistics.energy)
+        return order.removed, [curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed]
+
+    removed_U, errors = decided(error_curve)
     slopes = dict.fromkeys(settings.shares, 0.0)
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
@@ -151,7 +164,7 @@ def _profile_group(
         changed_HF = _refitted(group, reader, statistics.gram, removed_U, settings.damping, levels[perturbed])
         with weight_replaced(reader, changed_HF):
             slopes = {name: nats / errors[perturbed] for name, nats in probe.kl().items()}
-    return GroupProfile(levels, errors, slopes)
+    return GroupProfile(levels, tuple(errors), slopes)
 
 
 def _refitted(
@@ -164,17 +177,3 @@ def _refitted(
     new_HS = decided(partial(least_squares, reader.weight.float(), gram, columns, damping))
     weight_HF[:, columns] = new_HS.to(weight_HF.dtype)
     return weight_HF
-
-
-def _error_curve(
-    group: Group, reader: nn.Linear, statistics: Statistics, levels: tuple[int, ...], settings: ProfileSettings
-) -> tuple[Int64[Tensor, " U"], tuple[float, ...]]:
-    """Return the units in order of removal, and each level's error over the output energy."""
-    num_removed = [levels[0] - level for level in levels]
-    # Every level must fall on the end of a batch.
-    batch = math.gcd(units_at_once(reader.in_features, group.width), *num_removed)
-    columns_UW = unit_columns(group.reader.segments, levels[0], reader.weight.device)
-    hessian = damped_gram(statistics.gram, settings.damping)
-    order = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
-    curve, energy = [0.0, *order.error_curve.tolist()], float(statistics.energy)
-    return order.removed, tuple(curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed)

@@ -1,12 +1,13 @@
 """Which units of a group stay, given how many: by score, or greedily by OBS."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from secateur.facts import PerDomain
 from secateur.methods.compensate import Method
 from secateur.methods.scores import ScoreInputs, scored
 from secateur.model.group import Group, linear, unit_columns
@@ -17,8 +18,7 @@ from secateur.stream.walk import Walk
 MIN_BATCH_COLUMNS, MAX_BATCHES = 32, 48
 
 
-@dataclass(frozen=True, slots=True)
-class ObsSelection:
+class ObsSelection(NamedTuple):
     """`keep`: sorted units that stay; `removed`: the others, in order.
 
     `error_curve[k]`: squared output error after k+1 batches, the other columns refitted.
@@ -92,7 +92,7 @@ class Task:
     group: Group
     num_keep: int
     method: Method
-    shares: dict[str, float]
+    shares: PerDomain
     seed: int
     keep: Tensor | None = None
     hand: Hand | None = None
@@ -103,7 +103,11 @@ class Task:
         return self.walk.layers[self.group.layer]
 
 
-def log_line(group: Group, kept: int, total: int, output_energy: dict[str, float]) -> dict[str, Any]:
+StepResult = tuple[Int64[Tensor, "*E K"], dict[str, Any]]
+"""The units that stay, a row per expert for channels of experts, and the line for the run log."""
+
+
+def log_line(group: Group, kept: int, total: int, output_energy: PerDomain) -> dict[str, Any]:
     """Return the run log's line of a group's step."""
     return {"layer": group.layer, "group": group.name, "kept": kept, "total": total, "output_energy": output_energy}
 

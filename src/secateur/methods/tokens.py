@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.blocks import Block, Text
+from secateur.facts import PerDomain
 from secateur.log import Progress, silent, steps
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.profile import first_blocks
@@ -106,7 +107,7 @@ def nats_with(
     model: nn.Module,
     arch: Arch,
     text: Mapping[str, Text],
-    shares: Mapping[str, float],
+    shares: PerDomain,
     trim: Trim | None,
     progress: Progress = silent,
 ) -> float:
@@ -143,7 +144,7 @@ def channel_law(
     model: nn.Module,
     arch: Arch,
     batches: list[Batch],
-    shares: Mapping[str, float],
+    shares: PerDomain,
     most: float,
     damping: float,
     progress: Progress,

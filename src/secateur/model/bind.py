@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from secateur.errors import ArchError, advice
-from secateur.model.group import Experts, Group, Stacks, channel_inputs, cut, reader_of
+from secateur.model.group import Experts, Group, Mixture, Stacks, cut
 from secateur.model.guesses import (
     EXPERT_CHANNELS,
     EXPERTS,
@@ -662,12 +662,13 @@ class _Finder:
 
 @torch.no_grad()
 def _reads(module: Any, stacks: Stacks, given: list[Tensor]) -> bool:
-    """Say whether an expert's output is the reader times `channel_inputs`, up to a constant."""
+    """Say whether an expert's output is the reader times `Mixture.inputs`, up to a constant."""
+    experts = Mixture(module, stacks)
     hidden, chosen, weights = (tensor[:6] for tensor in given)
     try:
         one = torch.ones_like(weights[:, :1])
         output = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
-        rest = output - channel_inputs(module, stacks, 0, hidden) @ reader_of(module, stacks, 0).T
+        rest = output - experts.inputs(0, hidden) @ experts.reader(0).T
         return _near(rest, rest[:1].expand_as(rest)) and not _near(output, rest)
     except WRONG_GUESS:
         return False

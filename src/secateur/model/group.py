@@ -19,6 +19,8 @@ Segments = tuple[int, ...]
 GroupKey = tuple[int, str]  # (layer, group name)
 # The original indices of the units that stay, sorted, by layer and group.
 Keeps = dict[GroupKey, Tensor]
+# How many of them.
+Counts = dict[GroupKey, int]
 
 Kind = Literal["channels", "heads", "experts", "expert_channels"]
 """What a unit is: an FFN channel, a head, an expert, or one channel of every expert of a layer."""
@@ -49,6 +51,43 @@ class Stacks:
     alternating: bool
     transposed: bool
     gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of one layer: the module that has their matrices, and how it stores them."""
+
+    module: Any
+    stacks: Stacks
+
+    @property
+    def readers(self) -> Tensor:
+        """The stack of readers, as it is stored."""
+        return self.module.get_parameter(self.stacks.down)
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels of every expert."""
+        return self.readers.shape[1 if self.stacks.transposed else 2]
+
+    def reader(self, expert: int) -> Float[Tensor, "D F"]:
+        """Return one expert's reader in float32."""
+        weight = self.readers[expert]
+        return (weight.T if self.stacks.transposed else weight).float()
+
+    def inputs(self, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
+        """Return the inputs of the expert's reader: act(gate) * up, act(up), or the family's own gate."""
+        module, stacks = self.module, self.stacks
+        writer = module.get_parameter(stacks.writer)[expert]
+        both = hidden_TD @ (writer if stacks.transposed else writer.T)
+        if stacks.writer_bias is not None:
+            both = both + module.get_parameter(stacks.writer_bias)[expert]
+        if not stacks.gated:
+            return module.act_fn(both)
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(both)
+        gate, up = both.chunk(2, dim=-1)
+        return module.act_fn(gate) * up
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +143,10 @@ class Experts:
     num_groups: int = 1
     unit_axis: int = 0
     weighted_inputs: bool = False
+
+    def of(self, layer: nn.Module) -> Mixture:
+        """Return the experts that the layer has."""
+        return Mixture(layer.get_submodule(self.module), self.stacks)
 
     @property
     def read(self) -> Rows:
@@ -208,6 +251,10 @@ class Group:
         return self.divides is None or self.divides[1] % (num_units * self.divides[0]) == 0
 
 
+# Of several layers, and of several names.
+Groups = tuple[Group, ...]
+
+
 def by_name(groups: Iterable[Group]) -> dict[str, list[Group]]:
     """Return the groups of each name, in order."""
     named = dict[str, list[Group]]()
@@ -302,28 +349,3 @@ def put(layer: nn.Module, name: str, value: Any) -> None:
     setattr(module, attribute, value)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-
-
-def num_channels(module: nn.Module, stacks: Stacks) -> int:
-    """Return the number of channels of every expert."""
-    return module.get_parameter(stacks.down).shape[1 if stacks.transposed else 2]
-
-
-def reader_of(module: nn.Module, stacks: Stacks, expert: int) -> Float[Tensor, "D F"]:
-    """Return one expert's reader in float32."""
-    weight = module.get_parameter(stacks.down)[expert]
-    return (weight.T if stacks.transposed else weight).float()
-
-
-def channel_inputs(module: Any, stacks: Stacks, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
-    """Return the inputs of the expert's reader: act(gate) * up, act(up), or the family's own gate."""
-    writer = module.get_parameter(stacks.writer)[expert]
-    both = hidden_TD @ (writer if stacks.transposed else writer.T)
-    if stacks.writer_bias is not None:
-        both = both + module.get_parameter(stacks.writer_bias)[expert]
-    if not stacks.gated:
-        return module.act_fn(both)
-    if hasattr(module, "_apply_gate"):
-        return module._apply_gate(both)
-    gate, up = both.chunk(2, dim=-1)
-    return module.act_fn(gate) * up

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.methods.depth import choose_layers, fold_patch, narrow_readers, remove_layers
+from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers, remove_layers
 from secateur.methods.profile import PROBE_BLOCKS, first_blocks
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Keeps, linear
@@ -121,10 +121,10 @@ def _cheapest_layers(run: Run, batches: list[Batch]) -> dict[int, float]:
     recipe, arch, progress = run.resolved.recipe, run.arch, run.services.progress
 
     def choose() -> list[tuple[int, float]]:
-        blocks, depth = first_blocks(batches, PROBE_BLOCKS), run.resolved.depth
-        readers, protected = _narrow_readers(run, batches), protected_layers(recipe, arch)
-        costs = choose_layers(run.model, arch, blocks, depth, readers=readers, protected=protected, progress=progress)
-        return list(costs.items())
+        blocks, readers = first_blocks(batches, PROBE_BLOCKS), _narrow_readers(run, batches)
+        kl_without = partial(layer_kl, run.model, arch, blocks, readers=readers)
+        layers = set(range(arch.num_layers)) - protected_layers(recipe, arch)
+        return list(choose_layers(kl_without, layers, run.resolved.depth, progress).items())
 
     return dict(run.services.store.value("removed layers", choose))
 

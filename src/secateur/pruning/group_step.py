@@ -5,29 +5,30 @@ In: the walk before the group's layer. Out: the cut layer, the kept indices, the
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
+from secateur.facts import PerDomain
 from secateur.methods.compensate import Method, repair
 from secateur.methods.depth import remove_layers
 from secateur.methods.experts import prune_expert_channels, prune_experts
 from secateur.methods.scores import needs_gram
-from secateur.methods.select import Task, log_line, select
+from secateur.methods.select import StepResult, Task, log_line, select
 from secateur.model.bind import bind, decoder_layers, text_config
 from secateur.model.checkpoint import meta_model
-from secateur.model.group import Group, GroupKey, Kind, cut, linear, rows_of, unit_columns
+from secateur.model.group import Counts, Group, Kind, cut, linear, rows_of, unit_columns
 from secateur.model.per_layer import record_widths
 from secateur.model.stock import CausalLM
 from secateur.recipe import Recipe
 from secateur.stream.measure import measure, minimax_weights
-from secateur.stream.statistics import GroupStatistics, decided, pool
+from secateur.stream.statistics import decided, pool
 
 
-def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
+def prune_channels(task: Task) -> StepResult:
     """Measure, select, compensate and cut one group; return the kept indices and the log line."""
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
     is_mlp = group.kind != "heads"
@@ -36,9 +37,11 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     measured = measure(
         walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp, hand=task.hand
     )
-    weights: dict[str, float] = {}
+    weights = PerDomain()
     if measured.by_domain and task.num_keep < num_units:
-        weights = decided(lambda: _weights(task, measured, reader))
+        columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
+        asked = task.shares, reader.weight.float(), columns_UW, task.num_keep, method.damping
+        weights = decided(partial(minimax_weights, measured.by_domain, *asked))
         measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
     keep = decided(lambda: select(task, measured.pooled))
     columns = rows_of(keep, group.reader.segments, num_units)
@@ -50,16 +53,7 @@ def prune_channels(task: Task) -> tuple[Int64[Tensor, " K"], dict[str, Any]]:
     return keep, line | ({"domain_weights": weights} if weights else {})
 
 
-def _weights(task: Task, measured: GroupStatistics, reader: nn.Linear) -> dict[str, float]:
-    """Return the domains' weights if they depend on what a cut does to them."""
-    segments, num_units = task.group.reader.segments, reader.in_features // task.group.width
-    columns_UW, damping = unit_columns(segments, num_units, reader.weight.device), task.method.damping
-    return minimax_weights(measured.by_domain, task.shares, reader.weight.float(), columns_UW, task.num_keep, damping)
-
-
-def model_left(
-    config: Any, layers: Collection[int], num_keep: Mapping[GroupKey, int], num_tokens: int | None
-) -> CausalLM:
+def model_left(config: Any, layers: Collection[int], num_keep: Counts, num_tokens: int | None) -> CausalLM:
     """Return, on meta, the model of `config` with only these layers, units and so many tokens, or all."""
     model = meta_model(copy.deepcopy(config))
     arch = bind(model)
@@ -77,7 +71,7 @@ def model_left(
 
 
 # Measures, selects, repairs and cuts, by `Group.kind`; returns the kept indices and the log line.
-STEPS: dict[Kind, Callable[[Task], tuple[Tensor, dict[str, Any]]]] = {
+STEPS: dict[Kind, Callable[[Task], StepResult]] = {
     "channels": prune_channels,
     "heads": prune_channels,
     "experts": prune_experts,
@@ -97,7 +91,7 @@ def method_of(recipe: Recipe) -> Method:
 
 
 @torch.no_grad()
-def prune_group(task: Task) -> tuple[Int64[Tensor, "*E K"], dict[str, Any]]:
+def prune_group(task: Task) -> StepResult:
     """Prune one group; return kept indices and log line."""
     with task.walk.layer(task.group.layer):
         return STEPS[task.group.kind](task)
