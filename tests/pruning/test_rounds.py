@@ -53,8 +53,17 @@ def test_random_units_are_drawn_anew_in_every_layer_and_round_and_for_every_seed
     assert len(first & second) < 0.8 * len(first)
 
 
+def settings_for(run: Run, number: int) -> ProfileSettings:
+    """Return the settings that the profiles of a round are measured with."""
+    seen: list[ProfileSettings] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "profile", lambda *given, progress: seen.append(given[-1]) or {})
+        loop.profiles_of(run, number, [])
+    return seen[0]
+
+
 def settings_of(model: Any, number: int, **short: Any) -> ProfileSettings:
-    return loop._profile_settings(run_of(model, budget="curve", rounds=2, **short), number)
+    return settings_for(run_of(model, budget="curve", rounds=2, **short), number)
 
 
 def test_slopes_are_measured_at_the_share_that_this_round_takes():
@@ -77,9 +86,8 @@ def test_slopes_are_measured_at_the_share_that_this_round_takes():
     settings = settings_of(tiny_llama(), 2, **asked)
     assert settings.perturbation == pytest.approx(1 - second / whole, rel=1e-12)
     run = run_of(tiny_llama(), budget="curve", rounds=2, **asked)
-    assert loop._profile_settings(dataclasses.replace(run, model=model), 2).perturbation == pytest.approx(
-        1 - second / first, rel=1e-12
-    )
+    settings = settings_for(dataclasses.replace(run, model=model), 2)
+    assert settings.perturbation == pytest.approx(1 - second / first, rel=1e-12)
 
 
 def test_slopes_are_measured_as_the_recipe_asks():

@@ -69,8 +69,8 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     if on_disk and (files is None or files.gguf_file is not None or files.quantised is not None):
         raise RecipeError(
             f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the {human_bytes(needed)} "
-            f"that are needed with this model's weights in memory; only safetensors weights, not quantised and given "
-            f"by their path, can stay on disk."
+            "that are needed with this model's weights in memory; only safetensors weights, not quantised and given "
+            "by their path, can stay on disk."
         )
     if budget is None or whole.peak <= budget:
         return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)

@@ -3,7 +3,7 @@
 In: a model reference and a recipe. Out: an `Inspection`. The model stays on the meta device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -15,7 +15,7 @@ from secateur.formats.gguf_tensors import TOLD
 from secateur.log import Progress, silent
 from secateur.methods.budget import align_of, token_prices
 from secateur.model.checkpoint import meta_model, notes_on
-from secateur.model.group import Group, GroupKey, by_name
+from secateur.model.group import Counts, Group, by_name
 from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.group_step import model_left
 from secateur.pruning.open import Opened, open_model
@@ -132,7 +132,7 @@ def _resolved(opened: Opened) -> tuple[Resolved, tuple[str, ...]]:
         return resolve(possible), (f"a run would be refused ({why}); shown is remove: {share:g}.",)
 
 
-def _facts(members: Sequence[Group], num_keep: Mapping[GroupKey, int]) -> GroupFacts:
+def _facts(members: Sequence[Group], num_keep: Counts) -> GroupFacts:
     """Return what groups of one name are together. One that `num_keep` does not have keeps all."""
     kept = round(mean(num_keep.get(group.key, group.num_units) for group in members))
     num_params = sum(group.num_units * group.params_per_unit for group in members)

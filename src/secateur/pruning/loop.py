@@ -104,7 +104,13 @@ def _one_round(members: list[_Member], number: int, dense_layers: LayersOnDisk, 
             groups = [group for group in run.resolved.groups if group.layer == index]
             _advance_dense(members[0].walk, index, groups, dense_layers, is_last=number == num_rounds)
         for place, member in enumerate(members):
-            _one_layer(member, index, number)
+            # Prune the layer's groups, and move the member's stream through what is left.
+            for group in member.run.resolved.groups:
+                if group.layer == index:
+                    keep = _group_step(member, group, number)
+                    member.keeps[group.key] = original_units(member.keeps[group.key], keep.cpu())
+            if index + 1 < num_layers:
+                member.walk.advance(index)
             if finished is not None:
                 layer = member.walk.layers[index]
                 offload(layer)  # it is mapped again and must be in its file only
@@ -116,19 +122,9 @@ def _one_round(members: list[_Member], number: int, dense_layers: LayersOnDisk, 
         run.after_dense(members[0].walk)
 
 
-def _one_layer(member: _Member, index: int, number: int) -> None:
-    """Prune the layer's groups, and move the member's stream through what is left."""
-    for group in member.run.resolved.groups:
-        if group.layer == index:
-            key = (index, group.name)
-            keep = _group_step(member.run, member.walk, group, number, member.plan)
-            member.keeps[key] = original_units(member.keeps[key], keep.cpu())
-    if index + 1 < member.run.arch.num_layers:
-        member.walk.advance(index)
-
-
-def _group_step(run: Run, walk: Walk, group: Group, number: int, plan: Plan) -> Tensor:
+def _group_step(member: _Member, group: Group, number: int) -> Tensor:
     """Prune the group, or repeat the stored step; return the kept indices."""
+    run, walk, plan = member.run, member.walk, member.plan
     layer, recipe, name = walk.layers[group.layer], run.resolved.recipe, _step_name(number, group)
     finished = run.services.store.find(name)
     if finished is not None:
@@ -136,7 +132,7 @@ def _group_step(run: Run, walk: Walk, group: Group, number: int, plan: Plan) -> 
         keep = redo_group(layer, group, outcome)
     else:
         start, seed = time.perf_counter(), layer_seed(recipe.seed, number, group.layer)
-        kept, num_keep = run.kept.get(group.key), plan.num_keep[group.key]
+        kept, num_keep = run.resolved.kept.get(group.key), plan.num_keep[group.key]
         hand, statistics = None, dict[str, Tensor]()
         if run.supports is not None:
             hand = partial(run.supports.mix, name, plan.removed_share)
@@ -172,7 +168,7 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
     round's share cannot go within these limits.
     """
     groups, prices, remove = run.resolved.groups, run.resolved.prices_left, run.resolved.removals[number - 1]
-    if run.kept or run.resolved.is_uniform:
+    if run.resolved.kept or run.resolved.is_uniform:
         return run.resolved.plans[number - 1]
 
     def planned() -> list[tuple[GroupKey, int]]:
@@ -188,29 +184,26 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
 
 def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:
     """Return the profiles of the model as it is now; slopes are those of this round's share."""
+    groups, weighting = run.resolved.groups, run.resolved.recipe.choose.domain_weighting
+    layers = decoder_layers(run.model, run.arch)
 
     def made() -> list[tuple[GroupKey, GroupProfile]]:
-        settings, progress = _profile_settings(run, number), run.services.progress
-        return [*profile(run.model, run.arch, run.resolved.groups, batches, settings, progress=progress).items()]
+        # Slopes are measured at the width of an equal share for all groups.
+        now = sum(g.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
+        then = sum(run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
+        settings = ProfileSettings(
+            # Weights by domain act through the slopes.
+            weighting="energy" if weighting in BY_DOMAIN else weighting,
+            shares=run.shares,
+            damping=run.resolved.damping,
+            align=run.resolved.align,
+            perturbation=1 - then / now,
+        )
+        progress = run.services.progress
+        return [*profile(run.model, run.arch, groups, batches, settings, progress=progress).items()]
 
     kind = list[tuple[GroupKey, GroupProfile]]
     return dict(run.services.store.value(f"round-{number}-profiles", made, kind=kind))
-
-
-def _profile_settings(run: Run, number: int) -> ProfileSettings:
-    """Return the settings; slopes are measured at the width of an equal share for all groups."""
-    recipe, groups = run.resolved.recipe, run.resolved.groups
-    layers = decoder_layers(run.model, run.arch)
-    now = sum(g.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
-    then = sum(run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
-    return ProfileSettings(
-        # Weights by domain act through the slopes.
-        weighting="energy" if recipe.choose.domain_weighting in BY_DOMAIN else recipe.choose.domain_weighting,
-        shares=run.shares,
-        damping=run.resolved.damping,
-        align=run.resolved.align,
-        perturbation=1 - then / now,
-    )
 
 
 def layer_seed(seed: int, number: int, layer: int) -> int:

@@ -147,7 +147,7 @@ def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) 
     if recipe.machine.device is not None and device_called(recipe.machine.device).type != model.device.type:
         raise RecipeError(
             f"machine.device: is {recipe.machine.device}, and the model in memory is on {model.device}; "
-            f"move the model, or leave device out."
+            "move the model, or leave device out."
         )
     return model.device
 

@@ -95,7 +95,7 @@ def prepared(
     resolved, log = with_polish_that_fits(opened, resolve(opened)), services.log
     plan = memory_for(opened, resolved)
     if plan.weights_on_disk or plan.one_layer_at_a_time:
-        resolved = _without_answers(resolved)
+        resolved = without_answers(resolved)
     services.check_space(disk_bytes(opened, resolved, plan, num_models, num_results))
     services.tell(foretold(opened, resolved, plan, does, num_models))
 
@@ -132,7 +132,6 @@ def prepared(
         trim=opened.trim,
         on_host=placement.on_host,
         weights_on_disk=plan.weights_on_disk,
-        kept={} if opened.like is None else opened.like.keeps,
     )
     return Prepared(opened, run, drawn, placement, notes)
 
@@ -177,15 +176,6 @@ def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, nu
         f"{opened.name}: {does} {share} in {rounds}, measured on {text}{trained}; "
         f"{human_bytes(num_bytes)} of memory beyond the interpreter."
     )
-
-
-def _without_answers(resolved: Resolved) -> Resolved:
-    """Return the run without what the model would answer: each token would move all weights."""
-    if not resolved.recipe.calibration.answered:
-        return resolved
-    recipe = without_answers(resolved.recipe)
-    note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
-    return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))
 
 
 def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:

@@ -80,8 +80,7 @@ def prune_run(
             services.log.append_to(services.scratch)
         does = "removes" if is_alone else "removes up to"
         if measured is not None:
-            measured.check_files(services.progress)
-            services.store.before = measured.steps
+            services.store.before = measured.steps(services.progress)
         ready = prepared(opened, services, does=does, num_models=num_models, num_results=num_results)
         if measured is not None:
             ready = ready._replace(run=measured.served(ready.run))

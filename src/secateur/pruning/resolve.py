@@ -6,7 +6,7 @@ have equal sizes, so which ones go changes no number.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from secateur.methods.budget import (
 )
 from secateur.methods.scores import find_score
 from secateur.model.bind import EXPERTS, Arch
-from secateur.model.group import OF_EXPERTS, Group, GroupKey, by_name
+from secateur.model.group import OF_EXPERTS, Counts, Group, Groups, Keeps, by_name
 from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
@@ -66,7 +66,7 @@ class Resolved:
     `groups`: those that lose units, so none of protected layers.
     `plans`: one per round, the last is the target; budgets other than `uniform` depart from them.
     `removals`: the share of all parameters that is gone after each round.
-    `kept`: how many units of each group stay, if another result has chosen them; else empty.
+    `kept`: the units that stay, if another result has chosen them; else empty.
     """
 
     recipe: Recipe
@@ -79,8 +79,8 @@ class Resolved:
     arch: Arch
     prices: Prices
     layers: tuple[int, ...]
-    groups: tuple[Group, ...]
-    kept: Mapping[GroupKey, int]
+    groups: Groups
+    kept: Keeps
     warnings: tuple[str, ...]
     plans: tuple[Plan, ...] = ()
     removals: tuple[float, ...] = ()
@@ -101,7 +101,7 @@ class Resolved:
         return least_step(self.groups, self.align, alike=self.is_uniform) if self.groups else 0
 
     @property
-    def least_keep(self) -> dict[GroupKey, int]:
+    def least_keep(self) -> Counts:
         """How many units of each group stay at least."""
         if self.is_uniform:
             return least_keep(self.groups, self.align)
@@ -127,22 +127,24 @@ class Resolved:
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
         """Return the run with these layers. Raises RecipeError if widths cannot give the rest."""
-        recipe = self.recipe
-        moved = replace(self, layers=layers, groups=groups_of(recipe, self.arch, layers))
+        recipe, groups = self.recipe, groups_of(self.recipe, self.arch, layers)
+        moved = replace(self, layers=layers, groups=groups)
+        prices = moved.prices_left
         if self.kept:
-            plan = plan_of(moved.groups, moved.prices_left, dict(self.kept))
+            plan = plan_of(groups, prices, {key: keep.shape[-1] for key, keep in self.kept.items()})
             return replace(moved, plans=(plan,), removals=(plan.removed_share,))
 
-        # What layers and tokens do not give is the widths' part, in equal rounds.
+        # What layers and tokens do not give is the widths' part, in equal rounds; it may be nothing.
         remove = share_for_widths(moved)
-        rounds = recipe.choose.rounds if remove > 0 else 1
-        shares = round_shares(rounds)
-        return replace(
-            moved,
-            recipe=recipe.filled(choose={"rounds": rounds}),
-            plans=tuple(_plans(moved, remove, shares)),
-            removals=tuple(remove * share for share in shares),
-        )
+        shares = round_shares(recipe.choose.rounds if remove > 0 else 1)
+        plans = [plan_of(groups, prices, {group.key: group.num_units for group in groups})]
+        if remove > 0:
+            # Other budgets only count with this plan and spread it over layers in their own steps.
+            align = self.align if self.is_uniform else 1
+            plans = round_plans(groups, prices, uniform_plan(groups, prices, remove, align), shares, align)
+        removals = tuple(remove * share for share in shares)
+        rounds = {"rounds": len(shares)}
+        return replace(moved, recipe=recipe.filled(choose=rounds), plans=tuple(plans), removals=removals)
 
 
 def checked(opened: Opened) -> Opened:
@@ -161,7 +163,7 @@ def checked(opened: Opened) -> Opened:
         raise RecipeError(
             f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} gives "
             f"layers widths of their own, which a language model inside a larger class ({config.model_type}) cannot be "
-            f"saved with; use budget uniform without protected_layers."
+            "saved with; use budget uniform without protected_layers."
         )
     block_length(recipe.calibration.sequence_length, config)
     if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
@@ -231,7 +233,7 @@ def nearest(opened: Opened) -> Opened:
     return _of_share(opened, max(share, least))
 
 
-def align_for(recipe: Recipe, groups: tuple[Group, ...], prices: Prices, gone: int) -> int:
+def align_for(recipe: Recipe, groups: Groups, prices: Prices, gone: int) -> int:
     """Return the recipe's `align`, or the default for the widths that are left.
 
     `gone`: what layers and tokens take of the share.
@@ -286,28 +288,16 @@ def _unplanned(opened: Opened) -> Resolved:
         ),
         align=align,
         depth=depth,
-        num_tokens=text["num_tokens"],
-        sequence_length=text["sequence_length"],
+        **text,
         target_mix=target_mix,
         damping=damping,
         arch=arch,
         prices=prices,
         layers=layers,
         groups=groups,
-        kept={key: keep.shape[-1] for key, keep in (opened.like.keeps if opened.like else {}).items()},
+        kept={} if opened.like is None else opened.like.keeps,
         warnings=warnings,
     )
-
-
-def _plans(run: Resolved, remove: float, shares: list[float]) -> list[Plan]:
-    """Return the rounds' plans for the widths' part of the removal, which may be nothing."""
-    groups, prices = run.groups, run.prices_left
-    if remove == 0:
-        return [plan_of(groups, prices, {group.key: group.num_units for group in groups})]
-    # Other budgets only count with this plan and spread it over layers in their own steps.
-    align = run.align if run.is_uniform else 1
-    plan = uniform_plan(groups, prices, remove, align)
-    return round_plans(groups, prices, plan, shares, align)
 
 
 def share_for_widths(run: Resolved) -> float:
@@ -386,12 +376,12 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     if depth and config.is_heterogeneous:
         raise RecipeError(
             f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
-            f"remove layers from the dense model, before widths."
+            "remove layers from the dense model, before widths."
         )
     if depth and not arch.is_chain:
         raise RecipeError(
             f"remove.depth: layers of {arch.family} are given more than hidden states, so none can be removed; "
-            f"leave depth and layers out."
+            "leave depth and layers out."
         )
     if depth >= len(free):
         raise RecipeError(
@@ -425,7 +415,7 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     return max(0, min(wanted, int(of_widths // prices.per_layer[0]), free - 1))
 
 
-def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> tuple[Group, ...]:
+def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> Groups:
     """Return the groups that lose units if only `layers` are left, numbered as they are then."""
     protected = protected_layers(recipe, arch)
     chosen = arch.select(recipe.remove.group_names)
@@ -443,7 +433,7 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
         raise RecipeError(
             f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
-            f"their channels do not have; use energy or tokens, or leave experts out of groups."
+            "their channels do not have; use energy or tokens, or leave experts out of groups."
         )
     if have_experts and recipe.choose.budget != "uniform":
         raise RecipeError(
@@ -454,13 +444,13 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     if have_experts and units == "channels and heads":
         raise RecipeError(
             f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
-            f"use obs, or leave experts out of groups."
+            "use obs, or leave experts out of groups."
         )
     other = next((group.name for group in groups if group.kind != "experts"), None)
     if other and units == "experts":
         raise RecipeError(
             f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
-            f"use obs, or groups: [experts]."
+            "use obs, or groups: [experts]."
         )
 
 
@@ -472,7 +462,7 @@ def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict
     return {"num_tokens": num_tokens, "sequence_length": length}, widest
 
 
-def too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
+def too_deep(groups: Groups, plan: Plan) -> tuple[str, ...]:
     """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
     warnings: list[str] = []
     for name, members in by_name(groups).items():
@@ -480,7 +470,7 @@ def too_deep(groups: tuple[Group, ...], plan: Plan) -> tuple[str, ...]:
         if kept < DEEP_KEEP:
             warnings.append(
                 f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "
-                f"it: preset best, more groups, depth."
+                "it: preset best, more groups, depth."
             )
     return tuple(warnings)
 

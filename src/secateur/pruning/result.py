@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur.facts import Judgement, Size
 from secateur.formats.save import Verification
 from secateur.log import TELLING_SHARES, versions
-from secateur.model.group import Group, GroupKey, Keeps, by_name
+from secateur.model.group import GroupKey, Groups, Keeps, by_name
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cut import Cut
 from secateur.pruning.prepare import Prepared
@@ -88,7 +88,7 @@ def summary_of(
     )
 
 
-def group_widths(groups: tuple[Group, ...], keeps: Mapping[GroupKey, Tensor]) -> dict[str, tuple[int, int, int]]:
+def group_widths(groups: Groups, keeps: Mapping[GroupKey, Tensor]) -> dict[str, tuple[int, int, int]]:
     """Return, by kind of group: units per layer before, and the least and most of them after."""
     widths: dict[str, tuple[int, int, int]] = {}
     for name, members in by_name(groups).items():

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.errors import CheckpointError, RecipeError
-from secateur.facts import Loss
+from secateur.facts import Loss, PerDomain
 from secateur.methods.curve import GroupProfile, Profiles
 from secateur.model.bind import Arch
-from secateur.model.group import OF_EXPERTS, GroupKey, Keeps
+from secateur.model.group import OF_EXPERTS, GroupKey
 from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
@@ -24,8 +24,11 @@ from secateur.stream.statistics import BY_DOMAIN, Statistics
 from secateur.stream.walk import Batch, Walk, make_batches
 from secateur.vocabulary.kept import Trim
 
+# By domain, the losses before and behind a trim.
+LossPairs = dict[str, tuple[Loss, Loss]]
 
-def keep_statistics(into: dict[str, Tensor], pooled: Statistics, energies: dict[str, float]) -> dict[str, float]:
+
+def keep_statistics(into: dict[str, Tensor], pooled: Statistics, energies: PerDomain) -> PerDomain:
     """Put statistics into a step's tensors, for `Supports`; return the energies."""
     into |= {f"sums-{place}": part for place, part in enumerate(pooled.sums)}
     into["mass"] = torch.tensor(pooled.mass, dtype=torch.float64)
@@ -43,7 +46,7 @@ class Supports:
     stores: dict[float, Store]
     units: float
 
-    def mix(self, step: str, removed: float, pooled: Statistics, energies: dict[str, float]) -> dict[str, float]:
+    def mix(self, step: str, removed: float, pooled: Statistics, energies: PerDomain) -> PerDomain:
         """Make the empty `pooled` and energies those of a cut that takes the share `removed`; return the energies.
 
         S = (1 - a^2) S_k + a^2 S_k+1, with a = (x - x_k) / (x_k+1 - x_k) and x = -ln(1 - removed / units), and those
@@ -75,8 +78,8 @@ class Run:
     domain before layers went, if something watches them.
     `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
     losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
-    `kept`: the units that stay, if another result has chosen them. `after_dense`: called with the first
-    round's walk when its dense stream has left the last layer. `profiles`: of the groups, if known.
+    `after_dense`: called with the first round's walk when its dense stream has left the last layer.
+    `profiles`: of the groups, if known.
     `measured`: the name of the measurement that says what it needs. `supports`: whose statistics stand for its own, so
     that it needs no calibration text. `keeps_statistics`: beside each finished step, to be mixed.
     """
@@ -89,10 +92,9 @@ class Run:
     trim: Trim | None = None
     on_host: Callable[[], AbstractContextManager[None]] = nullcontext
     weights_on_disk: bool = False
-    dense_losses: dict[str, float] = field(default_factory=dict[str, float])
+    dense_losses: PerDomain = field(default_factory=PerDomain)
     dense_tokens: dict[str, dict[int, int]] | None = None
-    trimmed: dict[str, tuple[Loss, Loss]] = field(default_factory=dict[str, tuple[Loss, Loss]])
-    kept: Keeps = field(default_factory=Keeps)
+    trimmed: LossPairs = field(default_factory=LossPairs)
     after_dense: Callable[[Walk], None] | None = None
     profiles: Profiles = field(default_factory=dict[GroupKey, GroupProfile])
     measured: str | None = None
@@ -105,7 +107,7 @@ class Run:
         return next(self.model.parameters()).device
 
     @property
-    def shares(self) -> dict[str, float]:
+    def shares(self) -> PerDomain:
         """Each domain's share of the calibration tokens."""
         return {domain.name: domain.share for domain in self.text.domains}
 
@@ -159,13 +161,13 @@ class LossWatch:
         self.now = watched_losses(run, "without layers" if run.dense_losses else "dense")
         self.dense = run.dense_losses or self.now
 
-    def allowed_rise(self) -> dict[str, float]:
+    def allowed_rise(self) -> PerDomain:
         """Return how much each protected domain's loss may still rise, in nats per token of the model.
 
         allowed = dense (1 + protect) - now, and after a trim that times dense tokens over tokens.
         Raises RecipeError if a domain has nothing left.
         """
-        allowed: dict[str, float] = {}
+        allowed = PerDomain()
         for name, domain in self.run.resolved.recipe.calibration.domains.items():
             if domain.protect is None:
                 continue
@@ -176,7 +178,7 @@ class LossWatch:
                 raise RecipeError(
                     f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "
                     f"{self.now[name]:.3f} nats per token, beyond the {domain.protect:.1%} allowed, with rounds left; "
-                    f"remove less or allow more."
+                    "remove less or allow more."
                 )
         return allowed
 
@@ -190,7 +192,7 @@ class LossWatch:
         self.run.services.log.write(line)
 
 
-def watched_losses(run: Run, which: str) -> dict[str, float]:
+def watched_losses(run: Run, which: str) -> PerDomain:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
     losses = text_losses(run, f"held-out text, {which}", run.held_out) if is_watched(run) else {}
     return {name: loss.nats_per_token for name, loss in losses.items()}

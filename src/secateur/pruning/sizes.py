@@ -136,11 +136,6 @@ class MeasuredSizes:
         """The sha256 of its record."""
         return self.record.files[RESULT_FILE]
 
-    @property
-    def steps(self) -> Store:
-        """What the dense model answered and lost."""
-        return Store(self.directory / STEPS)
-
     def recipe_with(self, given: Recipe) -> Recipe:
         """Return its recipe with the keys given. Raises RecipeError for those that change what was measured."""
         measured = parse_recipe(load_recipe(self.directory / RECIPE_FILE), RECIPE_FILE)
@@ -150,11 +145,12 @@ class MeasuredSizes:
             raise RecipeError(f"from {self.directory}: {changes[0]}; leave it out, or measure with it.")
         return recipe
 
-    def check_files(self, progress: Progress) -> None:
-        """Raise CheckpointError if a file is not as it was written."""
+    def steps(self, progress: Progress) -> Store:
+        """Return what the dense model answered and lost. Raises CheckpointError if a file is not as it was written."""
         for wrong in mismatches(self.directory, self.record.files, progress):
             if wrong.what in self.record.files:
                 raise CheckpointError(f"from {self.directory}: {wrong.what} was changed since; measure again.")
+        return Store(self.directory / STEPS)
 
     def check_model(self, opened: Opened) -> None:
         """Raise CheckpointError if it is of another model or version."""

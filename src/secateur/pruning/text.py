@@ -166,15 +166,20 @@ def with_share_of_answers(opened: Opened) -> Opened:
     return opened.filled(calibration={"domains": domains, "answers": share})
 
 
-def without_answers(recipe: Recipe) -> Recipe:
-    """Return the recipe without what the model would answer, where its weights are not all in memory.
+def without_answers(resolved: Resolved) -> Resolved:
+    """Return the run without what the model would answer, where its weights are not all in memory.
 
     Raises RecipeError if it was to answer prompts of the user, or nothing is left.
     """
+    recipe = resolved.recipe
     answers, text = recipe.calibration.answered, recipe.calibration.of_text
+    if not answers:
+        return resolved
     if not text or any(domain.source[0] != "answers" for domain in answers.values()):
         raise RecipeError(
             f"calibration.domains.{next(iter(answers))}: the model's weights are not all in memory, and for each token "
             "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
         )
-    return recipe.filled(calibration={"domains": text, "answers": None})
+    note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
+    recipe = recipe.filled(calibration={"domains": text, "answers": None})
+    return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))

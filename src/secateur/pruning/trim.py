@@ -15,7 +15,8 @@ import torch
 import secateur.methods.tokens as methods
 from secateur.data.blocks import Blocks
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
-from secateur.model.stock import Tokenizer, eval_mode
+from secateur.model.bind import Arch
+from secateur.model.stock import CausalLM, Tokenizer, eval_mode
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve
@@ -84,7 +85,9 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
             resolve(replace(opened, trim=_trim_to(dense, size)))  # so that it fails now, if it does
         with _at_hand(dense, text) as hand:
             counts = from_first(partial(_counts, dense, text, hand))
-            nats = store.value("nats of pieces", partial(_nats, dense, hand), kind=PieceNats)
+            written = list(hand.written.values())
+            pieces = partial(methods.piece_nats, *hand.bound, dense.vocabulary, written, services.progress)
+            nats = store.value("nats of pieces", partial(from_first, pieces), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
                 num_gone = count_for_size(removal, size)
@@ -123,9 +126,8 @@ def _read(opened: Opened, services: Services) -> _Dense:
 def _counts(dense: _Dense, text: RunText, hand: "_Hand") -> dict[str, TokenCounts]:
     """Count what text has, and of answers what the model is likely to say."""
     num_rows, progress = dense.vocabulary.num_rows, dense.services.progress
-    model, arch = hand.opened.model, hand.opened.arch
     expected = {
-        name: methods.expected_counts(model, arch, blocks, num_rows, progress) for name, blocks in hand.answers.items()
+        name: methods.expected_counts(*hand.bound, blocks, num_rows, progress) for name, blocks in hand.answers.items()
     }
     return counts_of(text.learning().documents(), num_rows, progress, expected)
 
@@ -173,10 +175,9 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
 
     # The nats of trims: of a quarter and a half of what may go, then of what seems best by those. Text that gets longer
     # than any measured is not taken.
-    model, progress = hand.opened.model, dense.services.progress
-
     def nats_with(trim: Trim | None) -> float:
-        return from_first(lambda: methods.nats_with(model, hand.opened.arch, hand.held_out, shares, trim, progress))
+        progress = dense.services.progress
+        return from_first(lambda: methods.nats_with(*hand.bound, hand.held_out, shares, trim, progress))
 
     before, growth_N, measured, num_gone = nats_with(None), removal.growth(counts_N), dict[float, float](), 0
     for number in range(NUM_TRIMS):
@@ -211,6 +212,11 @@ class _Hand:
     answers: dict[str, Blocks]
     held_out: dict[str, Blocks]
     damping: float
+
+    @property
+    def bound(self) -> tuple[CausalLM, Arch]:
+        """The model and its architecture."""
+        return self.opened.model, self.opened.arch
 
 
 @contextmanager
@@ -247,17 +253,10 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     placement.offload()
 
 
-def _nats(dense: _Dense, hand: _Hand) -> PieceNats:
-    text = list(hand.written.values())
-    model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
-    return from_first(lambda: methods.piece_nats(model, arch, dense.vocabulary, text, progress))
-
-
 def _channel_law(dense: _Dense, hand: _Hand, shares: dict[str, float], most: float) -> methods.Law:
     """Return the nats of a share of FFN channels less, measured up to `most` of them."""
-    model, arch, progress = hand.opened.model, hand.opened.arch, dense.services.progress
     batches: list[Batch] = []
     for name, blocks in hand.written.items():
-        ids_NT = blocks.ids_NT.to(model.device)
+        ids_NT = blocks.ids_NT.to(hand.opened.model.device)
         batches += own_part(make_batches(name, ids_NT, held_out=False, counted_NT=blocks.counted_NT))
-    return methods.channel_law(model, arch, batches, shares, most, hand.damping, progress)
+    return methods.channel_law(*hand.bound, batches, shares, most, hand.damping, dense.services.progress)

@@ -5,8 +5,7 @@ import math
 from collections.abc import Mapping
 
 from secateur.errors import RecipeError
-from secateur.facts import Loss
-from secateur.pruning.run import Run, is_watched, text_losses
+from secateur.pruning.run import LossPairs, Run, is_watched, text_losses
 from secateur.report.records import VocabularyFacts, change, mean_change
 from secateur.stream.losses import predicted_tokens
 from secateur.vocabulary.kept import Trim, keep_tokens
@@ -40,7 +39,7 @@ def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
 
 
-def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None:
+def too_dear(trimmed: LossPairs, trim: Trim) -> str | None:
     """Return what a trim costs, as the start of a sentence, if that is too much; None if it is not.
 
     `trimmed`: each domain's losses before and behind it, of the same documents.
@@ -60,9 +59,7 @@ def too_dear(trimmed: Mapping[str, tuple[Loss, Loss]], trim: Trim) -> str | None
     )
 
 
-def vocabulary_facts(
-    trim: Trim, num_tokens: Mapping[str, tuple[int, int]], trimmed: Mapping[str, tuple[Loss, Loss]]
-) -> VocabularyFacts:
+def vocabulary_facts(trim: Trim, num_tokens: Mapping[str, tuple[int, int]], trimmed: LossPairs) -> VocabularyFacts:
     """Return what the trim did.
 
     `num_tokens`: those predicted of each domain's held-out text, in both tokenizers. `trimmed`: each domain's losses
