@@ -214,14 +214,12 @@ def test_bringing_keeps_ties_and_leaves_out_what_it_is_told_to() -> None:
     root = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
     root["b"].weight, root["b"].bias = root["a"].weight, None
     root["a"].register_buffer("mask", torch.ones(2))
-    bring(
-        root, torch.device("meta"), but=[root["c"]], dtype=lambda _, name, p: torch.half if name == "bias" else p.dtype
-    )
+    bring(root, torch.device("meta"), but=[root["c"]], dtypes={(root["a"], "bias"): torch.half})
     assert root["a"].weight.is_meta and root["a"].weight is root["b"].weight and root["b"].bias is None
     assert root["a"].bias.dtype == torch.half and root["a"].weight.dtype == torch.float32
     assert root["a"].mask.is_meta and not root["c"].weight.is_meta
     same = root["a"].weight
-    bring(root, torch.device("meta"), but=[root["c"]], dtype=None)
+    bring(root, torch.device("meta"), but=[root["c"]])
     assert root["a"].weight is same
 
 

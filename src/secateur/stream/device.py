@@ -8,7 +8,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from statistics import median
@@ -111,11 +111,16 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def bring(
-    root: nn.Module, device: torch.device, *, but: Iterable[nn.Module] = (), dtype: Callable[..., Any] | None
+    root: nn.Module,
+    device: torch.device,
+    *,
+    but: Iterable[nn.Module] = (),
+    in_float32: bool = False,
+    dtypes: Mapping[tuple[nn.Module, str], torch.dtype] | None = None,
 ) -> None:
     """Move all weights and buffers to the device, except those of the modules `but`; ties stay.
 
-    `dtype`: a function of (module, name, parameter) that gives the parameter's dtype there.
+    `in_float32`: half precision becomes float32 there. `dtypes`: else the parameters' dtypes there, by module and name.
     """
     left = {id(module) for root in but for module in root.modules()}
     moved: dict[int, nn.Parameter] = {}
@@ -125,7 +130,7 @@ def bring(
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            wanted = parameter.dtype if dtype is None else dtype(module, name, parameter)
+            wanted = raised(parameter.dtype) if in_float32 else (dtypes or {}).get((module, name), parameter.dtype)
             if (parameter.device, parameter.dtype) != (device, wanted):
                 if id(parameter) not in moved:
                     moved[id(parameter)] = parameter_on(device, parameter, wanted)
@@ -138,8 +143,7 @@ def bring(
 def on_device(model: Model, device: torch.device) -> Model:
     """Return the model on the device, in float32 if its dtype would multiply in software."""
     low = [p.dtype for p in model.parameters() if p.dtype in LOW]
-    in_software = bool(low) and multiplies_in_software(device, low[0])
-    bring(model, device, dtype=(lambda _, __, parameter: raised(parameter.dtype)) if in_software else None)
+    bring(model, device, in_float32=bool(low) and multiplies_in_software(device, low[0]))
     return model
 
 

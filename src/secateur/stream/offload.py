@@ -1,6 +1,6 @@
 """Where weights are: layers onloaded to a device one at a time, and layers saved to disk."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class _Copy:
 
     def is_of(self, parameter: nn.Parameter | None) -> bool:
         """Say whether this is still a copy of the host parameter."""
-        same = parameter is self.host and self.host._version == self.host_version
-        return same and self.host.data_ptr() == self.host_pointer
+        now = self.host._version, self.host.data_ptr()
+        return parameter is self.host and now == (self.host_version, self.host_pointer)
 
     def is_unchanged(self, parameter: nn.Parameter) -> bool:
         """Say whether the parameter is the device copy, unchanged."""
@@ -78,11 +78,11 @@ class LayersOnDevice:
             if index not in self.onloaded:
                 if not self.keeps:
                     self.offload()
-                self.onloaded[index] = self._fresh_copies(index)
+                self.onloaded[index] = self._copies(index, self._prefetched(index))
                 if index + 1 < len(self.layers) and not self.keeps:
-                    self.prefetched = index + 1, self.thread.submit(self._copies, index + 1)
+                    self.prefetched = index + 1, self.thread.submit(self._copies, index + 1, {})
             else:  # parameters that were set meanwhile
-                self.onloaded[index] |= self._copies(index)
+                self.onloaded[index] |= self._copies(index, {})
             for (module, name), copy in self.onloaded[index].items():
                 if copy.is_of(module._parameters[name]):
                     module._parameters[name] = copy.device
@@ -124,21 +124,21 @@ class LayersOnDevice:
         for layer in self.layers:
             _OWNERS.pop(layer, None)
 
-    def _fresh_copies(self, index: int) -> dict[_Key, _Copy]:
-        """Return copies of the layer's current parameters, prefetched ones if still valid."""
+    def _prefetched(self, index: int) -> dict[_Key, _Copy]:
+        """Return the copies that were prefetched, if they are of this layer."""
         prefetched, self.prefetched = self.prefetched, None
-        known = prefetched[1].result() if prefetched is not None and prefetched[0] == index else {}
-        valid = {key: copy for key, copy in known.items() if copy.is_of(key[0]._parameters.get(key[1]))}
-        return valid | self._copies(index, but=valid)
+        return prefetched[1].result() if prefetched is not None and prefetched[0] == index else {}
 
-    def _copies(self, index: int, but: Container[_Key] = ()) -> dict[_Key, _Copy]:
-        """Copy the layer's parameters that are elsewhere; also runs in the prefetch thread."""
+    def _copies(self, index: int, known: dict[_Key, _Copy]) -> dict[_Key, _Copy]:
+        """Copy the layer's parameters that are elsewhere, unless `known` has it; also runs in the prefetch thread."""
         context = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
         copies: dict[_Key, _Copy] = {}
         with context, torch.no_grad():
             for key, parameter in _parameters(self.layers[index]):
                 dtype = raised(parameter.dtype) if self.in_float32 else parameter.dtype
-                if key not in but and (parameter.device, parameter.dtype) != (self.device, dtype):
+                if key in known and known[key].is_of(parameter):
+                    copies[key] = known[key]
+                elif (parameter.device, parameter.dtype) != (self.device, dtype):
                     copies[key] = self._copy(parameter, dtype)
             if self.stream is not None:
                 self.stream.synchronize()  # the pinned sources may be freed after it
@@ -200,9 +200,8 @@ class Placement:
         """Move the model to the device."""
         if self.stays:
             return
-        to_float32 = (lambda _, __, parameter: raised(parameter.dtype)) if self.in_float32 else None
         by_layer = self.one_at_a_time or self.in_float32
-        bring(self.root, self.device, but=self.layers if by_layer else (), dtype=to_float32)
+        bring(self.root, self.device, but=self.layers if by_layer else (), in_float32=self.in_float32)
         if by_layer:
             self.layers_on_device = LayersOnDevice(
                 self.layers, self.device, in_float32=self.in_float32, keeps=self.keeps
@@ -215,7 +214,7 @@ class Placement:
         if self.layers_on_device is not None:
             self.layers_on_device.end()
             self.layers_on_device = None
-        bring(self.root, CPU, dtype=lambda module, name, parameter: self.dtypes.get((module, name), parameter.dtype))
+        bring(self.root, CPU, dtypes=self.dtypes)
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
@@ -278,9 +277,9 @@ class LayersOnDisk:
         # Unlinked first: a file that is still mapped keeps its content.
         self._path(index).unlink(missing_ok=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
-        self.counts[index] = {name: attribute_of(layer, name) for group in groups for name in group.counts}
-        tensors = (pair for group in groups for pair in group.tensors(layer).items())
-        self.counts[index] |= {name: each for name, each in tensors if not isinstance(each, nn.Parameter)}
+        names = (name for group in groups for name in (*group.counts, *group.tensors(layer)))
+        held = {name: attribute_of(layer, name) for name in names}
+        self.counts[index] = {name: each for name, each in held.items() if not isinstance(each, nn.Parameter)}
 
     def restore(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was saved."""
