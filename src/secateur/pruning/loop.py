@@ -3,10 +3,8 @@
 In: runs of models without the layers and tokens that go. Out: the models, cut in place, and which units stay.
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,22 +28,17 @@ from secateur.stream.statistics import BY_DOMAIN
 from secateur.stream.walk import Batch, Walk
 
 
-@dataclasses.dataclass(slots=True)
 class _Member:
     """A model that is cut: its run, the units that stay so far, and in a round its plan and its stream."""
 
-    run: Run
-    watch: LossWatch
-    keeps: Keeps
-    plan: Plan = field(init=False)
-    walk: Walk = field(init=False)
+    plan: Plan
+    walk: Walk
 
-    @classmethod
-    def of(cls, run: Run) -> "_Member":
-        """Return the whole model."""
+    def __init__(self, run: Run) -> None:
+        """Begin with the whole model."""
         assert run.arch.num_layers == len(run.resolved.layers), "whole layers go first"
-        keeps = {group.key: torch.arange(group.num_units) for group in run.resolved.groups}
-        return cls(run, LossWatch(run), keeps)
+        self.run, self.watch = run, LossWatch(run)
+        self.keeps: Keeps = {group.key: torch.arange(group.num_units) for group in run.resolved.groups}
 
 
 def prune_together(runs: Sequence[Run]) -> list[Keeps]:
@@ -64,7 +57,7 @@ def prune_together(runs: Sequence[Run]) -> list[Keeps]:
     # A trim leaves embedding and head in memory.
     on_disk = run.weights_on_disk and run.dense_tokens is None
     with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
-        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member.of(sized) for sized in runs]
+        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member(sized) for sized in runs]
         for number in range(1, num_rounds + 1):
             # No width left to remove in this round: skip it.
             if any(sized.resolved.removals[number - 1] > 0 for sized in runs):
