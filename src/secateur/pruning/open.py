@@ -192,8 +192,7 @@ def loaded(opened: Opened, *, on_disk: bool) -> Opened:
         check_finite(model)
         return replace(opened, notes=opened.notes + restore_buffers(model))
     # Weights for a device need not pass through the host's memory.
-    mapped = (on_disk or opened.device.type != "cpu") and checkpoint.gguf_file is None
-    model = load_model(checkpoint, mapped=mapped)
+    model = load_model(checkpoint, mapped=on_disk or opened.device.type != "cpu")
     notes = notes_on(checkpoint, model)
     return replace(opened, model=model, size=Size.of(model), on_disk=on_disk, notes=notes)
 

@@ -138,8 +138,8 @@ class MeasuredSizes:
 
     def recipe_with(self, given: Recipe) -> Recipe:
         """Return its recipe with the keys given. Raises RecipeError for those that change what was measured."""
-        measured = parse_recipe(load_recipe(self.directory / RECIPE_FILE), RECIPE_FILE)
-        recipe = recipe_over(load_recipe(self.directory / RECIPE_FILE), given)
+        base = load_recipe(self.directory / RECIPE_FILE)
+        measured, recipe = parse_recipe(base, RECIPE_FILE), recipe_over(base, given)
         before, now = (one.model_dump(mode="json", exclude=FREE) for one in (measured, recipe))
         if changes := changes_of(before, now):
             raise RecipeError(f"from {self.directory}: {changes[0]}; leave it out, or measure with it.")

@@ -51,14 +51,14 @@ class Job:
 
     def load_pruned(self) -> PreTrainedModel:
         """Return the pruned model, its weights mapped from disk."""
-        return load_model(self.pruned, mapped=self.pruned.gguf_file is None)
+        return load_model(self.pruned, mapped=True)
 
     def load_teacher(self, *, whole: bool = False) -> PreTrainedModel:
         """Return the teacher, its weights mapped from disk, with the tokens of the pruned model alone.
 
         Its predictions are the whole teacher's over these tokens, renormalised. `whole`: with all tokens.
         """
-        teacher = load_model(self.teacher, mapped=self.teacher.gguf_file is None)
+        teacher = load_model(self.teacher, mapped=True)
         if self.trim is not None and not whole:
             keep_tokens(teacher, self.trim.kept)
         return teacher
