@@ -114,7 +114,7 @@ def test_each_model_s_tasks_are_asked_in_its_own_tokens(pair, tmp_path, monkeypa
         asked[subject.which] = tokenizer.get_vocab()
         return {"results": {}, "sources": {}, "lm_eval_version": "0", "item_scores": {}}
 
-    monkeypatch.setattr(module, "load_tasks", lambda *_: LoadedTasks({}, {}, {}))
+    monkeypatch.setattr(module, "load_tasks", lambda _, options, directory: LoadedTasks(options, {}, {}, {}))
     monkeypatch.setattr(module.parts, "task_parts", task_parts)
     evaluate(pair.pruned, pair.dense, tasks=("mine",), out=tmp_path)
     assert asked == {"dense": pair.dense_tokenizer.get_vocab(), "pruned": pair.tokenizer.get_vocab()}

@@ -36,8 +36,7 @@ class _Shared:
     study: Study
     opened: Opened
     dense: Subject
-    options: TaskOptions
-    tasks: LoadedTasks | None
+    tasks: LoadedTasks
     store: Store
     progress: Progress
 
@@ -117,8 +116,7 @@ def _shared(study: Study, out: Path, progress: Progress, tell: Tell) -> _Shared:
         study=study,
         opened=replace(opened, tokenizer=tokenizer_of(opened)),
         dense=subject_of(DENSE, opened.checkpoint, opened.arch, opened.device),
-        options=options,
-        tasks=load_tasks(evaluation.tasks, options, evaluation.tasks_data) if evaluation.tasks else None,
+        tasks=load_tasks(evaluation.tasks, options, evaluation.tasks_data),
         store=Store.lasting(out / CELLS_FOLDER, tell),
         progress=progress,
     )
@@ -144,19 +142,17 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
         place = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
         if cell.is_dense:
             figures = {"remove_reached": 0.0, "seconds": 0.0}
-            return place | figures | _judge(shared, replace(shared.dense), shared.opened, judged)
+            return place | figures | _judge(shared, replace(shared.opened, model=shared.dense.load()), judged)
         start = time.perf_counter()
         ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=shared.study.evaluation.num_blocks)
         run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
         seconds = time.perf_counter() - start
-        num_params = run.model.num_parameters()
-        subject = replace(shared.dense, arch=run.arch, loaded=run.model)
         figures = {
-            "remove_reached": 1 - num_params / shared.opened.size.num_params,
+            "remove_reached": 1 - run.model.num_parameters() / shared.opened.size.num_params,
             "seconds": seconds,
             "num_tokens": {domain.name: domain.calibration.num_tokens for domain in run.text.domains},
         }
-        return place | figures | _judge(shared, subject, ready.opened, judged)
+        return place | figures | _judge(shared, replace(ready.opened, model=run.model, arch=run.arch), judged)
 
     name, depends_on = f"{cell.method}-{cell.ratio:g}-{cell.seed}", _depends_on(shared, cell, judged)
     return shared.store.value(name, compute, kind=FoundCell, depends_on=depends_on)
@@ -173,15 +169,15 @@ def _depends_on(shared: _Shared, cell: Cell, judged: Judged) -> dict[str, Any]:
     }
 
 
-def _judge(shared: _Shared, subject: Subject, opened: Opened, judged: Judged) -> dict[str, Any]:
-    """Return a cell's losses, by document too, and its tasks. `opened`: with the trim of the vocabulary, if any."""
-    model, tasks = subject.model(), dict[str, Any]()
+def _judge(shared: _Shared, opened: Opened, judged: Judged) -> dict[str, Any]:
+    """Return the losses of a cell's model, by document too, and its tasks. `opened`: the model as it is now."""
+    tasks: dict[str, Any] = {}
     losses, others = (
-        losses_of_dense_tokens(model, subject.arch, blocks, opened.trim, shared.progress)
+        losses_of_dense_tokens(opened.model, opened.arch, blocks, opened.trim, shared.progress)
         for blocks in (judged.held_out, judged.others)
     )
-    for name, task in (shared.tasks.tasks if shared.tasks else {}).items():
+    for name, task in shared.tasks.tasks.items():
         listen = partial(shared.progress, name)
-        result = run_task(task, model, tokenizer_of(opened), shared.options, listen)
+        result = run_task(task, opened.model, tokenizer_of(opened), shared.tasks.options, listen)
         tasks[name] = {key: value for key, value in result["results"][name].items() if isinstance(value, int | float)}
     return {"losses": losses, "others": others, "tasks": tasks}

@@ -6,8 +6,6 @@ In: a model, text and tasks. Out: an `Evaluation`, and `evaluation.json` in a re
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import TaskOptions, is_chat, load_tasks
@@ -83,8 +81,8 @@ def evaluate(
     text, notes = text_to_judge(
         pruned.checkpoint, domains, num_blocks, sequence_length, tokenizer, progress, is_needed=not tasks
     )
-    loaded = load_tasks(tasks, options, tasks_data) if tasks else None
-    if loaded is not None and (names := [name for name, task in loaded.tasks.items() if is_chat(task, tokenizer)]):
+    loaded = load_tasks(tasks, options, tasks_data)
+    if names := [name for name, task in loaded.tasks.items() if is_chat(task, tokenizer)]:
         notes += (f"asked through the chat template: {', '.join(names)}.",)
     notes += _note_on_tokens(pruned, trim)
     fingerprints = (subject.fingerprint for subject in (pruned, dense) if subject is not None)
@@ -93,17 +91,12 @@ def evaluate(
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim)
 
-    def task_results(subject: parts.Subject, own_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        if loaded is None:
-            return {}
-        return parts.task_parts(store, subject, own_tokenizer, loaded, options, progress)
-
     # Measure the dense model, and forget it before the pruned one is loaded.
     before = kl_of = kl = changes = None
     dense_tasks: dict[str, Any] = {}
     if dense is not None:
         dense_scores = judge.dense(dense.to_judge(), asks=dense.arch.caches)
-        dense_tasks = task_results(dense, judge.dense_tokenizer)
+        dense_tasks = parts.task_parts(store, dense, judge.dense_tokenizer, loaded, progress)
         before = parts.measured_by(dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks)
         if trim is not None:
             dense.keep(trim.kept)
@@ -112,11 +105,11 @@ def evaluate(
 
     # Measure the pruned one, and what lies between them.
     scores = judge.pruned(pruned.to_judge())
-    pruned_tasks = task_results(pruned, tokenizer)
+    pruned_tasks = parts.task_parts(store, pruned, tokenizer, loaded, progress)
     after = parts.measured_by(scores, judge.text, tokenizer, pruned_tasks)
     if before is not None and kl_of is not None:
         kl = kl_of()
-        changes = parts.differences(before, after, parts.task_changes(dense_tasks, pruned_tasks) if loaded else None)
+        changes = parts.differences(before, after, parts.task_changes(dense_tasks, pruned_tasks) if tasks else None)
 
     evaluation = Evaluation(
         model=name_of(pruned.checkpoint),

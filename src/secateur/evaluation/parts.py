@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import Blocks, Text
-from secateur.evaluation.tasks import LoadedTasks, TaskOptions, merged_results, num_questions, run_task, task_identity
+from secateur.evaluation.tasks import LoadedTasks, merged_results, num_questions, run_task, task_identity
 from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
@@ -155,13 +155,15 @@ def task_parts(
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     loaded: LoadedTasks,
-    options: TaskOptions,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task.
+    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task; none without tasks.
 
     Ranks take whole tasks by turns, so each task is asked as by one process.
     """
+    if not loaded.tasks:
+        return {}
+    options = loaded.options
     sizes = {name: num_questions(task, options) for name, task in loaded.tasks.items()}
     stage, num_done, num_all = f"{subject.which}: questions of tasks", 0, sum(sizes.values())
     progress(stage, 0, num_all)

@@ -179,8 +179,12 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedTasks:
-    """The harness's objects by name. `sources`: by task, where rows not from the hub came from."""
+    """The harness's objects by name, and how they are asked; no tasks without names.
 
+    `sources`: by task, where rows not from the hub came from.
+    """
+
+    options: TaskOptions
     tasks: dict[str, Any]
     groups: dict[str, Any]
     sources: dict[str, str]
@@ -235,17 +239,20 @@ class _Redirect:
 
 
 def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | None) -> LoadedTasks:
-    """Return the tasks with their rows. Groups and tags (mmlu, blimp) stand for their tasks.
+    """Return the tasks with their rows; without names the harness is not needed. Groups and tags stand for their tasks.
 
     Raises RecipeError if the harness or rows are missing, or a task is unknown (naming the
     nearest).
     """
+    loaded = LoadedTasks(options, {}, {}, {})
+    if not names:
+        return loaded
     with quiet_harness():
         import datasets
         import evaluate as metrics
         import nltk
 
-        manager, tasks, groups, sources = task_manager(), {}, {}, {}
+        manager = task_manager()
         for name in names:
             if name not in manager.all_tasks:
                 hint = advice(name, manager.all_tasks, "python -m lm_eval ls tasks lists them.")
@@ -257,12 +264,12 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                 replaced(vars(nltk), "download", partial(_downloaded, name, nltk.download)),
             ):
                 try:
-                    loaded = manager.load(name)
+                    found = manager.load(name)
                 except ImportError as error:
                     raise RecipeError(f"task {name}: needs the package {error.name}; install it.") from None
-            tasks |= loaded["tasks"]
-            groups |= loaded.get("groups", {})
-            for leaf, task in loaded["tasks"].items():
+            loaded.tasks.update(found["tasks"])
+            loaded.groups.update(found.get("groups", {}))
+            for leaf, task in found["tasks"].items():
                 if getattr(task.config, "unsafe_code", False) and not options.run_code:
                     raise RecipeError(
                         f"task {leaf}: runs code that the model writes, in a process without network, of "
@@ -271,8 +278,8 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                 source = redirect.used.get((task.config.dataset_path, task.config.dataset_name))
                 if source is not None:
                     _check_examples(task, options, source)
-                    sources[leaf] = source
-        return LoadedTasks(tasks, groups, sources)
+                    loaded.sources[leaf] = source
+    return loaded
 
 
 def _downloaded(name: str, download: Callable[..., Any], resource: str) -> None:
