@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -63,11 +63,6 @@ class Loss:
     def perplexity(self) -> float:
         """exp(nats per token)."""
         return math.exp(self.nats_per_token)
-
-
-def geometric_mean_perplexity(losses: dict[str, Loss]) -> float:
-    """Return exp(mean over domains of nats per token); domains count equally."""
-    return math.exp(sum(loss.nats_per_token for loss in losses.values()) / len(losses))
 
 
 Parsed = TypeVar("Parsed")
@@ -135,9 +130,14 @@ def mean_kl(verdicts: Verdicts) -> float:
     return sum(verdict.kl for verdict in verdicts.values()) / len(verdicts)
 
 
-def mean_nats(verdicts: Verdicts) -> float:
+def mean_nats(of: Mapping[str, Loss | Verdict]) -> float:
     """Return the mean over domains of nats per token, ln of the geometric-mean perplexity."""
-    return sum(verdict.nats_per_token for verdict in verdicts.values()) / len(verdicts)
+    return sum(domain.nats_per_token for domain in of.values()) / len(of)
+
+
+def geometric_mean_perplexity(losses: Mapping[str, Loss]) -> float:
+    """Return exp(mean over domains of nats per token); domains count equally."""
+    return math.exp(mean_nats(losses))
 
 
 def won_back(before: Verdicts, after: Verdicts) -> float:

@@ -186,30 +186,25 @@ def parse_count(text: str) -> int:
     return round(float(amount[1]) * (_UNITS | {"B": 10**9})[amount[2]])
 
 
-class disk_errors:  # reads as a statement: with disk_errors(place):
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
     """Turn a disk error inside the block into a CheckpointError naming `place`; others pass.
 
-    A class with `__exit__`, since safetensors and tokenizers raise their own exceptions (tokenizers
-    a bare Exception) whose text has "(os error 28)".
+    safetensors and tokenizers raise their own exceptions (tokenizers a bare Exception) whose text has "(os error 28)".
     """
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    try:
+        yield
+    except BaseException as error:
         rust = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
         short = isinstance(error, OSError) and _SHORT_WRITE.search(str(error))
         if number not in _DISK_ERRORS and not short:
-            return
+            raise
         reason = _DISK_ERRORS.get(number or errno.ENOSPC)
         # The second name of a copy is its target.
         named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
-        place = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or self.place))  # not the hidden name
-        raise CheckpointError(f"{place}: {reason}.") from None
+        shown = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or place))  # not the hidden name
+        raise CheckpointError(f"{shown}: {reason}.") from None
 
 
 def check_free_space(directory: Path, num_bytes: int) -> None:

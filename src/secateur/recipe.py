@@ -430,9 +430,13 @@ def over_preset(data: Keys, where: str) -> Keys:
 
 def preset_texts() -> dict[str, str]:
     """Return the presets' YAML by name."""
-    files = sorted((resources.files("secateur") / "presets").iterdir(), key=lambda file: file.name)
-    presets = [file for file in files if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in presets}
+    return {name: path.read_text(encoding="utf-8") for name, path in shipped_yaml("presets").items()}
+
+
+def shipped_yaml(folder: str) -> dict[str, Path]:
+    """Return the YAML files of a folder of the package, by name."""
+    paths = sorted(Path(str(resources.files("secateur") / folder)).glob("*.yaml"))
+    return {path.stem: path for path in paths}
 
 
 def merged(base: Keys, changes: Keys) -> Keys:

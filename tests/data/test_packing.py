@@ -60,7 +60,7 @@ class Read(_Texts):
     """Documents as if read."""
 
     def __init__(self, num_documents: int) -> None:
-        self.name = "mine"
+        self.name, self.length = "mine", LENGTH
         self.digests = [bytes([number]) for number in range(num_documents)]
 
     def has(self, number: int) -> bool:

@@ -72,7 +72,7 @@ class _Texts:
         self.name = name
         self._source = documents(name, domain, tokenizer, seed, note)
         self._order = Random(f"{seed}:{name}:lines")
-        self._num_characters = length * CHARACTERS_PER_TOKEN
+        self.length = length
         self._seen = set[bytes]()
         self.pieces = list[tuple[str, ...]]()
         self.digests = list[bytes]()
@@ -86,7 +86,7 @@ class _Texts:
             if digest not in self._seen:
                 self._seen.add(digest)
                 self.digests.append(digest)
-                self.pieces.append(tuple(_pieces(text, self._num_characters, self._order)))
+                self.pieces.append(tuple(_pieces(text, self.length * CHARACTERS_PER_TOKEN, self._order)))
                 return self.has(number)
         return False
 
@@ -153,7 +153,7 @@ class _Tokens:
 
 
 class _Packing:
-    """Documents one behind another, a piece of each by turns, with an end-of-text token in between.
+    """Blocks of documents one behind another, a piece of each by turns, with an end-of-text token in between.
 
     Nobody has a second turn before everybody has had a first. `late` has what other parts left of
     their documents, and is used when all else has run out.
@@ -166,6 +166,7 @@ class _Packing:
         self.begun: list[_Rest] = []
         self.begun_late: list[_Rest] = []
         self._tokens, self._fresh, self._late = tokens, tokens.fresh(first, last, owners, late), late
+        self._length = tokens.texts.length
         self._waiting: deque[_Rest] = deque()
         self._last: int | None = None
         self._ids, self._documents = array("i"), array("i")
@@ -175,9 +176,14 @@ class _Packing:
         """Tokens packed so far."""
         return len(self._ids)
 
-    def reaches(self, num_tokens: int) -> bool:
-        """Pack on until there are so many tokens, and return whether there are."""
-        while len(self._ids) < num_tokens:
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks packed so far."""
+        return self.num_tokens // self._length
+
+    def reaches(self, num_blocks: int) -> bool:
+        """Pack on until there are so many blocks, and return whether there are."""
+        while self.num_blocks < num_blocks:
             turn = self._turn()
             if turn is None:
                 return False
@@ -205,14 +211,15 @@ class _Packing:
             self.begun_late.append(turn)
         return turn
 
-    def blocks(self, num_blocks: int, length: int) -> Blocks:
-        """Return the first blocks."""
-        parts = (_tensor(numbers[: num_blocks * length]) for numbers in (self._ids, self._documents))
-        return Blocks(*(part.view(num_blocks, length) for part in parts))
+    def blocks(self, num_blocks: int) -> Blocks:
+        """Return the first blocks: as many, or all that there are."""
+        shape = (min(num_blocks, self.num_blocks), self._length)
+        parts = (_tensor(numbers[: math.prod(shape)]) for numbers in (self._ids, self._documents))
+        return Blocks(*(part.view(shape) for part in parts))
 
-    def rests(self, num_tokens: int) -> deque[_Rest]:
-        """Return what is left of the documents behind the first `num_tokens`, in the order of their turns."""
-        waiting, surplus = self._waiting.copy(), len(self._ids) - num_tokens
+    def rests(self, num_blocks: int) -> deque[_Rest]:
+        """Return what is left of the documents behind the first blocks, in the order of their turns."""
+        waiting, surplus = self._waiting.copy(), self.num_tokens - num_blocks * self._length
         if surplus > 0:
             document, piece, _ = waiting.pop()
             ids = self._tokens.piece(document, piece - 1)
@@ -247,7 +254,6 @@ class _Domain:
 
     tokens: _Tokens
     sizes: _Sizes
-    length: int
     owners: dict[bytes, str]
     given: Allotted
     first: int = 0
@@ -263,7 +269,7 @@ class _Domain:
     def pack(self, num_blocks: int, last: int | None = None) -> _Packing:
         """Pack the next part, or the last one, of all documents that are left; see `draw`."""
         packing = _Packing(self.tokens, self.first, last, self.owners, self.late)
-        packing.reaches(num_blocks * self.length)
+        packing.reaches(num_blocks)
         self.parts.append(packing)
         return packing
 
@@ -272,7 +278,7 @@ class _Domain:
         packing = self.pack(num_blocks, last)
         begun = [rest.document for rest in packing.begun]
         self.first = max([self.first, *(number + 1 for number in begun)]) if last is None else last
-        self.late = deque([*packing.rests(num_blocks * self.length), *self.late])
+        self.late = deque([*packing.rests(num_blocks), *self.late])
         self.allotted.append(self.first)
         self.owners |= dict.fromkeys((self.tokens.texts.digests[number] for number in begun), self.name)
 
@@ -286,20 +292,16 @@ class _Domain:
             if most <= 0:
                 return
 
-    def blocks(self, part: int, num_blocks: int) -> Blocks:
-        """Return a part's blocks: as many, or all that there are."""
-        return self.parts[part].blocks(min(num_blocks, self.parts[part].num_tokens // self.length), self.length)
-
     @property
     def is_whole(self) -> bool:
         """Whether there is enough of every part; of a given one, what there is."""
         num_judged = self.sizes.judged if self.given.judged is None else 0
         numbers = (num_judged, self.sizes.held_out, self.sizes.calibration)
-        return all(part.num_tokens >= num * self.length for part, num in zip(self.parts, numbers, strict=True))
+        return all(part.num_blocks >= num for part, num in zip(self.parts, numbers, strict=True))
 
     def too_short(self, num_learning: int, what: str, key: str) -> CalibrationError:
         """Return the error for a text that is too short. `what`: the blocks to learn by, in words."""
-        sizes, length = self.sizes, self.length
+        sizes, length = self.sizes, self.tokens.texts.length
         wanted = [num * length for num in (sizes.judged, sizes.held_out, num_learning)]
         num_there = sum(min(part.num_tokens, want) for part, want in zip(self.parts, wanted, strict=True))
         judged = f"{sizes.judged} judged, " if sizes.judged else ""
@@ -421,7 +423,7 @@ class TextPool:
                 raise short.too_short(short.sizes.calibration, "calibration blocks", "calibration.num_tokens")
             sizes[short.name] = replace(short.sizes, judged=0)
         for domain in domains.values():
-            if not domain.parts[LEARNING].reaches(domain.sizes.learning * self.length):
+            if not domain.parts[LEARNING].reaches(domain.sizes.learning):
                 raise domain.too_short(domain.sizes.learning, "training blocks", key)
         parts = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
         notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
@@ -441,13 +443,13 @@ class TextPool:
         for name, domain in domains.items():
             tokens = self._read(name, domain, self._tokenizer)
             packing = _Packing(tokens, 0, None, dict.fromkeys(used, ""), deque())
-            if not packing.reaches(num_blocks * self.length):
+            if not packing.reaches(num_blocks):
                 raise CalibrationError(
                     f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but {num_blocks} blocks of "
                     f"{self.length} tokens need {num_blocks * self.length:,}; ask for fewer or shorter blocks, or add "
                     "text."
                 )
-            drawn[name] = packing.blocks(num_blocks, self.length)
+            drawn[name] = packing.blocks(num_blocks)
         return drawn
 
     @property
@@ -468,7 +470,7 @@ class TextPool:
         """Return the domains with their parts packed: those that judge of all, then those that guard, then the rest."""
         owners, domains = dict[bytes, str](), dict[str, _Domain]()
         for name, tokens in read.items():
-            domains[name] = _Domain(tokens, sizes[name], self.length, owners, allotted.get(name, Allotted()))
+            domains[name] = _Domain(tokens, sizes[name], owners, allotted.get(name, Allotted()))
         for domain in domains.values():
             domain.draw(domain.sizes.judged, domain.given.judged)
         for domain in domains.values():
@@ -485,7 +487,7 @@ class TextPool:
 def _learning(name: str, sizes: _Sizes, domain: _Domain | None, length: int) -> LearningDomain:
     """Return what is learnt by; without a domain that is read, on the meta device."""
     if domain is not None:
-        blocks, held_out = domain.blocks(LEARNING, sizes.learning), domain.blocks(HELD_OUT, sizes.held_out)
+        blocks, held_out = domain.parts[LEARNING].blocks(sizes.learning), domain.parts[HELD_OUT].blocks(sizes.held_out)
     else:
         shapes = (sizes.learning, length), (sizes.held_out, length)
         empty = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in shapes)
@@ -501,7 +503,7 @@ def _judged(text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], nu
     """Return what judges: a part of its own; of answers, and of a domain that is too short, what guards."""
     judged, notes = {domain.name: domain.held_out for domain in text}, list[str]()
     for name, domain in domains.items() if num_blocks else ():
-        own = domain.blocks(JUDGED, num_blocks)
+        own = domain.parts[JUDGED].blocks(num_blocks)
         if len(own):
             judged[name] = own
         else:

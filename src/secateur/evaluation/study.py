@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +16,22 @@ from pydantic import Field, ValidationError
 from secateur.errors import RecipeError, advice, one_of
 from secateur.facts import Loss, Record, geometric_mean_perplexity
 from secateur.files import write_text
-from secateur.recipe import Count, Domain, Keys, Recipe, Strict, load_recipe, merged, parse_recipe, sentence
+from secateur.recipe import (
+    Count,
+    Domain,
+    Keys,
+    Recipe,
+    Strict,
+    load_recipe,
+    merged,
+    parse_recipe,
+    sentence,
+    shipped_yaml,
+)
 from secateur.report.page import Table, Tables, escaped, markdown, terminal
 from secateur.report.records import Change, change, mean_change
 
-SHIPPED = "studies"
+SHIPPED = "evaluation/studies"
 SMALL_KEY = "small"
 DENSE, TRAINED_DENSE = "dense", "dense, trained"
 
@@ -124,20 +134,19 @@ def cells(study: Study) -> Iterator[Cell]:
 
 def shipped_studies() -> list[str]:
     """Return the names of the studies in the package."""
-    names = (file.name for file in (resources.files("secateur.evaluation") / SHIPPED).iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return list(shipped_yaml(SHIPPED))
 
 
 def _path(reference: str) -> Path:
     if Path(reference).is_file():
         return Path(reference)
-    name = reference.removesuffix(".yaml")
-    if name not in shipped_studies():
+    name, shipped = reference.removesuffix(".yaml"), shipped_yaml(SHIPPED)
+    if name not in shipped:
         raise RecipeError(
-            f"study {reference}: is no file and not among the shipped ones ({', '.join(shipped_studies())}); "
-            f"{advice(name, shipped_studies())}"
+            f"study {reference}: is no file and not among the shipped ones ({', '.join(shipped)}); "
+            f"{advice(name, shipped)}"
         )
-    return Path(str(resources.files("secateur.evaluation") / SHIPPED / f"{name}.yaml"))
+    return shipped[name]
 
 
 def _recipe(study: Study, name: str, method: StudyMethod, ratio: float, seed: int) -> Recipe:

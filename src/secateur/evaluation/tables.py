@@ -31,9 +31,9 @@ def table(result: Any) -> Tables:
     RecipeError for anything else.
     """
     record = getattr(result, "summary", result)  # that of a run, whose module imports what trains
-    kind = next((kind for kind in _TABLES if isinstance(record, kind)), None)
-    if kind is None:
+    shown = _TABLES.get(type(record))
+    if shown is None:
         raise RecipeError(
             f"table: takes what prune, measure, inspect, evaluate, bench, recover or compare returned, got {record!r}."
         )
-    return _TABLES[kind](record)
+    return shown(record)

@@ -44,8 +44,13 @@ def terminal(
     """Return warnings, the tables that have rows, and the notes below them."""
     shown = []
     for table in (table for table in tables if table.rows):
-        title = {"title": table.caption or None, "title_justify": "left", "title_style": "bold"}
-        made = rich_table.Table(**title, box=box, pad_edge=box is HEAVY_HEAD)
+        made = rich_table.Table(
+            title=table.caption or None,
+            title_justify="left",
+            title_style="bold",
+            box=box,
+            pad_edge=box is HEAVY_HEAD,
+        )
         for name in table.header:
             made.add_column(name, justify="right" if made.columns else "left", overflow="fold")
         for row in table.rows:

@@ -5,8 +5,6 @@ What is sent are the files of the run and the records of later commands, nothing
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,21 +131,16 @@ def _upload(stage: Path, repo: str, progress: Progress, *, public: bool) -> str:
     """Upload the directory; return the repository's address. Raises CheckpointError."""
     api = HfApi()
     progress("push", 0, 1)
-    with _hub_errors(repo), quiet_transformers():
-        api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.model_info(repo).private:
-            raise CheckpointError(f"push {repo}: everybody can see this repository; give --public if that is meant.")
-        api.upload_folder(
-            repo_id=repo, folder_path=stage, commit_message="Upload a result of secateur", delete_patterns=STALE
-        )
-    progress("push", 1, 1)
-    return f"{api.endpoint}/{repo}"
-
-
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
     try:
-        yield
+        with quiet_transformers():
+            api.create_repo(repo, private=not public, exist_ok=True)
+            if not public and not api.model_info(repo).private:
+                raise CheckpointError(
+                    f"push {repo}: everybody can see this repository; give --public if that is meant."
+                )
+            api.upload_folder(
+                repo_id=repo, folder_path=stage, commit_message="Upload a result of secateur", delete_patterns=STALE
+            )
     except CheckpointError:
         raise
     except HfHubHTTPError as error:
@@ -160,3 +153,5 @@ def _hub_errors(repo: str) -> Iterator[None]:
             f"push {repo}: the hub cannot be reached or the upload failed ({one_line(error)}); run the same command "
             "again, it goes on from there."
         ) from None
+    progress("push", 1, 1)
+    return f"{api.endpoint}/{repo}"

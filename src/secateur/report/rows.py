@@ -463,15 +463,12 @@ def judged_table(record: RecoveryRecord) -> Table:
     """Return what judges the models: nats per token of the dense one, and how many more the others have."""
     if not record.judged:
         return Table("", (), [])
-    dense, *others = record.judged.values()
     rows: list[Cells] = []
-    if answers := [model.answers for model in others if model.answers is not None]:
+    if answers := [model.answers for model in record.judged.values() if model.answers is not None]:
         rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *(lost_cell(answers_of) for answers_of in answers)))
-    rows.append(
-        (OTHER_SOURCES, f"{dense.other.nats_per_token:.3f}", *(change(dense.other, s.other).text() for s in others))
-    )
-    for name, loss in dense.domains.items():
-        rows.append((name, f"{loss.nats_per_token:.3f}", *(change(loss, s.domains[name]).text() for s in others)))
+    texts = ([(OTHER_SOURCES, model.other), *model.domains.items()] for model in record.judged.values())
+    for (name, dense), *others in zip(*texts, strict=True):
+        rows.append((name, f"{dense.nats_per_token:.3f}", *(change(dense, loss).text() for _, loss in others)))
     return Table(f"{record.pruned}: nats/token on what judges", ("", *record.judged), rows)
 
 
