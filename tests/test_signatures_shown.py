@@ -98,7 +98,7 @@ def test_every_field_that_may_be_left_out() -> None:
 
 
 # What a run fills while it goes, and what the trainer's own class or another base asks for.
-CHANGES = set("Listener RunText Statistics Subject Work _Counter _Domain _Observed _Redirect".split())
+CHANGES = set("Listener RunText Statistics Subject Work _Counter _Domain _Observed".split())
 WITHOUT_SLOTS = {"KeptTokens", "Listener", "Work"}
 
 

@@ -127,6 +127,12 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def files_in(directory: Path, *, hidden: bool = True) -> list[str]:
+    """Return the files below the directory by their paths from there, sorted; unless `hidden` without those."""
+    paths = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+    return [path.as_posix() for path in paths if hidden or not any(part.startswith(".") for part in path.parts)]
+
+
 def lies_in(directory: Path, file: Path) -> bool:
     """Whether the file is in the directory, also through links.
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from secateur.errors import CheckpointError
 from secateur.facts import Record
-from secateur.files import disk_errors, make_directory, missing_parents, remove_empty, sha256_of, sync
+from secateur.files import disk_errors, files_in, make_directory, missing_parents, remove_empty, sha256_of, sync
 from secateur.log import Progress, Tell, mute, steps
 from secateur.ranks import is_alive
 
@@ -95,9 +95,7 @@ def mismatches(directory: Path, digests: dict[str, str], progress: Progress) -> 
 
 def _names(directory: Path) -> list[str]:
     """Return the files that have a digest, by their path from the directory; hidden ones have none."""
-    paths = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
-    shown = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
-    return sorted(name for name in shown if name not in LATER_FILES)
+    return sorted(name for name in files_in(directory, hidden=False) if name not in LATER_FILES)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from secateur.errors import CheckpointError, NumericsError, RecipeError
 from secateur.files import (
     check_free_space,
     disk_errors,
+    files_in,
     json_of,
     make_directory,
     missing_parents,
@@ -242,12 +243,11 @@ class Store:
 
     def _check_inputs(self, directory: Path, inputs: dict[str, Any]) -> str:
         """Return the first damaged input file. Raises CheckpointError for changed inputs."""
-        before = (_intact(directory / f"{INPUTS}.json") or {}).get("inputs")
-        changed = [] if before is None else changes_of(before, inputs)
-        if changed:
-            raise _is_of_others(self.label, ", ".join(changed[:3]))
-        if before is None:
+        record = _intact(directory / f"{INPUTS}.json")
+        if record is None:
             return f"{INPUTS}.json"
+        if changed := changes_of(record["inputs"], inputs):
+            raise _is_of_others(self.label, ", ".join(changed[:3]))
         known = sorted(directory.glob(f"{INPUT}*.json"))
         return next((file.name for file in known if _intact(file) is None), "")
 
@@ -419,8 +419,7 @@ def _intact(path: Path) -> Record | None:
 
 def _digests(directory: Path) -> dict[str, str]:
     """Return the sha256 of every file below the directory, by its path in it."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {file.relative_to(directory).as_posix(): sha256_of(file) for file in files}
+    return {name: sha256_of(directory / name) for name in files_in(directory)}
 
 
 def _is_whole(record: Record, stem: str) -> bool:

@@ -17,7 +17,8 @@ from run_cli import run_cli
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.report.push import CARD, push
+from secateur.report.card import CARD_FILE
+from secateur.report.push import push
 from secateur.report.records import read_result, read_summary
 from secateur.report.rows import note_rows
 
@@ -29,7 +30,7 @@ def places(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Path]:
     """`once` is pruned from `dense`, and `twice` from `once`; `other` is another model of the same shape."""
     root = tmp_path_factory.mktemp("a place of mine")
     dense = Path(shutil.copytree(checkpoints["llama"], root / "dense"))
-    (dense / CARD).write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
+    (dense / CARD_FILE).write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n")
     saved(root / "other", tiny_llama(seed=1))
     asked = grouped({**recipe, "remove": 0.2})
     (root / "recipe.yaml").write_text(yaml.safe_dump(asked))
@@ -57,7 +58,7 @@ def judged(places, tmp_path_factory) -> Path:
 
 
 def metadata(directory: Path) -> dict:
-    return yaml.safe_load((directory / CARD).read_text().split("---\n")[1])
+    return yaml.safe_load((directory / CARD_FILE).read_text().split("---\n")[1])
 
 
 def names_in(directory: Path) -> set[str]:
@@ -72,7 +73,7 @@ def test_the_lineage_goes_back_to_the_original(places):
     assert [each.num_params for each in twice.lineage] == list(sizes[:2])
     said = dict(note_rows(twice))["lineage"]
     assert said == f"dense → once → this; {1 - sizes[2] / sizes[0]:.1%} of all {sizes[0]:,} parameters of dense removed"
-    assert said in (places["twice"] / CARD).read_text()
+    assert said in (places["twice"] / CARD_FILE).read_text()
     notes = dict(note_rows(once))
     assert once.lineage[0].fingerprint[:16] in notes["dense model"] and "lineage" not in notes
 
@@ -211,14 +212,14 @@ def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(judged, hub, 
 
 def test_what_is_sent_holds_no_place_and_is_whole(once, hub):
     # Text that looks like a path and is none stays as it is.
-    card = (once / CARD).read_text().replace("# dense, pruned", "# 1/2 of </script> or a/b, pruned")
-    (once / CARD).write_text(card.replace("---\n", "---\nbase_model: me/dense\n", 1))  # as a note asks for
+    card = (once / CARD_FILE).read_text().replace("# dense, pruned", "# 1/2 of </script> or a/b, pruned")
+    (once / CARD_FILE).write_text(card.replace("---\n", "---\nbase_model: me/dense\n", 1))  # as a note asks for
     outcome = run_cli("push", once, "me/tiny-pruned", "--public")
     assert outcome.status == 0 and "hub id" not in outcome.stdout
     assert metadata(hub.place)["base_model"] == "me/dense" and metadata(hub.place)["license"] == "apache-2.0"
     for file in (path for path in hub.place.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         assert not re.search(rb"/tmp|a place of mine", file.read_bytes()), file
-    assert (hub.place / CARD).read_text().split("---\n", 2)[2] == card.split("---\n", 2)[2]
+    assert (hub.place / CARD_FILE).read_text().split("---\n", 2)[2] == card.split("---\n", 2)[2]
     assert not hub.asked["private"]
     assert read_result(hub.place).recipe.calibration.domains["prose"].files == ("prose.txt",)
     outcome = run_cli("verify", hub.place)
@@ -233,7 +234,7 @@ def test_a_result_that_is_not_whole_is_not_sent(once, tmp_path):
         with pytest.raises(CheckpointError, match=r"model\.safetensors: is gone, or a link to a file outside"):
             push(once, "me/tiny", dry_run=True)
     weights.replace(once / "model.safetensors")
-    (once / CARD).write_text("---\n- a list\n---\n")
+    (once / CARD_FILE).write_text("---\n- a list\n---\n")
     with pytest.raises(CheckpointError, match=r"README.md: its first lines are no metadata \(.*\); correct them"):
         push(once, "me/tiny", dry_run=True)
     (once / "result.json").write_text((once / "result.json").read_text().replace("llama", "mamba"))

@@ -26,7 +26,7 @@ from secateur.errors import RecipeError
 from secateur.files import without_places, yaml_of
 from secateur.log import TELLING_SHARES, Progress
 from secateur.plugins import default_domains, mixture, mixtures
-from secateur.recipe import INSTALLED_DOMAINS, SHARE_OF_ANSWERS, Keys, Recipe, merged, parse_recipe, preset_texts
+from secateur.recipe import INSTALLED_DOMAINS, SHARE_OF_ANSWERS, Keys, merged, preset_texts
 
 # Without a terminal: at least so long between two lines of a stage, and longer in runs of hours.
 LINE_SECONDS, LINE_SHARE = 10.0, 1 / 60
@@ -384,10 +384,3 @@ def parse_sets(texts: list[str] | None) -> Keys:
             value = {name: value}
         keys = merged(keys, value)
     return keys
-
-
-def recipe_with_sets(data: Keys, sets: list[str] | None) -> Recipe:
-    """Return the recipe of these keys and those of `--set`. Raises RecipeError, naming where the mistake is."""
-    whole = merged(data, parse_sets(sets))
-    parse_recipe(data, "command line")
-    return parse_recipe(whole, "--set")

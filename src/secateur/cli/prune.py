@@ -250,7 +250,10 @@ def _recipe_of(
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
         data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
-    return common.recipe_with_sets(common.with_answers(data, answers), sets)
+    data = common.with_answers(data, answers)
+    whole = merged(data, common.parse_sets(sets))
+    parse_recipe(data, "command line")  # or errors in options would name --set
+    return parse_recipe(whole, "--set")
 
 
 def _without_none(options: Keys) -> Keys:

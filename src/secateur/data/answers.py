@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer
 
-from secateur.data.blocks import Blocks, JudgedText, LearningText
+from secateur.data.blocks import Blocks, JudgedText, LearningText, ids_of
 from secateur.data.forms import chat_text, closing_of_turn
 from secateur.errors import CalibrationError, NumericsError
 from secateur.facts import Size
@@ -184,7 +184,7 @@ class Answers:
         tenth = -(-len(given) // 10)
         own = given[:tenth] if part == "held-out" else given[tenth:]
         tokenizer, most = self.speaker.tokenizer, self.speaker.length // 2
-        ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in own]
+        ids = [ids_of(text, tokenizer) for text in own]
         fitting = [prompt for prompt in ids if 0 < len(prompt) <= most]
         if not fitting:
             raise CalibrationError(
@@ -298,12 +298,12 @@ def _batch(speaker: Speaker, requests: list[Request], tell: Callable[[int], None
 
 def _prompt(text: str, speaker: Speaker) -> list[int]:
     written = chat_text([{"role": "user", "content": text}], speaker.tokenizer, "a prompt", answered=True)
-    return speaker.tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids_of(written, speaker.tokenizer)
 
 
 def _first_added(text: str, tokenizer: Tokenizer) -> int | None:
     """Return the first token of the text if it was added to the vocabulary, as marks of turns are."""
-    ids = tokenizer(text.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids_of(text.lstrip(), tokenizer)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 

@@ -215,12 +215,17 @@ def block_length(asked: int | None, config: Any, key: str = "calibration.sequenc
     return length
 
 
+def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text alone; of one that is longer than the model's context without a warning."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def other_text(documents: Sequence[str], tokenizer: Tokenizer, config: Any) -> list[Block]:
     """Return blocks of one document each. `config`: of a model, which may read no more tokens of one."""
     length = block_length(None, config)
     blocks: list[Block] = []
     for number, text in enumerate(documents):
-        ids_T = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids_T = torch.tensor(ids_of(text, tokenizer))
         # The first token of a block is context alone.
         blocks += [Block(part, torch.full_like(part, number)) for part in ids_T.split(length) if len(part) > 1]
     return blocks

@@ -27,6 +27,7 @@ from secateur.data.blocks import (
     JudgedText,
     LearningDomain,
     LearningText,
+    ids_of,
     num_blocks_of,
 )
 from secateur.data.forms import Note, Notes
@@ -127,10 +128,8 @@ class _Tokens:
         if (document, number) not in self._ids:
             if number >= len(self.texts.pieces[document]):
                 return None
-            # verbose=False: no warning that the text exceeds the model's context.
             text = self.texts.pieces[document][number]
-            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            self._ids[document, number] = array("i", ids)
+            self._ids[document, number] = array("i", ids_of(text, self._tokenizer))
         return self._ids[document, number]
 
     def rest(self, rest: _Rest, most: int) -> Int64[Tensor, " T"]:

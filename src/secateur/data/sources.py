@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 from secateur.data.forms import Note, NoText, chat_text, content_of, prompt_of, unheard
 from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.errors import CalibrationError, one_line, web_address
+from secateur.files import files_in
 from secateur.model.stock import Tokenizer
 from secateur.plugins import GENERAL_TEXT, general_text, installed_files
 
@@ -161,7 +162,7 @@ def _files_at(place: str, note: Note) -> list[Path]:
     if web_address(place):
         raise CalibrationError(f"calibration files {place}: is a web address; download it, and give the file.")
     if path.is_dir():
-        paths = [file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        paths = [path / name for name in files_in(path, hidden=False)]
     elif glob.has_magic(place) and not path.exists():
         paths = [Path(file) for file in glob.iglob(str(path), recursive=True)]
     else:

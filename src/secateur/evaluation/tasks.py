@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -209,33 +209,35 @@ class _Splits(dict[str, Any]):
         )
 
 
-@dataclass(slots=True)
-class _Redirect:
-    """Answers `datasets.load_dataset` for one task or group, and remembers the rows."""
+def _rows(
+    task: str,
+    directory: Path | None,
+    used: dict[tuple[str, str | None], str],
+    hub: Callable[..., Any],
+    path: str,
+    name: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Return rows from the directory if they are there, and note that in `used`; else those of the hub.
 
-    task: str
-    directory: Path | None
-    hub: Callable[..., Any]
-    used: dict[tuple[str, str | None], str] = field(default_factory=dict)
+    Stands for `datasets.load_dataset`, which is `hub`, while a task or group is loaded.
+    """
+    from datasets.exceptions import DatasetsError
 
-    def load_dataset(self, path: str, name: str | None = None, **kwargs: Any) -> Any:
-        """Return rows from the directory if they are there, else those of the hub."""
-        from datasets.exceptions import DatasetsError
+    where = f"{path}/{name or DEFAULT_CONFIG}"
+    splits = None if directory is None else saved_rows(directory / where)
+    if splits is not None:
+        used[path, name] = f"{where} in --tasks-data"
+        return _Splits(splits, task)
 
-        where = f"{path}/{name or DEFAULT_CONFIG}"
-        splits = None if self.directory is None else saved_rows(self.directory / where)
-        if splits is not None:
-            self.used[path, name] = f"{where} in --tasks-data"
-            return _Splits(splits, self.task)
-
-        try:
-            return self.hub(path=path, name=name, **kwargs)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else one_line(error)
-            raise RecipeError(
-                f"task {self.task}: cannot load its data set {where} from the hub ({reason}); save it with datasets' "
-                f"save_to_disk to DIR/{where} and give --tasks-data DIR."
-            ) from None
+    try:
+        return hub(path=path, name=name, **kwargs)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else one_line(error)
+        raise RecipeError(
+            f"task {task}: cannot load its data set {where} from the hub ({reason}); save it with datasets' "
+            f"save_to_disk to DIR/{where} and give --tasks-data DIR."
+        ) from None
 
 
 def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | None) -> LoadedTasks:
@@ -257,9 +259,9 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
             if name not in manager.all_tasks:
                 hint = advice(name, manager.all_tasks, "python -m lm_eval ls tasks lists them.")
                 raise RecipeError(f"--tasks: unknown task '{name}'; {hint}")
-            redirect = _Redirect(name, directory, datasets.load_dataset)
+            used: dict[tuple[str, str | None], str] = {}
             with (
-                replaced(vars(datasets), "load_dataset", redirect.load_dataset),
+                replaced(vars(datasets), "load_dataset", partial(_rows, name, directory, used, datasets.load_dataset)),
                 replaced(vars(metrics), "load", load_metric),
                 replaced(vars(nltk), "download", partial(_downloaded, name, nltk.download)),
             ):
@@ -275,7 +277,7 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                         f"task {leaf}: runs code that the model writes, in a process without network, of "
                         "bounded memory and time; add --run-code to allow it."
                     )
-                source = redirect.used.get((task.config.dataset_path, task.config.dataset_name))
+                source = used.get((task.config.dataset_path, task.config.dataset_name))
                 if source is not None:
                     _check_examples(task, options, source)
                     loaded.sources[leaf] = source

@@ -24,6 +24,7 @@ from secateur.report.rows import (
     who_suffers,
 )
 
+CARD_FILE = "README.md"
 TAGS = ("secateur", "pruned", "structured-pruning")
 NUM_WORST = 3  # domains named as those that suffered most
 # Not huggingface_hub's ModelCard, which warns of a card without metadata and refuses one that is not YAML.

@@ -18,16 +18,15 @@ from huggingface_hub.errors import (
 
 from secateur.errors import CheckpointError, RecipeError, one_line
 from secateur.facts import Record
-from secateur.files import lies_in
+from secateur.files import files_in, lies_in
 from secateur.log import Progress, silent
 from secateur.model.config import is_hub_id
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RECIPE_FILE, dump_recipe
-from secateur.report.card import card_data, unknown, with_metadata
+from secateur.report.card import CARD_FILE, card_data, unknown, with_metadata
 from secateur.report.records import read_result
 from secateur.result_directory import LATER_FILES, RESULT_FILE, read_digests, write_summary
 
-CARD = "README.md"
 # Of an earlier upload: its index or a file of its weights could be loaded in place of the new ones.
 STALE = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -79,14 +78,13 @@ def push(
     with tempfile.TemporaryDirectory(prefix="secateur-push-") as scratch:
         stage = Path(scratch)
         _stage(directory, stage, digests)
-        data = _metadata(directory / CARD, card_data(summary, files.recipe))
-        _write(stage, CARD, with_metadata((directory / CARD).read_text(encoding="utf-8"), data))
+        data = _metadata(directory / CARD_FILE, card_data(summary, files.recipe))
+        _write(stage, CARD_FILE, with_metadata((directory / CARD_FILE).read_text(encoding="utf-8"), data))
         _write(stage, RECIPE_FILE, dump_recipe(files.recipe, places=False))
         (stage / RESULT_FILE).unlink()
         linked = {name: digest for name, digest in digests.items() if (stage / name).is_symlink()}
         write_summary(stage, dataclasses.replace(summary, files={}), known=linked)
-        paths = [path for path in sorted(stage.rglob("*")) if path.is_file()]
-        sent = {path.relative_to(stage).as_posix(): path.stat().st_size for path in paths}
+        sent = {name: (stage / name).stat().st_size for name in files_in(stage)}
         url = None if dry_run else _upload(stage, repo, progress, public=public)
     return Pushed(repo, not public, url, sent, data.to_dict(), tuple(unknown(data, summary)))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from secateur.data.blocks import NGRAM_TOKENS
 from secateur.files import write_text
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
-from secateur.report.card import card_data, model_card, recovered_card, source_text, with_metadata
+from secateur.report.card import CARD_FILE, card_data, model_card, recovered_card, source_text, with_metadata
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.records import (
     GroupStep,
@@ -37,8 +37,6 @@ from secateur.report.rows import (
     who_suffers,
 )
 from secateur.result_directory import PAGE_FILE, RESULT_FILE, write_summary
-
-CARD_FILE = "README.md"
 
 
 def quality_section(files: ResultFiles) -> Section | None:
