@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from texts import learning_text, split_text
+from texts import learning_text
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -264,22 +264,6 @@ def test_blocks_follow_the_shares(several: list[Domain], shares: list[float], nu
         assert (len(blocks.calibration), len(blocks.held_out)) == (own, math.ceil(own / 9))
 
 
-def test_what_judges_comes_before_all_and_gives_way_in_short_texts(domain: Domain) -> None:
-    calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
-
-    def built(num_tokens: int, num_judged_tokens: int) -> Split:
-        return split_text(calibration, num_tokens, TOKENIZER, num_judged_tokens=num_judged_tokens)
-
-    small, large = (built(num_blocks * LENGTH, 3 * LENGTH - 1) for num_blocks in (9, 90))
-    assert [len(split.judged.blocks["a"]) for split in (small, large)] == [3, 3]
-    assert small.judged.content_hash == large.judged.content_hash, "runs of different sizes are judged alike"
-    assert small.allotted["a"].judged == large.allotted["a"].judged > 0
-    short, without = built(9 * LENGTH, 10**6), built(9 * LENGTH, 0)
-    assert short.judged.blocks["a"] is short.learning.text.domains[0].held_out
-    assert short.learning.text.content_hash == without.learning.text.content_hash
-    assert "too short" in short.judged.notes[0] and not without.judged.notes
-
-
 def test_a_split_by_another_tokenizer_has_the_same_documents_in_every_part(domain: Domain) -> None:
     calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
     pool, amounts = TextPool(LENGTH, TOKENIZER, 0), Amounts(num_tokens=90 * LENGTH, num_judged_tokens=20 * LENGTH)
@@ -310,13 +294,3 @@ def test_a_file_that_says_the_same_again_and_again_is_not_read_to_its_end(monkey
     texts = _Texts("mine", Domain(installed="code"), TOKENIZER, 0, LENGTH, lambda *_: None)
     assert [texts.has(number) for number in (0, 1, 2, 3, 4)] == [True, True, True, True, False]
     assert len(read) == 4 + MOST_REPEATS and len(texts.pieces) == len(texts.digests) == 4
-
-
-def test_what_a_tokenizer_puts_before_each_text_is_none_of_the_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(f"line {number} of a text" for number in range(60)))
-    calibration = Calibration(domains={"mine": Domain(files=(str(tmp_path / "a.txt"),))}, sequence_length=LENGTH)
-    plain, begun = (
-        torch.cat([*split_text(calibration, 200, tokenizer).learning.documents()["mine"]])
-        for tokenizer in (TOKENIZER, tiny_tokenizer(begins=True))
-    )
-    assert plain.tolist() == begun.tolist()
