@@ -123,7 +123,7 @@ def test_one_divergence_that_is_no_number_is_enough(monkeypatch) -> None:
         layer_kl(model, bind(model), batches_of(TEXT, {})[:1], (), [1], {})
 
 
-def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, protected=(), progress=silent) -> tuple:
+def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int) -> tuple:
     """Choose by these costs of sets of removed layers; return the choice and what was measured, call by call."""
     calls = []
 
@@ -131,7 +131,7 @@ def chosen_by(costs: dict[frozenset, float], num_layers: int, num_remove: int, p
         calls.append(list(asked))
         return {index: costs[frozenset({*removed, index})] for index in asked}
 
-    return choose_layers(kl_without, set(range(num_layers)) - set(protected), num_remove, progress), calls
+    return choose_layers(kl_without, set(range(num_layers)), num_remove, silent), calls
 
 
 def test_of_equal_layers_the_first_goes() -> None:
@@ -161,8 +161,3 @@ def test_what_a_layer_added_counts_from_what_was_gone_before() -> None:
     costs |= {frozenset({0, 1, index}): 3 + cost for index, cost in single.items() if index > 1}
     chosen, calls = chosen_by(costs, 8, 3)
     assert calls[1:] == [[1, 2, 3, 4], [2, 3, 4, 5]] and list(chosen) == [0, 1, 2]
-
-
-def test_protected_layers_are_neither_measured_nor_removed() -> None:
-    costs = {frozenset({index}): 5.0 - index for index in range(4)}
-    assert chosen_by(costs, 4, 1, protected=(3, 0)) == ({2: 3.0}, [[1, 2]])

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from secateur.methods import tokens as module
 from secateur.methods.depth import narrow_kl, narrow_readers
 from secateur.methods.tokens import channel_law, expected_counts, nats_with, piece_nats
 from secateur.model.bind import bind
-from secateur.stream.losses import block_losses
 from secateur.stream.walk import Batch, make_batches
 from secateur.vocabulary.kept import Trim
 from secateur.vocabulary.order import removal_order
@@ -88,16 +86,6 @@ def test_answers_count_what_the_model_is_likely_to_say_where_they_count():
     # What stands before an answer's tokens foretells them: those from 9 on, and none behind the last.
     torch.testing.assert_close(counts.tokens_V, probabilities_TV[9:23].double().sum(dim=0), rtol=1e-4, atol=1e-6)
     assert float(counts.tokens_V.sum()) == pytest.approx(14, rel=1e-5) and counts.damped_V is counts.tokens_V
-
-
-def test_nats_are_over_the_kept_tokens_alone():
-    model = tiny_llama()
-    kept_K = torch.tensor(sorted(random.Random(0).sample(range(320), 200)))
-    ids_T = kept_K[torch.randint(200, (25,), generator=torch.Generator().manual_seed(1))]
-    with torch.no_grad():
-        log_p = model(ids_T[None]).logits[0, :-1][:, kept_K].double().log_softmax(-1)
-    expected = -sum(float(log_p[n, (kept_K == ids_T[n + 1]).nonzero()[0, 0]]) for n in range(24))
-    assert float(block_losses(model, bind(model), ids_T[None], kept_K).sum()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_nats_with_a_trim_are_per_dense_token_and_the_mean_by_share():
