@@ -137,11 +137,6 @@ def test_as_many_experts_stay_as_the_router_needs(config, num_chosen, at_least):
     assert (found.num_groups, least) == (config.get("n_group") or 1, at_least)
 
 
-def test_a_router_chooses_as_many_experts_as_its_config_says():
-    groups = bind(tiny_family("mixtral", num_experts_per_tok=3)).select(("experts",))
-    assert {(group.at_least, group.multiple_of) for group in groups} == {(3, 1)}
-
-
 def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():
     model = tiny_llama()
     model.config.auto_map = {"AutoModelForCausalLM": "theirs.Model"}

@@ -79,11 +79,6 @@ def keep_heads(layer: Any, num_heads: int, num_key_value_heads: int) -> None:
     attention.o_proj.in_features = columns
 
 
-def evenly_cut() -> PreTrainedModel:
-    model = FAMILIES["llama"](**SIZES)
-    return with_ffns(model, bind(model), [64] * 4)
-
-
 def save(model: PreTrainedModel, directory: Path, num_bytes: int = 60_000) -> Path:
     directory.mkdir()
     with shards_of(num_bytes):
@@ -104,7 +99,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTraine
     """Models and the directories that they were saved in."""
     models = {family: uneven(family) for family in FAMILIES}
     models["ffn"] = uneven("llama", heads=False)
-    models["even"] = evenly_cut()
     place = tmp_path_factory.mktemp("per_layer")
     return {name: (model, save(model, place / name)) for name, model in models.items()}
 
@@ -146,7 +140,7 @@ def test_plain_transformers_gives_the_model_in_memory_with_trust_and_stops_witho
     assert "is a per-layer attribute and may vary across layers" in fresh(name, False)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "ffn", "even"])
+@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
 def test_load_gives_the_model_in_memory(name, saved):
     model, directory = saved[name]
     loaded: Any = secateur.load(directory)
@@ -246,14 +240,6 @@ def test_equal_widths_change_nothing(family, tmp_path):
     assert before == after
     assert "per_layer_config" not in json.loads(after["config.json"])
     assert type(recorded) is type(plain)
-
-
-def test_equal_but_smaller_widths_give_the_plain_checkpoint(saved, fresh):
-    model, directory = saved["even"]
-    config = config_of(directory)
-    assert config["intermediate_size"] == 64 and not {"per_layer_config", "auto_map"} & config.keys()
-    assert not (directory / "modeling_per_layer.py").exists()
-    assert torch.equal(torch.tensor(fresh("even", False)), logits(model))
 
 
 def test_a_model_evened_out_again_is_a_plain_one(tmp_path):

@@ -177,11 +177,6 @@ def normalised(ffn: Any, x: Tensor) -> Tensor:
     return ffn.down_proj(nn.functional.normalize(ffn.inner(x) + 0.1, dim=-1))
 
 
-def test_units_have_the_names_that_people_read() -> None:
-    units = {group.name: group.unit for group in bind(model_with(Plain)).groups}
-    assert units == {"ffn": "channel", "kv_heads": "KV head", "query_heads": "query head per KV head"}
-
-
 WRONG = {
     "channels are normalised": plain_but(forward=normalised),
     "softmax over channels": plain_but(inner=lambda self, x: self.up_proj(x).softmax(dim=-1) * 10),
