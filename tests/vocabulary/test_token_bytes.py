@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 import torch
-from bpe_tokenizer import SPACE, bpe_tokenizer, sentencepiece_tokenizer
+from bpe_tokenizer import SPACE, sentencepiece_tokenizer
 from transformers import BertTokenizer
 
 from secateur.vocabulary.tokenizer import num_bytes
@@ -41,13 +41,6 @@ def test_the_tokens_of_a_text_add_up_to_its_bytes_wherever_it_is_cut(kind):
         assert num_bytes(tokenizer, [block_T[:cut], block_T[cut - 1 :]]) == len(text.encode()), text
         cut_within += "\ufffd" in tokenizer.decode(block_T[:cut])
     assert cut_within or kind in LOSES_TEXT  # a decode of the parts would have counted more
-
-
-@pytest.mark.parametrize("digits", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
-def test_digits_split_or_not_are_their_bytes(digits):
-    tokenizer = bpe_tokenizer(digits)
-    ids = tokenizer("12345 and 6,789: ١٢٣")["input_ids"]
-    assert num_bytes(tokenizer, [torch.tensor([tokenizer.eos_token_id, *ids])]) == len("12345 and 6,789: ١٢٣".encode())
 
 
 def test_only_a_space_that_the_tokenizer_put_before_the_text_is_left_out():

