@@ -92,8 +92,6 @@ def checkpoints(shared: Path) -> dict[str, Path]:
         "qwen2": tiny_qwen2(),
         "qwen2-tied": tiny_qwen2(tied=True),
     }
-    for model in models.values():
-        model.generation_config.max_length = 77
     return {name: saved(shared / name, model) for name, model in models.items()}
 
 

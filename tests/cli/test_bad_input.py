@@ -165,13 +165,6 @@ def test_a_key_that_stands_twice(prune, tmp_path):
     refused(outcome, "bad.yaml: cannot be read (line 3 gives the key budget a second time); give a YAML file")
 
 
-def test_bad_calibration_file(prune, tmp_path):
-    domain = ("--domain", f"mine={tmp_path / 'mine.txt'}")
-    refused(prune(*domain), "there is no such file")
-    (tmp_path / "mine.txt").write_text("one line and no more\n")
-    refused(prune(*domain), "domain 'mine': 21 tokens of text after packing, but 5 held-out and 40 ")
-
-
 def test_text_without_names_of_columns_is_not_printed_whole(prune, tmp_path):
     line = ",".join(f"{number} lines of text that somebody has written into the first row" for number in range(9))
     (tmp_path / "mine.csv").write_text(f"{line}\n{line}\n")

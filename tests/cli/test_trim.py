@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -84,27 +83,6 @@ def test_digits_and_other_ascii_stay_where_bytes_could_spell_them(tmp_path):
     assert outcome.status == 0, outcome.stderr
     small = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert small.tokenize("06:15 12345") == [*"06:15", SPACE, *"12345"]
-
-
-def test_prune_and_its_options_lay_tokens_into_the_recipe(place, tmp_path):
-    arguments: list[Any] = ["prune", place / "model", tmp_path / "out", "--remove", "0.3", "--vocabulary", SIZE]
-    arguments += ["--domain", f"prose={place / 'prose.txt'}", "--set", "remove.keep_scripts=[cyrillic]"]
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("{remove: {align: 8}, calibration: {num_tokens: 1280, sequence_length: 32}}")
-    outcome = run_cli(*arguments, "--recipe", recipe)
-    assert outcome.status == 0, outcome.stderr
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["vocabulary"]["num_after"] == SIZE and result["widths"]["ffn"][1] < 112
-    (cyrillic, cyrillic_left), (arabic, arabic_left) = (
-        result["vocabulary"]["scripts"][script] for script in ("cyrillic", "arabic")
-    )
-    assert cyrillic == cyrillic_left and arabic > arabic_left
-    assert result["remove_reached"] == pytest.approx(0.3, abs=0.02)
-    told = json.loads(
-        run_cli("inspect", place / "model", "--recipe", tmp_path / "out" / "recipe.yaml", "--json").stdout
-    )
-    assert told["num_params_after"] == result["pruned_size"]["num_params"]
-    assert told["remove_reached"] == pytest.approx(result["remove_reached"])
 
 
 def test_ids_that_only_the_generation_config_names_stay_and_are_counted_before_text_is_read(place, done, tmp_path):
