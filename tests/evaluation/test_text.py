@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from recipes import grouped
 from texts import split_text
@@ -38,14 +37,6 @@ def drawn(recipe) -> Any:
     asked = parse_recipe(grouped({**recipe, "seed": 3, "rounds": 2}))
     assert asked.calibration.num_tokens is not None
     return split_text(asked.calibration, asked.calibration.num_tokens, TOKENIZER, 3, silent).judged
-
-
-def test_the_blocks_are_those_that_the_run_held_out(recipe, drawn, tmp_path):
-    out = result_of(tmp_path / "out", recipe, drawn.content_hash, seed=3, rounds=2)
-    blocks, notes = recipe_blocks(out, TOKENIZER, silent)
-    assert notes == () and list(blocks) == ["prose", "code"]
-    for name, judged in drawn.blocks.items():
-        assert torch.equal(blocks[name].ids_NT, judged.ids_NT)
 
 
 def test_text_that_is_not_the_runs_is_noted(recipe, drawn, tmp_path):
