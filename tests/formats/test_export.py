@@ -141,14 +141,6 @@ def test_the_joined_gate_of_experts_is_written_in_its_halves(tmp_path):
         assert np.array_equal(arrays[f"blk.1.ffn_{name}_exps.weight"], half.numpy())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_bfloat16_opened_by_secateur_is_the_saved_model(name, tmp_path):
-    source = save(tmp_path / "source", MODELS[name]().to(torch.bfloat16))
-    export(source, tmp_path / "model.gguf", check=False)
-    again = load_model(open_checkpoint(tmp_path / "model.gguf"))
-    assert torch.equal(logits(again), logits(load_model(open_checkpoint(source))))
-
-
 @pytest.mark.parametrize(("type_name", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2)])
 def test_smaller_types_are_within_their_rounding(type_name, tolerance, llama, tmp_path):
     for name in ("model.gguf", "again.gguf"):

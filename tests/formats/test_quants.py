@@ -10,7 +10,6 @@ import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
 from models import tiny_llama, tiny_qwen2
-from run_cli import run_cli
 from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from secateur.errors import CheckpointError
@@ -110,20 +109,6 @@ def test_llama_cpp_writes_as_many_bytes_as_were_told(name: str, tmp_path: Path) 
     done = export(source, file, type_name=TOLD, check=False)
     assert planned_bytes(source, TOLD) == done.num_bytes - gguf.GGUFReader(file).data_offset
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
-
-
-@needs_llama_cpp
-def test_the_command_writes_what_the_function_writes(tmp_path: Path) -> None:
-    source, file = saved("narrow", tmp_path / "source"), tmp_path / "model.gguf"
-    outcome = run_cli("export", source, file, "--type", "q4_k_m")
-    assert outcome.status == 0, outcome.stderr
-    export(source, tmp_path / "again.gguf", type_name="q4_k_m", check=False)
-    assert file.read_bytes() == (tmp_path / "again.gguf").read_bytes()
-    assert "Checked: perplexity" in outcome.stdout and sorted(each.name for each in tmp_path.iterdir()) == [
-        "again.gguf",
-        "model.gguf",
-        "source",
-    ]
 
 
 @needs_llama_cpp

@@ -64,13 +64,6 @@ def test_a_whole_result_passes_and_is_reloaded(name, results):
     assert [len(line) <= 80 for line in outcome.stdout.splitlines()] == [True] * 2
 
 
-def test_progress_counts_the_files(results, unloaded):
-    seen: list[tuple[str, int, int]] = []
-    secateur.verify(results["whole"], progress=lambda *parts: seen.append(parts))
-    num_files = len(read_digests(results["whole"]))
-    assert seen == [("sha256", done, num_files) for done in range(num_files + 1)]
-
-
 def test_a_flipped_bit_in_any_file_is_found(sharded, unloaded):
     names = files_of(sharded)
     assert sum(name.endswith(".safetensors") for name in names) > 4 and "model.safetensors.index.json" in names
