@@ -1,4 +1,4 @@
-"""Recovery end to end on tiny models: what it writes, that it resumes, repeats itself, and is never worse."""
+"""Recovery end to end on tiny models: what it writes, that it resumes, and which ways to train win back."""
 
 import html
 import json
@@ -140,18 +140,6 @@ def train(
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.named_parameters()}
-
-
-@pytest.mark.parametrize(("way", "dtype"), [("layers", torch.float32), ("lora", torch.bfloat16)], ids=str)
-def test_never_worse(way, dtype, pruned, checkpoints, tmp_path):
-    ruinous = {"train": way, "learning_rate": 3.0}
-    work, before, record = train(pruned, checkpoints["llama"], tmp_path / "out", dtype, **ruinous)
-    for name, tensor in load_file(pruned / WEIGHTS).items():
-        assert torch.equal(weights(work.pruned)[name], tensor.to(dtype)), name
-    assert mean_kl(record.after) >= mean_kl(before) and not record.held
-    notes = [line["text"] for line in work.services.log.lines if line["event"] == "note"]
-    [note] = [note for note in notes if "has so few" not in note]
-    assert "did not fall" in note and "weights are those" in note
 
 
 @pytest.mark.parametrize(

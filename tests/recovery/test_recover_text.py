@@ -9,7 +9,7 @@ from texts import learning_text, split_text
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.data.pool import judging_tokens
-from secateur.errors import CalibrationError, RecipeError
+from secateur.errors import CalibrationError
 from secateur.log import silent
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
 from secateur.recovery.text import RecoveryText, shared_out
@@ -66,11 +66,6 @@ def test_what_judged_the_pruning_is_left_alone_and_what_guarded_it_guards(asked,
         guards, judged = text.held_out[domain.name].ids_NT, rows(before.judged.blocks[domain.name].ids_NT)
         assert len(guards) == 8 and not rows(guards) & trained and not judged & trained
         assert rows(domain.held_out.ids_NT) <= rows(guards) and bool(judging) != bool(judged & rows(guards))
-
-
-def test_too_few_tokens_for_a_step_is_an_error(asked):
-    with pytest.raises(RecipeError, match=r"recover\.num_tokens: 256 leave less than one step of 64 blocks"):
-        drawn(asked, num_tokens=256, batch_tokens=2048)
 
 
 @pytest.mark.parametrize(
