@@ -110,6 +110,7 @@ def test_files_that_are_no_recipes(tmp_path):
 
 
 def test_presets_lie_below_what_is_asked():
+    assert parse_recipe({"preset": "default"}) == Recipe()
     best = parse_recipe({"preset": "best", "repair": {"damping": 0.5}})
     assert best.choose.budget == "curve" and best.repair.damping == 0.5
     assert best.remove.vocabulary == "auto" and best.remove.share == 0.2

@@ -193,17 +193,6 @@ def test_a_layer_behind_experts_is_removed_without_being_folded_into_them(small)
     assert found.layers == (0, 1) and model.config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("name", ["opt", "smollm3", "gemma3_multimodal"])
-def test_families_of_every_kind_lose_layers_by_themselves(name, recipe, tmp_path):
-    model = tiny_family(name)
-    channels = sum(group.num_units * group.params_per_unit for group in bind(model).groups if group.name == "ffn")
-    asked = {**recipe, "remove": 0.9 * channels / num_params(model), "evaluate": False}
-    result = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER, out=tmp_path / "out")
-    assert result.recipe.remove.depth == 1 and len(result.layers) == 2
-    assert result.summary.reload_max_abs_difference == 0
-    assert result.summary.remove_reached == pytest.approx(asked["remove"], abs=0.03)
-
-
 def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(small, tmp_path):
     model = tiny_gemma3(num_layers=4)
     settings = {**small, "depth": 1, "remove": 0.35}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from models import saved, tiny_ids, tiny_llama
+from models import saved, tiny_llama
 from ranks_child import main as run_jobs
 from recipes import grouped
 from run_ranks import run_forked_ranks, run_machines, run_ranks, start_ranks
@@ -23,10 +23,8 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur import ranks
-from secateur.methods.profile import first_blocks
 from secateur.pruning.open import check_same_run
 from secateur.recipe import parse_recipe
-from secateur.stream.walk import make_batches
 from tests.families import tiny_family
 
 CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
@@ -54,29 +52,6 @@ def test_every_item_is_of_one_rank_and_their_numbers_differ_by_one_at_most(as_ra
         parts.append(ranks.own_part(items))
     assert sorted(item for part in parts for item in part) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize("num_blocks", [1, 3, 4, 99])
-def test_the_first_blocks_of_all_ranks_are_those_of_one_process(as_rank, num_blocks):
-    batches = [
-        batch
-        for seed, name in enumerate(("prose", "code"))
-        for batch in make_batches(name, tiny_ids(batch=7, seed=seed), held_out=False, batch_tokens=32)
-    ]
-    batches += make_batches("code", tiny_ids(seed=9), held_out=True)
-    alone = {name: blocks_of(first_blocks(batches, num_blocks), name) for name in ("prose", "code")}
-    shared: dict[str, list[Any]] = {"prose": [], "code": []}
-    for rank in range(3):
-        as_rank(rank, 3)
-        own = first_blocks(ranks.own_part(batches), num_blocks)
-        for name in shared:
-            shared[name] += blocks_of(own, name)
-    assert {name: sorted(blocks) for name, blocks in alone.items()} == {n: sorted(b) for n, b in shared.items()}
-    assert [len(blocks) for blocks in alone.values()] == [min(num_blocks, 7)] * 2
-
-
-def blocks_of(batches: list[Any], name: str) -> list[list[int]]:
-    return [ids_T.tolist() for batch in batches if batch.domain == name for ids_T in batch.ids_BT]
 
 
 def test_a_rank_passes_the_domains_of_which_it_has_no_text(as_rank):
@@ -133,7 +108,6 @@ def test_several_ranks_compare_what_they_run(monkeypatch):
 def jobs(checkpoints, recipe, texts, unproved, tmp_path_factory) -> tuple[Path, Path]:
     """A file of jobs, and what one process makes of them."""
     model, blocks = str(checkpoints["llama"]), {"num_tokens": 2048, "sequence_length": 64}
-    more = {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], **blocks}}
     more = {**recipe, "remove": 0.2, "calibration": {**recipe["calibration"], **blocks}}
     few = {"calibration": {**recipe["calibration"], "num_tokens": 256}}
     experts = {**more, "groups": ["experts"], "align": 1}

@@ -1,12 +1,9 @@
 """What the recipe adds to a plain run: budgets, protection, domain weights, other scores, rounds, the safety net."""
 
 import re
-from importlib import resources
 
 import pytest
 import torch
-import yaml
-from bpe_tokenizer import bpe_tokenizer
 from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from stops import lines_of
@@ -15,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.pruning.resolve import resolve
-from secateur.recipe import Recipe, parse_recipe
+from secateur.recipe import parse_recipe
 
 TOKENIZER = tiny_tokenizer()
 
@@ -75,29 +72,6 @@ def test_scores_of_other_methods_run_in_rounds(small, tmp_path):
         assert first["kept"] == second["total"] >= second["kept"] == len(result.keeps[second["layer"], second["group"]])
         assert first["output_energy"] != second["output_energy"] or first["group"] == "kv_heads"
     assert all(ours != theirs for ours, theirs in zip(kept["paper"], kept["magnitude"], strict=True))
-
-
-def test_what_runs_is_what_the_file_of_a_preset_says(small):
-    assert parse_recipe({"preset": "default"}) == Recipe()
-    for preset in ("quick", "best", "paper"):
-        # Preset best takes tokens too, of a tokenizer that has some to give.
-        tokenizer = bpe_tokenizer() if preset == "best" else TOKENIZER
-        model = tiny_llama() if preset == "best" else tiny_qwen2()
-        result = secateur.prune(model, grouped({**small, "preset": preset}), tokenizer=tokenizer)
-        assert result.summary.remove_reached == pytest.approx(0.2, abs=0.01)
-        # What ran is what the preset's file says, and nothing else of these groups but what the model fills in.
-        file = resources.files("secateur") / "presets" / f"{preset}.yaml"
-        said, ran = yaml.safe_load(file.read_text(encoding="utf-8")), result.recipe.model_dump(mode="json")
-        del said["polish"]  # `grouped` turns it off
-        for group, key in (("calibration", "num_tokens"), ("output", "evaluate")):
-            said.get(group, {}).pop(key, None)  # `small` has its own
-        if preset == "best":
-            assert said["remove"].pop("vocabulary") == "auto" and ran["remove"]["vocabulary"] in range(256, 321)
-        for group, keys in said.items():
-            assert {key: ran[group][key] for key in keys} == keys, preset
-        plain = Recipe().model_dump(mode="json")
-        left = {key for key, value in plain["choose"].items() if ran["choose"][key] != value}
-        assert left <= set(said.get("choose", {}))
 
 
 def test_the_least_size_that_is_named_is_one_that_a_cut_leaves(small):

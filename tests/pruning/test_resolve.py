@@ -1,6 +1,5 @@
 """What a recipe leaves open is filled from the model's shapes, in numbers worked out here by hand."""
 
-import dataclasses
 import math
 import re
 from typing import Any
@@ -13,7 +12,6 @@ from recipes import grouped
 from secateur.errors import RecipeError
 from secateur.facts import Size
 from secateur.model.group import GroupKey
-from secateur.pruning.group_step import method_of
 from secateur.pruning.resolve import Resolved, resolve
 from secateur.recipe import parse_recipe
 
@@ -29,16 +27,6 @@ def resolved(model: Any = None, **short: Any) -> Resolved:
 
 def kept(plan: Any) -> dict[GroupKey, int]:
     return dict(plan.num_keep)
-
-
-def test_the_method_is_the_recipes():
-    short = {"score": "wanda", "compensate": "none", "damping": 0.5, "domain_weighting": "tokens"}
-    found = method_of(parse_recipe(grouped(short)))
-    assert dataclasses.asdict(found) == {
-        **{key: value for key, value in short.items() if key != "domain_weighting"},
-        "weighting": "tokens",
-        "target_mix": 0.0,
-    }
 
 
 def wide(width: int, **config: Any) -> Any:
