@@ -11,7 +11,7 @@ import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
@@ -329,9 +330,7 @@ class _Finder:
         def note(module: nn.Module, *call: Any) -> None:
             self.calls.setdefault(module, Call(*tree_map(_cloned, call)))
 
-        with ExitStack() as stack:
-            for module in self.twin.modules():
-                stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        with register_module_forward_hook(note, with_kwargs=True):
             self.logits = run(self.twin)
         with suppress(*WRONG_GUESS):
             self.arch = replace(self.arch, caches=kv_cache_bytes_per_token(self.twin) > 0)
@@ -416,10 +415,22 @@ class _Finder:
         """Find the attention, and the module that reads the stream behind it, if all layers have them."""
         if not self.arch.is_chain:  # a silent attention has nothing to pass on
             return
-        first, *others = (_middles(layer, self.calls) for layer in self.layers)
-        common = (pair for pair in first if all(pair in of_layer for of_layer in others))
-        attention, middle = next(common, (None, None))
-        self.arch = replace(self.arch, attention=attention, middle=middle)
+        children = [name for name, _ in self.layers[0].named_children()]
+        for middle, attention in permutations(children, 2):
+            if all(self._is_middle(layer, attention, middle) for layer in self.layers):
+                self.arch = replace(self.arch, attention=attention, middle=middle)
+                return
+
+    def _is_middle(self, layer: nn.Module, attention: str, middle: str) -> bool:
+        """Say whether, with that silent, the input of `middle` instead of the layer's gives the same."""
+        with suppress(*WRONG_GUESS):
+            silenced, reader = layer.get_submodule(attention), layer.get_submodule(middle)
+            whole, hidden = self.calls[layer], self.calls[reader].args[0]
+            moved = replace(whole, args=(hidden, *whole.args[1:]))
+            if isinstance(self.calls[silenced].output, tuple) and not _equal(hidden, whole.args[0]):
+                with forwards_replaced([silenced], silent_attention):
+                    return _near(moved.again(layer), whole.given)
+        return False
 
     # What can be cut.
 
@@ -672,21 +683,6 @@ def _reads(module: Any, stacks: Stacks, given: list[Tensor]) -> bool:
         return _near(rest, rest[:1].expand_as(rest)) and not _near(output, rest)
     except WRONG_GUESS:
         return False
-
-
-def _middles(layer: nn.Module, calls: dict[nn.Module, Call]) -> list[tuple[str, str]]:
-    """Return (attention, middle) pairs: with that silent, the input of this instead of the layer's gives the same."""
-    whole, found = calls[layer], list[tuple[str, str]]()
-    children = {name: calls[child] for name, child in layer.named_children() if child in calls}
-    for middle, attention in permutations(children, 2):
-        hidden = next(iter(children[middle].args), None)
-        if not isinstance(hidden, Tensor) or not isinstance(children[attention].output, tuple):
-            continue
-        moved = replace(whole, args=(hidden, *whole.args[1:]))
-        with suppress(*WRONG_GUESS), forwards_replaced([layer.get_submodule(attention)], silent_attention):
-            if not _equal(hidden, whole.args[0]) and _near(moved.again(layer), whole.given):
-                found.append((attention, middle))
-    return found
 
 
 def _linears(layer: nn.Module) -> dict[str, dict[str, nn.Linear]]:
