@@ -4,7 +4,7 @@ Equal widths give the family's plain config. Different widths give `per_layer_co
 transformers' form, and a class that saves and loads it.
 """
 
-from collections import Counter
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ def widths_of(layer: nn.Module, group: Group) -> dict[str, Any]:
 def commonest(widths: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the most frequent width of each name. The larger one wins a tie."""
     names = sorted({name for layer in widths for name in layer})
-    counted = {name: Counter(layer[name] for layer in widths if name in layer) for name in names}
-    return {name: max(counts, key=lambda width: (counts[width], width)) for name, counts in counted.items()}
+    return {name: max(multimode(layer[name] for layer in widths if name in layer)) for name in names}
 
 
 def record_widths(model: PreTrainedModel, arch: Arch) -> None:
