@@ -11,7 +11,7 @@ import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
@@ -330,7 +329,9 @@ class _Finder:
         def note(module: nn.Module, *call: Any) -> None:
             self.calls.setdefault(module, Call(*tree_map(_cloned, call)))
 
-        with register_module_forward_hook(note, with_kwargs=True):
+        with ExitStack() as stack:
+            for module in self.twin.modules():
+                stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
             self.logits = run(self.twin)
         with suppress(*WRONG_GUESS):
             self.arch = replace(self.arch, caches=kv_cache_bytes_per_token(self.twin) > 0)
