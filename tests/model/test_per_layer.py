@@ -13,7 +13,7 @@ from models import logits_of as logits
 from models import shards_of, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from warm import WarmProcesses
 
 import secateur
@@ -304,3 +304,29 @@ def test_a_model_that_runs_the_carried_file_is_refused_in_memory(tmp_path, monke
     assert configs[0] == {key: value for key, value in configs[1].items() if key != "rope_theta"}  # of older programs
     with pytest.raises(CheckpointError, match=r"load it with secateur\.load"):
         check_in_memory(model, tiny_tokenizer())
+
+
+class _OwnMlp(torch.nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = torch.nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(hidden)))
+
+
+class _OwnModel(LlamaForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = _OwnMlp(config)
+
+
+def test_layers_that_a_class_of_the_users_own_changes_are_built_with_their_model():
+    model = _OwnModel(tiny_llama().config)
+    arch = bind(model)
+    for group in arch.ffns:
+        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(64))
+    record_widths(model, arch)
+    assert model.config.intermediate_size == 64 and type(model) is _OwnModel

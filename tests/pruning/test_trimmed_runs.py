@@ -34,6 +34,7 @@ from secateur.recipe import parse_recipe
 from secateur.store import Services
 from secateur.vocabulary.kept import KeptTokens, Trim, kept_tokens_of
 from secateur.vocabulary.order import PieceNats
+from tests.families import tiny_family
 from tests.trims import prose_file
 from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
@@ -358,6 +359,17 @@ def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
     assert found.model is model and model.config.vocab_size == 448 == len(found.tokenizer)
     text = "ferry Паром 🚀"
     assert found.tokenizer.decode(found.tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"groups": []}, {"groups": ["experts"], "removed_layers": [0], "vocabulary": None}]
+)
+def test_a_model_whose_ffns_are_all_of_experts_loses_tokens_and_layers(changes, asked):
+    tokenizer, _ = made("byte-level")
+    model = tiny_family("mixtral", vocab_size=len(tokenizer) + NUM_PADDING)
+    size, recipe = num_params(model), grouped({**asked, "remove": 0.5, **changes})
+    result = secateur.prune(model, recipe, tokenizer=tokenizer, force=True)
+    assert num_params(result.model) < size
 
 
 def test_a_model_whose_rows_are_all_needed_is_told_so(tmp_path):

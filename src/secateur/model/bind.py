@@ -162,6 +162,11 @@ class Arch:
             states.own = own | {index + 1: own.get(index + 1, {}) | passed_on}
         return states
 
+    @property
+    def ffns(self) -> tuple[Group, ...]:
+        """The groups of plain FFNs: none where all are of experts."""
+        return tuple(group for group in self.groups if group.name == "ffn")
+
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
         """Return the groups of these names. Raises ArchError if the model has no such group, or none at all."""
         known = {group.name for group in self.groups}

@@ -10,6 +10,7 @@ layers that `type(layer)(config, index)` does not build.
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -68,9 +69,13 @@ def per_layer_config_class(stock: Any) -> type[PreTrainedConfig]:
 
 
 def _layers(model: PreTrainedModel) -> Any:
-    """Return the decoder's list of layers; GPT-2 and Falcon call it h."""
+    """Return the decoder's list of layers; GPT-2 and Falcon call it h, BERT and Llama 4 have it deeper."""
     decoder: Any = model.get_decoder()
-    return decoder.layers if hasattr(decoder, "layers") else decoder.h
+    for name in ("layers", "h"):
+        if hasattr(decoder, name):
+            return getattr(decoder, name)
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(each for each in lists if len(each) == model.config.num_hidden_layers)
 
 
 def is_per_layer(config: PreTrainedConfig) -> bool:

@@ -86,12 +86,21 @@ def _built(model: PreTrainedModel, arch: Arch, config: Any) -> list[nn.Module]:
         try:
             classes: list[Any] = [type(layer) for layer in layers]
             built = [layer_class(config.per_layer_config[index], index) for index, layer_class in enumerate(classes)]
+            for layer in built:
+                linears_for_conv(layer)
+            # A class of the user's own may give its layers other modules.
+            if list(map(_kinds, built)) != list(map(_kinds, layers)):
+                raise ValueError("layers are not what their classes build")
         except BAD_VALUE:
             whole: Any = type(model)._from_config(model.config)
             built = decoder_layers(whole, arch)
-    for layer in built:
-        linears_for_conv(layer)
+            for layer in built:
+                linears_for_conv(layer)
     return built
+
+
+def _kinds(layer: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in layer.named_modules()]
 
 
 def _adopt(layer: nn.Module, built: nn.Module, index: int) -> None:

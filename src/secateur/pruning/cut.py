@@ -144,7 +144,7 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
     damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    with_ffn = {group.layer for group in run.arch.select(("ffn",))}
+    with_ffn = {group.layer for group in run.arch.ffns}
     shares = dict.fromkeys(unprotected & with_ffn, kept / total)
     return narrow_readers(run.model, run.arch, blocks, [shares], damping, run.services.progress)[0]
 
@@ -154,7 +154,7 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
     recipe = run.resolved.recipe
     if position == 0 or recipe.repair.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
-    ffn = next((group for group in arch.select(("ffn",)) if group.layer == position - 1), None)
+    ffn = next((group for group in arch.ffns if group.layer == position - 1), None)
     if ffn is None:  # its FFN is of experts, which no linear reads
         return {}
     before = decoder_layers(run.model, arch)[position - 1]

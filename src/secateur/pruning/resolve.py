@@ -272,7 +272,7 @@ def _unplanned(opened: Opened) -> Resolved:
     align = align_for(recipe, groups, prices, prices.taken(layers))
 
     # Text for the widest reader that is fitted; a layer is folded into the FFN reader before it.
-    text, widest = text_for(recipe, groups + (arch.select(("ffn",)) if depth else ()), config)
+    text, widest = text_for(recipe, groups + (arch.ffns if depth else ()), config)
     damping, warnings = damping_for(recipe, text["num_tokens"], widest)
     target_mix = target_mix_of(recipe, arch)
     polish = recipe.polish.num_tokens

@@ -227,7 +227,7 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     """
     opened = dense.opened
     # A recipe that every model can meet: memory depends on its text.
-    layers = {"depth": 0, "layers": (), "groups": ("ffn",)}
+    layers = {"depth": 0, "layers": (), "groups": ("ffn",) if opened.arch.ffns else ()}
     remove = {"vocabulary": None, "share": 0.05, "align": 1, **layers}
     plain = opened.filled(remove=remove, choose={"rounds": 1})
     resolved = resolve(plain)
