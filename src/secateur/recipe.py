@@ -19,6 +19,7 @@ from secateur.plugins import default_domains, mixture, score_names
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy, which a training seeds, takes them
 Share = Annotated[float, Field(ge=0, le=1)]
 # Keys of a recipe or of a part of it, as YAML and options give them: not checked yet.
 Keys = dict[str, Any]
@@ -198,8 +199,8 @@ class Remove(Strict):
     """in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 8GB."""
     groups: tuple[str, ...] | None = None
     """the kinds of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads`
-    (with their query heads) or `query_heads` (one of every KV head). None: FFN channels (`ffn`),
-    or `experts` if the model has some.
+    (with their query heads) or `query_heads` (one of every KV head). None: `experts` if the model has
+    some that can go, else FFN channels (`ffn`), or what stands for them (`expert_ffn`, `shared`).
     """
     depth: Natural | None = None
     """number of whole layers to remove first, those that change predictions least; part of `share`.
@@ -307,7 +308,7 @@ class Output(Strict):
 class Recipe(Strict):
     """One run: what to remove, how to choose, how to repair, the text, the machine, the output."""
 
-    seed: Natural = 0
+    seed: Seed = 0
     """of the calibration draw."""
     remove: Remove = Remove()
     choose: Choose = Choose()

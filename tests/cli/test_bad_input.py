@@ -130,6 +130,11 @@ def test_damaged_model(name, model, prune):
         ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
         ("--remove 0.1,0.2 --like it", "--like it: gives one size; leave it out, or --remove and --to."),
         ("--remove 0.1,0.2 --max-loss 0.5", "--max-loss 0.5: gives one size; leave it out"),
+        ("--remove 0.1,0.2 --set remove.share=0.3", "--set remove.share: gives one size; leave it out"),
+        ("--remove=", "--remove : give a share such as 0.2"),
+        ("--answers=", "--answers : is no share and no file"),
+        ("--max-loss inf", "max_loss: give a number of nats per token above 0, got inf"),
+        ("--set seed=4294967296", "--set: seed: "),
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
         ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
         ("--domain code --domain general", "--domain code: given twice"),
@@ -153,6 +158,12 @@ def test_bad_option(options, expected, prune):
 )
 def test_bad_recipe(changes, expected, prune):
     refused(prune(**changes), expected)
+
+
+def test_a_full_disk_behind_the_standard_output():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-m", "secateur", "recipe"], stdout=full, stderr=-1, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("secateur: standard output: the disk is full; ")
 
 
 def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):

@@ -15,6 +15,7 @@ from models import saved, tiny_llama
 from recipes import grouped
 from run_cli import run_cli
 from stops import stopped_again_and_again
+from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
@@ -29,6 +30,7 @@ from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import marked, measurement_page
 from secateur.store import Store
 from secateur.stream.statistics import NUM_BLOCKS, Statistics
+from tests.families import tiny_family
 
 pytestmark = pytest.mark.usefixtures("unproved")
 
@@ -356,6 +358,23 @@ def test_a_model_too_small_for_the_least_copy_is_refused_before_it_is_read(check
         secateur.measure(checkpoints["llama"], grouped({**recipe, "align": 64}), out=tmp_path / "out")
     with pytest.raises(RecipeError, match="is less than half an aligned unit per layer"):
         secateur.foretell_measure(checkpoints["llama"], grouped({**recipe, "align": 64}))
+
+
+def test_a_measurement_is_whole_without_a_model_and_is_not_pushed(even):
+    _, out = even
+    verified = secateur.verify(out)
+    assert verified.num_files > 2 and (verified.mismatches, verified.max_abs_difference) == ((), None)
+    with pytest.raises(CheckpointError, match=r"has no config\.json, so it is no model"):
+        secateur.push(out, "me/sizes", dry_run=True)
+
+
+def test_sizes_of_which_nothing_would_go_have_no_row(checkpoints, recipe, tmp_path):
+    """Half of an expert in each layer is more than 5% of the model."""
+    model = saved(tmp_path / "model", tiny_family("mixtral"), tiny_tokenizer())
+    record = secateur.measure(model, grouped(recipe), out=tmp_path / "out")
+    assert record.sizes[0].removed > 0.05 and record.sizes[0].num_params < record.dense_size.num_params
+    with pytest.raises(RecipeError, match="3 copies have 2 sizes"):
+        secateur.foretell_measure(checkpoints["llama"], grouped({**recipe, "align": 28}))
 
 
 def test_no_size_is_too_far_if_none_loses_so_much(even):

@@ -8,7 +8,7 @@ from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from stops import lines_of
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GraniteMoeHybridConfig
 
 import secateur
 from secateur.pruning.resolve import resolve
@@ -19,6 +19,51 @@ TOKENIZER = tiny_tokenizer()
 
 def widths(result: secateur.Result) -> dict[tuple[int, str], int]:
     return {key: len(keep) for key, keep in result.keeps.items()}
+
+
+ODD_MODELS = {
+    # Its one FFN is called shared, and there are no experts.
+    "dense-granite-4": lambda: AutoModelForCausalLM.from_config(
+        GraniteMoeHybridConfig(
+            vocab_size=320,
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            shared_intermediate_size=112,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            layer_types=["mamba", "attention", "mamba"],
+            mamba_n_heads=8,
+            mamba_d_head=12,
+            mamba_d_state=16,
+            mamba_chunk_size=8,
+            tie_word_embeddings=True,
+        )
+    ).eval(),
+    # Its config counts the layers of an encoder.
+    "longer-decoder": lambda: BartForCausalLM(
+        BartConfig(
+            vocab_size=320,
+            d_model=48,
+            decoder_layers=3,
+            encoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=112,
+            max_position_embeddings=64,
+            is_encoder_decoder=False,
+        )
+    ).eval(),
+    "float64": lambda: tiny_llama().double(),
+}
+
+
+@pytest.mark.parametrize("name", ODD_MODELS)
+def test_the_default_groups_of_odd_models_go(name, small):
+    model = ODD_MODELS[name]()
+    size = num_params(model)
+    result = secateur.prune(model, grouped({**small, "remove": 0.2}), tokenizer=TOKENIZER)
+    assert num_params(result.model) < 0.85 * size and len(result.keeps) == 3
 
 
 def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):

@@ -253,6 +253,7 @@ def test_mismatches_are_refused_before_anything_runs(pruned, checkpoints, tmp_pa
         ({"recover": {"num_tokens": 64}}, "leave less than one step"),
         ({"recover": {"learning_rat": 2}}, "did you mean 'learning_rate'"),
         ({"recover": {"num_tokens": 10**7}}, "tokens of text after packing"),
+        ({"remove": {"share": 0.4}}, "remove: says how to prune, and .* is pruned already"),
     ],
 )
 def test_what_the_recipe_has_wrong_is_one_sentence(pruned, checkpoints, tmp_path, changes, sentence):

@@ -8,12 +8,14 @@ them in that order.
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 
 from secateur.cli import measure, prune
 from secateur.cli.common import STOPPED_BY, app, last_word, launched, stoppable
 from secateur.errors import SecateurError
+from secateur.files import disk_errors
 
 BUSY_PERCENT = 25  # of all cores, used by others
 
@@ -22,10 +24,11 @@ __all__ = ["app", "main", "measure", "prune"]
 
 def main() -> None:
     """Run the command line."""
-    give_way()
     try:
-        with stoppable(), launched():
-            app(prog_name="secateur")
+        with stoppable(), disk_errors(Path("standard output")):
+            give_way()
+            with launched():
+                app(prog_name="secateur")
     except SecateurError as error:
         _say(str(error), *(f"{note}." for note in getattr(error, "__notes__", ())))
         sys.exit(2)

@@ -317,7 +317,7 @@ def _public(word: str, out: Path) -> str:
 def shares(text: str | None) -> list[float]:
     """Return the numbers in `--remove`. Raises RecipeError for what is none."""
     try:
-        return [float(number) for number in text.split(",")] if text else []
+        return [] if text is None else [float(number) for number in text.split(",")]
     except ValueError:
         raise RecipeError(f"--remove {text}: give a share such as 0.2, or several with commas between.") from None
 
@@ -346,7 +346,7 @@ def with_answers(data: Keys, answers: str | None) -> Keys:
     except ValueError:
         source = _of_file(answers)
         place = Path(source["files"][0]).expanduser()
-        if not (place.exists() or glob.glob(str(place), recursive=True)):
+        if not answers.strip() or not (place.exists() or glob.glob(str(place), recursive=True)):
             raise RecipeError(
                 f"--answers {answers}: is no share and no file; give a share from 0 to 1, or a file of prompts."
             ) from None

@@ -182,9 +182,9 @@ def prune(
     force: common.Force = False,
 ) -> None:
     """Prune MODEL and write the smaller checkpoint to OUT; of several sizes each to OUT/SIZE."""
-    sizes = [*common.shares(remove), *(to.split(",") if to else ())]
-    is_alone = len(sizes) < 2 or bool(remove and to)
-    goes = {"share": sizes[0] if remove else None, "to": to} if is_alone else {}
+    sizes = [*common.shares(remove), *(() if to is None else to.split(","))]
+    is_alone = len(sizes) < 2 or (remove is not None and to is not None)
+    goes = {"share": None if remove is None else sizes[0], "to": to} if is_alone else {}
     options = {
         "remove": {**goes, "vocabulary": vocabulary},
         "polish": {"num_tokens": polish},
@@ -205,7 +205,12 @@ def prune(
                 force=force,
             ),
         )
-    for option, given in (("--like", like), ("--max-loss", max_loss)):
+    in_sets = {"share", "to"} & common.parse_sets(sets).get("remove", {}).keys()
+    for option, given in (
+        ("--like", like),
+        ("--max-loss", max_loss),
+        ("--set", " and ".join(f"remove.{name}" for name in sorted(in_sets)) or None),
+    ):
         if given is not None:
             raise RecipeError(f"{option} {given}: gives one size; leave it out, or --remove and --to.")
     with common.progress_bar() as progress:

@@ -19,8 +19,8 @@ from secateur.pruning.inspect import gguf_files
 from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
 from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
-from secateur.pruning.resolve import resolve
-from secateur.pruning.sizes import STEPS, at_size, of_sizes, with_most
+from secateur.pruning.resolve import nearest, resolve
+from secateur.pruning.sizes import STEPS, at_size, check_apart, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
 from secateur.ranks import from_first, joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
@@ -97,7 +97,7 @@ def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
     opened = open_model(model, given, weights=weights)
     plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
     opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100))
-    resolve(at_size(opened.filled(**EVEN), {"share": _probed(opened)[0]}))
+    check_apart(opened.filled(**EVEN), _probed(opened))
     return opened
 
 
@@ -119,7 +119,8 @@ def _measured(ready: Prepared, command: str) -> Measurement:
             profiles = profiles_of(middle, 1, middle.batches())
 
     # Sizes are those of the whole model, which is the first copy.
-    percents = [percent for percent in PERCENTS if percent / 100 <= opened.recipe.remove.share]
+    least = nearest(at_size(even, {"share": 1e-6})).recipe.remove.share
+    percents = [percent for percent in PERCENTS if least <= percent / 100 <= opened.recipe.remove.share]
     costs = [_cost(at_size(even, {"share": percent / 100})) for percent in percents]
     units = run.resolved.of_units
 

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.facts import Record
@@ -415,7 +416,7 @@ class Verified(Record):
     """What was checked. `mismatches`: empty if all is as it was written.
 
     `num_bytes`: of the files that match. `max_abs_difference`: of logits, stock transformers
-    against `secateur.load`; None if files do not match, so that nothing is loaded.
+    against `secateur.load`; None if files do not match, or hold no model, so that nothing is loaded.
     """
 
     directory: str
@@ -445,7 +446,7 @@ def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
     wrong = tuple(mismatches(directory, digests, progress))
     whole = [directory / name for name in digests.keys() - {mismatch.what for mismatch in wrong}]
     proof = None
-    if not wrong:
+    if not wrong and CONFIG_NAME in digests:  # a measurement has no model
         try:
             model = load_model(open_checkpoint(directory), mapped=True)
             ids_1T = torch.arange(1, RELOAD_TOKENS + 1)[None] % model.config.get_text_config().vocab_size

@@ -54,7 +54,7 @@ from secateur.model.modules import (
     silent_attention,
     text_model,
 )
-from secateur.model.stock import quiet_transformers
+from secateur.model.stock import layer_config, quiet_transformers
 from secateur.model.twin import WIDTHS, WRONG_GUESS, run, token_ids, twins
 
 # In which a layer's groups are cut: each reads what is left of those before.
@@ -232,7 +232,7 @@ def bind(model: Any) -> Arch:
         arch,
         mlp_adds_directly=all(offer.adds_directly for layer in offers for offer in layer),
         groups=tuple(
-            sized(offer, layer, index, config.per_layer_config[index])
+            sized(offer, layer, index, layer_config(config, index))
             for index, layer in enumerate(layers)
             for offer in offers[index]
         ),
@@ -530,7 +530,7 @@ class _Finder:
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
 
     def _head_offers(self, index: int) -> Iterator[Group]:
-        layer, config = self.layers[index], self.config.per_layer_config[index]
+        layer, config = self.layers[index], layer_config(self.config, index)
         for place, linears in _linears(layer).items():
             module = layer.get_submodule(place)
             for guess in head_guesses(linears, config):
@@ -562,7 +562,7 @@ class _Finder:
         return [[layer[name] for name in ORDER if name in layer] for layer in kept]
 
     def _sized(self, offer: Group, index: int) -> Group:
-        return sized(offer, self.layers[index], index, self.config.per_layer_config[index])
+        return sized(offer, self.layers[index], index, layer_config(self.config, index))
 
     def _say(self, name: str, offers: dict[int, Group]) -> dict[int, Group]:
         """Return the offers whose numbers one key of the config says, by layer; empty if none does."""

@@ -15,7 +15,7 @@ from secateur.model.bind import Arch, decoder_layers, text_config
 from secateur.model.group import Group, linear
 from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
 from secateur.model.modules import linears_for_conv, shapes_of
-from secateur.model.stock import BAD_VALUE, quiet_transformers
+from secateur.model.stock import BAD_VALUE, layer_config, quiet_transformers
 
 NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
 
@@ -85,7 +85,7 @@ def _built(model: PreTrainedModel, arch: Arch, config: Any) -> list[nn.Module]:
     with quiet_transformers(), torch.device("meta"):
         try:
             classes: list[Any] = [type(layer) for layer in layers]
-            built = [layer_class(config.per_layer_config[index], index) for index, layer_class in enumerate(classes)]
+            built = [layer_class(layer_config(config, index), index) for index, layer_class in enumerate(classes)]
             for layer in built:
                 linears_for_conv(layer)
             # A class of the user's own may give its layers other modules.

@@ -26,6 +26,11 @@ BAD_VALUE = (
 BAD_GGUF = (*BAD_VALUE, struct.error)
 
 
+def layer_config(config: Any, index: int) -> Any:
+    """Return the config of a decoder layer; the whole one beyond its count of layers, as BART's is the encoder's."""
+    return config.per_layer_config[index] if index < config.num_hidden_layers else config
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence logs, progress bars and warnings of transformers and the hub inside the block."""

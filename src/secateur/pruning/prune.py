@@ -4,6 +4,7 @@ All that can be checked without weights is checked before a weight is read.
 `api` hands in what writes card and page.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +50,8 @@ def prune_run(
     `finish`: writes what people read of a finished run. `sizes`: each goes into a directory of its name
     below `out`.
     """
-    if max_loss is not None and not max_loss > 0:
-        raise RecipeError(f"max_loss: give nats per token above 0, got {max_loss}.")
+    if max_loss is not None and not 0 < max_loss < math.inf:
+        raise RecipeError(f"max_loss: give a number of nats per token above 0, got {max_loss}.")
     for name, other in (("max_loss", max_loss), ("from", from_)):
         if like is not None and other is not None:
             raise RecipeError(f"{name}: does not go with like, which says what goes; leave out one of them.")

@@ -32,8 +32,9 @@ from secateur.methods.budget import (
     uniform_plan,
 )
 from secateur.methods.scores import find_score
-from secateur.model.bind import EXPERTS, Arch
+from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Counts, Group, Groups, Keeps, by_name
+from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS, FFN, SHARED
 from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
@@ -153,9 +154,9 @@ def checked(opened: Opened) -> Opened:
     Raises ArchError or RecipeError for what this model cannot do.
     """
     if opened.recipe.remove.groups is None:
-        has_experts = any(group.name == EXPERTS for group in opened.arch.groups)
-        groups = (EXPERTS,) if has_experts else ("ffn",)
-        opened = opened.filled(remove={"groups": groups})
+        names = {group.name for group in opened.arch.groups}
+        most = next((name for name in (EXPERTS, FFN, EXPERT_CHANNELS, SHARED) if name in names), FFN)
+        opened = opened.filled(remove={"groups": (most,)})
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     check_experts(recipe, groups)

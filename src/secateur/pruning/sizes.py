@@ -7,7 +7,7 @@ that is chosen. What `measure` found says where to look first.
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -63,6 +63,16 @@ def with_most(opened: Opened, given: Recipe, verb: str, least: float = 0.0) -> O
             "groups (remove.groups), or let tokens go (remove.vocabulary of prune)."
         )
     return most
+
+
+def check_apart(opened: Opened, shares: Sequence[float]) -> None:
+    """Raise RecipeError unless the shares can be removed and are cuts to different sizes."""
+    left = {resolve(at_size(opened, {"share": share})).plans[-1].cost_after for share in shares}
+    if len(left) < len(shares):
+        raise RecipeError(
+            f"measure: units are so coarse that {len(shares)} copies have {len(left)} sizes; lower remove.align, or "
+            "give more groups (remove.groups)."
+        )
 
 
 def largest_of(opened: Opened, sizes: Sizes) -> Opened:

@@ -88,6 +88,8 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_
             f"{pruned}: has no {RECIPE_FILE}, so its domains are not known; say what to train on with --domain "
             "NAME[=FILE] or --recipe FILE."
         )
+    if given := sorted({"remove", "choose", "repair"} & changes.model_fields_set):
+        raise RecipeError(f"{given[0]}: says how to prune, and {pruned} is pruned already; leave it out of recover.")
     recipe = recipe_over(load_recipe(path) if path.is_file() else {}, changes)
     length = block_length(recipe.calibration.sequence_length, shapes[0].config.get_text_config())
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()

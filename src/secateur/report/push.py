@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCardData, constants, get_token, metadata_load
+from huggingface_hub.constants import CONFIG_NAME
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx or httpx2
@@ -69,6 +70,8 @@ def push(
     if not is_hub_id(repo):
         raise RecipeError(f"push {repo}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
     directory = Path(result)
+    if (directory / RESULT_FILE).is_file() and not (directory / CONFIG_NAME).is_file():
+        raise CheckpointError(f"push {directory}: has no {CONFIG_NAME}, so it is no model; give a result of prune.")
     digests, files = read_digests(directory), read_result(directory)
     if digests is None:
         raise CheckpointError(f"{directory}: its {RESULT_FILE} is damaged; prune again, or push another result.")

@@ -165,7 +165,7 @@ class Statistics:
         """Add a batch of reader inputs, outputs (without bias) and, if used, the drift."""
         self.mass += len(x_TF)
         self.sum_F += x_TF.sum(dim=0, dtype=torch.float32)
-        self.energy += torch.linalg.vector_norm(y_TH, dtype=torch.float32).square()
+        self.energy += torch.linalg.vector_norm(y_TH, dtype=torch.promote_types(y_TH.dtype, torch.float32)).square()
         if self.any_gram is None:
             self.sum_squares_F += x_TF.float().square().sum(dim=0)
         else:
