@@ -7,10 +7,8 @@ a Markdown table: medians over the steps, operations by `recovery.weights`, and 
 what one large product in the same dtype would do. The last line has the tokens per second.
 
     python benchmarks/training.py [--model smollm2-135m] [--length 512] [--blocks 1] [--steps 7]
-                                  [--torch-attention]
 
 `--blocks`: of `--length` tokens, in one forward pass and one step; by default as many as a polish has.
-`--torch-attention` leaves attention to torch's own kernel, as training did until 2026-11-28.
 """
 
 import argparse
@@ -28,7 +26,6 @@ from secateur.evaluation.bench import prefill_flops_per_token
 from secateur.model.bind import bind, head_of
 from secateur.model.checkpoint import load
 from secateur.recipe import PolishSettings
-from secateur.recovery.attention import attention_in_training
 from secateur.recovery.loss import distillation_loss, loss_in_forward, states_of
 from secateur.recovery.weights import autocasts, prepare_weights
 from secateur.stream.device import CPU, keeping_freed, multiplies_in_software
@@ -61,7 +58,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--torch-attention", action="store_true")
     options = parser.parse_args()
     settings = PolishSettings()
     blocks = options.blocks or min(settings.blocks_per_device, settings.blocks_per_step(options.length))
@@ -95,8 +91,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    inside = loss_in_forward(model, arch, settings.kl_share)
-    with keeping_freed(), inside, attention_in_training(recomputed=options.torch_attention):
+    inside = loss_in_forward(model, arch, settings.kl_share, in_shards=False)
+    with keeping_freed(), inside:
         for _ in range(options.steps + 1):
             found_PD = timed(seconds["forward"], forward)
             loss = timed(seconds["loss"], partial(loss_of, found_PD))

@@ -144,10 +144,14 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
     With `overwrite` an empty directory may be replaced, and a result of which every file is as secateur wrote it,
     or is one that a later command writes. A directory of several results is not: they may be of several runs.
     """
-    if protected is not None and out.resolve() in (protected.resolve(), *protected.resolve().parents):
+    try:
+        real = out.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"OUT {out}: its links lead in a circle; choose another place.") from None
+    if protected is not None and real in (protected.resolve(), *protected.resolve().parents):
         raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
     # A directory of .gguf files is no model's own.
-    if protected is not None and (protected / "config.json").is_file() and protected.resolve() in out.resolve().parents:
+    if protected is not None and (protected / "config.json").is_file() and protected.resolve() in real.parents:
         raise CheckpointError(f"OUT {out}: is inside the model's directory {protected}; choose one outside of it.")
     check_outside_results(out)
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)

@@ -133,6 +133,7 @@ def test_damaged_model(name, model, prune):
         ("--remove 0.1,0.2 --set remove.share=0.3", "--set remove.share: gives one size; leave it out"),
         ("--remove=", "--remove : give a share such as 0.2"),
         ("--answers=", "--answers : is no share and no file"),
+        ("--vocabulary 320 --set remove.groups=[]", "remove.vocabulary: 320 rows are all that the model has"),
         ("--max-loss inf", "max_loss: give a number of nats per token above 0, got inf"),
         ("--set seed=4294967296", "--set: seed: "),
         ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
@@ -164,6 +165,17 @@ def test_a_full_disk_behind_the_standard_output():
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-m", "secateur", "recipe"], stdout=full, stderr=-1, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("secateur: standard output: the disk is full; ")
+
+
+def test_out_below_links_in_a_circle(prune, tmp_path):
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    refused(prune(out=tmp_path / "one" / "out"), "its links lead in a circle; choose another place.")
+
+
+def test_a_chat_template_that_takes_no_question(prune, model):
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no questions') }}")
+    refused(prune("--answers", 0, evaluate=True), "refuses it (no questions); correct it.")
 
 
 def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):

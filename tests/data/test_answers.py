@@ -303,6 +303,26 @@ def test_both_parts_are_written_in_few_batches_of_like_size() -> None:
     assert sizes[0] == sizes[1] == 42 and max(sizes) <= answers.CPU_ROWS
 
 
+def test_what_is_cut_off_at_the_end_of_blocks_is_written_anew_in_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three conversations of 25 tokens share a block of 64."""
+
+    def batch(_: Speaker, requests: list[answers.Request], __: Callable[[int], None]) -> dict[str, Tensor]:
+        ids = [torch.full((25,), request.number) for request in requests]
+        return {"ids": torch.cat(ids), "sizes": torch.tensor([[25, 10]] * len(requests))}
+
+    monkeypatch.setattr(answers, "_batch", batch)
+    monkeypatch.setattr(answers.Speaker, "rows", 1000)
+    batches = list[int]()
+
+    def counted(steps: Steps) -> list[dict[str, Tensor]]:
+        batches.append(len(steps))
+        return at_once(steps)
+
+    asked = Answers(speaker(tiny_llama()), {"answers": ASKED}, counted)
+    assert len(asked.blocks("answers", {"learning": 90})["learning"]) == 90
+    assert len(batches) <= 4
+
+
 def test_without_a_source_the_prompts_that_come_with_secateur_are_asked_and_none_of_them_judges() -> None:
     tokenizer = speaker(tiny_llama()).tokenizer
     first, second = (list(documents("answers", Domain(answers=True), tokenizer, seed)) for seed in (0, 1))
@@ -366,7 +386,7 @@ def test_a_row_is_a_prompt_up_to_its_first_users_turn(tmp_path: Path) -> None:
 def test_prompts_that_leave_no_room_in_the_tokens_of_another_tokenizer_fill_nothing():
     short, long = (Conversation(torch.arange(size), num_prompt) for size, num_prompt in ((6, 2), (14, 9)))
     found = answers._filled([long, short, long, short], 1, 8, 0)
-    assert found is not None and found.ids_NT.tolist() == answers._filled([short, short], 1, 8, 0).ids_NT.tolist()
+    assert found.ids_NT.tolist() == answers._filled([short, short], 1, 8, 0).ids_NT.tolist()
 
 
 def test_what_a_tokenizer_puts_before_each_text_is_in_no_prompt_and_no_end() -> None:

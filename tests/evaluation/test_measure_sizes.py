@@ -354,9 +354,9 @@ def test_every_probe_is_timed(even):
 
 
 def test_a_model_too_small_for_the_least_copy_is_refused_before_it_is_read(checkpoints, recipe, tmp_path):
-    with pytest.raises(RecipeError, match="is less than half an aligned unit per layer"):
+    with pytest.raises(RecipeError, match="is less than half of the least step of"):
         secateur.measure(checkpoints["llama"], grouped({**recipe, "align": 64}), out=tmp_path / "out")
-    with pytest.raises(RecipeError, match="is less than half an aligned unit per layer"):
+    with pytest.raises(RecipeError, match="is less than half of the least step of"):
         secateur.foretell_measure(checkpoints["llama"], grouped({**recipe, "align": 64}))
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from families import tiny_family
 from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from stops import lines_of
@@ -11,6 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GraniteMoeHybridConfig
 
 import secateur
+from secateur.errors import RecipeError
 from secateur.pruning.resolve import resolve
 from secateur.recipe import parse_recipe
 
@@ -64,6 +66,19 @@ def test_the_default_groups_of_odd_models_go(name, small):
     size = num_params(model)
     result = secateur.prune(model, grouped({**small, "remove": 0.2}), tokenizer=TOKENIZER)
     assert num_params(result.model) < 0.85 * size and len(result.keeps) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: tiny_family("ministral3"), "'num_attention_heads' is a per-layer attribute"),
+        (lambda: type("Mine", (type(tiny_llama()),), {})(tiny_llama().config), "Mine is no class of transformers"),
+    ],
+)
+def test_widths_by_layer_that_cannot_be_loaded_again_are_refused_at_once(model, why, small):
+    settings = {**small, "budget": "curve", "groups": ["kv_heads"]}
+    with pytest.raises(RecipeError, match=rf"cannot be saved with \({why}.*use budget uniform"):
+        secateur.prune(model(), grouped(settings), tokenizer=TOKENIZER)
 
 
 def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):

@@ -23,7 +23,7 @@ from secateur.pruning.cost import memory_for, polish_bytes, with_polish_that_fit
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
-from secateur.recovery import attention, train
+from secateur.recovery import train
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.polish import Lesson, learn, polish
 from secateur.recovery.train import training_folder
@@ -108,21 +108,6 @@ def test_an_uncut_model_stays_as_it_is(asked):
     assert mean_kl(record.before) == mean_kl(record.training.after) == 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters()), "as they came"
-
-
-def test_it_trains_by_attention_in_blocks_as_by_torchs(asked, monkeypatch):
-    calls, students = [], [tiny_llama(seed=1), tiny_llama(seed=1)]
-    real = attention.causal_attention
-    monkeypatch.setattr(attention, "causal_attention", lambda *args, **kw: calls.append(1) or real(*args, **kw))
-    for student, recomputed in zip(students, (False, True), strict=True):
-        changes = {**TRAINING, "num_tokens": 256, "gradient_checkpointing": recomputed}
-        lesson, recipe = lesson_of({**asked, "polish": changes}, tiny_llama())
-        calls.clear()
-        polish(student, lesson, recipe.seed, Services(), torch.device("cpu"))
-        assert bool(calls) != recomputed
-    # Adam makes steps of the rate from gradients that differ by their rounding.
-    for ours, torchs in zip(*(student.parameters() for student in students), strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=0, atol=TRAINING["learning_rate"] / 10)
 
 
 def test_what_the_dense_model_leaves_teaches_as_the_model_itself(asked):

@@ -148,21 +148,18 @@ class Answers:
         tell = _Counter(self.progress, stage, total)
         while True:
             blocks: dict[Part, Blocks] = {
-                part: filled
-                for part, number in num_blocks.items()
-                if (filled := self._filled(domain, part, number, told)) is not None
+                part: self._filled(domain, part, number, told) for part, number in num_blocks.items()
             }
-            if len(blocks) == len(num_blocks):
+            missing: dict[Part, int] = {part: number - len(blocks[part]) for part, number in num_blocks.items()}
+            if not any(missing.values()):
                 self.progress(stage, total, total)
                 return blocks
             tell.done = max(tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks))
-            missing: list[Part] = [part for part in num_blocks if part not in blocks]
-            self._write(
-                [each for part in missing for each in self._wanted(domain, part, num_blocks[part], prompts[part])], tell
-            )
+            wanted = (self._wanted(domain, part, number, prompts[part]) for part, number in missing.items() if number)
+            self._write([each for requests in wanted for each in requests], tell)
 
-    def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks | None:
-        """Return the part's blocks; None if what is written does not fill them."""
+    def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks:
+        """Return the part's blocks, fewer where what is written does not fill them."""
         own = _once(self._so_far(domain, part))
         end = self.speaker.tokenizer.eos_token_id
         filler = Conversation(torch.tensor([end if isinstance(end, int) else 0]), num_prompt=0)
@@ -203,11 +200,12 @@ class Answers:
             for request, conversation in zip(batch, _unflat(tensors), strict=True):
                 self._so_far(request.domain, request.part).append(conversation)
 
-    def _wanted(self, domain: str, part: Part, num_blocks: int, prompts: list[list[int]]) -> list[Request]:
-        """Return as many more conversations as should do, by the mean of those that are written.
+    def _wanted(self, domain: str, part: Part, missing: int, prompts: list[list[int]]) -> list[Request]:
+        """Return as many more conversations as should fill the missing blocks, by the mean of those that are written.
 
         At first that is taken to be half of a block, seldom less than it is, so that nothing is written for
-        nothing. Later a block more than is missing is asked for, so that few batches are small.
+        nothing. Later a block more than is missing is asked for, so that few batches are small. Tokens of
+        conversations that fit into no block do not count: a batch takes as long for two rows as for many.
         """
         length, first = self.speaker.length, len(self._so_far(domain, part))
         fresh = _once(self._so_far(domain, part))
@@ -216,12 +214,9 @@ class Answers:
                 f"domain '{domain}': the model gives the same answers again and again; give more prompts, or lower "
                 "calibration.num_tokens."
             )
-        done = _num_tokens(fresh)
-        missing = num_blocks * length - done
-        if first:
-            missing = max(missing, 0) + length
-        mean = (done + length / 2) / (first + 1)
-        numbers = range(first, first + max(1, round(missing / mean)))
+        num_tokens = (missing + bool(first)) * length
+        mean = (_num_tokens(fresh) + length / 2) / (first + 1)
+        numbers = range(first, first + max(1, round(num_tokens / mean)))
         return [Request(domain, part, number, prompts[number % len(prompts)]) for number in numbers]
 
 
@@ -251,8 +246,8 @@ def with_answers(
     return replace(text, domains=tuple(domains)), replace(judged, blocks=judging)
 
 
-def _filled(written: list[Conversation], num_blocks: int, length: int, filler: int) -> Blocks | None:
-    """Return so many blocks of the fewest conversations that fill them, in order; None if they do not.
+def _filled(written: list[Conversation], num_blocks: int, length: int, filler: int) -> Blocks:
+    """Return so many blocks of the fewest conversations that fill them, in order; all that these fill if not so many.
 
     So the blocks do not depend on how many more were written in the last batch.
     """
@@ -265,7 +260,7 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
         blocks = packed(fitting[:count], length, filler)
         if len(blocks) >= num_blocks:
             return blocks[:num_blocks]
-    return None
+    return packed(fitting, length, filler)[:num_blocks]
 
 
 def greedy_answers(

@@ -274,7 +274,7 @@ def closing_of_turn(tokenizer: Tokenizer) -> str:
 
     Raises CalibrationError if the template does not write what a user says.
     """
-    text = chat_text([{"role": "user", "content": MARK}], tokenizer, "the chat template", answered=True)
+    text = chat_text([{"role": "user", "content": MARK}], tokenizer, "a user's turn", answered=True)
     _, mark, closing = text.partition(MARK)
     if not mark:
         raise CalibrationError("the chat template: it does not write what a user says; give text in place of answers.")

@@ -143,9 +143,10 @@ def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> P
     if plan.cost_after == prices.total:
         step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
         smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4
+        finer = f", or set align below {align}" if align_of(by_name(groups)[names[-1]][0], align) > 1 else ""
         raise RecipeError(
-            f"remove: {remove:g} of all {prices.total_text} is less than half an aligned unit per layer, so "
-            f"nothing would go; ask for at least {smallest:.4f} or set align below {align}."
+            f"remove: {remove:g} of all {prices.total_text} is less than half of the least step of {names[-1]}, so "
+            f"nothing would go; ask for at least {smallest:.4f}{finer}."
         )
     return plan
 

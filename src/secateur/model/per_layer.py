@@ -5,17 +5,22 @@ transformers' form, and a class that saves and loads it.
 """
 
 from statistics import multimode
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.model.bind import Arch, decoder_layers, text_config
-from secateur.model.group import Group, linear
+from secateur.errors import one_line
+from secateur.model.bind import CLOSE, Arch, bind, decoder_layers, text_config
+from secateur.model.group import Group, cut, linear
+from secateur.model.guesses import some_of
 from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
 from secateur.model.modules import linears_for_conv, shapes_of
 from secateur.model.stock import BAD_VALUE, layer_config, quiet_transformers
+from secateur.model.twin import WRONG_GUESS, run, twins
 
 NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
 
@@ -77,6 +82,34 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     built = _built(model, arch, config)
     for index, layer in enumerate(layers):
         _adopt(layer, built[index], index)
+
+
+@torch.no_grad()
+def why_not_by_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]) -> str | None:
+    """Return why layers of different widths cannot be loaded again, as a twin of them is saved and loaded.
+
+    `names`: of the groups that are cut. None: they can be.
+    """
+    if isinstance(model, PerLayerModel):
+        return None
+    stock = type(model)
+    if getattr(transformers, stock.__name__, None) is not stock:
+        return f"{stock.__name__} is no class of transformers"
+    try:
+        twin = next(twins(stock, model.config, model.num_parameters(), arch.num_layers))
+        own = bind(twin)
+        # One layer of each group is narrower than the others.
+        for group in {group.name: group for group in own.groups if group.name in names}.values():
+            cut(decoder_layers(twin, own)[group.layer], group, some_of(group))
+        record_widths(twin, own)
+        with TemporaryDirectory() as directory, quiet_transformers():
+            twin.save_pretrained(directory)
+            loaded = type(twin).from_pretrained(directory, dtype=torch.float32)
+        if not torch.allclose(run(loaded.eval()), run(twin), atol=CLOSE, rtol=CLOSE):
+            return "loaded again, it is another model"
+    except WRONG_GUESS as error:
+        return one_line(error).partition(". ")[0]
+    return None
 
 
 def _built(model: PreTrainedModel, arch: Arch, config: Any) -> list[nn.Module]:

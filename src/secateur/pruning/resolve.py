@@ -35,6 +35,7 @@ from secateur.methods.scores import find_score
 from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Counts, Group, Groups, Keeps, by_name
 from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS, FFN, SHARED
+from secateur.model.per_layer import why_not_by_layer
 from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
@@ -160,17 +161,29 @@ def checked(opened: Opened) -> Opened:
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     check_experts(recipe, groups)
-    if config.get_text_config() is not config and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
-        raise RecipeError(
-            f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} gives "
-            f"layers widths of their own, which a language model inside a larger class ({config.model_type}) cannot be "
-            "saved with; use budget uniform without protected_layers."
+    if groups and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
+        is_inside = config.get_text_config() is not config
+        why = (
+            "it is inside a larger class"
+            if is_inside
+            else why_not_by_layer(opened.model, arch, recipe.remove.group_names)
         )
+        if why is not None:
+            raise RecipeError(
+                f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} "
+                f"gives layers widths of their own, which a language model of type {config.model_type} cannot be saved "
+                f"with ({why}); use budget uniform without protected_layers."
+            )
     block_length(recipe.calibration.sequence_length, config)
     if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
         raise RecipeError(
             f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
             "not have; say how many tokens stay, add ffn, or set vocabulary: null."
+        )
+    if not groups and recipe.remove.vocabulary == opened.model.get_input_embeddings().num_embeddings:
+        raise RecipeError(
+            f"remove.vocabulary: {recipe.remove.vocabulary:,} rows are all that the model has, so nothing would go; "
+            "give fewer."
         )
     target_mix_of(recipe, arch)
     return share_of_size(opened)

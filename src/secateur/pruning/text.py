@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from secateur.data.answers import Answers, Speaker, Written, with_answers
 from secateur.data.blocks import JudgedText, LearningText, ngram_overlap
+from secateur.data.forms import closing_of_turn
 from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, judging_tokens
-from secateur.errors import RecipeError
+from secateur.errors import CalibrationError, RecipeError
 from secateur.log import Progress
 from secateur.pruning.open import Opened, tokenizer_of
 from secateur.pruning.resolve import Resolved, text_for
@@ -126,12 +127,19 @@ def with_share_of_answers(opened: Opened) -> Opened:
     """Return `opened` with domains of which `calibration.answers` are answers; the others share the rest.
 
     Where none of them has answers, one is added, to prompts that come with secateur. The same again
-    changes nothing. Raises RecipeError for answers of a model without a chat template, and
+    changes nothing. Raises CalibrationError for a chat template that fails, RecipeError without one for answers, and
     for a share of 0 beside prompts that are to be answered.
     """
     calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers
     answers, text = calibration.answered, calibration.of_text
     is_default = "domains" not in calibration.model_fields_set
+    chats = tokenizer_of(opened).chat_template is not None
+    if chats and opened.arch.caches and opened.recipe.output.evaluate:
+        try:
+            closing_of_turn(tokenizer_of(opened))  # the judge's prompts would fail after the dense model's text
+        except CalibrationError as error:
+            advice = "Or ask it nothing: set calibration.answers to 0 and output.evaluate to false."
+            raise CalibrationError(f"{error} {advice}") from None
     if share is None and not is_default and not answers:
         return opened
     if share == 0:
@@ -142,7 +150,6 @@ def with_share_of_answers(opened: Opened) -> Opened:
                 "them."
             )
         return opened.filled(calibration={"domains": text})
-    chats = tokenizer_of(opened).chat_template is not None
     if not chats or not opened.arch.caches:
         if share is None and not answers:
             return opened

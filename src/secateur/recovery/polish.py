@@ -17,7 +17,6 @@ from secateur.model.bind import Arch
 from secateur.model.stock import CausalLM
 from secateur.ranks import size
 from secateur.recipe import Recipe, RecoverySettings
-from secateur.recovery.attention import attention_in_training
 from secateur.recovery.judge import Judge
 from secateur.recovery.text import RecoveryText, shared_out, whole_steps
 from secateur.recovery.train import Work, train_guarded, training_folder
@@ -91,10 +90,9 @@ def learn(
     with services.log.time(STAGE):
         judge = Judge(dense, arch, text.held_out, progress, asked=not walked)
         judge.own_head()  # the model's own is trained, or cut
-        with attention_in_training(settings.gradient_checkpointing):  # an uncut model has nothing to learn, to the bit
-            asked = [block for place, block in enumerate(blocks) if place not in in_walk]
-            dense_states = head_inputs(dense, arch, asked, progress, "ask for the polish") if asked else iter(())
-            states = [torch.empty(0) if place in in_walk else next(dense_states) for place in range(len(blocks))]
+        asked = [block for place, block in enumerate(blocks) if place not in in_walk]
+        dense_states = head_inputs(dense, arch, asked, progress, "ask for the polish") if asked else iter(())
+        states = [torch.empty(0) if place in in_walk else next(dense_states) for place in range(len(blocks))]
     return Lesson(lesson, judge, states, settings, places)
 
 

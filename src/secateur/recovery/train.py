@@ -39,7 +39,6 @@ from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.ranks import alone, from_first
 from secateur.recipe import RecoverySettings
-from secateur.recovery.attention import attention_in_training
 from secateur.recovery.judge import Judge, moved_away, objective
 from secateur.recovery.loss import loss_in_forward, teacher_in_forward
 from secateur.recovery.text import RecoveryText
@@ -303,7 +302,7 @@ def recover_logits(work: Work) -> int:
         arguments = _arguments(work, dtype, size, num_steps, rate)
         trainer = _trainer(work, trained, arguments, checkpoints, tokens_per_step=size * length)
         last = from_first(checkpoints.last)
-        with checkpoints.errors_told(), attention_in_training(bool(trainer.args.gradient_checkpointing)):
+        with checkpoints.errors_told():
             trainer.train(resume_from_checkpoint=last and str(last))
         _take_back(work, trained, trainer, dtypes)
     for line in log_lines(work.name, trainer.state.log_history, size * length):
