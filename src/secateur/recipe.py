@@ -108,7 +108,7 @@ class Domain(Strict):
 
     installed: InstalledDomain | None = None
     """text in installed Python packages."""
-    files: tuple[str, ...] | None = None
+    files: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
     """local tables (.jsonl .json .csv .tsv .parquet), text and code (.txt .md .py ...), directories
     or patterns (data/**/*.md), relative to the working directory.
     """
@@ -137,7 +137,7 @@ class Domain(Strict):
     @field_validator("files", mode="before")
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if value and isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "Domain":

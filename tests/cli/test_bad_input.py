@@ -153,6 +153,7 @@ def test_bad_option(options, expected, prune):
     [
         ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, "),
         ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
+        ({"calibration": {"domains": {"a": {"files": [""]}}}}, "files.0: String should have at least 1 character"),
         ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
         ({"calibration": {"domains": [f"domain {n}" for n in range(99)]}}, "got ['domain 0', 'domain 1', 'domain 2'"),
     ],

@@ -17,7 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoConfig
 
 import secateur
-from secateur.facts import mean_kl
+from secateur.facts import mean_kl, mean_nats
 from secateur.model.bind import bind
 from secateur.pruning.cost import memory_for, polish_bytes, with_polish_that_fits
 from secateur.pruning.open import open_model
@@ -87,6 +87,8 @@ def test_training_lowers_the_held_out_kl_and_the_result_says_so(whole):
     # A training that leads away from the dense model wins nothing back, however well it predicts the text.
     turned = replace(record, before=record.after, training=replace(record.training, after=record.before))
     assert "won back" not in turned.headline
+    losses = " -> ".join(f"{mean_nats(verdicts):.3f}" for verdicts in (turned.before, turned.after))
+    assert f"nats per token, loss {losses} with" in turned.headline
 
 
 @pytest.mark.parametrize(("rate", "ends"), [(0.3, r"\d\.\d{4}"), (1e30, "inf")], ids=["ruined", "diverged"])
