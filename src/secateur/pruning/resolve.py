@@ -162,12 +162,9 @@ def checked(opened: Opened) -> Opened:
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     check_experts(recipe, groups)
     if groups and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
-        is_inside = config.get_text_config() is not config
-        why = (
-            "it is inside a larger class"
-            if is_inside
-            else why_not_by_layer(opened.model, arch, recipe.remove.group_names)
-        )
+        why = "it is inside a larger class"
+        if config.get_text_config() is config:
+            why = why_not_by_layer(opened.model, arch, recipe.remove.group_names)
         if why is not None:
             raise RecipeError(
                 f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} "
