@@ -184,7 +184,7 @@ class Trained:
         share = f"KL to the dense model {mean_kl(self.before):.3f} -> {mean_kl(self.after):.3f} nats per token"
         if won > 0:
             share += f", {won:.1%} won back"
-        else:  # it learnt the text, whose loss fell
+        else:  # what it minimises fell all the same
             share += f", loss {mean_nats(self.before):.3f} -> {mean_nats(self.after):.3f}"
         return f"{share} with {self.training.num_tokens:,} tokens"
 

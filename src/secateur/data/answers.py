@@ -155,8 +155,15 @@ class Answers:
                 self.progress(stage, total, total)
                 return blocks
             tell.done = max(tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks))
-            wanted = (self._wanted(domain, part, number, prompts[part]) for part, number in missing.items() if number)
-            self._write([each for requests in wanted for each in requests], tell)
+            self._write(
+                [
+                    request
+                    for part, number in missing.items()
+                    if number
+                    for request in self._wanted(domain, part, number, prompts[part])
+                ],
+                tell,
+            )
 
     def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks:
         """Return the part's blocks, fewer where what is written does not fill them."""
@@ -252,15 +259,15 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
     So the blocks do not depend on how many more were written in the last batch.
     """
     fitting = [conversation for conversation in written if conversation.num_prompt < length]
-    num_tokens = 0
+    blocks, num_tokens = packed([], length, filler), 0
     for count, conversation in enumerate(fitting, start=1):
         num_tokens += len(conversation.ids_T)
-        if num_tokens < num_blocks * length * (1 - LARGEST_GAP):
+        if count < len(fitting) and num_tokens < num_blocks * length * (1 - LARGEST_GAP):
             continue
         blocks = packed(fitting[:count], length, filler)
         if len(blocks) >= num_blocks:
-            return blocks[:num_blocks]
-    return packed(fitting, length, filler)[:num_blocks]
+            break
+    return blocks[:num_blocks]
 
 
 def greedy_answers(

@@ -84,7 +84,7 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
 
 
 @torch.no_grad()
-def why_not_by_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]) -> str | None:
+def why_not_per_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]) -> str | None:
     """Return why layers of different widths cannot be loaded again, as a twin is from its config and tensors.
 
     `names`: of the groups that are cut. None: they can be.

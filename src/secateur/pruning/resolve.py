@@ -35,7 +35,7 @@ from secateur.methods.scores import find_score
 from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, Counts, Group, Groups, Keeps, by_name
 from secateur.model.guesses import EXPERT_CHANNELS, EXPERTS, FFN, SHARED
-from secateur.model.per_layer import why_not_by_layer
+from secateur.model.per_layer import why_not_per_layer
 from secateur.plugins import PROSE
 from secateur.pruning.open import Opened
 from secateur.recipe import Recipe
@@ -164,7 +164,7 @@ def checked(opened: Opened) -> Opened:
     if groups and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
         why = "it is inside a larger class"
         if config.get_text_config() is config:
-            why = why_not_by_layer(opened.model, arch, recipe.remove.group_names)
+            why = why_not_per_layer(opened.model, arch, recipe.remove.group_names)
         if why is not None:
             raise RecipeError(
                 f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} "

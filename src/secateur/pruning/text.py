@@ -133,10 +133,11 @@ def with_share_of_answers(opened: Opened) -> Opened:
     calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers
     answers, text = calibration.answered, calibration.of_text
     is_default = "domains" not in calibration.model_fields_set
-    chats = tokenizer_of(opened).chat_template is not None
+    tokenizer = tokenizer_of(opened)
+    chats = tokenizer.chat_template is not None
     if chats and opened.arch.caches and opened.recipe.output.evaluate:
         try:
-            closing_of_turn(tokenizer_of(opened))  # the judge's prompts would fail after the dense model's text
+            closing_of_turn(tokenizer)  # the judge's prompts would fail after the dense model's text
         except CalibrationError as error:
             advice = "Or ask it nothing: set calibration.answers to 0 and output.evaluate to false."
             raise CalibrationError(f"{error} {advice}") from None
