@@ -1,9 +1,9 @@
 """secateur makes large language models smaller and writes ordinary Hugging Face checkpoints.
 
-The command line's verbs are functions here: `measure`, `prune`, `inspect`, `evaluate`, `bench`, `recover`,
-`export`, `push`, `verify` and `compare`; `load` opens what they wrote. The errors are those that a
-user can correct. Other packages register a `Score` or an `Exporter` (docs/extend.md). What needs
-torch is imported on first use, so that the command line's help does not wait for it.
+The command line's verbs are functions here: `measure`, `prune`, `inspect`, `evaluate`, `bench`,
+`recover`, `export`, `push`, `verify` and `compare`; `load` opens what they wrote. The errors are
+those that a user can correct. Other packages register a `Score` or an `Exporter` (docs/extend.md).
+What needs torch is imported on first use, so that the command line's help does not wait for it.
 """
 
 import importlib.metadata

@@ -41,17 +41,17 @@ def prune(
     in the summary say so.
 
     `recipe`: a Recipe, a mapping, a YAML file, or None for the defaults. `out`: the directory to
-    write; it appears complete or not at all. `like`: a result whose units go here too, for a sibling
-    of the model that was pruned there: its recipe holds, with the keys that `recipe` gives on top,
-    and what stays is repaired and polished on this model. `from_`: what `measure` wrote for this model:
-    its recipe holds, with the keys that `recipe` gives on top, and its curves plan widths by layer.
-    `max_loss`: in place of a size, the nats per token of held-out text that the result may lose, after all;
-    as much goes as that allows, by at most three cuts.
-    An interrupted run of the same inputs, whose steps are in a hidden directory beside `out`, is continued.
+    write; it appears complete or not at all. `like`: a result whose units go here too, for a
+    sibling of the model that was pruned there: its recipe holds, with the keys that `recipe` gives
+    on top, and what stays is repaired and polished on this model. `from_`: what `measure` wrote for
+    this model: its recipe holds, with the keys that `recipe` gives on top, and its curves plan
+    widths by layer. `max_loss`: in place of a size, the nats per token of held-out text that the
+    result may lose, after all; as much goes as that allows, by at most three cuts. An interrupted
+    run of the same inputs, whose steps are in a hidden directory beside `out`, is continued.
     `tell`: gets a line about that, and one about what the run will do and how long it takes.
-    `force`: write a trim of the vocabulary, too,
-    that costs more than 0.5 nats per token or twice what was foretold. `command`: how to repeat the
-    run, for the model card, which shows it as it is.
+    `force`: write a trim of the vocabulary, too, that costs more than 0.5 nats per token or twice
+    what was foretold. `command`: how to repeat the run, for the model card, which shows it as it
+    is.
 
     Under torchrun every process calls this and gets the same model; the first one writes and
     verifies.
@@ -60,7 +60,10 @@ def prune(
     """
     parsed = as_recipe(recipe)
     if parsed.recover is not None:
-        raise RecipeError("recover: is what secateur recover reads, once a model is pruned; leave it out of a prune.")
+        raise RecipeError(
+            "recover: is what secateur recover reads, once a model is pruned; leave it out of a "
+            "prune."
+        )
     (result,) = prune_run(
         model,
         parsed,
@@ -93,17 +96,22 @@ def prune_sizes(
     progress: Progress = silent,
     tell: Tell = mute,
 ) -> list[Result]:
-    """Prune a causal LM to several sizes in one walk over its layers; each is what a run of its own would give.
+    """Prune a causal LM to several sizes in one walk over its layers; each is what a run of its own
+    would give.
 
-    `sizes`: each as a recipe's `remove.share` (0.2), or its `to` ("100M"). `out`: has a directory for each, named
-    20 or 100M. All else as for `prune`; a copy of the weights is in memory for each size.
+    `sizes`: each as a recipe's `remove.share` (0.2), or its `to` ("100M"). `out`: has a directory
+    for each, named 20 or 100M. All else as for `prune`; a copy of the weights is in memory for each
+    size.
 
     Returns the results in the order of `sizes`.
 
     Raises a SecateurError, one sentence, for what a user can correct.
     """
     keys = [Remove(to=size) if isinstance(size, str) else Remove(share=size) for size in sizes]
-    named = {size_key.to or f"{100 * size_key.share:.4g}": size_key.model_dump(exclude_unset=True) for size_key in keys}
+    named = {
+        size_key.to or f"{100 * size_key.share:.4g}": size_key.model_dump(exclude_unset=True)
+        for size_key in keys
+    }
     return prune_run(
         model,
         as_recipe(recipe),
@@ -135,11 +143,10 @@ def recover(
 ) -> RecoveryRecord | None:
     """Train `pruned` to win back what pruning took from the dense `teacher`; write it to `out`.
 
-    `recipe`: the keys given here go over the recipe.yaml of `pruned`. Its key `recover` says how to train, and on how
-    many tokens.
-    `tokens`: to train on, all domains together. `overwrite`: replace `out` if it is a result.
-    `other_dense`: the teacher is meant to be another model than `pruned` was pruned from.
-    `command`: how to repeat the run, for the model card. `progress`: called with
+    `recipe`: the keys given here go over the recipe.yaml of `pruned`. Its key `recover` says how to
+    train, and on how many tokens. `tokens`: to train on, all domains together. `overwrite`: replace
+    `out` if it is a result. `other_dense`: the teacher is meant to be another model than `pruned`
+    was pruned from. `command`: how to repeat the run, for the model card. `progress`: called with
     (stage, done, total). `tell`: gets lines of text, at every evaluation and of interrupted runs.
 
     Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: if what

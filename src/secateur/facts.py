@@ -16,17 +16,19 @@ PerDomain = dict[str, float]
 
 
 def standard_error(sums_D: Sequence[float], tokens_D: Sequence[int]) -> float | None:
-    """Return the standard error of a mean over tokens, r = sum_d s_d / sum_d n_d, drawn document by document.
+    """Return the standard error of a mean over tokens, r = sum_d s_d / sum_d n_d, drawn document by
+    document.
 
-    `sums_D`, `tokens_D`: s_d and n_d, what document d adds up to, and its tokens. Tokens of one document
-    are alike, so the documents are the draws, and both sums of the ratio vary with them. To first order
+    `sums_D`, `tokens_D`: s_d and n_d, what document d adds up to, and its tokens. Tokens of one
+    document are alike, so the documents are the draws, and both sums of the ratio vary with them.
+    To first order
 
         r - R = sum_d (s_d - R n_d) / sum_d n_d
 
-    around the ratio R of all text. The D terms are independent with mean 0, so the variance is D / (D - 1)
-    sum_d (s_d - r n_d)^2 / (sum_d n_d)^2, where D - 1 is for the r that takes R's place. Documents of
-    equal length give the standard error of the mean of their means. None for fewer than two documents:
-    they say nothing of others.
+    around the ratio R of all text. The D terms are independent with mean 0, so the variance is D /
+    (D - 1) sum_d (s_d - r n_d)^2 / (sum_d n_d)^2, where D - 1 is for the r that takes R's place.
+    Documents of equal length give the standard error of the mean of their means. None for fewer
+    than two documents: they say nothing of others.
 
     Source: Cochran, Sampling Techniques, 1977, section 6.3: the ratio estimator, of clusters.
     """
@@ -34,7 +36,9 @@ def standard_error(sums_D: Sequence[float], tokens_D: Sequence[int]) -> float | 
     if num_documents < 2:
         return None
     ratio = math.fsum(sums_D) / num_tokens
-    squares = math.fsum((total - ratio * count) ** 2 for total, count in zip(sums_D, tokens_D, strict=True))
+    squares = math.fsum(
+        (total - ratio * count) ** 2 for total, count in zip(sums_D, tokens_D, strict=True)
+    )
     return math.sqrt(num_documents / (num_documents - 1) * squares) / num_tokens
 
 
@@ -57,7 +61,9 @@ class Loss:
         """Return the loss of sums over documents: all nats over all tokens."""
         num_tokens = sum(tokens_D)
         error = standard_error(nats_D, tokens_D)
-        return cls(math.fsum(nats_D) / num_tokens, error, num_tokens, tuple(nats_D), tuple(tokens_D))
+        return cls(
+            math.fsum(nats_D) / num_tokens, error, num_tokens, tuple(nats_D), tuple(tokens_D)
+        )
 
     @property
     def perplexity(self) -> float:
@@ -97,8 +103,8 @@ def parse_json(kind: type[Parsed], text: str | bytes, where: str) -> Parsed:
         first = error.errors()[0]
         field = "".join(f"{part}: " for part in first["loc"])
         raise CheckpointError(
-            f"{where}: {field}{first['msg'].lower()}; it was changed or written by another version of secateur; "
-            "make it again."
+            f"{where}: {field}{first['msg'].lower()}; it was changed or written by another version "
+            "of secateur; make it again."
         ) from None
 
 
@@ -106,7 +112,8 @@ def parse_json(kind: type[Parsed], text: str | bytes, where: str) -> Parsed:
 class Verdict:
     """A domain's KL(dense || model) with its error over documents, nats per token and agreement.
 
-    `reverse_kl`: KL(model || dense). A model that grows vague raises it, one that grows too sure the other.
+    `reverse_kl`: KL(model || dense). A model that grows vague raises it, one that grows too sure
+    the other.
     """
 
     kl: float
@@ -141,7 +148,8 @@ def geometric_mean_perplexity(losses: Mapping[str, Loss]) -> float:
 
 
 def won_back(before: Verdicts, after: Verdicts) -> float:
-    """Return the share of the KL to the dense model that was won back, below 0 if it rose; NaN if there was none.
+    """Return the share of the KL to the dense model that was won back, below 0 if it rose; NaN if
+    there was none.
 
     Cross-entropy alone also falls where a model learns the text and moves away from the dense one.
     """
@@ -181,7 +189,10 @@ class Trained:
         if not self.training.held:
             return "held-out loss did not fall, so the weights are those from before the training"
         won = won_back(self.before, self.after)
-        share = f"KL to the dense model {mean_kl(self.before):.3f} -> {mean_kl(self.after):.3f} nats per token"
+        share = (
+            f"KL to the dense model {mean_kl(self.before):.3f} -> {mean_kl(self.after):.3f} nats "
+            "per token"
+        )
         if won > 0:
             share += f", {won:.1%} won back"
         else:  # what it minimises fell all the same
@@ -204,12 +215,13 @@ class AnswerPair:
 
 @dataclass(frozen=True, slots=True)
 class OwnAnswers:
-    """What pruning cost on the dense model's own answers. Nats are per token of the dense tokenizer.
+    """What pruning cost on the dense model's own answers. Nats are per token of the dense
+    tokenizer.
 
-    `standard_error`: of `nats_lost`, over prompts. `same_first`: the share of the answers' tokens that
-    are the pruned model's first choice, too. `ended`: the share of a model's answers that end by
-    themselves. `repeated`: the share of their runs of four tokens that were there before; both as
-    (dense, pruned).
+    `standard_error`: of `nats_lost`, over prompts. `same_first`: the share of the answers' tokens
+    that are the pruned model's first choice, too. `ended`: the share of a model's answers that end
+    by themselves. `repeated`: the share of their runs of four tokens that were there before; both
+    as (dense, pruned).
     """
 
     num_prompts: int
@@ -245,8 +257,13 @@ class Judgement:
     answers: OwnAnswers | None = None
 
     def lost(self, dense: "Judgement") -> dict[str, float]:
-        """Return the nats per token that the dense model does not lose, by domain and by what else judges."""
-        lost = {name: loss.nats_per_token - dense.domains[name].nats_per_token for name, loss in self.domains.items()}
+        """Return the nats per token that the dense model does not lose, by domain and by what else
+        judges.
+        """
+        lost = {
+            name: loss.nats_per_token - dense.domains[name].nats_per_token
+            for name, loss in self.domains.items()
+        }
         lost[OTHER_TEXT] = self.other.nats_per_token - dense.other.nats_per_token
         return lost if self.answers is None else {**lost, OWN_ANSWERS: self.answers.nats_lost}
 
@@ -288,9 +305,9 @@ class Costs:
 class Ancestor:
     """A model that a result was pruned from, as `result.json` names it.
 
-    `name`: its hub id, or the last part of its path. `fingerprint`: see `model.identity`; None for a
-    model in memory. The rest is as its own model card says, None or empty where that is not known.
-    `license_link`: a URL, or a file that results carry along.
+    `name`: its hub id, or the last part of its path. `fingerprint`: see `model.identity`; None for
+    a model in memory. The rest is as its own model card says, None or empty where that is not
+    known. `license_link`: a URL, or a file that results carry along.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Files: written, they appear complete or not at all; JSON and YAML of others are read within limits.
+"""Files: written, they appear complete or not at all; JSON and YAML of others are read within
+limits.
 
 In: a path and what to write. Out: the file or directory, first under a hidden name, then renamed.
 Errors of the disk become one sentence. In: text. Out: its value, or a ValueError that says why not.
@@ -52,7 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download or copy it again.") from None
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({error}); download or copy it again."
+        ) from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: must be a JSON object, got {type(data).__name__}.")
     return data
@@ -67,7 +70,12 @@ def yaml_of(text: str) -> Any:
         value = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    except (yaml.YAMLError, LookupError, AttributeError, TypeError) as error:  # the others: for wrong tags
+    except (
+        yaml.YAMLError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # the others: for wrong tags
         raise ValueError(one_line(error)) from None
     _check_levels(value)
     return value
@@ -76,14 +84,20 @@ def yaml_of(text: str) -> Any:
 def _check_levels(value: Any) -> None:
     inside = [[value]]
     for _ in range(MAX_NESTING + 1):
-        each_of = (inner for outer in inside for inner in (outer.values() if isinstance(outer, dict) else outer))
+        each_of = (
+            inner
+            for outer in inside
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        )
         inside = [item for item in each_of if isinstance(item, dict | list | tuple)]
     if inside:
         raise ValueError(_TOO_DEEP)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, a dozen of which can stand for billions of values, and keys that YAML would take twice."""
+    """Refuses aliases, a dozen of which can stand for billions of values, and keys that YAML would
+    take twice.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -94,7 +108,9 @@ class _Loader(yaml.SafeLoader):
         seen = set[str]()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise ValueError(f"line {key.start_mark.line + 1} gives the key {key.value} a second time")
+                raise ValueError(
+                    f"line {key.start_mark.line + 1} gives the key {key.value} a second time"
+                )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
 
@@ -128,9 +144,15 @@ def sha256_of(file: Path) -> str:
 
 
 def files_in(directory: Path, *, hidden: bool = True) -> list[str]:
-    """Return the files below the directory by their paths from there, sorted; unless `hidden` without those."""
+    """Return the files below the directory by their paths from there, sorted; unless `hidden`
+    without those.
+    """
     paths = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
-    return [path.as_posix() for path in paths if hidden or not any(part.startswith(".") for part in path.parts)]
+    return [
+        path.as_posix()
+        for path in paths
+        if hidden or not any(part.startswith(".") for part in path.parts)
+    ]
 
 
 def lies_in(directory: Path, file: Path) -> bool:
@@ -178,16 +200,21 @@ def parse_size(key: str, text: str) -> int:
     amount = _SIZE.fullmatch(text.strip().upper())
     num_bytes = 0 if amount is None else int(float(amount[1]) * _UNITS[amount[2]])
     if num_bytes <= 0:
-        raise RecipeError(f"{key}: must be a number and KB, MB, GB or TB, such as 5GB, got '{text}'.")
+        raise RecipeError(
+            f"{key}: must be a number and KB, MB, GB or TB, such as 5GB, got '{text}'."
+        )
     return num_bytes
 
 
 def parse_count(text: str) -> int:
     """Return a number of parameters such as 0.4B, 400M or 400,000,000. Raises RecipeError."""
-    amount = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.replace(",", "").replace("_", "").strip().upper())
+    amount = re.fullmatch(
+        r"(\d+(?:\.\d+)?)([KMB]?)", text.replace(",", "").replace("_", "").strip().upper()
+    )
     if amount is None:
         raise RecipeError(
-            f"remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got '{text}'."
+            "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got "
+            f"'{text}'."
         )
     return round(float(amount[1]) * (_UNITS | {"B": 10**9})[amount[2]])
 
@@ -196,7 +223,8 @@ def parse_count(text: str) -> int:
 def disk_errors(place: Path) -> Iterator[None]:
     """Turn a disk error inside the block into a CheckpointError naming `place`; others pass.
 
-    safetensors and tokenizers raise their own exceptions (tokenizers a bare Exception) whose text has "(os error 28)".
+    safetensors and tokenizers raise their own exceptions (tokenizers a bare Exception) whose text
+    has "(os error 28)".
     """
     try:
         yield
@@ -209,7 +237,9 @@ def disk_errors(place: Path) -> Iterator[None]:
         reason = _DISK_ERRORS.get(number or errno.ENOSPC)
         # The second name of a copy is its target.
         named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
-        shown = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or place))  # not the hidden name
+        shown = re.sub(
+            r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or place)
+        )  # not the hidden name
         raise CheckpointError(f"{shown}: {reason}.") from None
 
 
@@ -218,8 +248,8 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{directory.parent}: the run needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
-            "free some space or choose another place."
+            f"{directory.parent}: the run needs {num_bytes / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB free; free some space or choose another place."
         )
 
 
@@ -245,11 +275,15 @@ def write_text(path: Path, text: str) -> None:
 def check_file(path: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if `path` cannot be a file, or exists and must not be replaced."""
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no directory {path.parent}; make it first or choose another place.")
+        raise CheckpointError(
+            f"{path}: there is no directory {path.parent}; make it first or choose another place."
+        )
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; give the name of a file.")
     if path.exists() and not overwrite:
-        raise CheckpointError(f"{path}: already exists; choose another name or give --overwrite to replace it.")
+        raise CheckpointError(
+            f"{path}: already exists; choose another name or give --overwrite to replace it."
+        )
 
 
 def missing_parents(out: Path) -> list[Path]:

@@ -1,4 +1,6 @@
-"""What a long job reports: progress to a listener, lines to `run.jsonl`, seconds by stage; amounts for people."""
+"""What a long job reports: progress to a listener, lines to `run.jsonl`, seconds by stage; amounts
+for people.
+"""
 
 import importlib.metadata
 import json
@@ -35,7 +37,9 @@ def steps(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]:
 
 
 def bars() -> Progress:
-    """Return a listener that draws a bar per stage, in Jupyter as a widget: `progress=secateur.bars()`."""
+    """Return a listener that draws a bar per stage, in Jupyter as a widget:
+    `progress=secateur.bars()`.
+    """
     from tqdm.auto import tqdm
 
     drawn: dict[str, tqdm] = {}
@@ -55,8 +59,8 @@ def bars() -> Progress:
 
 
 LOG_FILE = "run.jsonl"
-# What a stage takes is told once the first share of it is done, as its first step may cost as much as a hundred
-# others; anew behind the second one, two layers of 32; and in the end.
+# What a stage takes is told once the first share of it is done, as its first step may cost as much
+# as a hundred others; anew behind the second one, two layers of 32; and in the end.
 TELLING_SHARES = (0.01, 1 / 16, 1.0)
 
 
@@ -85,7 +89,9 @@ class RunLog:
         return log
 
     def watched(self, progress: Progress) -> Progress:
-        """Return a listener that also notes what stages are to take, at the speed that they have."""
+        """Return a listener that also notes what stages are to take, at the speed that they
+        have.
+        """
         begun: dict[str, tuple[float, int]] = {}
 
         def listen(stage: str, done: int, total: int) -> None:

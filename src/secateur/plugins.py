@@ -43,7 +43,14 @@ def general_text(kind: str) -> Path | None:
     """Return the installed file with a kind of `GENERAL_TEXT`, or None. Imports nothing."""
     package, name = GENERAL_TEXT[kind]
     files = installed_files(package) or ()
-    return next((path for file in files if file.name == name and (path := Path(str(file.locate()))).is_file()), None)
+    return next(
+        (
+            path
+            for file in files
+            if file.name == name and (path := Path(str(file.locate()))).is_file()
+        ),
+        None,
+    )
 
 
 def default_domains() -> dict[str, Any]:
@@ -55,13 +62,17 @@ def default_domains() -> dict[str, Any]:
 @cache
 def mixtures() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the domains of each named mixture, from data/mixtures.yaml."""
-    return yaml.safe_load(resources.files("secateur").joinpath("data", "mixtures.yaml").read_bytes())
+    return yaml.safe_load(
+        resources.files("secateur").joinpath("data", "mixtures.yaml").read_bytes()
+    )
 
 
 def mixture(name: str) -> dict[str, dict[str, Any]]:
     """Return the domains of a named mixture. Raises ValueError for a name that is none."""
     if name not in mixtures():
-        raise ValueError(f"needs a mapping of names to sources, or a mixture: {', '.join(mixtures())}")
+        raise ValueError(
+            f"needs a mapping of names to sources, or a mixture: {', '.join(mixtures())}"
+        )
     return mixtures()[name]
 
 
@@ -74,7 +85,9 @@ def plugin_packages() -> dict[str, str]:
     """Return the packages that register anything, with versions. Imports nothing."""
     groups = (SCORE_GROUP, EXPORTER_GROUP)
     packages = (point.dist for group in groups for point in _entry_points(group))
-    return dict(sorted((package.name, package.version) for package in packages if package is not None))
+    return dict(
+        sorted((package.name, package.version) for package in packages if package is not None)
+    )
 
 
 def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
@@ -85,10 +98,13 @@ def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
     points: dict[str, EntryPoint] = {}
     for point in _entry_points(group):
         if point.name in taken:
-            raise PluginError(f"{where(point)}: the name is secateur's own; rename it in {_package(point)}.")
+            raise PluginError(
+                f"{where(point)}: the name is secateur's own; rename it in {_package(point)}."
+            )
         if point.name in points:
             raise PluginError(
-                f"{where(point)}: {_package(points[point.name])} has one of that name too; uninstall one."
+                f"{where(point)}: {_package(points[point.name])} has one of that name too; "
+                "uninstall one."
             )
         points[point.name] = point
     return points
@@ -101,11 +117,14 @@ def load_point(point: EntryPoint, kind: type[Loaded]) -> Loaded:
     except Exception as error:  # whatever another package's import raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(
-            f"{where(point)}: cannot be loaded ({reason}); correct, update or uninstall {_package(point)}."
+            f"{where(point)}: cannot be loaded ({reason}); correct, update or uninstall "
+            f"{_package(point)}."
         ) from error
     if not isinstance(loaded, kind):
         wanted, got = kind.__name__, type(loaded).__name__
-        raise PluginError(f"{where(point)}: must be a secateur.{wanted}, got {got}; see docs/extend.md.")
+        raise PluginError(
+            f"{where(point)}: must be a secateur.{wanted}, got {got}; see docs/extend.md."
+        )
     return loaded
 
 
@@ -119,7 +138,9 @@ def look_up(group: str, name: str, built_in: Mapping[str, Loaded], kind: type[Lo
         return built_in[name]
     if name not in others:
         names = [*built_in, *sorted(others)]
-        raise RecipeError(f"unknown {_what(group)} '{name}'; allowed: {', '.join(names)}; {advice(name, names)}")
+        raise RecipeError(
+            f"unknown {_what(group)} '{name}'; allowed: {', '.join(names)}; {advice(name, names)}"
+        )
     return load_point(others[name], kind)
 
 

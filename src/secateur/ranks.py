@@ -79,8 +79,8 @@ def joined() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RankError(
-            f"ranks: the {launched_size()} ranks did not find each other ({_first_line(error)}); start them with "
-            f"torchrun or accelerate launch, all on one network."
+            f"ranks: the {launched_size()} ranks did not find each other ({_first_line(error)}); "
+            "start them with torchrun or accelerate launch, all on one network."
         ) from None
     yield
     meet("end")  # no time limit: the first rank may be saving
@@ -90,7 +90,9 @@ def joined() -> Iterator[None]:
 
 
 def meet(name: str) -> None:
-    """Wait for every rank, however long one works alone. Raises RankError if one, or the store, is lost."""
+    """Wait for every rank, however long one works alone. Raises RankError if one, or the store, is
+    lost.
+    """
     if _groups:
         group = _groups[0]
         group.store.add(f"meet-{name}", 1)
@@ -144,8 +146,9 @@ def lost_text(reason: str = "") -> str:
     which = f"{', '.join(map(str, lost))} of {size}" if lost else f"one of {size} no longer answers"
     why = f" ({reason})" if reason and not lost else ""
     return (
-        f"rank {which} was lost{why}, so all ranks end and nothing half-written is left; look for why in its own "
-        "output (out of memory, a signal, its machine), then run the same command again, which goes on."
+        f"rank {which} was lost{why}, so all ranks end and nothing half-written is left; look for "
+        "why in its own output (out of memory, a signal, its machine), then run the same command "
+        "again, which goes on."
     )
 
 
@@ -237,7 +240,9 @@ def sum_tensors(tensors: Sequence[Tensor]) -> None:
     for group in small.values():
         flat = torch.cat([tensor.flatten() for tensor in group])
         _call(lambda flat=flat: dist.all_reduce(flat))
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+        for tensor, part in zip(
+            group, flat.split([tensor.numel() for tensor in group]), strict=True
+        ):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -303,8 +308,8 @@ def check_same(values: Mapping[str, str]) -> None:
         for name, value in values.items():
             if part[name] != value:
                 raise RankError(
-                    f"rank {number}: its {name} is not that of rank {rank()}; give every rank the same files and the "
-                    f"same installed packages."
+                    f"rank {number}: its {name} is not that of rank {rank()}; give every rank the "
+                    "same files and the same installed packages."
                 )
 
 
@@ -336,18 +341,24 @@ def device_called(name: str | None) -> torch.device:
     if name is None:
         return rank_device()
     try:
-        device = torch.empty(1, device=torch.device(name)).device  # with its number, as tensors say it
+        device = torch.empty(
+            1, device=torch.device(name)
+        ).device  # with its number, as tensors say it
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = shortened(_first_line(error)).rstrip(".")
         raise RecipeError(
-            f"machine.device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, mps, or leave it out."
+            f"machine.device: torch finds no '{name}' here ({reason}); give cpu, cuda, cuda:1, "
+            "mps, or leave it out."
         ) from None
     if device.type == "meta":
-        raise RecipeError("machine.device: 'meta' holds no numbers; give cpu, cuda, cuda:1, mps, or leave it out.")
+        raise RecipeError(
+            "machine.device: 'meta' holds no numbers; give cpu, cuda, cuda:1, mps, or leave it out."
+        )
     if size() > 1 and device.type == "cuda":
         if torch.device(name).index is not None:
             raise RecipeError(
-                f"machine.device: '{name}' cannot be that of {size()} ranks; give cuda, and each takes its own."
+                f"machine.device: '{name}' cannot be that of {size()} ranks; give cuda, and each "
+                "takes its own."
             )
         return rank_device()
     return device

@@ -1,4 +1,5 @@
-"""The recipe: all that a run does, in groups of keys, from a YAML file or a mapping. It holds all defaults.
+"""The recipe: all that a run does, in groups of keys, from a YAML file or a mapping. It holds all
+defaults.
 
 What depends on the model is None here; `pruning.resolve` fills it in, and that copy is saved.
 """
@@ -88,7 +89,9 @@ class RecoverySettings(Training):
     """per domain, to guard."""
 
 
-InstalledDomain = Literal["web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"]
+InstalledDomain = Literal[
+    "web", "encyclopedia", "dialogue", "multilingual", "code", "mathematics", "science"
+]
 WeightingName = Literal["tokens", "energy", "minimax"]
 BudgetName = Literal["uniform", "curve"]
 INSTALLED_DOMAINS: tuple[str, ...] = get_args(InstalledDomain)
@@ -159,7 +162,9 @@ class Domain(Strict):
 class Calibration(Strict):
     """The text to measure on."""
 
-    domains: dict[str, Domain] = Field(default_factory=default_domains, validate_default=True, min_length=1)
+    domains: dict[str, Domain] = Field(
+        default_factory=default_domains, validate_default=True, min_length=1
+    )
     num_tokens: Annotated[int, Field(gt=0)] | None = None
     """of all domains, without the held-out tenth, which comes on top. None: 16 per channel, at
     least 51,200.
@@ -199,8 +204,9 @@ class Remove(Strict):
     """in its place, what may stay: parameters, as 0.4B, or the bytes of weights, as 8GB."""
     groups: tuple[str, ...] | None = None
     """the kinds of units to remove: `ffn`, `shared`, `experts` or `expert_ffn`, and `kv_heads`
-    (with their query heads) or `query_heads` (one of every KV head). None: `experts` if the model has
-    some that can go, else FFN channels (`ffn`), or what stands for them (`expert_ffn`, `shared`).
+    (with their query heads) or `query_heads` (one of every KV head). None: `experts` if the model
+    has some that can go, else FFN channels (`ffn`), or what stands for them (`expert_ffn`,
+    `shared`).
     """
     depth: Natural | None = None
     """number of whole layers to remove first, those that change predictions least; part of `share`.
@@ -232,9 +238,13 @@ class Remove(Strict):
         if self.to is not None and "share" in self.model_fields_set:
             raise ValueError("share and to each say how much goes; give one of them")
         if self.vocabulary is None and self.groups == ():
-            raise ValueError("groups is empty and vocabulary is not given, so nothing would go; name a group")
+            raise ValueError(
+                "groups is empty and vocabulary is not given, so nothing would go; name a group"
+            )
         if self.vocabulary is None and self.keep_scripts:
-            raise ValueError("keep_scripts says which tokens stay; give vocabulary: auto or a number too")
+            raise ValueError(
+                "keep_scripts says which tokens stay; give vocabulary: auto or a number too"
+            )
         return self
 
 
@@ -323,7 +333,9 @@ class Recipe(Strict):
 
     def filled(self, **groups: Keys) -> "Recipe":
         """Return the recipe with other values in groups: `filled(remove={"align": 64})`."""
-        update = {name: getattr(self, name).model_copy(update=values) for name, values in groups.items()}
+        update = {
+            name: getattr(self, name).model_copy(update=values) for name, values in groups.items()
+        }
         return self.model_copy(update=update)
 
     @field_validator("polish", mode="before")
@@ -342,15 +354,25 @@ class Recipe(Strict):
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return what is wrong with a recipe: the key, what it got, what is allowed, the nearest known name."""
+    """Return what is wrong with a recipe: the key, what it got, what is allowed, the nearest known
+    name.
+    """
     errors = error.errors()
     # A wrong list for a key that takes a name or a list is not a wrong name.
-    first = next((e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)), errors[0])
-    location = [part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))]
+    first = next(
+        (e for e in errors if e["type"] != "literal_error" or isinstance(e["input"], str)),
+        errors[0],
+    )
+    location = [
+        part for part in map(str, first["loc"]) if not part.startswith(("literal[", "tuple["))
+    ]
     key = ".".join(location) or model.__name__.lower()
     kind, got = first["type"], first.get("input")
     if kind == "extra_forbidden" and key == "preset":
-        return f"preset: belongs to a mapping; where a recipe is asked for, give {{'preset': {got!r}, ...}}."
+        return (
+            "preset: belongs to a mapping; where a recipe is asked for, give "
+            f"{{'preset': {got!r}, ...}}."
+        )
     if kind == "extra_forbidden":
         elsewhere = [name for name in grouped_keys(model) if name.partition(".")[2] == key]
         if elsewhere:
@@ -361,15 +383,24 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
         allowed = first.get("ctx", {}).get("expected", "")
         names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
         return f"unknown {key} {shown(got)}; allowed: {', '.join(names)}; {advice(str(got), names)}"
-    message = "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    message = (
+        "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
+    )
     if location[:2] == ["remove", "vocabulary"]:  # a number or a name, so pydantic says two things
-        key, message = "remove.vocabulary", "must be auto, or how many tokens stay, a multiple of 64"
+        key, message = (
+            "remove.vocabulary",
+            "must be auto, or how many tokens stay, a multiple of 64",
+        )
     return f"{key}: {message}, got {shown(got)}."
 
 
 def grouped_keys(model: type[BaseModel]) -> list[str]:
     """Return the keys of a recipe's groups, as group.key."""
-    fields = ((group, part) for group, field in model.model_fields.items() for part in _groups_in(field.annotation))
+    fields = (
+        (group, part)
+        for group, field in model.model_fields.items()
+        for part in _groups_in(field.annotation)
+    )
     return [f"{group}.{key}" for group, part in fields for key in part.model_fields]
 
 
@@ -396,7 +427,9 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
     Raises RecipeError: the key, what it got, what is allowed, the nearest known name.
     """
     if not isinstance(data, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+        raise RecipeError(
+            f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}."
+        )
     if "preset" in data:
         data = over_preset(data, where)
     try:
@@ -431,7 +464,9 @@ def over_preset(data: Keys, where: str) -> Keys:
 
 def preset_texts() -> dict[str, str]:
     """Return the presets' YAML by name."""
-    return {name: path.read_text(encoding="utf-8") for name, path in shipped_yaml("presets").items()}
+    return {
+        name: path.read_text(encoding="utf-8") for name, path in shipped_yaml("presets").items()
+    }
 
 
 def shipped_yaml(folder: str) -> dict[str, Path]:
@@ -449,15 +484,22 @@ def merged(base: Keys, changes: Keys) -> Keys:
     for key, value in changes.items():
         old = result.get(key)
         if key == "remove" and (isinstance(old, dict) or isinstance(value, dict)):
-            old, value = (each if isinstance(each, dict) or each is None else {"share": each} for each in (old, value))
+            old, value = (
+                each if isinstance(each, dict) or each is None else {"share": each}
+                for each in (old, value)
+            )
             replaced = {REPLACES.get(name) for name in value or {}}
             old = {name: part for name, part in (old or {}).items() if name not in replaced}
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        result[key] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return result
 
 
 def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recipe:
-    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups; its domains replace."""
+    """Return a run's recipe with the keys of `changes` that were given, `but` for these groups; its
+    domains replace.
+    """
     keys = changes.model_dump(mode="json", exclude_unset=True, exclude={*but})
     if "domains" in keys.get("calibration", {}):
         base.get("calibration", {}).pop("domains", None)
@@ -473,11 +515,15 @@ def load_recipe(path: Path) -> Keys:
         data = yaml_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = "it is a web address" if web_address(str(path)) else one_line(error)
-        raise RecipeError(f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8.") from None
+        raise RecipeError(
+            f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8."
+        ) from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}.")
+        raise RecipeError(
+            f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}."
+        )
     return data
 
 

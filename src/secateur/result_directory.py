@@ -1,4 +1,5 @@
-"""A result directory: it appears whole or not at all, its files have digests, and only such a one is replaced.
+"""A result directory: it appears whole or not at all, its files have digests, and only such a one
+is replaced.
 
 In: a directory to write, or one that was written. Out: its `result.json`, with the sha256 of every
 file of the run; what differs from it; or a CheckpointError that says why OUT cannot be written. The
@@ -20,7 +21,15 @@ from typing import TypeVar
 
 from secateur.errors import CheckpointError
 from secateur.facts import Record
-from secateur.files import disk_errors, files_in, make_directory, missing_parents, remove_empty, sha256_of, sync
+from secateur.files import (
+    disk_errors,
+    files_in,
+    make_directory,
+    missing_parents,
+    remove_empty,
+    sha256_of,
+    sync,
+)
 from secateur.log import Progress, Tell, mute, steps
 from secateur.ranks import is_alive
 
@@ -49,8 +58,11 @@ class Mismatch:
     found: str
 
 
-def write_summary(directory: Path, summary: Sealed, known: Mapping[str, str] | None = None) -> Sealed:
-    """Write `result.json` with the sha256 of every file there; return the summary with them as its `files`.
+def write_summary(
+    directory: Path, summary: Sealed, known: Mapping[str, str] | None = None
+) -> Sealed:
+    """Write `result.json` with the sha256 of every file there; return the summary with them as its
+    `files`.
 
     `known`: digests of files that are not read again. Its own is that of its bytes without those 64
     characters.
@@ -71,7 +83,8 @@ def read_digests(directory: Path) -> dict[str, str] | None:
     path = directory / RESULT_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: has no {RESULT_FILE}, so it is no result; give a directory that secateur prune has written."
+            f"{directory}: has no {RESULT_FILE}, so it is no result; give a directory that "
+            "secateur prune has written."
         )
     raw = path.read_bytes()
     seal = _SEAL.search(raw)
@@ -81,7 +94,9 @@ def read_digests(directory: Path) -> dict[str, str] | None:
 
 
 def mismatches(directory: Path, digests: dict[str, str], progress: Progress) -> Iterator[Mismatch]:
-    """Yield what differs from the digests: changed, missing, and new files that loading may read."""
+    """Yield what differs from the digests: changed, missing, and new files that loading may
+    read.
+    """
     for name, expected in steps(progress, "sha256", digests.items()):
         path = directory / name
         if not path.is_file():
@@ -89,12 +104,16 @@ def mismatches(directory: Path, digests: dict[str, str], progress: Progress) -> 
         elif name != RESULT_FILE and (sha256 := sha256_of(path)) != expected:
             yield Mismatch(name, f"sha256 {expected}", f"sha256 {sha256}")
     for name in _names(directory):
-        if name not in digests and name.endswith(_LOADED_KINDS[-2:] if "/" in name else _LOADED_KINDS):
+        if name not in digests and name.endswith(
+            _LOADED_KINDS[-2:] if "/" in name else _LOADED_KINDS
+        ):
             yield Mismatch(name, "no such file", "a file that is not of the result")
 
 
 def _names(directory: Path) -> list[str]:
-    """Return the files that have a digest, by their path from the directory; hidden ones have none."""
+    """Return the files that have a digest, by their path from the directory; hidden ones have
+    none.
+    """
     return sorted(name for name in files_in(directory, hidden=False) if name not in LATER_FILES)
 
 
@@ -129,7 +148,9 @@ def staging(
             for root, _, files in os.walk(staged):
                 for name in (*files, ""):
                     sync(Path(root, name))
-            check_replaceable(out, overwrite=overwrite, protected=protected)  # it may have changed meanwhile
+            check_replaceable(
+                out, overwrite=overwrite, protected=protected
+            )  # it may have changed meanwhile
             _swap(staged, out)
         done = True
     finally:
@@ -139,20 +160,32 @@ def staging(
 
 
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
-    """Raise CheckpointError if `out` must not be written: what is there is not ours, or is being read.
+    """Raise CheckpointError if `out` must not be written: what is there is not ours, or is being
+    read.
 
-    With `overwrite` an empty directory may be replaced, and a result of which every file is as secateur wrote it,
-    or is one that a later command writes. A directory of several results is not: they may be of several runs.
+    With `overwrite` an empty directory may be replaced, and a result of which every file is as
+    secateur wrote it, or is one that a later command writes. A directory of several results is not:
+    they may be of several runs.
     """
     try:
         real = out.resolve()
     except (OSError, RuntimeError):
-        raise CheckpointError(f"OUT {out}: its links lead in a circle; choose another place.") from None
+        raise CheckpointError(
+            f"OUT {out}: its links lead in a circle; choose another place."
+        ) from None
     if protected is not None and real in (protected.resolve(), *protected.resolve().parents):
-        raise CheckpointError(f"OUT {out}: holds the model that is being pruned; choose another directory.")
+        raise CheckpointError(
+            f"OUT {out}: holds the model that is being pruned; choose another directory."
+        )
     # A directory of .gguf files is no model's own.
-    if protected is not None and (protected / "config.json").is_file() and protected.resolve() in real.parents:
-        raise CheckpointError(f"OUT {out}: is inside the model's directory {protected}; choose one outside of it.")
+    if (
+        protected is not None
+        and (protected / "config.json").is_file()
+        and protected.resolve() in real.parents
+    ):
+        raise CheckpointError(
+            f"OUT {out}: is inside the model's directory {protected}; choose one outside of it."
+        )
     check_outside_results(out)
     blocking = next((parent for parent in out.parents if os.path.lexists(parent)), out)
     if not blocking.is_dir():
@@ -160,18 +193,28 @@ def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> 
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir() or out.is_mount():
-        kind = "a symbolic link" if out.is_symlink() else "a mount point" if out.is_dir() else "a file"
-        raise CheckpointError(f"OUT {out}: is {kind}, which is never replaced; choose a new directory.")
+        kind = (
+            "a symbolic link" if out.is_symlink() else "a mount point" if out.is_dir() else "a file"
+        )
+        raise CheckpointError(
+            f"OUT {out}: is {kind}, which is never replaced; choose a new directory."
+        )
     if not overwrite:
-        raise CheckpointError(f"OUT {out}: already exists; choose a new directory or give --overwrite to replace it.")
+        raise CheckpointError(
+            f"OUT {out}: already exists; choose a new directory or give --overwrite to replace it."
+        )
     digests = (read_digests(out) if (out / RESULT_FILE).is_file() else None) or {}
     if theirs := _of_the_user(out, digests):
-        is_result = "" if digests else f"is no result of secateur (it has no {RESULT_FILE} with its digest), and "
+        is_result = (
+            ""
+            if digests
+            else f"is no result of secateur (it has no {RESULT_FILE} with its digest), and "
+        )
         shown, more = ", ".join(theirs[:NUM_SHOWN]), len(theirs) - NUM_SHOWN
         listed = f"{shown} and {more:,} more" if more > 0 else shown
         raise CheckpointError(
-            f"OUT {out}: {is_result}--overwrite would delete what is not as secateur wrote it: {listed}; move it "
-            "elsewhere, or choose a new directory."
+            f"OUT {out}: {is_result}--overwrite would delete what is not as secateur wrote it: "
+            f"{listed}; move it elsewhere, or choose a new directory."
         )
 
 
@@ -179,17 +222,24 @@ def check_outside_results(out: Path) -> None:
     """Raise CheckpointError if `out` is inside a result: a result has no files but its own."""
     for parent in out.resolve().parents:
         if os.path.isfile(parent / RESULT_FILE) and read_digests(parent) is not None:
-            raise CheckpointError(f"OUT {out}: is inside the result {parent}; choose a directory outside of it.")
+            raise CheckpointError(
+                f"OUT {out}: is inside the result {parent}; choose a directory outside of it."
+            )
 
 
 def _of_the_user(directory: Path, digests: Mapping[str, str]) -> list[str]:
-    """Return the files, links and unreadable folders that secateur did not write, or that were changed since."""
+    """Return the files, links and unreadable folders that secateur did not write, or that were
+    changed since.
+    """
     unreadable, theirs = list[OSError](), list[str]()
     for root, folders, files in os.walk(directory, onerror=unreadable.append):
         # Links to folders are not followed.
         links = [name for name in folders if Path(root, name).is_symlink()]
         for path in (Path(root, name) for name in (*files, *links)):
-            name, is_file = path.relative_to(directory).as_posix(), path.is_file() and not path.is_symlink()
+            name, is_file = (
+                path.relative_to(directory).as_posix(),
+                path.is_file() and not path.is_symlink(),
+            )
             is_later = name in LATER_FILES or _PART.fullmatch(name) is not None
             if is_file and digests and (is_later or name == RESULT_FILE):
                 continue
@@ -209,7 +259,9 @@ def _sha256_at(file: Path, size: int, changed_ns: int) -> str:
 
 
 def restore(out: Path, tell: Tell = mute) -> None:
-    """Remove what killed processes left beside `out`; bring `out` back if one had moved it aside, and `tell` so."""
+    """Remove what killed processes left beside `out`; bring `out` back if one had moved it aside,
+    and `tell` so.
+    """
     beside = os.listdir(out.parent) if os.path.isdir(out.parent) else []
     for name in (name for name in beside if name.startswith(f".{out.name}.")):
         kind, _, process = name.removeprefix(f".{out.name}.").rpartition("-")
@@ -221,7 +273,10 @@ def restore(out: Path, tell: Tell = mute) -> None:
             continue
         if kind == "replaced" and not os.path.lexists(out):
             out.with_name(name).rename(out)
-            tell(f"OUT {out}: a run was killed while it replaced this directory, so the old result is back there.")
+            tell(
+                f"OUT {out}: a run was killed while it replaced this directory, so the old result "
+                "is back there."
+            )
         else:
             shutil.rmtree(out.with_name(name), ignore_errors=True)
 

@@ -84,7 +84,9 @@ class Store:
 
     @classmethod
     def lasting(cls, directory: Path, tell: Tell, label: str = "") -> "Store":
-        """Return a store that stays in its directory; steps say what they `depends_on`. The first rank alone tells."""
+        """Return a store that stays in its directory; steps say what they `depends_on`. The first
+        rank alone tells.
+        """
         make_directory(directory, directory.parent, exist_ok=True)
         return cls(directory, label=label, tell=tell if is_first() else mute)
 
@@ -107,8 +109,8 @@ class Store:
         that the same inputs would cause again. Otherwise it stays, and a note on the exception says
         how to resume. `tell`: gets a line on what happens to an earlier run's store.
 
-        Raises CheckpointError like `check_replaceable`, if another process has the store, or if it is of
-        other inputs.
+        Raises CheckpointError like `check_replaceable`, if another process has the store, or if it
+        is of other inputs.
         """
         directory, made = place_beside(out), missing_parents(out)
         if not overwrite and _is_outlived(directory, out):
@@ -117,7 +119,11 @@ class Store:
         check_replaceable(out, overwrite=overwrite, protected=protected)
         if not os.path.isdir(directory):  # where Path raises if a name is too long
             make_directory(directory, out)
-        lock, store, ours = _lock(directory, out), cls(directory, log=log, label=str(out), tell=tell), False
+        lock, store, ours = (
+            _lock(directory, out),
+            cls(directory, log=log, label=str(out), tell=tell),
+            False,
+        )
         try:
             with disk_errors(out):
                 store._begin(directory, json.loads(json.dumps(inputs)))
@@ -143,14 +149,17 @@ class Store:
         depends_on: Mapping[str, Any] | None = None,
         is_input: bool = False,
     ) -> Any:
-        """Return what `compute` gives, of this `kind`, as read back from JSON; writes its log lines either way.
+        """Return what `compute` gives, of this `kind`, as read back from JSON; writes its log lines
+        either way.
 
         `depends_on`: what the value depends on, if the store has no inputs; other values are
         ignored. `is_input`: later steps rest on the value, and computing it again would give
         another one.
         """
         step = _Name(name, depends_on, is_input)
-        finished = from_first(lambda: self._record(step.stem) or (self.before and self.before._record(step.stem)))
+        finished = from_first(
+            lambda: self._record(step.stem) or (self.before and self.before._record(step.stem))
+        )
         if finished is not None:
             for line in finished["lines"]:
                 self.log.write(line)
@@ -158,8 +167,12 @@ class Store:
             value = finished["value"]
         else:
             first = len(self.log.lines)
-            value = json.loads(json.dumps(compute(), default=_plain))  # a first run gets the same types
-            self._write(step.stem, step._asdict() | {"value": value, "lines": self.log.lines[first:]})
+            value = json.loads(
+                json.dumps(compute(), default=_plain)
+            )  # a first run gets the same types
+            self._write(
+                step.stem, step._asdict() | {"value": value, "lines": self.log.lines[first:]}
+            )
         return TypeAdapter(kind).validate_python(value)
 
     def check_input(self, name: str, text: str) -> None:
@@ -183,10 +196,18 @@ class Store:
 
         def found() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             for store in (self, self.before):
-                if store is not None and store.directory is not None and (record := store._record(name)):
+                if (
+                    store is not None
+                    and store.directory is not None
+                    and (record := store._record(name))
+                ):
                     # Mapped from the file: a tensor fills memory only once it is used.
-                    with safe_open(store.directory / f"{name}.safetensors", framework="pt") as opened:
-                        return {key: opened.get_tensor(key) for key in opened.keys()}, record["line"]
+                    with safe_open(
+                        store.directory / f"{name}.safetensors", framework="pt"
+                    ) as opened:
+                        return {key: opened.get_tensor(key) for key in opened.keys()}, record[
+                            "line"
+                        ]
             return None
 
         outcome = from_first(found)
@@ -198,7 +219,9 @@ class Store:
         self._write(name, _Name(name)._asdict() | {"line": line}, tensors)
 
     def save_files(self, directory: Path) -> None:
-        """Save the finished step of the directory's name: its outcome is the files that another library wrote there."""
+        """Save the finished step of the directory's name: its outcome is the files that another
+        library wrote there.
+        """
         outcome = {"value": _digests(directory), "lines": []}
         self._write(directory.name, _Name(directory.name)._asdict() | outcome)
 
@@ -219,7 +242,10 @@ class Store:
     def note_found(self) -> None:
         """Log that an earlier run did part of the work."""
         if self.num_found:
-            self.log.note(f"{self.num_found} finished steps are of an earlier run, and seconds leave them out.")
+            self.log.note(
+                f"{self.num_found} finished steps are of an earlier run, and seconds leave them "
+                "out."
+            )
 
     def _begin(self, directory: Path, inputs: dict[str, Any]) -> None:
         """Prepare the directory for these inputs, with an earlier run's steps of the same ones."""
@@ -232,12 +258,19 @@ class Store:
                     file.unlink()  # half-written by a killed process
                 intact = [stem for stem in finished if self._record(stem) is not None]
                 if intact:
-                    self.tell(f"{self.label}: goes on from the {len(intact)} steps that an earlier run has finished.")
+                    self.tell(
+                        f"{self.label}: goes on from the {len(intact)} steps that an earlier run "
+                        "has finished."
+                    )
                 return
-            self.tell(f"{self.label}: begins anew; {damaged} of an interrupted run is damaged on disk.")
+            self.tell(
+                f"{self.label}: begins anew; {damaged} of an interrupted run is damaged on disk."
+            )
         path.unlink(missing_ok=True)  # first: without it nothing counts
         for path in directory.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()  # a polish has a folder
+            shutil.rmtree(
+                path
+            ) if path.is_dir() and not path.is_symlink() else path.unlink()  # a polish has a folder
         self._write(INPUTS, {"inputs": inputs})
         self.num_saved = 0
 
@@ -260,26 +293,33 @@ class Store:
             return record
         if stem in self._promised or stem.startswith(INPUT):
             raise CheckpointError(
-                f"{self.label}: {stem}, a step that this run goes on from, was damaged on disk meanwhile; start the "
-                f"same command again, which does it anew."
+                f"{self.label}: {stem}, a step that this run goes on from, was damaged on disk "
+                "meanwhile; start the same command again, which does it anew."
             )
         self._remove_damaged(stem)
         return None
 
     def _remove_damaged(self, stem: str) -> None:
         """Tell of a step that counts as never done from now on."""
-        self.tell(f"{self.label}: {stem}, finished by an earlier run, is damaged on disk, so it is done again.")
+        self.tell(
+            f"{self.label}: {stem}, finished by an earlier run, is damaged on disk, so it is done "
+            "again."
+        )
         if (path := self._path(stem)) is not None:
             path.unlink(missing_ok=True)
             path.with_suffix(".safetensors").unlink(missing_ok=True)
 
-    def _write(self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def _write(
+        self, stem: str, record: Record, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         path = self._path(stem)
         if path is None or not is_first():
             return
         with disk_errors(path):
             if tensors is not None:
-                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                held = {
+                    name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+                }
                 with whole_file(path.with_suffix(".safetensors")) as staged:
                     save_file(held, staged)
                     record = record | {"tensors": sha256_of(staged)}
@@ -312,8 +352,13 @@ class Services:
 
     def part(self, name: str) -> "Services":
         """Return those of a part of the job: a log of its own, and folders of its name."""
-        self.store.value(f"part {name}", lambda: True)  # or a store of parts alone would count as empty
-        log, folders = self.log.part(), [folder and folder / name for folder in (self.store.directory, self.scratch)]
+        self.store.value(
+            f"part {name}", lambda: True
+        )  # or a store of parts alone would count as empty
+        log, folders = (
+            self.log.part(),
+            [folder and folder / name for folder in (self.store.directory, self.scratch)],
+        )
         for folder in filter(None, folders):
             folder.mkdir(exist_ok=True)
         if folders[1] is not None:
@@ -332,10 +377,11 @@ def begun(
     progress: Progress,
     tell: Tell,
 ) -> Iterator[Services]:
-    """Yield what a job reports to and goes on from; its `scratch` becomes `out` when the block succeeds.
+    """Yield what a job reports to and goes on from; its `scratch` becomes `out` when the block
+    succeeds.
 
-    `inputs`: gives those of `Store.open`, on the rank that writes; None for a job that cannot go on.
-    `protected`: the model that is read. Of several ranks the first one alone is heard.
+    `inputs`: gives those of `Store.open`, on the rank that writes; None for a job that cannot go
+    on. `protected`: the model that is read. Of several ranks the first one alone is heard.
     """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
     steps: AbstractContextManager[Store] = nullcontext(Store(log=log, label=str(place)))
@@ -346,17 +392,21 @@ def begun(
     if place is not None and is_first():
         target = staging(place, overwrite=overwrite, protected=protected, tell=tell)
         if inputs is not None:
-            steps = Store.open(place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell)
+            steps = Store.open(
+                place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell
+            )
     told, heard = (tell, progress) if is_first() else (mute, silent)
     with steps as store, target as directory:
-        yield Services(progress=log.watched(heard), log=log, store=store, scratch=directory, tell=told)
+        yield Services(
+            progress=log.watched(heard), log=log, store=store, scratch=directory, tell=told
+        )
 
 
 def _is_of_others(label: str, changes: str) -> CheckpointError:
     """Return the error for what an interrupted run of other inputs has left."""
     return CheckpointError(
-        f"OUT {label}: an interrupted run had other inputs: {changes}; give those to go on with it, or delete "
-        f"{place_beside(Path(label))} to begin anew."
+        f"OUT {label}: an interrupted run had other inputs: {changes}; give those to go on with "
+        f"it, or delete {place_beside(Path(label))} to begin anew."
     )
 
 
@@ -384,7 +434,9 @@ class _Name(NamedTuple):
         """The name of the step's files."""
         if self.depends_on is None:
             return f"{INPUT}{self.step}" if self.is_input else self.step
-        key = hashlib.sha256(json.dumps([self.step, self.depends_on], sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            json.dumps([self.step, self.depends_on], sort_keys=True).encode()
+        ).hexdigest()[:16]
         return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', self.step)}-{key}"
 
 
@@ -399,7 +451,9 @@ def _seal_of(body: bytes) -> bytes:
 
 
 def _intact(path: Path) -> Record | None:
-    """Return the file's record; None if a byte of it or of its tensors has changed, or it is another step's."""
+    """Return the file's record; None if a byte of it or of its tensors has changed, or it is
+    another step's.
+    """
     try:
         raw = path.read_bytes()
         body = raw[_SEAL_BYTES:]
@@ -456,7 +510,9 @@ def _is_outlived(directory: Path, out: Path) -> bool:
     """Whether `out` is newer than the store: its run was killed before removing the store."""
     if not (os.path.isdir(directory) and out.is_dir()):
         return False
-    return out.stat().st_mtime >= max((file.stat().st_mtime for file in directory.iterdir()), default=0.0)
+    return out.stat().st_mtime >= max(
+        (file.stat().st_mtime for file in directory.iterdir()), default=0.0
+    )
 
 
 def _remove(directory: Path, made: list[Path]) -> None:
@@ -475,7 +531,8 @@ def _lock(directory: Path, out: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise CheckpointError(
-            f"OUT {out}: another process is writing it; wait for its end, or choose another directory."
+            f"OUT {out}: another process is writing it; wait for its end, or choose another "
+            "directory."
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -2,8 +2,8 @@
 
 A user's mistake ends in one sentence on standard error and exit status 2, Ctrl-C in status 130,
 SIGTERM in 143. An interrupted run leaves nothing but the steps that it can resume from. Results go
-to standard output, progress to standard error. Importing a command's module registers it; `--help` has
-them in that order.
+to standard output, progress to standard error. Importing a command's module registers it; `--help`
+has them in that order.
 """
 
 import os
@@ -39,10 +39,12 @@ def main() -> None:
 
 
 def give_way() -> None:
-    """Where other programs run, let threads that wait for each other sleep; torch reads this as it is imported.
+    """Where other programs run, let threads that wait for each other sleep; torch reads this as it
+    is imported.
 
-    On an idle machine spinning is a tenth faster. On a busy one it takes the cores from those waited for.
-    The load average would count what the user ran a minute ago, so the cores are watched for a moment.
+    On an idle machine spinning is a tenth faster. On a busy one it takes the cores from those
+    waited for. The load average would count what the user ran a minute ago, so the cores are
+    watched for a moment.
     """
     if psutil.cpu_percent(interval=0.1) > BUSY_PERCENT:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -18,7 +18,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 import secateur
@@ -116,7 +122,8 @@ def launched() -> Iterator[None]:
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         if command in IN_ONE_PROCESS:
             raise RecipeError(
-                f"{command}: runs in one process, got {os.environ['WORLD_SIZE']} ranks; start it without torchrun."
+                f"{command}: runs in one process, got {os.environ['WORLD_SIZE']} ranks; start it "
+                "without torchrun."
             )
         try:
             yield
@@ -135,7 +142,9 @@ def last_word(sentence: str) -> str | None:
 
 
 # Ctrl-C, `kill`, and the end of the terminal, where the system knows it.
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 STOPPED_BY = {128 + number: number for number in _SIGNALS}
 PATIENCE_SECONDS = 5.0
 
@@ -147,7 +156,11 @@ def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     Under nohup SIGHUP stays ignored. If the block does not end within `patience_seconds`, the
     process exits with that status.
     """
-    nohup = {number for number in _SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN}
+    nohup = {
+        number
+        for number in _SIGNALS
+        if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+    }
     handlers = {number: signal.signal(number, _stop) for number in _SIGNALS if number not in nohup}
     heard, told = socket.socketpair()
     told.setblocking(False)
@@ -181,12 +194,19 @@ def _watch(heard: socket.socket, patience_seconds: float) -> None:
             while heard.recv(1):
                 pass
         except TimeoutError:
-            print("secateur: interrupted in a long operation; the same command goes on.", file=sys.stderr, flush=True)
+            print(
+                "secateur: interrupted in a long operation; the same command goes on.",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(128 + number)
 
 
 app = typer.Typer(
-    help="Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints back.",
+    help=(
+        "Make large language models smaller: whole channels out, ordinary Hugging Face checkpoints "
+        "back."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -202,7 +222,10 @@ def _version(wanted: bool) -> bool:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and end."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -211,34 +234,58 @@ def _options(
 # Shows paths and generated text as they are, with brackets and colons.
 CONSOLE = Console(markup=False, emoji=False, highlight=False)
 
-Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
-Out = Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")]
-Force = Annotated[bool, typer.Option("--force", help="Write a trim that costs more than was foretold or is bearable.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; by default a GPU if torch finds one.")]
+Model = Annotated[
+    str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")
+]
+Out = Annotated[
+    Path, typer.Argument(help="The directory to write; it appears complete or not at all.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier result.")
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write a trim that costs more than was foretold or is bearable."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps, ...; by default a GPU if torch finds one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")
+]
 Preset = Annotated[
     str | None,
     typer.Option(help=f"Start from {', '.join(preset_texts())}; --recipe and options override it."),
 ]
-Remove = Annotated[float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")]
+Remove = Annotated[
+    float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")
+]
 Removes = Annotated[
     str | None,
     typer.Option(
-        "--remove", metavar="SHARE[,...]", help="Share of all parameters that goes; several are cut in one walk."
+        "--remove",
+        metavar="SHARE[,...]",
+        help="Share of all parameters that goes; several are cut in one walk.",
     ),
 ]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="DIR", help="What measure has written: its recipe, and its curves plan widths."),
+    typer.Option(
+        "--from",
+        metavar="DIR",
+        help="What measure has written: its recipe, and its curves plan widths.",
+    ),
 ]
 Answers = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE|FILE",
-        help="Share of the text that the dense model answers itself; 0 for none. FILE[:COLUMN]: half of the text is "
-        "what it answers to these prompts.",
+        help=(
+            "Share of the text that the dense model answers itself; 0 for none. FILE[:COLUMN]: "
+            "half of the text is what it answers to these prompts."
+        ),
     ),
 ]
 Domains = Annotated[
@@ -246,8 +293,10 @@ Domains = Annotated[
     typer.Option(
         "--domain",
         metavar="NAME[=FILE[:COLUMN]]",
-        help=f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, any name with a text file, or "
-        f"a mixture that is streamed from the hub: {', '.join(mixtures())}.",
+        help=(
+            f"Domain of text, repeatable: one of {', '.join(INSTALLED_DOMAINS)}, any name with a "
+            f"text file, or a mixture that is streamed from the hub: {', '.join(mixtures())}."
+        ),
     ),
 ]
 Sets = Annotated[
@@ -255,23 +304,41 @@ Sets = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Any key of the recipe, repeatable: calibration.num_tokens=8192 (YAML); see secateur recipe.",
+        help=(
+            "Any key of the recipe, repeatable: calibration.num_tokens=8192 (YAML); see secateur "
+            "recipe."
+        ),
     ),
 ]
 To = Annotated[
     str | None,
-    typer.Option("--to", metavar="SIZE", help="What may stay: parameters, as 0.4B, or bytes, as 8GB; not --remove."),
+    typer.Option(
+        "--to",
+        metavar="SIZE",
+        help="What may stay: parameters, as 0.4B, or bytes, as 8GB; not --remove.",
+    ),
 ]
 Tasks = Annotated[
-    str | None, typer.Option(help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa.")
+    str | None,
+    typer.Option(
+        help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa."
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")]
 OtherDense = Annotated[
-    bool, typer.Option("--other-dense", help="The dense model is meant to be another than the one that was pruned.")
+    bool,
+    typer.Option(
+        "--other-dense", help="The dense model is meant to be another than the one that was pruned."
+    ),
 ]
 TasksData = Annotated[
     Path | None,
-    typer.Option(help="Read the tasks' rows from DIR/<hub id>/<config>, as written by save_to_disk of datasets."),
+    typer.Option(
+        help=(
+            "Read the tasks' rows from DIR/<hub id>/<config>, as written by save_to_disk of "
+            "datasets."
+        )
+    ),
 ]
 
 
@@ -288,7 +355,9 @@ def tell(text: str) -> None:
 
 
 def show(record: Any, written: str = "", *, as_json: bool = False) -> None:
-    """Print what a command found as JSON, or as tables and where it was `written`. Other ranks print nothing."""
+    """Print what a command found as JSON, or as tables and where it was `written`. Other ranks
+    print nothing.
+    """
     from secateur.ranks import is_first
 
     if record is None or not is_first():
@@ -307,7 +376,9 @@ def command_line(out: Path) -> str:
 
 
 def _public(word: str, out: Path) -> str:
-    """Return a word of the command line, its path (of NAME=FILE that behind the sign) by its last part."""
+    """Return a word of the command line, its path (of NAME=FILE that behind the sign) by its last
+    part.
+    """
     name, sign, value = word.partition("=") if re.match(r"[\w.-]+=", word) else ("", "", word)
     if value.startswith(("{", "[")) and "/" in value:
         return f"{name}=..."  # recipe.yaml has it whole
@@ -319,7 +390,9 @@ def shares(text: str | None) -> list[float]:
     try:
         return [] if text is None else [float(number) for number in text.split(",")]
     except ValueError:
-        raise RecipeError(f"--remove {text}: give a share such as 0.2, or several with commas between.") from None
+        raise RecipeError(
+            f"--remove {text}: give a share such as 0.2, or several with commas between."
+        ) from None
 
 
 def parse_domains(texts: list[str]) -> dict[str, Keys]:
@@ -328,16 +401,22 @@ def parse_domains(texts: list[str]) -> dict[str, Keys]:
     for text in texts:
         name, separator, file = text.partition("=")
         if separator and not (name and file):
-            raise RecipeError(f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}.")
+            raise RecipeError(
+                f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}."
+            )
         new = mixtures().get(text) or {name: _of_file(file) if separator else {"installed": name}}
         if twice := [name for name in new if name in domains]:
-            raise RecipeError(f"--domain {twice[0]}: given twice; list several files of one domain in a recipe.")
+            raise RecipeError(
+                f"--domain {twice[0]}: given twice; list several files of one domain in a recipe."
+            )
         domains |= new
     return domains
 
 
 def with_answers(data: Keys, answers: str | None) -> Keys:
-    """Return a recipe's keys with `--answers`: a share of the text, or the file whose prompts are answered."""
+    """Return a recipe's keys with `--answers`: a share of the text, or the file whose prompts are
+    answered.
+    """
     if answers is None:
         return data
     calibration = dict(data.get("calibration", {}))
@@ -348,13 +427,15 @@ def with_answers(data: Keys, answers: str | None) -> Keys:
         place = Path(source["files"][0]).expanduser()
         if not answers.strip() or not (place.exists() or glob.glob(str(place), recursive=True)):
             raise RecipeError(
-                f"--answers {answers}: is no share and no file; give a share from 0 to 1, or a file of prompts."
+                f"--answers {answers}: is no share and no file; give a share from 0 to 1, or a "
+                "file of prompts."
             ) from None
         domains = calibration.get("domains", default_domains())
         domains = mixture(domains) if isinstance(domains, str) else domains
         if not domains.get("answers", {"answers": True}).get("answers"):
             raise RecipeError(
-                f"--answers {answers}: a domain of text is called 'answers'; call it by another name."
+                f"--answers {answers}: a domain of text is called 'answers'; call it by another "
+                "name."
             ) from None
         calibration["domains"] = {**domains, "answers": {**source, "answers": True}}
         calibration.setdefault("answers", SHARE_OF_ANSWERS)

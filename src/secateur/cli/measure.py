@@ -1,4 +1,6 @@
-"""The commands for a model that is there: `evaluate` and `bench` measure it, others hand it on; and `demo`."""
+"""The commands for a model that is there: `evaluate` and `bench` measure it, others hand it on; and
+`demo`.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -15,27 +17,44 @@ from secateur.report.page import Table, terminal
 
 
 @common.app.command(
-    epilog="Example: secateur evaluate smaller --against Qwen/Qwen2.5-0.5B --tasks arc_easy,hellaswag --limit 500"
+    epilog=(
+        "Example: secateur evaluate smaller --against Qwen/Qwen2.5-0.5B --tasks arc_easy,hellaswag "
+        "--limit 500"
+    )
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A result of prune, or any other model.")],
-    against: Annotated[str | None, typer.Option(help="The dense model: differences, and KL per domain.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A result of prune, or any other model.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="The dense model: differences, and KL per domain.")
+    ] = None,
     domain: common.Domains = None,
     num_blocks: Annotated[int, typer.Option(min=1, help="Blocks per --domain.")] = 16,
     sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens per block of --domain; 512, or the model's positions if fewer.")
+        int | None,
+        typer.Option(
+            min=8, help="Tokens per block of --domain; 512, or the model's positions if fewer."
+        ),
     ] = None,
     tasks: common.Tasks = None,
     limit: common.Limit = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a task at a time.")] = 1,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Let tasks run the code that a model writes, without a network.")
+        bool,
+        typer.Option(
+            "--run-code", help="Let tasks run the code that a model writes, without a network."
+        ),
     ] = False,
     tasks_data: common.TasksData = None,
     device: common.Device = None,
     other_dense: common.OtherDense = False,
-    out: Annotated[Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where evaluation.json goes, if not into DIR.")
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure DIR on its recipe's held-out text (or --domain) and on tasks; resumes by itself."""
@@ -67,10 +86,14 @@ def evaluate(
     common.show(result, written, as_json=as_json)
 
 
-@common.app.command(epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512")
+@common.app.command(
+    epilog="Example: secateur bench smaller --against Qwen/Qwen2.5-0.5B --prompt-tokens 512"
+)
 def bench(
     model: common.Model,
-    against: Annotated[str | None, typer.Option(metavar="DENSE", help="The model that MODEL was pruned from.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="The model that MODEL was pruned from.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each.")] = 32,
@@ -94,7 +117,11 @@ def bench(
             other_dense=other_dense,
             progress=progress,
         )
-    common.show(result, f"{model}/bench.json and report.html" if is_result(Path(model)) else "", as_json=as_json)
+    common.show(
+        result,
+        f"{model}/bench.json and report.html" if is_result(Path(model)) else "",
+        as_json=as_json,
+    )
 
 
 @common.app.command(epilog="Example: secateur export smaller smaller.gguf --type q8_0")
@@ -102,14 +129,19 @@ def export(
     model: common.Model,
     out: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
     format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="gguf, or a format that an installed package adds.")
+        str,
+        typer.Option(
+            "--format", metavar="NAME", help="gguf, or a format that an installed package adds."
+        ),
     ] = "gguf",
     type_name: Annotated[
         str | None,
         typer.Option(
             "--type",
-            help="For GGUF f32, f16, bf16, q8_0, or, by llama.cpp, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k; by default the "
-            "weights' own type.",
+            help=(
+                "For GGUF f32, f16, bf16, q8_0, or, by llama.cpp, q6_k, q5_k_m, q4_k_m, q3_k_m, "
+                "q2_k; by default the weights' own type."
+            ),
         ),
     ] = None,
     check: Annotated[
@@ -120,7 +152,9 @@ def export(
             "by default if llama-cpp-python is installed. Added formats may have no such check.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
+    ] = False,
     as_json: common.Json = False,
 ) -> None:
     """Write MODEL, its tokenizer and chat template as one file: GGUF, or an added format."""
@@ -146,11 +180,16 @@ def export(
     compared = done.check
     if compared is not None:
         lines += [
-            f"Checked: perplexity of {compared.num_tokens} held-out tokens {compared.perplexity_llama_cpp:.3f} in "
-            f"llama.cpp, {compared.perplexity_transformers:.3f} in transformers."
+            f"Checked: perplexity of {compared.num_tokens} held-out tokens "
+            f"{compared.perplexity_llama_cpp:.3f} in llama.cpp, "
+            f"{compared.perplexity_transformers:.3f} in transformers."
         ]
     elif format_name == "gguf":
-        why = "as asked" if check is False else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
+        why = (
+            "as asked"
+            if check is False
+            else 'llama-cpp-python is not installed; pip install "secateur[llama-cpp]"'
+        )
         lines += [f"Not checked against llama.cpp: {why}."]
     common.CONSOLE.print("\n".join(lines), soft_wrap=True)
 
@@ -158,9 +197,15 @@ def export(
 @common.app.command(epilog="Example: secateur push smaller me/Qwen2.5-0.5B-pruned --dry-run")
 def push(
     result: Annotated[Path, typer.Argument(help="A directory that prune or recover has written.")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The model's name on the Hugging Face hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see it; by default only its owner.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent; no network.")] = False,
+    repo: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="The model's name on the Hugging Face hub.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody may see it; by default only its owner.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be sent; no network.")
+    ] = False,
 ) -> None:
     """Upload RESULT with its model card to the hub: what secateur wrote, without local paths."""
     import yaml
@@ -170,25 +215,40 @@ def push(
     rows = [(name, human_bytes(size)) for name, size in pushed.files.items()]
     rows.append(("together", human_bytes(sum(pushed.files.values()))))
     common.CONSOLE.print(terminal([Table("", ("file", "size"), rows)]))
-    text = yaml.safe_dump({"model card": pushed.metadata}, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(
+        {"model card": pushed.metadata}, sort_keys=False, allow_unicode=True, width=100
+    )
     common.CONSOLE.print(text, end="", soft_wrap=True)
     seen = "private" if pushed.private else "public"
-    done = f"Would go to {repo}, {seen}; nothing was sent" if pushed.url is None else f"Pushed to {pushed.url}, {seen}"
-    common.CONSOLE.print("\n".join([*(f"note: {note}" for note in pushed.notes), f"{done}."]), soft_wrap=True)
+    done = (
+        f"Would go to {repo}, {seen}; nothing was sent"
+        if pushed.url is None
+        else f"Pushed to {pushed.url}, {seen}"
+    )
+    common.CONSOLE.print(
+        "\n".join([*(f"note: {note}" for note in pushed.notes), f"{done}."]), soft_wrap=True
+    )
 
 
 @common.app.command(epilog="Example: secateur compare paper out --small --model smollm2-135m")
 def compare(
     study: Annotated[
-        str, typer.Argument(help="A study's YAML file, or a shipped one: methods, paper, tokens, vocabulary.")
+        str,
+        typer.Argument(
+            help="A study's YAML file, or a shipped one: methods, paper, tokens, vocabulary."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="The directory for cells and tables; finished cells stay.")],
+    out: Annotated[
+        Path, typer.Argument(help="The directory for cells and tables; finished cells stay.")
+    ],
     model: Annotated[str | None, typer.Option(help="Replaces the study's model.")] = None,
     small: Annotated[bool, typer.Option("--small", help="The study's short form.")] = False,
 ) -> None:
     """Run a grid of methods, shares and seeds; after an interruption it continues."""
     with common.progress_bar() as progress:
-        comparison = secateur.compare(study, out, model=model, small=small, progress=progress, tell=common.tell)
+        comparison = secateur.compare(
+            study, out, model=model, small=small, progress=progress, tell=common.tell
+        )
     common.show(comparison, f"{out}: table.md, results.json")
 
 
@@ -234,8 +294,8 @@ def demo(
     As `secateur prune smollm2-135m OUT --preset quick --remove 0.2`, then `bench`.
     """
     common.CONSOLE.print(
-        f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense model, and writes a "
-        "page: about 4 minutes on two idle cores."
+        f"Prunes {DEMO_MODEL} by a fifth (preset quick), judges and times it beside the dense "
+        "model, and writes a page: about 4 minutes on two idle cores."
     )
     recipe = parse_recipe(DEMO_RECIPE)
     prune_and_tell(out, partial(secateur.prune, DEMO_MODEL, recipe, overwrite=overwrite))

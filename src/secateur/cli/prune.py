@@ -1,4 +1,5 @@
-"""The commands that make a model, in the order of the work: from `inspect` and `recipe` to `recover`.
+"""The commands that make a model, in the order of the work: from `inspect` and `recipe` to
+`recover`.
 
 The comments that `recipe` prints are the docstrings of keys in `secateur.recipe`.
 """
@@ -42,7 +43,9 @@ def inspect(
     sets: common.Sets = None,
     as_json: common.Json = False,
 ) -> None:
-    """Say what MODEL consists of, and what a run would leave or could remove, without its weights."""
+    """Say what MODEL consists of, and what a run would leave or could remove, without its
+    weights.
+    """
     parsed = _recipe_of(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
     with common.progress_bar() as progress:
         inspection = secateur.inspect(model, parsed, progress=progress)
@@ -54,7 +57,9 @@ WIDTH = 100
 
 @common.app.command(epilog="Example: secateur recipe best > recipe.yaml")
 def recipe(
-    preset: Annotated[str, typer.Argument(help=f"Whose values: {', '.join(preset_texts())}.")] = "default",
+    preset: Annotated[
+        str, typer.Argument(help=f"Whose values: {', '.join(preset_texts())}.")
+    ] = "default",
 ) -> None:
     """Print a recipe with every key, its value and what it means, to change and give to prune."""
     values = parse_recipe({"preset": preset}, "recipe")
@@ -79,7 +84,9 @@ def _commented(values: BaseModel, indent: str = "") -> Iterator[str]:
                 yield from _comment(f"{key}: {meaning(of_domain)}", indent)
             yield f"{indent}{name}:"
             domains: dict[str, Domain] = dict(value)
-            yield from (f"{indent}  {name}: {plain_value(domain)}" for name, domain in domains.items())
+            yield from (
+                f"{indent}  {name}: {plain_value(domain)}" for name, domain in domains.items()
+            )
         else:
             names = SCORE_NAMES if name == "score" else _choices(field.annotation)
             allowed = f"One of {', '.join(names)}." if len(names) > 1 else ""
@@ -105,18 +112,24 @@ def _choices(annotation: Any) -> tuple[str, ...]:
 
 def _comment(text: str, indent: str) -> list[str]:
     start = f"{indent}# "
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False
+    )
 
 
 def plain_value(value: Any) -> str:
     """Return a recipe's value as YAML on one line."""
     own = isinstance(value, Domain)
-    plain = value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
+    plain = (
+        value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
+    )
     plain = list(plain) if isinstance(plain, tuple) else plain
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
-@common.app.command(epilog="Example: secateur measure Qwen/Qwen2.5-0.5B sizes --set calibration.num_tokens=16384")
+@common.app.command(
+    epilog="Example: secateur measure Qwen/Qwen2.5-0.5B sizes --set calibration.num_tokens=16384"
+)
 def measure(
     model: common.Model,
     out: common.Out,
@@ -131,7 +144,9 @@ def measure(
     ] = False,
     overwrite: common.Overwrite = False,
 ) -> None:
-    """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page to OUT."""
+    """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page
+    to OUT.
+    """
     options = {"machine": {"device": device}}
     parsed = _recipe_of(recipe, preset, options, domain, sets, answers)
     if dry_run:
@@ -151,7 +166,10 @@ def measure(
 
 
 @common.app.command(
-    epilog="Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain chat=chat.jsonl"
+    epilog=(
+        "Example: secateur prune Qwen/Qwen2.5-0.5B smaller --remove 0.2 --domain code --domain "
+        "chat=chat.jsonl"
+    )
 )
 def prune(
     model: common.Model,
@@ -160,22 +178,31 @@ def prune(
     to: common.To = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="NATS", help="As much goes as loses no more per token of held-out text."),
+        typer.Option(
+            metavar="NATS", help="As much goes as loses no more per token of held-out text."
+        ),
     ] = None,
     recipe: common.RecipeFile = None,
     preset: common.Preset = None,
     domain: common.Domains = None,
     answers: common.Answers = None,
     vocabulary: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens go too: so many stay, or auto, as many as pay.")
+        str | None,
+        typer.Option(metavar="N", help="Tokens go too: so many stay, or auto, as many as pay."),
     ] = None,
     polish: Annotated[
-        int | None, typer.Option(min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training.")
+        int | None,
+        typer.Option(
+            min=0, metavar="TOKENS", help="Tokens to train on at the end; 0 for no training."
+        ),
     ] = None,
     device: common.Device = None,
     sets: common.Sets = None,
     like: Annotated[
-        Path | None, typer.Option(metavar="RESULT", help="Remove what went there, with its recipe; refit on MODEL.")
+        Path | None,
+        typer.Option(
+            metavar="RESULT", help="Remove what went there, with its recipe; refit on MODEL."
+        ),
     ] = None,
     from_: common.From = None,
     overwrite: common.Overwrite = False,
@@ -212,7 +239,9 @@ def prune(
         ("--set", " and ".join(f"remove.{name}" for name in sorted(in_sets)) or None),
     ):
         if given is not None:
-            raise RecipeError(f"{option} {given}: gives one size; leave it out, or --remove and --to.")
+            raise RecipeError(
+                f"{option} {given}: gives one size; leave it out, or --remove and --to."
+            )
     with common.progress_bar() as progress:
         results = secateur.prune_sizes(
             model,
@@ -230,11 +259,17 @@ def prune(
 
 
 def prune_and_tell(out: Path, prune: "Callable[..., secateur.Result]") -> None:
-    """Print the result of `prune` in `out`. It is `secateur.prune` but for what the terminal gives."""
+    """Print the result of `prune` in `out`. It is `secateur.prune` but for what the terminal
+    gives.
+    """
     with common.progress_bar() as progress:
         made = prune(out=out, command=common.command_line(out), progress=progress, tell=common.tell)
     summary = made.summary
-    loader = "secateur.load" if summary.has_layers_of_different_widths else f"{summary.loaded_by}.from_pretrained"
+    loader = (
+        "secateur.load"
+        if summary.has_layers_of_different_widths
+        else f"{summary.loaded_by}.from_pretrained"
+    )
     common.show(summary, f"{out}. Load it with {loader}('{out}')")
 
 
@@ -246,15 +281,22 @@ def _recipe_of(
     sets: list[str] | None,
     answers: str | None = None,
 ) -> Recipe:
-    """Return the recipe of the file over the preset, under `options`, `domains`, `answers` and `sets`."""
+    """Return the recipe of the file over the preset, under `options`, `domains`, `answers` and
+    `sets`.
+    """
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
-        data = over_preset({"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset")
+        data = over_preset(
+            {"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset"
+        )
     data = merged(data, _without_none(options))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data
-        data["calibration"] = {**data.get("calibration", {}), "domains": common.parse_domains(domains)}
+        data["calibration"] = {
+            **data.get("calibration", {}),
+            "domains": common.parse_domains(domains),
+        }
     data = common.with_answers(data, answers)
     whole = merged(data, common.parse_sets(sets))
     parse_recipe(data, "command line")  # or errors in options would name --set
@@ -263,39 +305,59 @@ def _recipe_of(
 
 def _without_none(options: Keys) -> Keys:
     """Return what was given on the command line, mapping by mapping."""
-    given = {key: _without_none(value) if isinstance(value, dict) else value for key, value in options.items()}
+    given = {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in options.items()
+    }
     return {key: value for key, value in given.items() if value is not None and value != {}}
 
 
 @common.app.command(
-    epilog="Example: secateur trim Qwen/Qwen2.5-0.5B smaller --vocabulary 65536 --domain chat=chat.jsonl "
-    "--set remove.keep_scripts=[latin,cyrillic]"
+    epilog=(
+        "Example: secateur trim Qwen/Qwen2.5-0.5B smaller --vocabulary 65536 --domain "
+        "chat=chat.jsonl --set remove.keep_scripts=[latin,cyrillic]"
+    )
 )
 def trim(
     model: common.Model,
     out: common.Out,
-    vocabulary: Annotated[int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64.")],
+    vocabulary: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many tokens stay, a multiple of 64.")
+    ],
     domain: common.Domains = None,
     sets: common.Sets = None,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
 ) -> None:
-    """Keep the N tokens of MODEL that its domains need most, and write the smaller checkpoint to OUT.
+    """Keep the N tokens of MODEL that its domains need most, and write the smaller checkpoint to
+    OUT.
 
-    Every text still reads back as it was, in more tokens. Held-out text judges what that costs, domain by domain.
+    Every text still reads back as it was, in more tokens. Held-out text judges what that costs,
+    domain by domain.
     """
-    recipe = _recipe_of(None, None, {"remove": {"groups": [], "vocabulary": vocabulary}}, domain, sets)
+    recipe = _recipe_of(
+        None, None, {"remove": {"groups": [], "vocabulary": vocabulary}}, domain, sets
+    )
     prune_and_tell(out, partial(secateur.prune, model, recipe, overwrite=overwrite, force=force))
 
 
 @common.app.command(
-    epilog="Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out recovered"
+    epilog=(
+        "Example: secateur recover smaller --teacher Qwen/Qwen2.5-0.5B --tokens 1000000 --out "
+        "recovered"
+    )
 )
 def recover(
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A result of prune.")],
-    teacher: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that PRUNED came from.")],
-    out: Annotated[Path, typer.Option(help="The directory to write; it appears complete or not at all.")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")] = None,
+    teacher: Annotated[
+        str, typer.Option(metavar="DENSE", help="The dense model that PRUNED came from.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The directory to write; it appears complete or not at all.")
+    ],
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to train on, all domains together.")
+    ] = None,
     recipe: common.RecipeFile = None,
     domain: common.Domains = None,
     answers: common.Answers = None,

@@ -1,7 +1,8 @@
-"""What the dense model answers, as calibration text: whole conversations, whose answers alone count.
+"""What the dense model answers, as calibration text: whole conversations, whose answers alone
+count.
 
-In: a model and prompts as its chat template writes them. Out: conversations, and blocks of them with
-a mask. A prompt gives context and counts for nothing.
+In: a model and prompts as its chat template writes them. Out: conversations, and blocks of them
+with a mask. A prompt gives context and counts for nothing.
 
 B conversations at a time, T tokens of a block, N blocks, V tokens of the vocabulary.
 """
@@ -40,12 +41,17 @@ FINISHED_SHARE = 1 / 8
 ROOM = 64
 # At 1 a small model drifts, and greedily it says too little that is different: LOG, 2026-11-30.
 TEMPERATURE = 0.7
-# Of so many conversations at least this share differs from those before, or there are too few prompts.
+# Of so many conversations at least this share differs from those before, or there are too few
+# prompts.
 PATIENCE, LEAST_FRESH = 100, 1 / 20
 # What a step costs beside its rows, in tokens, as measured on a processor: so progress is even.
 STEP_TOKENS = 32
-NOT_FINITE = "answers: the model gives no finite logits; use it in bfloat16 or float32 and check its weights."
-# A gap at a block's end is filled with a part of a conversation if it is longer than this share of it.
+NOT_FINITE = (
+    "answers: the model gives no finite logits; use it in bfloat16 or float32 and check its "
+    "weights."
+)
+# A gap at a block's end is filled with a part of a conversation if it is longer than this share of
+# it.
 LARGEST_GAP = 1 / 8
 
 Steps = Callable[[Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]], list[dict[str, Tensor]]]
@@ -79,7 +85,9 @@ Written = dict[tuple[str, Part], list[Conversation]]
 
 
 class Request(NamedTuple):
-    """A conversation that is to be written: its number in a domain's part, and the ids of its prompt."""
+    """A conversation that is to be written: its number in a domain's part, and the ids of its
+    prompt.
+    """
 
     domain: str
     part: Part
@@ -105,7 +113,9 @@ class Speaker:
         """
         per_row = self.length * kv_cache_bytes_per_token(self.model)
         if not per_row:
-            raise CalibrationError("answers: the model keeps no keys and values while it writes; leave them out.")
+            raise CalibrationError(
+                "answers: the model keeps no keys and values while it writes; leave them out."
+            )
         weights = Size.of(self.model).num_bytes
         most = CPU_ROWS if self.model.device.type == "cpu" else DEVICE_ROWS
         return max(LEAST_ROWS, min(most, max(CACHE_BYTES, weights // 4) // per_row))
@@ -116,7 +126,11 @@ class Speaker:
         own = getattr(self.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list | tuple) else [own]
         closing = _first_added(closing_of_turn(self.tokenizer), self.tokenizer)
-        return frozenset(token for token in (*own, self.tokenizer.eos_token_id, closing) if isinstance(token, int))
+        return frozenset(
+            token
+            for token in (*own, self.tokenizer.eos_token_id, closing)
+            if isinstance(token, int)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +138,8 @@ class Answers:
     """What a speaker answers, written as far as it is asked for.
 
     `prompts`: by domain, as the chat template writes them up to the answer; where they are too few,
-    each is answered more than once. What guards and what is learnt by have prompts of their own, the
-    first a tenth of them. `written`: by domain and part.
+    each is answered more than once. What guards and what is learnt by have prompts of their own,
+    the first a tenth of them. `written`: by domain and part.
     """
 
     speaker: Speaker
@@ -134,13 +148,18 @@ class Answers:
     progress: Progress = silent
     written: Written = field(default_factory=Written)
 
-    def blocks(self, domain: str, num_blocks: Mapping[Part, int], told: Told | None = None) -> dict[Part, Blocks]:
+    def blocks(
+        self, domain: str, num_blocks: Mapping[Part, int], told: Told | None = None
+    ) -> dict[Part, Blocks]:
         """Return so many blocks of each part, of its first conversations.
 
-        `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for too
-        few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is not finite.
+        `told`: what gives a conversation in another tokenizer's tokens. Raises CalibrationError for
+        too few prompts or answers, or if no prompt leaves room for one; NumericsError if a logit is
+        not finite.
         """
-        prompts: dict[Part, list[list[int]]] = {part: self._asked(domain, part) for part in num_blocks}
+        prompts: dict[Part, list[list[int]]] = {
+            part: self._asked(domain, part) for part in num_blocks
+        }
         # Batches whose longest answers are cut, of which the last one fills what is missing.
         stage, length = f"answers, {domain}", self.speaker.length
         num_batches = 1 + -(-2 * sum(num_blocks.values()) // self.speaker.rows)
@@ -148,13 +167,18 @@ class Answers:
         tell = _Counter(self.progress, stage, total)
         while True:
             blocks: dict[Part, Blocks] = {
-                part: self._filled(domain, part, number, told) for part, number in num_blocks.items()
+                part: self._filled(domain, part, number, told)
+                for part, number in num_blocks.items()
             }
-            missing: dict[Part, int] = {part: number - len(blocks[part]) for part, number in num_blocks.items()}
+            missing: dict[Part, int] = {
+                part: number - len(blocks[part]) for part, number in num_blocks.items()
+            }
             if not any(missing.values()):
                 self.progress(stage, total, total)
                 return blocks
-            tell.done = max(tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks))
+            tell.done = max(
+                tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
+            )
             self._write(
                 [
                     request
@@ -178,12 +202,14 @@ class Answers:
         return self.written.setdefault((domain, part), [])
 
     def _asked(self, domain: str, part: Part) -> list[list[int]]:
-        """Return the ids of the part's prompts that leave at least half of a block for the answer."""
+        """Return the ids of the part's prompts that leave at least half of a block for the
+        answer.
+        """
         given = self.prompts[domain]
         if len(given) < 2:
             raise CalibrationError(
-                f"domain '{domain}': too few prompts (got {len(given)}), since what guards the run has prompts of its "
-                "own; give 2 or more."
+                f"domain '{domain}': too few prompts (got {len(given)}), since what guards the run "
+                "has prompts of its own; give 2 or more."
             )
         tenth = -(-len(given) // 10)
         own = given[:tenth] if part == "held-out" else given[tenth:]
@@ -192,8 +218,9 @@ class Answers:
         fitting = [prompt for prompt in ids if 0 < len(prompt) <= most]
         if not fitting:
             raise CalibrationError(
-                f"domain '{domain}': no prompt has {most} tokens or less, so none leaves room for an answer in a block "
-                f"of {self.speaker.length}; raise calibration.sequence_length, or give other prompts."
+                f"domain '{domain}': no prompt has {most} tokens or less, so none leaves room for "
+                f"an answer in a block of {self.speaker.length}; raise "
+                "calibration.sequence_length, or give other prompts."
             )
         return fitting
 
@@ -202,24 +229,31 @@ class Answers:
         num_batches = -(-len(requests) // self.speaker.rows)
         places = [len(requests) * batch // num_batches for batch in range(num_batches + 1)]
         batches = [requests[start:end] for start, end in pairwise(places)]
-        steps = [(_name(batch[0], batch[-1]), partial(_batch, self.speaker, batch, tell)) for batch in batches]
+        steps = [
+            (_name(batch[0], batch[-1]), partial(_batch, self.speaker, batch, tell))
+            for batch in batches
+        ]
         for batch, tensors in zip(batches, self.do(steps), strict=True):
             for request, conversation in zip(batch, _unflat(tensors), strict=True):
                 self._so_far(request.domain, request.part).append(conversation)
 
-    def _wanted(self, domain: str, part: Part, missing: int, prompts: list[list[int]]) -> list[Request]:
-        """Return as many more conversations as should fill the missing blocks, by the mean of those that are written.
+    def _wanted(
+        self, domain: str, part: Part, missing: int, prompts: list[list[int]]
+    ) -> list[Request]:
+        """Return as many more conversations as should fill the missing blocks, by the mean of those
+        that are written.
 
-        At first that is taken to be half of a block, seldom less than it is, so that nothing is written for
-        nothing. Later a block more than is missing is asked for, so that few batches are small. Tokens of
-        conversations that fit into no block do not count: a batch takes as long for two rows as for many.
+        At first that is taken to be half of a block, seldom less than it is, so that nothing is
+        written for nothing. Later a block more than is missing is asked for, so that few batches
+        are small. Tokens of conversations that fit into no block do not count: a batch takes as
+        long for two rows as for many.
         """
         length, first = self.speaker.length, len(self._so_far(domain, part))
         fresh = _once(self._so_far(domain, part))
         if first >= PATIENCE and len(fresh) < LEAST_FRESH * first:
             raise CalibrationError(
-                f"domain '{domain}': the model gives the same answers again and again; give more prompts, or lower "
-                "calibration.num_tokens."
+                f"domain '{domain}': the model gives the same answers again and again; give more "
+                "prompts, or lower calibration.num_tokens."
             )
         num_tokens = (missing + bool(first)) * length
         mean = (_num_tokens(fresh) + length / 2) / (first + 1)
@@ -246,7 +280,10 @@ def with_answers(
     for index, domain in enumerate(domains):
         if not domain.blocks.is_meta:
             continue
-        num_blocks: dict[Part, int] = {"held-out": len(domain.held_out), "learning": len(domain.blocks)}
+        num_blocks: dict[Part, int] = {
+            "held-out": len(domain.held_out),
+            "learning": len(domain.blocks),
+        }
         blocks = answers.blocks(domain.name, num_blocks, told)
         domains[index] = replace(domain, held_out=blocks["held-out"], blocks=blocks["learning"])
         judging[domain.name] = blocks["held-out"]
@@ -254,7 +291,8 @@ def with_answers(
 
 
 def _filled(written: list[Conversation], num_blocks: int, length: int, filler: int) -> Blocks:
-    """Return so many blocks of the fewest conversations that fill them, in order; all that these fill if not so many.
+    """Return so many blocks of the fewest conversations that fill them, in order; all that these
+    fill if not so many.
 
     So the blocks do not depend on how many more were written in the last batch.
     """
@@ -288,23 +326,36 @@ def greedy_answers(
     return conversations
 
 
-def _batch(speaker: Speaker, requests: list[Request], tell: Callable[[int], None]) -> dict[str, Tensor]:
-    """Return the conversations of these requests, which share the batch but no draw, for the store."""
+def _batch(
+    speaker: Speaker, requests: list[Request], tell: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Return the conversations of these requests, which share the batch but no draw, for the
+    store.
+    """
     prompts = [request.prompt for request in requests]
-    seeds = [f"{speaker.seed}:{request.domain}-{request.part}:{request.number}" for request in requests]
+    seeds = [
+        f"{speaker.seed}:{request.domain}-{request.part}:{request.number}" for request in requests
+    ]
     # An answer is cut at half of a block.
     written = _continued(speaker, prompts, seeds, speaker.length // 2, tell)
     sizes = [[len(conversation.ids_T), conversation.num_prompt] for conversation in written]
-    return {"ids": torch.cat([conversation.ids_T for conversation in written]), "sizes": torch.tensor(sizes)}
+    return {
+        "ids": torch.cat([conversation.ids_T for conversation in written]),
+        "sizes": torch.tensor(sizes),
+    }
 
 
 def _prompt(text: str, speaker: Speaker) -> list[int]:
-    written = chat_text([{"role": "user", "content": text}], speaker.tokenizer, "a prompt", answered=True)
+    written = chat_text(
+        [{"role": "user", "content": text}], speaker.tokenizer, "a prompt", answered=True
+    )
     return ids_of(written, speaker.tokenizer)
 
 
 def _first_added(text: str, tokenizer: Tokenizer) -> int | None:
-    """Return the first token of the text if it was added to the vocabulary, as marks of turns are."""
+    """Return the first token of the text if it was added to the vocabulary, as marks of turns
+    are.
+    """
     ids = ids_of(text.lstrip(), tokenizer)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
@@ -317,7 +368,8 @@ def _continued(
     most: int,
     tell: Callable[[int], None],
 ) -> list[Conversation]:
-    """Return each prompt and what the model writes behind it, until it ends it or has written `most` tokens.
+    """Return each prompt and what the model writes behind it, until it ends it or has written
+    `most` tokens.
 
     With `seeds` it draws at `TEMPERATURE`; without, each token is its first choice.
 
@@ -349,7 +401,9 @@ def _continued(
             if not bool(highest_B.isfinite().all()):
                 raise NumericsError(NOT_FINITE)
             if draws is not None:
-                next_B = _draw(logits_BV / TEMPERATURE, torch.tensor([draws[row].random() for row in rows]))
+                next_B = _draw(
+                    logits_BV / TEMPERATURE, torch.tensor([draws[row].random() for row in rows])
+                )
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if not is_over(drawn[row]):
                     drawn[row].append(token)
@@ -358,19 +412,28 @@ def _continued(
             num_read = 0
             if not open_rows:
                 both = zip(prompts, drawn, strict=True)
-                return [Conversation(torch.tensor([*prompt, *answer]), len(prompt)) for prompt, answer in both]
+                return [
+                    Conversation(torch.tensor([*prompt, *answer]), len(prompt))
+                    for prompt, answer in both
+                ]
 
             # Drop what is finished, then append what was drawn.
             if len(rows) - len(open_rows) >= FINISHED_SHARE * len(rows):
                 stay_B = torch.tensor(open_rows, device=model.device)
                 output[name].batch_select_indices(stay_B)
-                mask_BT, next_B, rows = mask_BT[stay_B], next_B[stay_B], [rows[place] for place in open_rows]
+                mask_BT, next_B, rows = (
+                    mask_BT[stay_B],
+                    next_B[stay_B],
+                    [rows[place] for place in open_rows],
+                )
             fed_BT, cache = next_B[:, None], {name: _with_room(output[name])}
             mask_BT = torch.cat([mask_BT, torch.ones_like(fed_BT)], dim=1)
 
 
 class _Roomy(DynamicLayer):
-    """A layer's keys and values in buffers with room for `ROOM` tokens more: a step copies its own token alone."""
+    """A layer's keys and values in buffers with room for `ROOM` tokens more: a step copies its own
+    token alone.
+    """
 
     keys: Any
     values: Any
@@ -381,12 +444,16 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = keys, values
         self._buffers: tuple[Tensor, ...] = ()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write behind what is there, and return all keys and values."""
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if not self._buffers or end > self._buffers[0].shape[-2]:
-            self._buffers = tuple(pad(states, (0, 0, 0, end + ROOM - start)) for states in (self.keys, self.values))
+            self._buffers = tuple(
+                pad(states, (0, 0, 0, end + ROOM - start)) for states in (self.keys, self.values)
+            )
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start:end, :] = states
         self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
@@ -418,10 +485,10 @@ def _draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> In
 def packed(conversations: Sequence[Conversation], length: int, filler: int) -> Blocks:
     """Return blocks of whole conversations, as many as these fill.
 
-    Each begins with the first that is left; the longest that fits comes next, until none does. A gap
-    of more than `LARGEST_GAP` of a block takes a conversation whose answer is cut at the block's end; a
-    smaller one, or one for which there is none, is filled with `filler`, which does not count. A block
-    with a larger gap for which nothing is left is left out.
+    Each begins with the first that is left; the longest that fits comes next, until none does. A
+    gap of more than `LARGEST_GAP` of a block takes a conversation whose answer is cut at the
+    block's end; a smaller one, or one for which there is none, is filled with `filler`, which does
+    not count. A block with a larger gap for which nothing is left is left out.
     """
     left, number = list(conversations), 0
     empty = torch.zeros(0, length, dtype=torch.int64)
@@ -429,20 +496,36 @@ def packed(conversations: Sequence[Conversation], length: int, filler: int) -> B
     while left:
         block = [left.pop(0)]
         while (gap := length - _num_tokens(block)) > 0:
-            fitting = [place for place, conversation in enumerate(left) if len(conversation.ids_T) <= gap]
+            fitting = [
+                place for place, conversation in enumerate(left) if len(conversation.ids_T) <= gap
+            ]
             if fitting:
                 block.append(left.pop(max(fitting, key=lambda place: len(left[place].ids_T))))
                 continue
-            cut = next((place for place, conversation in enumerate(left) if conversation.num_prompt < gap), None)
+            cut = next(
+                (place for place, conversation in enumerate(left) if conversation.num_prompt < gap),
+                None,
+            )
             if cut is None or gap <= LARGEST_GAP * length:
                 break
             block.append(left.pop(cut))
         if not left and gap > LARGEST_GAP * length:
             break
         # A gap is filled, and what is too long is cut.
-        ids.append(pad(torch.cat([conversation.ids_T for conversation in block]), (0, gap), value=filler))
-        answers.append(pad(torch.cat([conversation.is_answer_T for conversation in block]), (0, gap), value=False))
-        numbers = [torch.full_like(conversation.ids_T, number + place) for place, conversation in enumerate(block)]
+        ids.append(
+            pad(torch.cat([conversation.ids_T for conversation in block]), (0, gap), value=filler)
+        )
+        answers.append(
+            pad(
+                torch.cat([conversation.is_answer_T for conversation in block]),
+                (0, gap),
+                value=False,
+            )
+        )
+        numbers = [
+            torch.full_like(conversation.ids_T, number + place)
+            for place, conversation in enumerate(block)
+        ]
         number += len(block)
         documents.append(pad(torch.cat(numbers), (0, gap), value=number - 1))
     return Blocks(torch.vstack(ids), torch.vstack(documents), torch.vstack(answers))
@@ -458,7 +541,9 @@ def _once(conversations: list[Conversation]) -> list[Conversation]:
 
 @dataclass(slots=True)
 class _Counter:
-    """Moves a progress by the tokens read and written, and by `STEP_TOKENS` a step. `done`: so far."""
+    """Moves a progress by the tokens read and written, and by `STEP_TOKENS` a step. `done`: so
+    far.
+    """
 
     progress: Progress
     stage: str

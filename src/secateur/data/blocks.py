@@ -1,7 +1,8 @@
-"""Blocks of token ids, the two kinds of text of a run (what it learns by, what judges it), and counts of both.
+"""Blocks of token ids, the two kinds of text of a run (what it learns by, what judges it), and
+counts of both.
 
-In: ids with the document of each. Out: plain data, which ranks send each other. Whatever learns takes
-a `LearningText`, which has no way to the text that judges; that is a `JudgedText`.
+In: ids with the document of each. Out: plain data, which ranks send each other. Whatever learns
+takes a `LearningText`, which has no way to the text that judges; that is a `JudgedText`.
 
 Letters: N blocks of a domain, T tokens of a block.
 """
@@ -30,11 +31,19 @@ class Block(NamedTuple):
     @property
     def mask_T(self) -> Bool[Tensor, " T"]:
         """Which tokens count."""
-        return torch.ones_like(self.ids_T, dtype=torch.bool) if self.counted_T is None else self.counted_T
+        return (
+            torch.ones_like(self.ids_T, dtype=torch.bool)
+            if self.counted_T is None
+            else self.counted_T
+        )
 
     def counted(self, values_P: Shaped[Tensor, "P ..."]) -> Shaped[Tensor, "K ..."]:
-        """Return the values that count, of those of predicted tokens, which are all but the first."""
-        return values_P if self.counted_T is None else values_P[self.counted_T[1:].to(values_P.device)]
+        """Return the values that count, of those of predicted tokens, which are all but the
+        first.
+        """
+        return (
+            values_P if self.counted_T is None else values_P[self.counted_T[1:].to(values_P.device)]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +131,22 @@ class LearningText:
     def content_hash(self) -> str:
         """The hash of all blocks, see `text_hash`."""
         parts = (
-            (domain.name, domain.share, part) for domain in self.domains for part in (domain.blocks, domain.held_out)
+            (domain.name, domain.share, part)
+            for domain in self.domains
+            for part in (domain.blocks, domain.held_out)
         )
         return text_hash(parts)
 
     @property
     def measured_hash(self) -> str:
-        """The hash of the text that units are measured on and that guards; answers follow from the model."""
+        """The hash of the text that units are measured on and that guards; answers follow from the
+        model.
+        """
         text = [domain for domain in self.domains if domain.blocks.counted_NT is None]
         return text_hash(
-            (domain.name, domain.share, part) for domain in text for part in (domain.calibration, domain.held_out)
+            (domain.name, domain.share, part)
+            for domain in text
+            for part in (domain.calibration, domain.held_out)
         )
 
     @property
@@ -148,7 +163,8 @@ class LearningText:
         """Return each domain's first blocks of a training, by its share of `num_tokens`."""
         length = self.sequence_length
         return {
-            domain.name: domain.training(num_blocks_of(domain.share, num_tokens, length)) for domain in self.domains
+            domain.name: domain.training(num_blocks_of(domain.share, num_tokens, length))
+            for domain in self.domains
         }
 
 
@@ -169,7 +185,9 @@ class JudgedText:
 
 
 def text_hash(parts: Iterable[tuple[str, float, Blocks]]) -> str:
-    """Return the SHA-256 over names, shares, shapes, ids and masks, in order; meta blocks have no ids."""
+    """Return the SHA-256 over names, shares, shapes, ids and masks, in order; meta blocks have no
+    ids.
+    """
     digest = hashlib.sha256()
     for name, share, blocks in parts:
         digest.update(json.dumps([name, share, list(blocks.ids_NT.shape)]).encode())
@@ -184,14 +202,21 @@ def text_hash(parts: Iterable[tuple[str, float, Blocks]]) -> str:
 NGRAM_TOKENS = 13
 
 
-def ngram_overlap(calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor]) -> dict[str, float | None]:
+def ngram_overlap(
+    calibration_NT: dict[str, Tensor], evaluation_NT: dict[str, Tensor]
+) -> dict[str, float | None]:
     """Return, per evaluation domain, the share of its n-grams that occur in any calibration block.
 
     Repeats count. None if no evaluation block has `NGRAM_TOKENS` tokens.
     """
     wanted = {ngram for blocks in evaluation_NT.values() for ngram in _ngrams(blocks)}
-    seen = {ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks) if ngram in wanted}
-    is_seen = {domain: [ngram in seen for ngram in _ngrams(blocks)] for domain, blocks in evaluation_NT.items()}
+    seen = {
+        ngram for blocks in calibration_NT.values() for ngram in _ngrams(blocks) if ngram in wanted
+    }
+    is_seen = {
+        domain: [ngram in seen for ngram in _ngrams(blocks)]
+        for domain, blocks in evaluation_NT.items()
+    }
     return {domain: sum(hits) / len(hits) if hits else None for domain, hits in is_seen.items()}
 
 
@@ -207,25 +232,38 @@ DEFAULT_SEQUENCE_LENGTH = 512
 
 
 def block_length(asked: int | None, config: Any, key: str = "calibration.sequence_length") -> int:
-    """Return the tokens of a block. Raises RecipeError, naming `key`, if the model has fewer positions."""
+    """Return the tokens of a block. Raises RecipeError, naming `key`, if the model has fewer
+    positions.
+    """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = asked or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and length > longest:
-        raise RecipeError(f"{key}: {length} is longer than the model's {longest} positions; give at most {longest}.")
+        raise RecipeError(
+            f"{key}: {length} is longer than the model's {longest} positions; give at most "
+            f"{longest}."
+        )
     return length
 
 
 def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a text alone; of one that is longer than the model's context without a warning."""
+    """Return the ids of a text alone; of one that is longer than the model's context without a
+    warning.
+    """
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def other_text(documents: Sequence[str], tokenizer: Tokenizer, config: Any) -> list[Block]:
-    """Return blocks of one document each. `config`: of a model, which may read no more tokens of one."""
+    """Return blocks of one document each. `config`: of a model, which may read no more tokens of
+    one.
+    """
     length = block_length(None, config)
     blocks: list[Block] = []
     for number, text in enumerate(documents):
         ids_T = torch.tensor(ids_of(text, tokenizer))
         # The first token of a block is context alone.
-        blocks += [Block(part, torch.full_like(part, number)) for part in ids_T.split(length) if len(part) > 1]
+        blocks += [
+            Block(part, torch.full_like(part, number))
+            for part in ids_T.split(length)
+            if len(part) > 1
+        ]
     return blocks

@@ -1,8 +1,10 @@
-"""Rows as people have them, a text or a chat in one of several forms, as one thing each; and a chat as text.
+"""Rows as people have them, a text or a chat in one of several forms, as one thing each; and a chat
+as text.
 
-In: a row and the column asked for. Out: its text, or a `Chat`, of which the tokenizer's template makes text. A
-row without either raises NoText, which is counted where other rows hold some. A template is a program from the
-checkpoint; jinja's sandbox keeps it from everything but the messages.
+In: a row and the column asked for. Out: its text, or a `Chat`, of which the tokenizer's template
+makes text. A row without either raises NoText, which is counted where other rows hold some. A
+template is a program from the checkpoint; jinja's sandbox keeps it from everything but the
+messages.
 """
 
 from collections import defaultdict
@@ -43,7 +45,10 @@ class Notes:
 
     def sentences(self) -> tuple[str, ...]:
         """Return a sentence per domain and thing that happened, with its count."""
-        return tuple(f"domain '{name}': {what}: {len(places):,}." for (name, what), places in self._places.items())
+        return tuple(
+            f"domain '{name}': {what}: {len(places):,}."
+            for (name, what), places in self._places.items()
+        )
 
 
 class NoText(CalibrationError):
@@ -76,7 +81,8 @@ FORMS: tuple[tuple[str, ...], ...] = (
     ("query", "response"),
     ("chosen",),
 )
-# What belongs to the instruction, what stands before the chat, and what is said of no list of turns.
+# What belongs to the instruction, what stands before the chat, and what is said of no list of
+# turns.
 INPUT_FIELDS, SYSTEM_FIELDS = ("input", "context"), ("system", "system_prompt")
 NO_MESSAGES = "messages must be a list of objects with role and content."
 # How templates call the roles of other tools.
@@ -87,19 +93,26 @@ ROLES = {
 }
 
 
-def content_of(row: Any, column: str, where: str, note: Note = unheard, *, answered: bool = False) -> str | Chat:
-    """Return a row's text or chat; with the column `text` a chat is found by its fields, see `FORMS`.
+def content_of(
+    row: Any, column: str, where: str, note: Note = unheard, *, answered: bool = False
+) -> str | Chat:
+    """Return a row's text or chat; with the column `text` a chat is found by its fields, see
+    `FORMS`.
 
     `answered`: the model is to answer it, so a prompt without an answer will do.
 
-    Raises NoText if it holds neither, CalibrationError, naming `where`, if it is not what it should.
+    Raises NoText if it holds neither, CalibrationError, naming `where`, if it is not what it
+    should.
     """
     if not isinstance(row, dict):
         return _text(row, where)
     form = (column,)
     if row.get(column) is None and column == "text":
         needed = slice(1 if answered else None)
-        form = next((fields for fields in FORMS if all(row.get(key) is not None for key in fields[needed])), form)
+        form = next(
+            (fields for fields in FORMS if all(row.get(key) is not None for key in fields[needed])),
+            form,
+        )
     first, *answer = (row.get(key) for key in form)
     if first is None:
         raise _without(row, column, where)
@@ -123,13 +136,17 @@ def content_of(row: Any, column: str, where: str, note: Note = unheard, *, answe
 
 
 def prompt_of(content: str | Chat, where: str) -> Chat:
-    """Return a row up to the end of its first user's turn; a text is that turn. Raises NoText without one."""
+    """Return a row up to the end of its first user's turn; a text is that turn. Raises NoText
+    without one.
+    """
     if isinstance(content, str):
         messages = [{"role": "user", "content": content}]
         if not content.strip():
             raise NoText(f"{where}: the prompt is blank.")
         return Chat(messages)
-    first = next((place for place, turn in enumerate(content.messages) if turn["role"] == "user"), None)
+    first = next(
+        (place for place, turn in enumerate(content.messages) if turn["role"] == "user"), None
+    )
     if first is None or not content.messages[first]["content"].strip():
         raise NoText(f"{where}: no user says anything in it.", NO_USER)
     systems = [turn for turn in content.messages[:first] if turn["role"] == "system"]
@@ -147,15 +164,27 @@ def _text(value: Any, where: str) -> str:
 def _without(row: dict[Any, Any], column: str, where: str) -> NoText:
     columns = [str(name) for name in row if name]
     there = f"there are: {shortened(', '.join(columns)) or 'none'}"
-    if column in row or any(all(name in row for name in form) for form in FORMS if column == "text"):
+    if column in row or any(
+        all(name in row for name in form) for form in FORMS if column == "text"
+    ):
         return NoText(f"{where}: its text is null; {there}; set `column` to one that holds text.")
-    return NoText(f"{where}: no column '{column}'; {there}; {advice(column, columns, 'set `column` to one of them.')}")
+    return NoText(
+        f"{where}: no column '{column}'; {there}; "
+        f"{advice(column, columns, 'set `column` to one of them.')}"
+    )
 
 
 def _pair(row: dict[Any, Any], prompt: Messages, answer: Messages) -> Messages:
     if answer and answer[0]["role"] != "assistant":  # a whole chat, which begins with the prompt
         return answer
-    more = next((row[name] for name in INPUT_FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
+    more = next(
+        (
+            row[name]
+            for name in INPUT_FIELDS
+            if isinstance(row.get(name), str) and row[name].strip()
+        ),
+        None,
+    )
     if more is not None and prompt and "instruction" in row:
         prompt[-1]["content"] += f"\n\n{more}"
     return prompt + answer
@@ -175,18 +204,28 @@ def _are_turns(value: Any) -> bool:
 
 
 def _message(turn: Message, where: str, note: Note) -> Message:
-    """Return a turn with a role that templates know, its content as text, and its calls as objects."""
-    rest = {key: value for key, value in turn.items() if value is not None}  # tables fill fields up with null
+    """Return a turn with a role that templates know, its content as text, and its calls as
+    objects.
+    """
+    rest = {
+        key: value for key, value in turn.items() if value is not None
+    }  # tables fill fields up with null
     role = rest.pop("role", rest.pop("from", None))
     content = rest.pop("content", rest.pop("value", None))
     if role is None:
         raise CalibrationError(f"{where}: {NO_MESSAGES}")
-    calls = rest.pop("tool_calls", None) or [call for call in [rest.pop("function_call", None)] if call]
+    calls = rest.pop("tool_calls", None) or [
+        call for call in [rest.pop("function_call", None)] if call
+    ]
     if role == "function_call" and (parsed := _parsed(content)) is not content:
         calls, content = parsed if isinstance(parsed, list) else [parsed], None
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise CalibrationError(f"{where}: tool_calls must be a list of objects with a function.")
-    message = {"role": ROLES.get(str(role).lower(), role), "content": _joined(content, where, note), **rest}
+    message = {
+        "role": ROLES.get(str(role).lower(), role),
+        "content": _joined(content, where, note),
+        **rest,
+    }
     return {**message, "tool_calls": [_call(call) for call in calls]} if calls else message
 
 
@@ -201,10 +240,14 @@ def _joined(content: Any, where: str, note: Note) -> str:
 
 
 def _call(call: Message) -> Message:
-    """Return a call as templates read it: a function with its arguments as an object, not as JSON."""
+    """Return a call as templates read it: a function with its arguments as an object, not as
+    JSON.
+    """
     inner = call.get("function")
     rest, function = (call, inner) if isinstance(inner, dict) else ({}, call)
-    function = {key: _parsed(value) if key == "arguments" else value for key, value in function.items()}
+    function = {
+        key: _parsed(value) if key == "arguments" else value for key, value in function.items()
+    }
     return {"type": "function", **rest, "function": function}
 
 
@@ -214,7 +257,9 @@ def _tools(value: Any, where: str) -> Messages | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise CalibrationError(f"{where}: tools must be a list of objects.")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    ]
 
 
 def _parsed(value: Any) -> Any:
@@ -226,15 +271,17 @@ def _parsed(value: Any) -> Any:
     return parsed if isinstance(parsed, dict | list) else value
 
 
-# What templates that ask for the date are told, so that the same chat is the same text on any day: the
-# date that Llama 3.1's writes where it cannot ask.
+# What templates that ask for the date are told, so that the same chat is the same text on any day:
+# the date that Llama 3.1's writes where it cannot ask.
 TODAY = datetime(2024, 7, 26)
 CLOCK = "datetime"  # of which a template's `strftime_now` asks `now`
 # Stands for what a user says.
 MARK = "secateur"
 
 REFUSED_CHATS = "chats left out, since the chat template refuses them"
-JOINED_CHATS = "chats whose system message stands in the first user's, since the chat template refuses it"
+JOINED_CHATS = (
+    "chats whose system message stands in the first user's, since the chat template refuses it"
+)
 
 
 def chat_text(
@@ -250,12 +297,13 @@ def chat_text(
 
     A model that reasons where it is asked to is asked to.
 
-    Where the template refuses a system message, its text comes before that of the first user. Raises
-    NoText if the template refuses the chat all the same, CalibrationError for other errors.
+    Where the template refuses a system message, its text comes before that of the first user.
+    Raises NoText if the template refuses the chat all the same, CalibrationError for other errors.
     """
     if tokenizer.chat_template is None:
         raise CalibrationError(
-            f"{where}: a chat, but the tokenizer has no chat template; set `column` to one that holds text."
+            f"{where}: a chat, but the tokenizer has no chat template; set `column` to one that "
+            "holds text."
         )
     try:
         return _rendered(messages, tokenizer, where, tools, answered=answered)
@@ -277,20 +325,28 @@ def closing_of_turn(tokenizer: Tokenizer) -> str:
     text = chat_text([{"role": "user", "content": MARK}], tokenizer, "a user's turn", answered=True)
     _, mark, closing = text.partition(MARK)
     if not mark:
-        raise CalibrationError("the chat template: it does not write what a user says; give text in place of answers.")
+        raise CalibrationError(
+            "the chat template: it does not write what a user says; give text in place of answers."
+        )
     return closing
 
 
-def _rendered(messages: Messages, tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool) -> str:
+def _rendered(
+    messages: Messages, tokenizer: Tokenizer, where: str, tools: Any, *, answered: bool
+) -> str:
     from jinja2 import TemplateError
 
     try:
-        how: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
+        how: dict[str, Any] = (
+            {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
+        )
         with replaced(vars(chat_template_utils), CLOCK, SimpleNamespace(now=lambda: TODAY)):
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how))
     except (TemplateError, NameError, *BAD_VALUE) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__
         sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."
-        if type(error) is TemplateError:  # by its own `raise_exception`, which says what it does not take
+        if (
+            type(error) is TemplateError
+        ):  # by its own `raise_exception`, which says what it does not take
             raise NoText(sentence, REFUSED_CHATS) from None
         raise CalibrationError(sentence) from None

@@ -1,9 +1,9 @@
 """One pool of text per run: every document is read and tokenised once, and belongs to one part.
 
-In: domains and a seed, which decides the order of documents. Out: what judges, what guards, and what a
-run learns by (calibration, training, counts of tokens), in this order, so that no document of one part
-is in another. Where a domain has too few documents a long one is shared: each part then has other
-pieces of it, and a note says so.
+In: domains and a seed, which decides the order of documents. Out: what judges, what guards, and
+what a run learns by (calibration, training, counts of tokens), in this order, so that no document
+of one part is in another. Where a domain has too few documents a long one is shared: each part then
+has other pieces of it, and a note says so.
 """
 
 import hashlib
@@ -48,12 +48,15 @@ MOST_REPEATS = 10_000
 
 
 def judging_tokens(evaluate: bool | int) -> int:
-    """Return how many tokens of each domain judge a run: so many as `evaluate` says, none if that is false."""
+    """Return how many tokens of each domain judge a run: so many as `evaluate` says, none if that
+    is false.
+    """
     return JUDGED_TOKENS if evaluate is True else int(evaluate)
 
 
 class Allotted(NamedTuple):
-    """Whose a domain's documents are: those below `judged` judge, below `held_out` guard, all others teach.
+    """Whose a domain's documents are: those below `judged` judge, below `held_out` guard, all
+    others teach.
 
     None: as many as it takes.
     """
@@ -63,13 +66,22 @@ class Allotted(NamedTuple):
 
 
 class _Texts:
-    """A domain's documents in the seed's order, each in pieces of about a block; read as far as asked for.
+    """A domain's documents in the seed's order, each in pieces of about a block; read as far as
+    asked for.
 
-    Equal documents are one, and behind so many in a row the text is taken to go on so. A long one begins at
-    a random line and wraps.
+    Equal documents are one, and behind so many in a row the text is taken to go on so. A long one
+    begins at a random line and wraps.
     """
 
-    def __init__(self, name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, length: int, note: Note) -> None:
+    def __init__(
+        self,
+        name: str,
+        domain: DomainText,
+        tokenizer: Tokenizer,
+        seed: int,
+        length: int,
+        note: Note,
+    ) -> None:
         self.name = name
         self._source = documents(name, domain, tokenizer, seed, note)
         self._order = Random(f"{seed}:{name}:lines")
@@ -87,13 +99,17 @@ class _Texts:
             if digest not in self._seen:
                 self._seen.add(digest)
                 self.digests.append(digest)
-                self.pieces.append(tuple(_pieces(text, self.length * CHARACTERS_PER_TOKEN, self._order)))
+                self.pieces.append(
+                    tuple(_pieces(text, self.length * CHARACTERS_PER_TOKEN, self._order))
+                )
                 return self.has(number)
         return False
 
 
 def _pieces(text: str, size: int, order: Random) -> Iterator[str]:
-    """Yield the text in pieces of at most `size` characters, which end with a line where one does."""
+    """Yield the text in pieces of at most `size` characters, which end with a line where one
+    does.
+    """
     if len(text) > 2 * size:
         start = text.rfind("\n", 0, order.randrange(len(text))) + 1
         text = text[start:] + text[:start]
@@ -114,7 +130,9 @@ class _Rest(NamedTuple):
 
 
 class _Tokens:
-    """A domain's pieces in one tokenizer, each tokenised once. `eos`: its end-of-text token, if it has one."""
+    """A domain's pieces in one tokenizer, each tokenised once. `eos`: its end-of-text token, if it
+    has one.
+    """
 
     def __init__(self, texts: _Texts, tokenizer: Tokenizer) -> None:
         eos = tokenizer.eos_token_id
@@ -135,13 +153,20 @@ class _Tokens:
     def rest(self, rest: _Rest, most: int) -> Int64[Tensor, " T"]:
         """Return the ids of the rest of a document, `most` of them at most."""
         ids, number = array("i"), rest.piece
-        while len(ids) < rest.offset + most and (piece := self.piece(rest.document, number)) is not None:
+        while (
+            len(ids) < rest.offset + most
+            and (piece := self.piece(rest.document, number)) is not None
+        ):
             ids += piece
             number += 1
         return _tensor(ids[rest.offset :][:most])
 
-    def fresh(self, first: int, last: int | None, owners: Mapping[bytes, str], late: deque[_Rest]) -> Iterator[_Rest]:
-        """Yield the documents from `first` to before `last`; those that another domain owns come late."""
+    def fresh(
+        self, first: int, last: int | None, owners: Mapping[bytes, str], late: deque[_Rest]
+    ) -> Iterator[_Rest]:
+        """Yield the documents from `first` to before `last`; those that another domain owns come
+        late.
+        """
         number = first
         while (last is None or number < last) and self.texts.has(number):
             if owners.get(self.texts.digests[number], self.texts.name) == self.texts.name:
@@ -152,19 +177,29 @@ class _Tokens:
 
 
 class _Packing:
-    """Blocks of documents one behind another, a piece of each by turns, with an end-of-text token in between.
+    """Blocks of documents one behind another, a piece of each by turns, with an end-of-text token
+    in between.
 
     Nobody has a second turn before everybody has had a first. `late` has what other parts left of
     their documents, and is used when all else has run out.
     """
 
     def __init__(
-        self, tokens: _Tokens, first: int, last: int | None, owners: Mapping[bytes, str], late: deque[_Rest]
+        self,
+        tokens: _Tokens,
+        first: int,
+        last: int | None,
+        owners: Mapping[bytes, str],
+        late: deque[_Rest],
     ) -> None:
         """Begin with what `_Tokens.fresh` yields."""
         self.begun: list[_Rest] = []
         self.begun_late: list[_Rest] = []
-        self._tokens, self._fresh, self._late = tokens, tokens.fresh(first, last, owners, late), late
+        self._tokens, self._fresh, self._late = (
+            tokens,
+            tokens.fresh(first, last, owners, late),
+            late,
+        )
         self._length = tokens.texts.length
         self._waiting: deque[_Rest] = deque()
         self._last: int | None = None
@@ -217,7 +252,9 @@ class _Packing:
         return Blocks(*(part.view(shape) for part in parts))
 
     def rests(self, num_blocks: int) -> deque[_Rest]:
-        """Return what is left of the documents behind the first blocks, in the order of their turns."""
+        """Return what is left of the documents behind the first blocks, in the order of their
+        turns.
+        """
         waiting, surplus = self._waiting.copy(), self.num_tokens - num_blocks * self._length
         if surplus > 0:
             document, piece, _ = waiting.pop()
@@ -273,16 +310,22 @@ class _Domain:
         return packing
 
     def draw(self, num_blocks: int, last: int | None) -> None:
-        """Pack a part with others behind it. `last`: the first document of these, if that is given."""
+        """Pack a part with others behind it. `last`: the first document of these, if that is
+        given.
+        """
         packing = self.pack(num_blocks, last)
         begun = [rest.document for rest in packing.begun]
         self.first = max([self.first, *(number + 1 for number in begun)]) if last is None else last
         self.late = deque([*packing.rests(num_blocks), *self.late])
         self.allotted.append(self.first)
-        self.owners |= dict.fromkeys((self.tokens.texts.digests[number] for number in begun), self.name)
+        self.owners |= dict.fromkeys(
+            (self.tokens.texts.digests[number] for number in begun), self.name
+        )
 
     def all_learning(self, most: int) -> Iterator[tuple[int, Int64[Tensor, " T"]]]:
-        """Yield the number and the ids of the last part's documents, each as a whole, up to `most` ids."""
+        """Yield the number and the ids of the last part's documents, each as a whole, up to `most`
+        ids.
+        """
         fresh = self.tokens.fresh(self.first, None, self.owners, deque())
         for rest in chain(fresh, self.parts[LEARNING].begun_late):
             ids_T = self.tokens.rest(rest, most)
@@ -299,21 +342,29 @@ class _Domain:
         return all(part.num_blocks >= num for part, num in zip(self.parts, numbers, strict=True))
 
     def too_short(self, num_learning: int, what: str, key: str) -> CalibrationError:
-        """Return the error for a text that is too short. `what`: the blocks to learn by, in words."""
+        """Return the error for a text that is too short. `what`: the blocks to learn by, in
+        words.
+        """
         sizes, length = self.sizes, self.tokens.texts.length
         wanted = [num * length for num in (sizes.judged, sizes.held_out, num_learning)]
-        num_there = sum(min(part.num_tokens, want) for part, want in zip(self.parts, wanted, strict=True))
+        num_there = sum(
+            min(part.num_tokens, want) for part, want in zip(self.parts, wanted, strict=True)
+        )
         judged = f"{sizes.judged} judged, " if sizes.judged else ""
         return CalibrationError(
-            f"domain '{self.name}': {num_there:,} tokens of text after packing, but {judged}{sizes.held_out} held-out "
-            f"and {num_learning} {what} of {length} tokens need {sum(wanted):,}; lower {key} or "
-            "calibration.sequence_length, lower the domain's share, or add text."
+            f"domain '{self.name}': {num_there:,} tokens of text after packing, but "
+            f"{judged}{sizes.held_out} held-out and {num_learning} {what} of {length} tokens need "
+            f"{sum(wanted):,}; lower {key} or calibration.sequence_length, lower the domain's "
+            "share, or add text."
         )
 
     def digests(self, part: int) -> set[bytes]:
         """Return the digests of a part's documents."""
         packing = self.parts[part]
-        return {self.tokens.texts.digests[rest.document] for rest in (*packing.begun, *packing.begun_late)}
+        return {
+            self.tokens.texts.digests[rest.document]
+            for rest in (*packing.begun, *packing.begun_late)
+        }
 
 
 JUDGED, HELD_OUT, LEARNING = range(3)
@@ -327,14 +378,20 @@ class Learning:
     _domains: Mapping[str, _Domain]
 
     def documents(self, most: int = MOST_COUNTED) -> dict[str, Iterator[Int64[Tensor, " T"]]]:
-        """Return the ids of all documents that may teach, by domain that is read; no more once `most` tokens are had.
+        """Return the ids of all documents that may teach, by domain that is read; no more once
+        `most` tokens are had.
 
         Who goes through them may get a CalibrationError, for unreadable text.
         """
-        return {name: (ids_T for _, ids_T in domain.all_learning(most)) for name, domain in self._domains.items()}
+        return {
+            name: (ids_T for _, ids_T in domain.all_learning(most))
+            for name, domain in self._domains.items()
+        }
 
     def digests(self, num_counted: int = 0) -> set[bytes]:
-        """Return the digests of the documents that guard or teach, and of those that give the first tokens to count."""
+        """Return the digests of the documents that guard or teach, and of those that give the first
+        tokens to count.
+        """
         digests: set[bytes] = set()
         for domain in self._domains.values():
             digests |= domain.digests(HELD_OUT) | domain.digests(LEARNING)
@@ -344,7 +401,9 @@ class Learning:
 
 
 class Split(NamedTuple):
-    """The parts of a text. `allotted`: whose the documents are, by domain that is read. `notes`: what was left out."""
+    """The parts of a text. `allotted`: whose the documents are, by domain that is read. `notes`:
+    what was left out.
+    """
 
     learning: Learning
     judged: JudgedText
@@ -356,9 +415,9 @@ class Split(NamedTuple):
 class Amounts:
     """How much text each part has.
 
-    A domain gets max(1, round(share x num_tokens / length)) calibration blocks, as many training blocks
-    by `num_training_tokens`, a ninth of the calibration blocks, rounded up, but not fewer than
-    `least_held_out`, as held-out ones, and `num_judged_tokens` in whole blocks to judge by.
+    A domain gets max(1, round(share x num_tokens / length)) calibration blocks, as many training
+    blocks by `num_training_tokens`, a ninth of the calibration blocks, rounded up, but not fewer
+    than `least_held_out`, as held-out ones, and `num_judged_tokens` in whole blocks to judge by.
     """
 
     num_tokens: int
@@ -367,11 +426,17 @@ class Amounts:
     least_held_out: int = 0
 
     def of(self, share: float, length: int, *, fresh: bool = False) -> _Sizes:
-        """Return a domain's blocks of `length` tokens. `fresh`: a training has none of the calibration's."""
+        """Return a domain's blocks of `length` tokens. `fresh`: a training has none of the
+        calibration's.
+        """
         num_blocks = num_blocks_of(share, self.num_tokens, length)
         held_out = max(self.least_held_out, math.ceil(num_blocks / CALIBRATION_BLOCKS_PER_HELD_OUT))
         judged = math.ceil(self.num_judged_tokens / length)
-        training = num_blocks_of(share, self.num_training_tokens, length) if self.num_training_tokens else 0
+        training = (
+            num_blocks_of(share, self.num_training_tokens, length)
+            if self.num_training_tokens
+            else 0
+        )
         learning = num_blocks + training if fresh else max(num_blocks, training)
         return _Sizes(share, judged, held_out, num_blocks, learning)
 
@@ -379,7 +444,9 @@ class Amounts:
 class TextPool:
     """The documents of a run, each read once, and tokenised once by each tokenizer."""
 
-    def __init__(self, length: int, tokenizer: Tokenizer, seed: int, progress: Progress = silent) -> None:
+    def __init__(
+        self, length: int, tokenizer: Tokenizer, seed: int, progress: Progress = silent
+    ) -> None:
         """`length`: of a block, in tokens. `tokenizer`: its chat template makes text of chats."""
         self.length, self._tokenizer, self._seed = length, tokenizer, seed
         self._progress, self._notes = progress, Notes()
@@ -397,13 +464,14 @@ class TextPool:
         only: Collection[str] | None = None,
         key: str = "calibration.num_tokens",
     ) -> Split:
-        """Share out the documents: first those that judge, then those that guard, then those to learn by.
+        """Share out the documents: first those that judge, then those that guard, then those to
+        learn by.
 
         Where a text is too short for all of these, what guards judges too, and a note says so; with
-        `must_judge` that is an error. `tokenizer`: by default that of the pool. `allotted`: of a split
-        by another tokenizer, whose parts are then of the same documents. `only`: the domains to read, of
-        all that share out the tokens. `key`: what asked for the tokens to learn by, to be named where a
-        text is too short for them.
+        `must_judge` that is an error. `tokenizer`: by default that of the pool. `allotted`: of a
+        split by another tokenizer, whose parts are then of the same documents. `only`: the domains
+        to read, of all that share out the tokens. `key`: what asked for the tokens to learn by, to
+        be named where a text is too short for them.
 
         Raises CalibrationError for text that is unreadable or too short.
         """
@@ -411,20 +479,31 @@ class TextPool:
         total = sum(domain.share for domain in text.values())
         wanted = {name: domain for name, domain in text.items() if only is None or name in only}
         sizes = {
-            name: amounts.of(domain.share / total, self.length, fresh=domain.answers) for name, domain in wanted.items()
+            name: amounts.of(domain.share / total, self.length, fresh=domain.answers)
+            for name, domain in wanted.items()
         }
-        read = {name: self._read(name, domain, tokenizer) for name, domain in wanted.items() if not domain.answers}
+        read = {
+            name: self._read(name, domain, tokenizer)
+            for name, domain in wanted.items()
+            if not domain.answers
+        }
         while True:
             domains = self._drawn(read, sizes, allotted)
-            if (short := next((domain for domain in domains.values() if not domain.is_whole), None)) is None:
+            if (
+                short := next((domain for domain in domains.values() if not domain.is_whole), None)
+            ) is None:
                 break
             if must_judge or not short.sizes.judged:
-                raise short.too_short(short.sizes.calibration, "calibration blocks", "calibration.num_tokens")
+                raise short.too_short(
+                    short.sizes.calibration, "calibration blocks", "calibration.num_tokens"
+                )
             sizes[short.name] = replace(short.sizes, judged=0)
         for domain in domains.values():
             if not domain.parts[LEARNING].reaches(domain.sizes.learning):
                 raise domain.too_short(domain.sizes.learning, "training blocks", key)
-        parts = tuple(_learning(name, size, domains.get(name), self.length) for name, size in sizes.items())
+        parts = tuple(
+            _learning(name, size, domains.get(name), self.length) for name, size in sizes.items()
+        )
         notes = (*self.notes, *_shared(domains, HELD_OUT, (LEARNING,), GUARD_SHARES))
         learning = LearningText(parts, self.length, notes)
         allotted = {name: Allotted(*domain.allotted) for name, domain in domains.items()}
@@ -444,9 +523,9 @@ class TextPool:
             packing = _Packing(tokens, 0, None, dict.fromkeys(used, ""), deque())
             if not packing.reaches(num_blocks):
                 raise CalibrationError(
-                    f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but {num_blocks} blocks of "
-                    f"{self.length} tokens need {num_blocks * self.length:,}; ask for fewer or shorter blocks, or add "
-                    "text."
+                    f"domain '{name}': {packing.num_tokens:,} tokens of text after packing, but "
+                    f"{num_blocks} blocks of {self.length} tokens need "
+                    f"{num_blocks * self.length:,}; ask for fewer or shorter blocks, or add text."
                 )
             drawn[name] = packing.blocks(num_blocks)
         return drawn
@@ -464,9 +543,14 @@ class TextPool:
         return self._tokens.setdefault((name, id(tokenizer)), _Tokens(self._texts[name], tokenizer))
 
     def _drawn(
-        self, read: Mapping[str, _Tokens], sizes: Mapping[str, _Sizes], allotted: Mapping[str, Allotted]
+        self,
+        read: Mapping[str, _Tokens],
+        sizes: Mapping[str, _Sizes],
+        allotted: Mapping[str, Allotted],
     ) -> dict[str, _Domain]:
-        """Return the domains with their parts packed: those that judge of all, then those that guard, then the rest."""
+        """Return the domains with their parts packed: those that judge of all, then those that
+        guard, then the rest.
+        """
         owners, domains = dict[bytes, str](), dict[str, _Domain]()
         for name, tokens in read.items():
             domains[name] = _Domain(tokens, sizes[name], owners, allotted.get(name, Allotted()))
@@ -474,7 +558,10 @@ class TextPool:
             domain.draw(domain.sizes.judged, domain.given.judged)
         for domain in domains.values():
             domain.draw(domain.sizes.held_out, domain.given.held_out)
-        num_done, num_all = 0, sum(sizes[name].held_out + sizes[name].calibration for name in domains)
+        num_done, num_all = (
+            0,
+            sum(sizes[name].held_out + sizes[name].calibration for name in domains),
+        )
         self._progress("calibration", num_done, num_all)
         for domain in domains.values():
             domain.pack(domain.sizes.calibration)
@@ -486,7 +573,10 @@ class TextPool:
 def _learning(name: str, sizes: _Sizes, domain: _Domain | None, length: int) -> LearningDomain:
     """Return what is learnt by; without a domain that is read, on the meta device."""
     if domain is not None:
-        blocks, held_out = domain.parts[LEARNING].blocks(sizes.learning), domain.parts[HELD_OUT].blocks(sizes.held_out)
+        blocks, held_out = (
+            domain.parts[LEARNING].blocks(sizes.learning),
+            domain.parts[HELD_OUT].blocks(sizes.held_out),
+        )
     else:
         shapes = (sizes.learning, length), (sizes.held_out, length)
         empty = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in shapes)
@@ -498,8 +588,12 @@ GUARD_SHARES = "guards the run and what it learns by"
 JUDGE_SHARES = "judges the run and what guards it or what it learns by"
 
 
-def _judged(text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], num_blocks: int) -> JudgedText:
-    """Return what judges: a part of its own; of answers, and of a domain that is too short, what guards."""
+def _judged(
+    text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], num_blocks: int
+) -> JudgedText:
+    """Return what judges: a part of its own; of answers, and of a domain that is too short, what
+    guards.
+    """
     judged, notes = {domain.name: domain.held_out for domain in text}, list[str]()
     for name, domain in domains.items() if num_blocks else ():
         own = domain.parts[JUDGED].blocks(num_blocks)
@@ -507,19 +601,27 @@ def _judged(text: tuple[LearningDomain, ...], domains: Mapping[str, _Domain], nu
             judged[name] = own
         else:
             notes.append(f"domain '{name}': {TOO_SHORT_TO_JUDGE}")
-    return JudgedText(judged, (*notes, *_shared(domains, JUDGED, (HELD_OUT, LEARNING), JUDGE_SHARES)))
+    return JudgedText(
+        judged, (*notes, *_shared(domains, JUDGED, (HELD_OUT, LEARNING), JUDGE_SHARES))
+    )
 
 
-TOO_SHORT_TO_JUDGE = "too short for a part that only judges, so what guards the run judges it, too; add text."
+TOO_SHORT_TO_JUDGE = (
+    "too short for a part that only judges, so what guards the run judges it, too; add text."
+)
 
 
-def _shared(domains: Mapping[str, _Domain], part: int, others: tuple[int, ...], which: str) -> Iterator[str]:
+def _shared(
+    domains: Mapping[str, _Domain], part: int, others: tuple[int, ...], which: str
+) -> Iterator[str]:
     """Yield a sentence for each domain whose part has documents that other parts have too."""
-    theirs = set[bytes]().union(*(domain.digests(other) for domain in domains.values() for other in others))
+    theirs = set[bytes]().union(
+        *(domain.digests(other) for domain in domains.values() for other in others)
+    )
     for name, domain in domains.items():
         if num_shared := len(domain.digests(part) & theirs):
             many = "s" if num_shared > 1 else ""
             yield (
-                f"domain '{name}': what {which} have parts of {num_shared} document{many} in common, since the text "
-                "has so few; add text."
+                f"domain '{name}': what {which} have parts of {num_shared} document{many} in "
+                "common, since the text has so few; add text."
             )

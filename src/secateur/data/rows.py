@@ -1,4 +1,6 @@
-"""From a file to its rows, as a stream: what is not asked for is not read, and memory stays bounded."""
+"""From a file to its rows, as a stream: what is not asked for is not read, and memory stays
+bounded.
+"""
 
 import csv
 import gzip
@@ -17,7 +19,8 @@ from secateur.files import json_of
 from secateur.log import human_bytes
 
 MIN_TXT_DOCUMENT_CHARACTERS = 8000
-# Parts of a file that can only be read whole. A few bytes of a compressed file may stand for any number.
+# Parts of a file that can only be read whole. A few bytes of a compressed file may stand for any
+# number.
 MAX_LINE_BYTES, MAX_ROW_GROUP_BYTES, MAX_JSON_BYTES = 2**24, 2**30, 2**28
 PARQUET_ROWS, PARQUET_VALUE_BYTES = 16, 8
 EMPTY_FILES = "files left out, since they hold no text"
@@ -39,13 +42,15 @@ def read_rows(path: Path) -> Iterator[Row]:
     where = f"calibration file {path}"
     path = path.expanduser()
     if not path.is_file():
-        raise CalibrationError(f"{where}: there is no such file; paths are relative to the working directory.")
+        raise CalibrationError(
+            f"{where}: there is no such file; paths are relative to the working directory."
+        )
     ending, reader = _ending_and_reader(path)
     if reader is None:
         tables = ", ".join(suffix for suffix in _READERS if suffix not in TEXT_SUFFIXES)
         raise CalibrationError(
-            f"{where}: unknown suffix '{ending}'; allowed: {tables}, text and code (.txt, .md, .py and more), all of "
-            "these also with .gz, and .parquet."
+            f"{where}: unknown suffix '{ending}'; allowed: {tables}, text and code (.txt, .md, .py "
+            "and more), all of these also with .gz, and .parquet."
         )
     rows = reader(path, where)
     first = next(rows, None)
@@ -76,9 +81,13 @@ def _opened(path: Path, where: str) -> Iterator[IO[bytes] | gzip.GzipFile]:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CalibrationError(f"{where}: broken gzip ({error}); compress or download it again.") from None
+        raise CalibrationError(
+            f"{where}: broken gzip ({error}); compress or download it again."
+        ) from None
     except OSError as error:
-        raise CalibrationError(f"{where}: cannot be read ({error.strerror}); check its permissions.") from None
+        raise CalibrationError(
+            f"{where}: cannot be read ({error.strerror}); check its permissions."
+        ) from None
 
 
 def _decoded(data: bytes, where: str, start: int = 0) -> str:
@@ -87,12 +96,16 @@ def _decoded(data: bytes, where: str, start: int = 0) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         place = start + error.start
-        raise CalibrationError(f"{where}: not valid UTF-8 at byte {place}; convert the file to UTF-8.") from None
+        raise CalibrationError(
+            f"{where}: not valid UTF-8 at byte {place}; convert the file to UTF-8."
+        ) from None
     return text if start else text.removeprefix("\ufeff")
 
 
 def _lines(path: Path, where: str) -> Iterator[str]:
-    """Yield the lines with their ends. Only a line feed ends one: JSON may hold Unicode's others."""
+    """Yield the lines with their ends. Only a line feed ends one: JSON may hold Unicode's
+    others.
+    """
     start = num_blank_bytes = 0
     with _opened(path, where) as stream:
         for number in itertools.count(1):
@@ -103,7 +116,9 @@ def _lines(path: Path, where: str) -> Iterator[str]:
             num_blank_bytes = 0 if line.strip() else num_blank_bytes + len(line)
             if max(len(line), num_blank_bytes) > MAX_LINE_BYTES:
                 limit = human_bytes(MAX_LINE_BYTES)
-                raise CalibrationError(f"{where}, line {number}: {limit} without a line of text; break it into lines.")
+                raise CalibrationError(
+                    f"{where}, line {number}: {limit} without a line of text; break it into lines."
+                )
             yield _decoded(line, where, start)
             start += len(line)
 
@@ -138,12 +153,20 @@ def _json_rows(path: Path, where: str) -> Iterator[Row]:
         content = stream.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         limit = human_bytes(MAX_JSON_BYTES)
-        raise CalibrationError(f"{where}: is longer than {limit}; write it as .jsonl, which is read line by line.")
+        raise CalibrationError(
+            f"{where}: is longer than {limit}; write it as .jsonl, which is read line by line."
+        )
     text = _decoded(content, where)
     data = _parse_json(text, where) if text.strip() else []
-    lists = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else [data]
+    lists = (
+        [value for value in data.values() if isinstance(value, list)]
+        if isinstance(data, dict)
+        else [data]
+    )
     if len(lists) != 1 or not isinstance(lists[0], list):
-        raise CalibrationError(f"{where}: needs one list of objects or strings, at the top or under one key.")
+        raise CalibrationError(
+            f"{where}: needs one list of objects or strings, at the top or under one key."
+        )
     for number, row in enumerate(lists[0], start=1):
         yield Row(f"{where}, row {number}", row)
 
@@ -152,7 +175,9 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json_of(text)
     except ValueError as error:
-        raise CalibrationError(f"{where}: not valid JSON ({error}); correct or remove it.") from None
+        raise CalibrationError(
+            f"{where}: not valid JSON ({error}); correct or remove it."
+        ) from None
 
 
 def _csv_rows(path: Path, where: str, **dialect: Any) -> Iterator[Row]:
@@ -164,7 +189,9 @@ def _csv_rows(path: Path, where: str, **dialect: Any) -> Iterator[Row]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise CalibrationError(f"{where}, line {reader.line_num}: not valid CSV ({error}); correct it.") from None
+            raise CalibrationError(
+                f"{where}, line {reader.line_num}: not valid CSV ({error}); correct it."
+            ) from None
         finally:
             csv.field_size_limit(limit)
         if row is None:
@@ -177,7 +204,9 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise CalibrationError(f"{where}: reading parquet needs pyarrow; install secateur[data].") from None
+        raise CalibrationError(
+            f"{where}: reading parquet needs pyarrow; install secateur[data]."
+        ) from None
     if not path.stat().st_size:
         return
     numbers = itertools.count(1)
@@ -187,24 +216,35 @@ def _parquet_rows(path: Path, where: str) -> Iterator[Row]:
             for group in range(file.num_row_groups):
                 # A list's values, too: a row of them may be packed into a few bytes.
                 about = file.metadata.row_group(group)
-                num_values = max((about.column(number).num_values for number in range(about.num_columns)), default=0)
-                num_bytes = max(about.total_byte_size, PARQUET_VALUE_BYTES * (num_values - about.num_rows))
+                num_values = max(
+                    (about.column(number).num_values for number in range(about.num_columns)),
+                    default=0,
+                )
+                num_bytes = max(
+                    about.total_byte_size, PARQUET_VALUE_BYTES * (num_values - about.num_rows)
+                )
                 if num_bytes > MAX_ROW_GROUP_BYTES:
                     raise CalibrationError(
-                        f"{where}, row group {group + 1}: holds {human_bytes(num_bytes)}, more than "
-                        f"{human_bytes(MAX_ROW_GROUP_BYTES)}; write the file with smaller row groups."
+                        f"{where}, row group {group + 1}: holds {human_bytes(num_bytes)}, more "
+                        f"than {human_bytes(MAX_ROW_GROUP_BYTES)}; write the file with smaller row "
+                        "groups."
                     )
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], use_threads=False):
-                    yield from (Row(f"{where}, row {next(numbers)}", row) for row in batch.to_pylist())
+                    yield from (
+                        Row(f"{where}, row {next(numbers)}", row) for row in batch.to_pylist()
+                    )
     except (pyarrow.ArrowException, OSError) as error:
-        raise CalibrationError(f"{where}: broken parquet ({one_line(error)}); write or download it again.") from None
+        raise CalibrationError(
+            f"{where}: broken parquet ({one_line(error)}); write or download it again."
+        ) from None
 
 
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .org .adoc .log .html .htm .xml .css .scss .toml .ini .cfg .yaml .yml "
-    ".py .pyi .ipynb .r .jl .m .f90 .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .zig .java .kt .scala .groovy .cs .fs "
-    ".swift .js .mjs .jsx .ts .tsx .vue .php .rb .pl .lua .dart .ex .exs .erl .clj .hs .ml .lean .sql .proto "
-    ".sh .bash .ps1 .bat .cmake .mk .tf .diff .patch".split()
+    ".txt .text .md .markdown .rst .tex .org .adoc .log .html .htm .xml .css .scss .toml .ini .cfg "
+    ".yaml .yml .py .pyi .ipynb .r .jl .m .f90 .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .zig "
+    ".java .kt .scala .groovy .cs .fs .swift .js .mjs .jsx .ts .tsx .vue .php .rb .pl .lua .dart "
+    ".ex .exs .erl .clj .hs .ml .lean .sql .proto .sh .bash .ps1 .bat .cmake .mk .tf .diff "
+    ".patch".split()
 )
 _Reader = Callable[[Path, str], Iterator[Row]]
 _READERS: dict[str, _Reader] = {

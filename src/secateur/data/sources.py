@@ -1,8 +1,8 @@
 """From a calibration domain to its documents, one by one, in an order that the seed decides.
 
-Installed text is that of Python packages: a run with it needs no network and no files of the user. Files
-are found through `importlib.metadata` and `sysconfig`, read as text when their document is due, and never
-imported. What is installed decides the text, and the calibration hash.
+Installed text is that of Python packages: a run with it needs no network and no files of the user.
+Files are found through `importlib.metadata` and `sysconfig`, read as text when their document is
+due, and never imported. What is installed decides the text, and the calibration hash.
 """
 
 import ast
@@ -40,7 +40,15 @@ MIN_DOCSTRING_CHARACTERS = 200
 MIN_GENERAL_CHARACTERS = 200
 
 # Not ordinary code: character tables, documentation and build settings in Python syntax.
-_SKIPPED_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+_SKIPPED_LIBRARY = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+}
 _ARTICLE_TAG = re.compile(r"<doc [^>]*>")
 
 # A document, or a function that reads it.
@@ -56,8 +64,8 @@ def installed_documents(kind: str, order: Random) -> Iterator[str]:
     documents = find()
     if not documents:
         raise CalibrationError(
-            f"calibration text '{kind}': it comes from {carriers}, not found in this Python environment; install it, "
-            "or leave the domain out."
+            f"calibration text '{kind}': it comes from {carriers}, not found in this Python "
+            "environment; install it, or leave the domain out."
         )
     order.shuffle(documents)
     for document in documents:
@@ -70,8 +78,14 @@ def _code() -> list[_Document]:
     library, paths = Path(sysconfig.get_path("stdlib")), list[Path]()
     for directory, subdirectories, names in os.walk(library):
         subdirectories[:] = [name for name in subdirectories if name not in _SKIPPED_LIBRARY]
-        paths += [Path(directory, name) for name in names if name.endswith(".py") and "_sysconfigdata" not in name]
-    return [partial(_source, path) for path in sorted(paths) if path.stat().st_size >= MIN_SOURCE_BYTES]
+        paths += [
+            Path(directory, name)
+            for name in names
+            if name.endswith(".py") and "_sysconfigdata" not in name
+        ]
+    return [
+        partial(_source, path) for path in sorted(paths) if path.stat().st_size >= MIN_SOURCE_BYTES
+    ]
 
 
 def _general(kind: str) -> list[_Document]:
@@ -96,14 +110,21 @@ def _articles(text: str) -> list[_Document]:
 def _conversation(turns: list[list[dict[str, Any]]]) -> str:
     messages = [message for turn in turns for message in turn]
     senders = list(dict.fromkeys(message["sender"] for message in messages))
-    return "\n".join(f"{chr(ord('A') + senders.index(message['sender']))}: {message['text']}" for message in messages)
+    return "\n".join(
+        f"{chr(ord('A') + senders.index(message['sender']))}: {message['text']}"
+        for message in messages
+    )
 
 
 def _docstring_files(folders: dict[str, str]) -> list[_Document]:
     """`folders`: distribution name -> installed folder of its package."""
-    listed = ((file, folder) for name, folder in folders.items() for file in installed_files(name) or ())
+    listed = (
+        (file, folder) for name, folder in folders.items() for file in installed_files(name) or ()
+    )
     files = [file for file, folder in listed if file.parts[0] == folder]
-    sources = [file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)]
+    sources = [
+        file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)
+    ]
     return [partial(_docstrings, file) for file in sorted(sources)]
 
 
@@ -135,18 +156,32 @@ def _source(path: Path) -> str:
         return file.read()
 
 
-_DOCUMENTS_OF = {"web": _lines, "encyclopedia": _articles, "multilingual": _lines, "dialogue": _conversations}
+_DOCUMENTS_OF = {
+    "web": _lines,
+    "encyclopedia": _articles,
+    "multilingual": _lines,
+    "dialogue": _conversations,
+}
 _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
     "code": (_code, "the .py files of the standard library"),
-    "mathematics": (partial(_docstring_files, {"sympy": "sympy", "mpmath": "mpmath"}), "the packages sympy and mpmath"),
+    "mathematics": (
+        partial(_docstring_files, {"sympy": "sympy", "mpmath": "mpmath"}),
+        "the packages sympy and mpmath",
+    ),
     "science": (
-        partial(_docstring_files, {"networkx": "networkx", "scipy": "scipy", "scikit-learn": "sklearn"}),
+        partial(
+            _docstring_files, {"networkx": "networkx", "scipy": "scipy", "scikit-learn": "sklearn"}
+        ),
         "the packages networkx, scipy and scikit-learn",
     ),
-} | {kind: (partial(_general, kind), f"the package {package}") for kind, (package, _) in GENERAL_TEXT.items()}
+} | {
+    kind: (partial(_general, kind), f"the package {package}")
+    for kind, (package, _) in GENERAL_TEXT.items()
+}
 
 
-# Rows in memory together, which are shuffled among each other. Python takes so much for a value beside its text.
+# Rows in memory together, which are shuffled among each other. Python takes so much for a value
+# beside its text.
 MAX_BYTES_SHUFFLED, BYTES_PER_VALUE = 2**27, 50
 
 
@@ -154,13 +189,16 @@ OTHER_FILES = "files left out, since files of their kind are not read"
 
 
 def _files_at(place: str, note: Note) -> list[Path]:
-    """Return the file that a path names, or those of a directory or a pattern that are read, sorted; note the others.
+    """Return the file that a path names, or those of a directory or a pattern that are read,
+    sorted; note the others.
 
     Hidden files and directories are left out. Raises CalibrationError if there is no file.
     """
     path = Path(place).expanduser()
     if web_address(place):
-        raise CalibrationError(f"calibration files {place}: is a web address; download it, and give the file.")
+        raise CalibrationError(
+            f"calibration files {place}: is a web address; download it, and give the file."
+        )
     if path.is_dir():
         paths = [path / name for name in files_in(path, hidden=False)]
     elif glob.has_magic(place) and not path.exists():
@@ -168,7 +206,9 @@ def _files_at(place: str, note: Note) -> list[Path]:
     else:
         return [path]
     if not (files := sorted(file for file in paths if file.is_file())):
-        raise CalibrationError(f"calibration files {place}: there is no file there; hidden ones do not count.")
+        raise CalibrationError(
+            f"calibration files {place}: there is no file there; hidden ones do not count."
+        )
     known = [*filter(is_read, files)]
     for file in set(files).difference(known):
         note(OTHER_FILES, str(file))
@@ -192,17 +232,20 @@ class DomainText(Protocol):
         ...
 
 
-# From a domain and a random order (by seed and domain) to documents or rows; the note gets what is left out.
+# From a domain and a random order (by seed and domain) to documents or rows; the note gets what is
+# left out.
 Source = Callable[[DomainText, Random, Note], Iterable[str | dict[str, Any] | Row]]
 # So many rows without text at the beginning, and there will be none.
 ROWS_TRIED = 200
 
 
-def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, note: Note = unheard) -> Iterator[str]:
+def documents(
+    name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, note: Note = unheard
+) -> Iterator[str]:
     """Yield the documents of the domain `name`, shuffled by seed and name, without blank ones.
 
-    Of a domain of answers a document is a prompt: a text, or a chat up to its first user's turn, as the
-    chat template writes it up to where the model answers.
+    Of a domain of answers a document is a prompt: a text, or a chat up to its first user's turn, as
+    the chat template writes it up to where the model answers.
 
     `note`: gets what happened to every row or file that is left out or changed.
 
@@ -212,7 +255,9 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
     problem: NoText | None = None
     num_usable = 0
     for number, row in enumerate(rows, start=1):
-        where, content = row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)
+        where, content = (
+            row if isinstance(row, Row) else (f"domain '{name}', document {number}", row)
+        )
         try:
             text = _row_text(content, domain, tokenizer, where, note)
         except NoText as error:
@@ -229,22 +274,27 @@ def documents(name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, no
 
 
 def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
-    """Yield the rows of all files, shuffled together; of larger ones as many at a time as fit memory.
+    """Yield the rows of all files, shuffled together; of larger ones as many at a time as fit
+    memory.
 
     Then each file gives a share by its size, from its beginning on, and what is not asked for is
     not read.
 
-    Raises CalibrationError for a bad file; NoText for a named one without a row that has text, or if
-    no file of a directory or pattern has any.
+    Raises CalibrationError for a bad file; NoText for a named one without a row that has text, or
+    if no file of a directory or pattern has any.
     """
     files_of = {place: _files_at(place, note) for place in domain.source[1]}
-    num_bytes = {file: file.stat().st_size for files in files_of.values() for file in files if file.is_file()}
+    num_bytes = {
+        file: file.stat().st_size for files in files_of.values() for file in files if file.is_file()
+    }
     total = sum(num_bytes.values())
     rows: list[Row] = []
     unread: list[tuple[Path, int]] = []
 
     def read_on(file: Path, start: int) -> list[Row]:
-        part, is_whole = _some_rows(file, start, MAX_BYTES_SHUFFLED * num_bytes.get(file, 0) / max(1, total))
+        part, is_whole = _some_rows(
+            file, start, MAX_BYTES_SHUFFLED * num_bytes.get(file, 0) / max(1, total)
+        )
         if not is_whole:
             unread.append((file, start + len(part)))
         return part
@@ -259,7 +309,9 @@ def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
                 problem = problem or error
                 note(EMPTY_FILES, str(file))
         if len(rows) == num_before:
-            raise problem or CalibrationError(f"calibration files {place}: there is no file of a kind that is read.")
+            raise problem or CalibrationError(
+                f"calibration files {place}: there is no file of a kind that is read."
+            )
     order.shuffle(rows)
     yield from rows
 
@@ -272,7 +324,9 @@ def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
 
 
 def _some_rows(path: Path, start: int, num_bytes: float) -> tuple[list[Row], bool]:
-    """Return so many bytes of rows from row `start` on, one at least, and whether the file ends there."""
+    """Return so many bytes of rows from row `start` on, one at least, and whether the file ends
+    there.
+    """
     rows: list[Row] = []
     for row in itertools.islice(read_rows(path), start, None):
         rows.append(row)
@@ -285,12 +339,16 @@ def _some_rows(path: Path, start: int, num_bytes: float) -> tuple[list[Row], boo
 def _size(value: Any) -> int:
     """Return about how many bytes of memory a value of a row takes."""
     if isinstance(value, dict | list):
-        return BYTES_PER_VALUE + sum(map(_size, value.values() if isinstance(value, dict) else value))
+        return BYTES_PER_VALUE + sum(
+            map(_size, value.values() if isinstance(value, dict) else value)
+        )
     return BYTES_PER_VALUE + (len(value) if isinstance(value, str) else 0)
 
 
 def _with_text(rows: list[Row], path: Path, domain: DomainText) -> list[Row]:
-    """Return a file's rows. Raises NoText, with the fields of the first, if none of them has text."""
+    """Return a file's rows. Raises NoText, with the fields of the first, if none of them has
+    text.
+    """
     problem: NoText | None = None
     for where, row in rows:
         try:
@@ -301,7 +359,8 @@ def _with_text(rows: list[Row], path: Path, domain: DomainText) -> list[Row]:
         if not isinstance(content, str) or content.strip():
             return rows
     raise problem or NoText(
-        f"calibration file {path}: column '{domain.column}' is blank in every row; set `column` to one that holds text."
+        f"calibration file {path}: column '{domain.column}' is blank in every row; set `column` to "
+        "one that holds text."
     )
 
 
@@ -313,10 +372,16 @@ def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError:
-        raise CalibrationError(f"{where}: needs the package datasets; install secateur[data].") from None
+        raise CalibrationError(
+            f"{where}: needs the package datasets; install secateur[data]."
+        ) from None
     try:
         # Streaming never reads the local cache.
-        options: Any = {"split": domain.split, "revision": domain.revision, "streaming": not offline}
+        options: Any = {
+            "split": domain.split,
+            "revision": domain.revision,
+            "streaming": not offline,
+        }
         rows = datasets.load_dataset(name, domain.config, **options)
         for number, row in enumerate(rows.shuffle(seed=order.getrandbits(32)), start=1):
             yield Row(f"{where}, row {number} of its shuffled order", row)
@@ -324,10 +389,12 @@ def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]
         advice = "check its id, config, revision and split, and the network"
         if offline:
             advice = (
-                "HF_HUB_OFFLINE=1 forbids the network, so load it once with datasets.load_dataset while online to fill "
-                "the local cache, or give its text as files"
+                "HF_HUB_OFFLINE=1 forbids the network, so load it once with datasets.load_dataset "
+                "while online to fill the local cache, or give its text as files"
             )
-        raise CalibrationError(f"{where}: cannot be loaded ({one_line(error)}); {advice}.") from None
+        raise CalibrationError(
+            f"{where}: cannot be loaded ({one_line(error)}); {advice}."
+        ) from None
 
 
 def question_rows(domain: DomainText, order: Random, note: Note) -> Iterator[str]:
@@ -357,7 +424,9 @@ def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, no
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can escape what UTF-8 cannot hold
-        raise CalibrationError(f"{where}: the text holds half of a surrogate pair; remove it.") from None
+        raise CalibrationError(
+            f"{where}: the text holds half of a surrogate pair; remove it."
+        ) from None
     return text
 
 

@@ -20,7 +20,13 @@ from secateur.errors import RecipeError
 from secateur.facts import Costs, Size, Workload
 from secateur.log import Progress, silent, steps, versions
 from secateur.model.bind import head_width, kv_cache_bytes_per_token
-from secateur.model.checkpoint import Checkpoint, check_weights, load_model, meta_model, open_checkpoint
+from secateur.model.checkpoint import (
+    Checkpoint,
+    check_weights,
+    load_model,
+    meta_model,
+    open_checkpoint,
+)
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.model.stock import replaced
 from secateur.ranks import device_called
@@ -66,7 +72,9 @@ def bench(
     workload = Workload(batch, prompt_tokens, new_tokens, repeats)
     place = device_called(device)
     _check_options(place, workload)
-    checkpoints = [open_checkpoint(reference) for reference in (model, against) if reference is not None]
+    checkpoints = [
+        open_checkpoint(reference) for reference in (model, against) if reference is not None
+    ]
     notes = ()
     if against is not None:
         notes = check_dense(checkpoints[0], checkpoints[1], "--against", other=other_dense)
@@ -94,7 +102,9 @@ def bench(
         device=str(place),
         num_threads=torch.get_num_threads(),
         workload=workload,
-        models={"model": figures[0]} if against is None else {"dense": figures[1], "pruned": figures[0]},
+        models={"model": figures[0]}
+        if against is None
+        else {"dense": figures[1], "pruned": figures[0]},
         speed_ups={} if against is None else _speed_ups(figures, runs, workload),
         versions=versions(),
         notes=(*notes, *_notes(checkpoints, workload)),
@@ -104,12 +114,19 @@ def bench(
     return result
 
 
-def _speed_ups(figures: list[ModelFigures], runs: list[list[list[float]]], workload: Workload) -> dict[str, SpeedUp]:
-    """Return by phase how much faster the first of two models is. `runs`: of each model, seconds to each token."""
+def _speed_ups(
+    figures: list[ModelFigures], runs: list[list[list[float]]], workload: Workload
+) -> dict[str, SpeedUp]:
+    """Return by phase how much faster the first of two models is. `runs`: of each model, seconds to
+    each token.
+    """
     pruned, dense = (of_model.costs for of_model in figures)
     flops = dense.prefill_flops_per_token / pruned.prefill_flops_per_token
     num_bytes = dense.decode_bytes_per_token / pruned.decode_bytes_per_token
-    prefill, decode = (paired_ratio(*(rates(run, workload) for run in runs)) for rates in (prefill_rates, decode_rates))
+    prefill, decode = (
+        paired_ratio(*(rates(run, workload) for run in runs))
+        for rates in (prefill_rates, decode_rates)
+    )
     return {"prefill": SpeedUp(prefill, flops), "decode": SpeedUp(decode, num_bytes)}
 
 
@@ -119,11 +136,12 @@ def _notes(checkpoints: list[Checkpoint], workload: Workload) -> Iterator[str]:
         return
     if len({kept_tokens_of(checkpoint.directory) for checkpoint in checkpoints}) > 1:
         sizes = " and ".join(
-            f"{checkpoint.config.get_text_config().vocab_size:,}" for checkpoint in reversed(checkpoints)
+            f"{checkpoint.config.get_text_config().vocab_size:,}"
+            for checkpoint in reversed(checkpoints)
         )
         yield (
-            f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of which the same text "
-            "is more where the vocabulary was trimmed."
+            f"the vocabularies differ ({sizes} tokens): tokens/s count each model's own tokens, of "
+            "which the same text is more where the vocabulary was trimmed."
         )
     if workload.repeats == 1:
         yield "one repeat has no range, so the speed-ups may be chance; repeat the runs to know."
@@ -145,20 +163,29 @@ def _check_model(checkpoint: Checkpoint, workload: Workload) -> None:
     wanted = workload.prompt_tokens + workload.new_tokens
     if longest and wanted > longest:
         raise RecipeError(
-            f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make {wanted}, more than "
-            f"the {longest} that {checkpoint.reference} can attend to; ask for fewer."
+            f"bench: {workload.prompt_tokens} prompt and {workload.new_tokens} new tokens make "
+            f"{wanted}, more than the {longest} that {checkpoint.reference} can attend to; ask for "
+            "fewer."
         )
 
 
-def seconds_per_token(models: Sequence[PreTrainedModel], length: int, progress: Progress) -> list[tuple[float, float]]:
-    """Return of each model in memory the seconds per token of a prompt, and of what is written: medians, by turns.
+def seconds_per_token(
+    models: Sequence[PreTrainedModel], length: int, progress: Progress
+) -> list[tuple[float, float]]:
+    """Return of each model in memory the seconds per token of a prompt, and of what is written:
+    medians, by turns.
 
     `length`: the most tokens that a model reads.
     """
     new_tokens = min(WRITTEN, length // 2)
     workload = Workload(prompt_tokens=min(PROMPT, length - new_tokens), new_tokens=new_tokens)
-    all_runs = take_turns([runner_of(model, workload) for model in models], workload.repeats, progress)
-    return [(1 / median(prefill_rates(runs, workload)), 1 / median(decode_rates(runs, workload))) for runs in all_runs]
+    all_runs = take_turns(
+        [runner_of(model, workload) for model in models], workload.repeats, progress
+    )
+    return [
+        (1 / median(prefill_rates(runs, workload)), 1 / median(decode_rates(runs, workload)))
+        for runs in all_runs
+    ]
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress) -> list[list[list[float]]]:
@@ -195,9 +222,17 @@ def paired_ratio(rates: list[float], against: list[float]) -> Spread:
 
 
 def runner_of(model: PreTrainedModel, workload: Workload) -> Runner:
-    """Return a runner of `generate`. Prompts are numbers, the same for all models; timing needs no real text."""
-    row_T = torch.arange(workload.prompt_tokens, device=model.device) * 7919 % model.config.get_text_config().vocab_size
-    return partial(_generate, model, row_T.expand(workload.batch, -1).contiguous(), workload.new_tokens)
+    """Return a runner of `generate`. Prompts are numbers, the same for all models; timing needs no
+    real text.
+    """
+    row_T = (
+        torch.arange(workload.prompt_tokens, device=model.device)
+        * 7919
+        % model.config.get_text_config().vocab_size
+    )
+    return partial(
+        _generate, model, row_T.expand(workload.batch, -1).contiguous(), workload.new_tokens
+    )
 
 
 class _Clock(StoppingCriteria):
@@ -243,23 +278,34 @@ def decode_bytes_per_token(model: Any, workload: Workload) -> float:
     """
     embedding, head = model.get_input_embeddings().weight, _head(model).weight
     assert isinstance(embedding, nn.Parameter)
-    weights = sum(weight.nbytes for weight in model.parameters() if weight is not embedding or head is embedding)
-    weights -= sum((1 - share) * stack.nbytes for stack, share in _stacks_read(model, workload.batch))
+    weights = sum(
+        weight.nbytes
+        for weight in model.parameters()
+        if weight is not embedding or head is embedding
+    )
+    weights -= sum(
+        (1 - share) * stack.nbytes for stack, share in _stacks_read(model, workload.batch)
+    )
     row = embedding.nbytes / len(embedding)
     mean_context = workload.prompt_tokens + workload.new_tokens / 2
     return weights / workload.batch + row + mean_context * kv_cache_bytes_per_token(model)
 
 
 def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
-    """Return the operations per prompt token: 2 * weights of linears and of its experts + attention + head / T.
+    """Return the operations per prompt token: 2 * weights of linears and of its experts + attention
+    + head / T.
 
     Attention multiplies each query with the keys up to its own, and the weights with their values:
     4 * head_dim operations per pair. A token attends to (T + 1) / 2 tokens on average. As in
     generation, the head runs at the last position only.
     """
     head = _head(model)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    num_query_channels = sum(layer.num_attention_heads * head_width(layer) for layer in _attending(model))
+    linears = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+    num_query_channels = sum(
+        layer.num_attention_heads * head_width(layer) for layer in _attending(model)
+    )
     attention = 4 * num_query_channels * (prompt_tokens + 1) / 2
     weights = sum(linear.weight.numel() for linear in linears)
     weights += sum(share * stack.numel() for stack, share in _stacks_read(model, 1))
@@ -267,15 +313,27 @@ def prefill_flops_per_token(model: Any, prompt_tokens: int) -> float:
 
 
 def _attending(model: Any) -> list[Any]:
-    """Return the configs of the layers that have heads: recurrent ones and convolutions do not attend."""
+    """Return the configs of the layers that have heads: recurrent ones and convolutions do not
+    attend.
+    """
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or repeat("")
+    kinds = (
+        getattr(config, "layer_types", None)
+        or getattr(config, "layers_block_type", None)
+        or repeat("")
+    )
     layers = zip(config.per_layer_config, kinds, strict=False)
-    return [layer for layer, kind in layers if kind not in OTHER_LAYERS and hasattr(layer, "num_attention_heads")]
+    return [
+        layer
+        for layer, kind in layers
+        if kind not in OTHER_LAYERS and hasattr(layer, "num_attention_heads")
+    ]
 
 
 def _stacks_read(model: Any, num_tokens: int) -> Iterator[tuple[Tensor, float]]:
-    """Yield experts' matrices, and the most of them that so many tokens choose: all where no config says how many."""
+    """Yield experts' matrices, and the most of them that so many tokens choose: all where no config
+    says how many.
+    """
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     for module in model.modules():
         for weight in module.parameters(recurse=False):

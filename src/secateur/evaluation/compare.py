@@ -1,7 +1,8 @@
 """`secateur compare`: run a study's grid of methods, shares and seeds; finished cells are saved.
 
-In: a `Study`, from YAML. Out: a `Comparison`, and its tables. A method is recipe keys over the study's.
-A cell is the run that `prune` is, in memory, and the text that judges it is the same for all of a seed.
+In: a `Study`, from YAML. Out: a `Comparison`, and its tables. A method is recipe keys over the
+study's. A cell is the run that `prune` is, in memory, and the text that judges it is the same for
+all of a seed.
 """
 
 import time
@@ -12,7 +13,16 @@ from typing import Any
 
 from secateur.errors import RecipeError, SecateurError
 from secateur.evaluation.parts import Subject, subject_of
-from secateur.evaluation.study import DENSE, Cell, Comparison, FoundCell, Study, cells, load_study, save_comparison
+from secateur.evaluation.study import (
+    DENSE,
+    Cell,
+    Comparison,
+    FoundCell,
+    Study,
+    cells,
+    load_study,
+    save_comparison,
+)
 from secateur.evaluation.tasks import LoadedTasks, TaskOptions, load_tasks, run_task
 from secateur.evaluation.text import Judged, losses_of_dense_tokens, named_blocks
 from secateur.log import Progress, Tell, mute, silent, versions
@@ -63,13 +73,13 @@ def compare(
 ) -> Comparison:
     """Run the missing cells of a study's grid; write tables, study and results to `out`.
 
-    `study`: a YAML file, or a shipped study by its name. `out`: the directory, which
-    also holds every finished cell. `model`: in place of the study's. `small`: run
-    the study's short form. `progress`: called with (stage, done, total). `tell`: gets a line about every
-    finished cell that is damaged on disk and runs again.
+    `study`: a YAML file, or a shipped study by its name. `out`: the directory, which also holds
+    every finished cell. `model`: in place of the study's. `small`: run the study's short form.
+    `progress`: called with (stage, done, total). `tell`: gets a line about every finished cell that
+    is damaged on disk and runs again.
 
-    Returns the record of all cells. Under torchrun every process calls this. Ranks take whole cells by
-    turns, each runs its cell as one process would, and the first one writes.
+    Returns the record of all cells. Under torchrun every process calls this. Ranks take whole cells
+    by turns, each runs its cell as one process would, and the first one writes.
 
     Raises a SecateurError for what a user can correct, before the first cell runs if a method
     cannot reach its share.
@@ -79,7 +89,9 @@ def compare(
     out, progress = Path(out), progress if is_first() else silent
     check_outside_results(out)
     if out.is_dir() and any(out.iterdir()) and not (out / CELLS_FOLDER).is_dir():
-        raise RecipeError(f"compare {out}: holds other files, and no earlier compare; choose a new directory.")
+        raise RecipeError(
+            f"compare {out}: holds other files, and no earlier compare; choose a new directory."
+        )
 
     # Every mistake shows before the first cell runs.
     shared, work = _shared(study, out, progress, tell), list(cells(study))
@@ -89,7 +101,9 @@ def compare(
     def finish(number: int) -> FoundCell:
         cell = work[number]
         if cell.seed not in judged:
-            judged[cell.seed] = _judged_on(shared, next(other for other in work if other.seed == cell.seed))
+            judged[cell.seed] = _judged_on(
+                shared, next(other for other in work if other.seed == cell.seed)
+            )
         finished = _finished(shared, cell, judged[cell.seed])
         progress("cells", number + 1, len(work))
         return finished
@@ -108,10 +122,14 @@ def _shared(study: Study, out: Path, progress: Progress, tell: Tell) -> _Shared:
         try:
             resolve(checked(opened.asking(cell.recipe)))
         except SecateurError as error:
-            raise type(error)(f"study, method '{cell.method}' at {cell.ratio:.0%}: {error}") from None
+            raise type(error)(
+                f"study, method '{cell.method}' at {cell.ratio:.0%}: {error}"
+            ) from None
     assert opened.checkpoint is not None, "a study names its models"
     evaluation = study.evaluation
-    options = TaskOptions(limit=evaluation.limit, batch_size=evaluation.batch_size, run_code=evaluation.run_code)
+    options = TaskOptions(
+        limit=evaluation.limit, batch_size=evaluation.batch_size, run_code=evaluation.run_code
+    )
     return _Shared(
         study=study,
         opened=replace(opened, tokenizer=tokenizer_of(opened)),
@@ -123,7 +141,9 @@ def _shared(study: Study, out: Path, progress: Progress, tell: Tell) -> _Shared:
 
 
 def _judged_on(shared: _Shared, dense: Cell) -> Judged:
-    """Return the blocks that a seed's cells are judged on: those that no cell learns by, and the others."""
+    """Return the blocks that a seed's cells are judged on: those that no cell learns by, and the
+    others.
+    """
     opened, evaluation = shared.asking(dense), shared.study.evaluation
     text = run_text(opened, shared.progress, num_judged_blocks=evaluation.num_blocks)
     drawn = text.drawn(opened, resolve(opened))
@@ -131,8 +151,12 @@ def _judged_on(shared: _Shared, dense: Cell) -> Judged:
         answers = text.answers(replace(opened, model=shared.dense.load()), shared.services)
         drawn = drawn.written(opened, answers)
     length, tokenizer = drawn.learning.sequence_length, tokenizer_of(opened)
-    others, _ = named_blocks(evaluation.others, evaluation.num_blocks, length, tokenizer, shared.progress)
-    return Judged(drawn.judged.blocks, others, drawn.learning.content_hash + drawn.judged.content_hash)
+    others, _ = named_blocks(
+        evaluation.others, evaluation.num_blocks, length, tokenizer, shared.progress
+    )
+    return Judged(
+        drawn.judged.blocks, others, drawn.learning.content_hash + drawn.judged.content_hash
+    )
 
 
 def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
@@ -142,19 +166,36 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
         place = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
         if cell.is_dense:
             figures = {"remove_reached": 0.0, "seconds": 0.0}
-            return place | figures | _judge(shared, replace(shared.opened, model=shared.dense.load()), judged)
+            return (
+                place
+                | figures
+                | _judge(shared, replace(shared.opened, model=shared.dense.load()), judged)
+            )
         start = time.perf_counter()
-        ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=shared.study.evaluation.num_blocks)
+        ready = prepared(
+            shared.asking(cell),
+            shared.services,
+            num_judged_blocks=shared.study.evaluation.num_blocks,
+        )
         run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
         seconds = time.perf_counter() - start
         figures = {
             "remove_reached": 1 - run.model.num_parameters() / shared.opened.size.num_params,
             "seconds": seconds,
-            "num_tokens": {domain.name: domain.calibration.num_tokens for domain in run.text.domains},
+            "num_tokens": {
+                domain.name: domain.calibration.num_tokens for domain in run.text.domains
+            },
         }
-        return place | figures | _judge(shared, replace(ready.opened, model=run.model, arch=run.arch), judged)
+        return (
+            place
+            | figures
+            | _judge(shared, replace(ready.opened, model=run.model, arch=run.arch), judged)
+        )
 
-    name, depends_on = f"{cell.method}-{cell.ratio:g}-{cell.seed}", _depends_on(shared, cell, judged)
+    name, depends_on = (
+        f"{cell.method}-{cell.ratio:g}-{cell.seed}",
+        _depends_on(shared, cell, judged),
+    )
     return shared.store.value(name, compute, kind=FoundCell, depends_on=depends_on)
 
 
@@ -170,7 +211,9 @@ def _depends_on(shared: _Shared, cell: Cell, judged: Judged) -> dict[str, Any]:
 
 
 def _judge(shared: _Shared, opened: Opened, judged: Judged) -> dict[str, Any]:
-    """Return the losses of a cell's model, by document too, and its tasks. `opened`: the model as it is now."""
+    """Return the losses of a cell's model, by document too, and its tasks. `opened`: the model as
+    it is now.
+    """
     tasks: dict[str, Any] = {}
     losses, others = (
         losses_of_dense_tokens(opened.model, opened.arch, blocks, opened.trim, shared.progress)
@@ -179,5 +222,9 @@ def _judge(shared: _Shared, opened: Opened, judged: Judged) -> dict[str, Any]:
     for name, task in shared.tasks.tasks.items():
         listen = partial(shared.progress, name)
         result = run_task(task, opened.model, tokenizer_of(opened), shared.tasks.options, listen)
-        tasks[name] = {key: value for key, value in result["results"][name].items() if isinstance(value, int | float)}
+        tasks[name] = {
+            key: value
+            for key, value in result["results"][name].items()
+            if isinstance(value, int | float)
+        }
     return {"losses": losses, "others": others, "tasks": tasks}

@@ -47,23 +47,25 @@ def evaluate(
     """Measure a model, and the cost of pruning against a dense one; write evaluation.json.
 
     `model`: a result of `prune`, or any other model. `against`: the dense model, for differences,
-    KL by domain and its own answers; `other_dense`: it is meant to be another one than `model` was pruned from.
-    `domains`: text by name; None: what judged the run, by the model's own
-    recipe.yaml. `num_blocks`, `sequence_length`: of `domains`; None: 512 tokens, or the model's positions
-    if fewer. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`: examples
-    in each prompt. `batch_size`: questions at a time. `run_code`: tasks may run code that the models write, in a
-    process without network. `tasks_data`: a directory searched first for rows. `device`: as in a recipe.
-    `out`: a directory, by default `model` if that is a result. `progress`:
-    called with (stage, done, total). `tell`: gets a line about every finished part that is damaged
-    on disk and measured again.
+    KL by domain and its own answers; `other_dense`: it is meant to be another one than `model` was
+    pruned from. `domains`: text by name; None: what judged the run, by the model's own recipe.yaml.
+    `num_blocks`, `sequence_length`: of `domains`; None: 512 tokens, or the model's positions if
+    fewer. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:
+    examples in each prompt. `batch_size`: questions at a time. `run_code`: tasks may run code that
+    the models write, in a process without network. `tasks_data`: a directory searched first for
+    rows. `device`: as in a recipe. `out`: a directory, by default `model` if that is a result.
+    `progress`: called with (stage, done, total). `tell`: gets a line about every finished part that
+    is damaged on disk and measured again.
 
-    Returns the record. Under torchrun every process calls this and gets it; ranks share blocks and tasks, and
-    the first one writes. After an interruption the same call continues.
+    Returns the record. Under torchrun every process calls this and gets it; ranks share blocks and
+    tasks, and the first one writes. After an interruption the same call continues.
 
     Raises a SecateurError for what a user can correct: RecipeError for options, text and tasks,
     CheckpointError for models, NumericsError for a loss that is not finite.
     """
-    options = TaskOptions(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code)
+    options = TaskOptions(
+        limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, run_code=run_code
+    )
     progress = progress if is_first() else silent
 
     # Check the models, without their weights.
@@ -72,21 +74,34 @@ def evaluate(
     dense = None if against is None else parts.open_subject("dense", against, device)
     notes_on_dense, trim = (), None
     if dense is not None:
-        notes_on_dense = check_dense(pruned.checkpoint, dense.checkpoint, "--against", other=other_dense)
+        notes_on_dense = check_dense(
+            pruned.checkpoint, dense.checkpoint, "--against", other=other_dense
+        )
         alone = "evaluate each alone and compare bits per byte"
         trim = trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
 
     # Read what they are asked, in the pruned model's tokens; all ranks have the same.
     tokenizer = pruned.tokenizer()
     text, notes = text_to_judge(
-        pruned.checkpoint, domains, num_blocks, sequence_length, tokenizer, progress, is_needed=not tasks
+        pruned.checkpoint,
+        domains,
+        num_blocks,
+        sequence_length,
+        tokenizer,
+        progress,
+        is_needed=not tasks,
     )
     loaded = load_tasks(tasks, options, tasks_data)
     if names := [name for name, task in loaded.tasks.items() if is_chat(task, tokenizer)]:
         notes += (f"asked through the chat template: {', '.join(names)}.",)
     notes += _note_on_tokens(pruned, trim)
     fingerprints = (subject.fingerprint for subject in (pruned, dense) if subject is not None)
-    check_same({"model": " ".join(fingerprints), "text": str([int(blocks.ids_NT.sum()) for blocks in text.values()])})
+    check_same(
+        {
+            "model": " ".join(fingerprints),
+            "text": str([int(blocks.ids_NT.sum()) for blocks in text.values()]),
+        }
+    )
 
     store = Store.lasting(directory / PARTS_FOLDER, tell)
     judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim)
@@ -97,7 +112,9 @@ def evaluate(
     if dense is not None:
         dense_scores = judge.dense(dense.to_judge(), asks=dense.arch.caches)
         dense_tasks = parts.task_parts(store, dense, judge.dense_tokenizer, loaded, progress)
-        before = parts.measured_by(dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks)
+        before = parts.measured_by(
+            dense_scores, judge.dense_text, judge.dense_tokenizer, dense_tasks
+        )
         if trim is not None:
             dense.keep(trim.kept)
         kl_of = parts.judge_of_kl(store, dense, pruned, text, progress)
@@ -109,7 +126,9 @@ def evaluate(
     after = parts.measured_by(scores, judge.text, tokenizer, pruned_tasks)
     if before is not None and kl_of is not None:
         kl = kl_of()
-        changes = parts.differences(before, after, parts.task_changes(dense_tasks, pruned_tasks) if tasks else None)
+        changes = parts.differences(
+            before, after, parts.task_changes(dense_tasks, pruned_tasks) if tasks else None
+        )
 
     evaluation = Evaluation(
         model=name_of(pruned.checkpoint),
@@ -132,8 +151,8 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     if out is None:
         if checkpoint.gguf_file or not is_result(Path(checkpoint.reference)):
             raise RecipeError(
-                f"model {checkpoint.reference}: is not a result of secateur, so the evaluation is not written into it; "
-                "say where with --out DIRECTORY."
+                f"model {checkpoint.reference}: is not a result of secateur, so the evaluation is "
+                "not written into it; say where with --out DIRECTORY."
             )
         return checkpoint.directory
     if out.exists() and not out.is_dir():
@@ -141,10 +160,14 @@ def _output_directory(out: Path | None, subject: parts.Subject) -> Path:
     if is_result(out):
         if out.resolve() != checkpoint.directory.resolve():
             raise RecipeError(
-                f"--out {out}: is another result, whose page would show these figures; choose another place."
+                f"--out {out}: is another result, whose page would show these figures; choose "
+                "another place."
             )
     elif not (out / PARTS_FOLDER).is_dir() and (out / EVALUATION_FILE).exists():
-        raise RecipeError(f"--out {out}: has an {EVALUATION_FILE} that evaluate did not write; choose another place.")
+        raise RecipeError(
+            f"--out {out}: has an {EVALUATION_FILE} that evaluate did not write; choose another "
+            "place."
+        )
     return out
 
 
@@ -152,10 +175,14 @@ def _note_on_tokens(pruned: parts.Subject, trim: Trim | None) -> tuple[str, ...]
     """Return in which tokens the nats are, where the vocabulary was trimmed."""
     if trim is not None:
         return (
-            f"the tokenizers differ ({trim.kept.num_dense:,} and {trim.kept.num_kept:,} tokens): losses are nats "
-            "per token of the dense tokenizer; KL is over the kept tokens on the trimmed text.",
+            f"the tokenizers differ ({trim.kept.num_dense:,} and {trim.kept.num_kept:,} tokens): "
+            "losses are nats per token of the dense tokenizer; KL is over the kept tokens on the "
+            "trimmed text.",
         )
     if (kept := kept_tokens_of(pruned.checkpoint.directory)) is not None:
         sizes = f"{kept.num_dense:,} to {kept.num_kept:,} tokens"
-        return (f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own tokenizer.",)
+        return (
+            f"the vocabulary was trimmed ({sizes}): losses are nats per token of the model's own "
+            "tokenizer.",
+        )
     return ()

@@ -1,7 +1,7 @@
 """Measure once: what each size of a model would cost, before anything is cut.
 
-In: a dense model. Out: a `Measurement`, and the error curves of its groups. Copies of the model are cut
-to a few sizes in one walk and judged; between these sizes losses are interpolated.
+In: a dense model. Out: a `Measurement`, and the error curves of its groups. Copies of the model are
+cut to a few sizes in one walk and judged; between these sizes losses are interpolated.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,15 @@ from secateur.pruning.cut import cut_and_polish
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.loop import profiles_of
 from secateur.pruning.open import Opened, open_model
-from secateur.pruning.prepare import Prepared, begun_run, foretold, judge_of, judged, judged_dense, prepared
+from secateur.pruning.prepare import (
+    Prepared,
+    begun_run,
+    foretold,
+    judge_of,
+    judged,
+    judged_dense,
+    prepared,
+)
 from secateur.pruning.resolve import nearest, resolve
 from secateur.pruning.sizes import STEPS, at_size, check_apart, of_sizes, with_most
 from secateur.pruning.text import with_share_of_answers
@@ -27,8 +35,8 @@ from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_reci
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.size_curve import write_measurement
 
-# Shares at which copies are cut and judged: sizes that people ask for, which need no interpolation then. Where less
-# than `MOST` can go they are as much closer together.
+# Shares at which copies are cut and judged: sizes that people ask for, which need no interpolation
+# then. Where less than `MOST` can go they are as much closer together.
 PROBES, MOST = (0.1, 0.3, 0.4), 0.5
 COPIES = len(PROBES)
 # Of equal widths.
@@ -51,10 +59,11 @@ def measure(
 ) -> Measurement:
     """Foretell what each size of a model would cost, before anything is cut.
 
-    Copies of the model are cut to three sizes in one walk and judged, as `prune` without a polish would; losses
-    between are interpolated. `model`, `recipe`: as for `prune`; the recipe does not say how much goes. With budget
-    `curve` the groups' error curves are kept, too, by which `prune` plans widths. `out`: the directory to write,
-    with `result.json` and `report.html`. `overwrite`, `command`, `progress`, `tell`: as for `prune`.
+    Copies of the model are cut to three sizes in one walk and judged, as `prune` without a polish
+    would; losses between are interpolated. `model`, `recipe`: as for `prune`; the recipe does not
+    say how much goes. With budget `curve` the groups' error curves are kept, too, by which `prune`
+    plans widths. `out`: the directory to write, with `result.json` and `report.html`. `overwrite`,
+    `command`, `progress`, `tell`: as for `prune`.
 
     Returns the `Measurement` that `result.json` holds.
 
@@ -66,7 +75,8 @@ def measure(
         ready = prepared(opened, services, does=DOES, num_models=COPIES, num_results=0)
         measurement = _measured(ready, command)
         if (directory := services.scratch) is not None:
-            # With what the model decided, so that `prune` by it may say the same, and another model's keys are told.
+            # With what the model decided, so that `prune` by it may say the same, and another
+            # model's keys are told.
             resolved = ready.run.resolved.recipe
             given = given.filled(
                 remove={"depth": 0, "groups": resolved.remove.groups},
@@ -81,22 +91,31 @@ def measure(
 
 
 def foretell_measure(model: str | Path, recipe: AnyRecipe = None) -> str:
-    """Return what `measure` would do and take, as a sentence; the model needs no weights. Errors: as `measure`."""
+    """Return what `measure` would do and take, as a sentence; the model needs no weights. Errors:
+    as `measure`.
+    """
     opened = _opened(model, as_recipe(recipe), weights=False)
     resolved = resolve(opened)
     plan = memory_for(opened, resolved)
     return (
         f"{foretold(opened, resolved, plan, DOES, COPIES)} It takes "
         f"{human_bytes(disk_bytes(opened, resolved, plan, COPIES, 0))} of disk and about "
-        f"{timedelta(seconds=round(walk_seconds(opened, resolved, COPIES)))} here before the copies are judged."
+        f"{timedelta(seconds=round(walk_seconds(opened, resolved, COPIES)))} here before the "
+        "copies are judged."
     )
 
 
 def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
-    """Return the model with the most that goes. Raises RecipeError for a model of which the least copy is none."""
+    """Return the model with the most that goes. Raises RecipeError for a model of which the least
+    copy is none.
+    """
     opened = open_model(model, given, weights=weights)
-    plain = given.filled(polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True})
-    opened = with_share_of_answers(with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100))
+    plain = given.filled(
+        polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True}
+    )
+    opened = with_share_of_answers(
+        with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100)
+    )
     check_apart(opened.filled(**EVEN), _probed(opened))
     return opened
 
@@ -120,7 +139,9 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 
     # Sizes are those of the whole model, which is the first copy.
     least = nearest(at_size(even, {"share": 1e-6})).recipe.remove.share
-    percents = [percent for percent in PERCENTS if least <= percent / 100 <= opened.recipe.remove.share]
+    percents = [
+        percent for percent in PERCENTS if least <= percent / 100 <= opened.recipe.remove.share
+    ]
     costs = [_cost(at_size(even, {"share": percent / 100})) for percent in percents]
     units = run.resolved.of_units
 
@@ -138,7 +159,10 @@ def _measured(ready: Prepared, command: str) -> Measurement:
 
     # Foretell each size by these.
     texts = probes[0].lost
-    costs = [replace(cost, lost={name: nats_at(probes, name, cost.removed, units) for name in texts}) for cost in costs]
+    costs = [
+        replace(cost, lost={name: nats_at(probes, name, cost.removed, units) for name in texts})
+        for cost in costs
+    ]
     return Measurement(
         model=opened.public_name,
         lineage=opened.lineage,
@@ -164,15 +188,23 @@ def _probed(opened: Opened) -> list[float]:
 
 
 def _cost(opened: Opened) -> SizeCost:
-    """Return a cut to the recipe's share with its bytes by type of file; what it loses is not known yet."""
+    """Return a cut to the recipe's share with its bytes by type of file; what it loses is not known
+    yet.
+    """
     resolved = resolve(opened)
     plan, (files, _) = resolved.plans[-1], gguf_files(opened, resolved)
-    return SizeCost(plan.removed_share, plan.cost_after, {}, {name: left for name, (_, left) in files.items()})
+    return SizeCost(
+        plan.removed_share, plan.cost_after, {}, {name: left for name, (_, left) in files.items()}
+    )
 
 
 def _band(probes: Sequence[SizeCost], units: float) -> float:
-    """Return how far off the middle probe is foretold by the others, as a mean share of its loss."""
+    """Return how far off the middle probe is foretold by the others, as a mean share of its
+    loss.
+    """
     first, middle, last = probes
     expected = {name: nats_at((first, last), name, middle.removed, units) for name in middle.lost}
-    errors = [abs(expected[name] / lost - 1) for name, lost in middle.lost.items() if lost > LEAST_NATS]
+    errors = [
+        abs(expected[name] / lost - 1) for name, lost in middle.lost.items() if lost > LEAST_NATS
+    ]
     return sum(errors) / max(len(errors), 1)

@@ -15,11 +15,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import Blocks, Text
-from secateur.evaluation.tasks import LoadedTasks, merged_results, num_questions, run_task, task_identity
+from secateur.evaluation.tasks import (
+    LoadedTasks,
+    merged_results,
+    num_questions,
+    run_task,
+    task_identity,
+)
 from secateur.facts import Judgement, Verdicts, standard_error
 from secateur.log import Progress, versions
 from secateur.model.bind import Arch, bind
-from secateur.model.checkpoint import Checkpoint, fingerprint, load_model, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import (
+    Checkpoint,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+)
 from secateur.model.modules import text_model
 from secateur.ranks import device_called, in_turns
 from secateur.recovery.judge import Judge
@@ -45,7 +58,10 @@ SPEAKER_TOKENS = 512
 
 
 def measured_by(
-    scores: Judgement, text: Mapping[str, Text], tokenizer: PreTrainedTokenizerBase, harness: dict[str, Any]
+    scores: Judgement,
+    text: Mapping[str, Text],
+    tokenizer: PreTrainedTokenizerBase,
+    harness: dict[str, Any],
 ) -> Measured:
     """Return what was measured of one model."""
     losses = {**scores.domains, OTHER: scores.other}
@@ -56,35 +72,51 @@ def measured_by(
         return Measured(qualities, other)
     # The parts save the thousands of scores by question; evaluation.json leaves them out.
     more = {key: value for key, value in harness.items() if key != "item_scores"}
-    results = TaskResults(more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more)
+    results = TaskResults(
+        more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more
+    )
     return Measured(qualities, other, results)
 
 
 def differences(dense: Measured, pruned: Measured, tasks: Scores | None) -> Differences:
     """Return the differences on text, in nats per token, together with those of `tasks`."""
-    domains = {domain: change(dense.domains[domain], part) for domain, part in pruned.domains.items()}
+    domains = {
+        domain: change(dense.domains[domain], part) for domain, part in pruned.domains.items()
+    }
     return Differences(domains, change(dense.other_text, pruned.other_text), tasks)
 
 
 def task_changes(dense: dict[str, Any], pruned: dict[str, Any]) -> Scores:
     """Return the differences by task and metric. In: `task_parts` of each model."""
     return {
-        name: {metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)}
+        name: {
+            metric: _task_change(name, metric, dense, pruned) for metric in task_metrics(results)
+        }
         for name, results in pruned["results"].items()
     }
 
 
-def _task_change(name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]) -> TaskScore:
+def _task_change(
+    name: str, metric: str, dense: dict[str, Any], pruned: dict[str, Any]
+) -> TaskScore:
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
     paired = _is_mean(old, before) and _is_mean(new, after)
-    error = standard_error([b - a for a, b in zip(old, new, strict=True)], [1] * len(old)) if paired else None
+    error = (
+        standard_error([b - a for a, b in zip(old, new, strict=True)], [1] * len(old))
+        if paired
+        else None
+    )
     return TaskScore(after - before, error)
 
 
 def _is_mean(scores: list[Any], value: float) -> bool:
     numbers = all(isinstance(score, int | float) for score in scores)
-    return bool(scores) and numbers and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
+    return (
+        bool(scores)
+        and numbers
+        and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
+    )
 
 
 @dataclass(slots=True)
@@ -157,7 +189,8 @@ def task_parts(
     loaded: LoadedTasks,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task; none without tasks.
+    """Return the tasks' results in the harness's shape, plus `sources` and `item_scores` by task;
+    none without tasks.
 
     Ranks take whole tasks by turns, so each task is asked as by one process.
     """
@@ -178,7 +211,11 @@ def task_parts(
         def compute() -> dict[str, Any]:
             return run_task(task, subject.model(), tokenizer, options, listen)
 
-        depends_on = {**subject.facts, **dataclasses.asdict(options), **task_identity(task, loaded, tokenizer)}
+        depends_on = {
+            **subject.facts,
+            **dataclasses.asdict(options),
+            **task_identity(task, loaded, tokenizer),
+        }
         outcome = store.value(f"task-{name}", compute, depends_on=depends_on)
         num_done += sizes[name]
         progress(stage, num_done, num_all)
@@ -187,13 +224,29 @@ def task_parts(
     names = list(loaded.tasks)
     results = dict(zip(names, in_turns(result_of, names), strict=True))
     item_scores = {name: result["item_scores"] for name, result in results.items()}
-    return {**merged_results(list(results.values()), loaded), "sources": loaded.sources, "item_scores": item_scores}
+    return {
+        **merged_results(list(results.values()), loaded),
+        "sources": loaded.sources,
+        "item_scores": item_scores,
+    }
 
 
-def judge_of_kl(store: Store, dense: Subject, pruned: Subject, text: Mapping[str, Blocks], progress: Progress) -> KL:
-    """Return what gives KL(dense || pruned) by domain when the dense model, which is asked here, is gone."""
-    depends_on = {"dense": dense.facts, "pruned": pruned.facts, "text": [digest_of(blocks) for blocks in text.values()]}
-    judge = None if not text or store.has("kl", depends_on) else Judge(dense.model(), dense.arch, text, progress)
+def judge_of_kl(
+    store: Store, dense: Subject, pruned: Subject, text: Mapping[str, Blocks], progress: Progress
+) -> KL:
+    """Return what gives KL(dense || pruned) by domain when the dense model, which is asked here, is
+    gone.
+    """
+    depends_on = {
+        "dense": dense.facts,
+        "pruned": pruned.facts,
+        "text": [digest_of(blocks) for blocks in text.values()],
+    }
+    judge = (
+        None
+        if not text or store.has("kl", depends_on)
+        else Judge(dense.model(), dense.arch, text, progress)
+    )
 
     def logits(ids_BT: Tensor) -> Tensor:
         model = pruned.model()

@@ -81,7 +81,9 @@ class Study(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of the grid; with ratio 0 the dense model's, whose recipe has the domains that judge."""
+    """One run of the grid; with ratio 0 the dense model's, whose recipe has the domains that
+    judge.
+    """
 
     method: str
     ratio: float
@@ -101,10 +103,16 @@ def load_study(reference: str, *, small: bool, model: str | None = None) -> Stud
     """
     data = load_recipe(_path(reference))
     if "question" not in data:
-        raise RecipeError(f"study {reference}: has no question, so it is no study; give a recipe to secateur prune.")
+        raise RecipeError(
+            f"study {reference}: has no question, so it is no study; give a recipe to secateur "
+            "prune."
+        )
     if small:
         if not data.get(SMALL_KEY):
-            raise RecipeError(f"study {reference}: has no keys under '{SMALL_KEY}' for --small; leave the option out.")
+            raise RecipeError(
+                f"study {reference}: has no keys under '{SMALL_KEY}' for --small; leave the option "
+                "out."
+            )
         data = merged(data, data[SMALL_KEY])
     if model is not None:
         data["model"] = model
@@ -119,8 +127,8 @@ def load_study(reference: str, *, small: bool, model: str | None = None) -> Stud
 def cells(study: Study) -> Iterator[Cell]:
     """Yield the cells seed by seed, so that an interrupted study has whole repetitions.
 
-    The dense model's come first and last: as it is, and trained by cross-entropy, since it has nothing
-    to be distilled from: what the text alone teaches.
+    The dense model's come first and last: as it is, and trained by cross-entropy, since it has
+    nothing to be distilled from: what the text alone teaches.
     """
     for seed in study.seeds:
         dense = parse_recipe({**study.recipe, "seed": seed}, "study recipe")
@@ -129,7 +137,12 @@ def cells(study: Study) -> Iterator[Cell]:
             for name, method in study.methods.items():
                 yield Cell(name, ratio, seed, _recipe(study, name, method, ratio, seed))
         if study.train_dense:
-            yield Cell(TRAINED_DENSE, 0.0, seed, dense.filled(polish={"kl_share": 0.0}, remove={"vocabulary": None}))
+            yield Cell(
+                TRAINED_DENSE,
+                0.0,
+                seed,
+                dense.filled(polish={"kl_share": 0.0}, remove={"vocabulary": None}),
+            )
 
 
 def shipped_studies() -> list[str]:
@@ -154,13 +167,18 @@ def _recipe(study: Study, name: str, method: StudyMethod, ratio: float, seed: in
     data = merged(merged(study.recipe, method.recipe), {"remove": {"share": ratio}, "seed": seed})
     recipe = parse_recipe(data, where)
     if recipe.recover is not None:
-        raise RecipeError(f"{where}: compare runs no recover; leave it out, and give polish the tokens to train on.")
+        raise RecipeError(
+            f"{where}: compare runs no recover; leave it out, and give polish the tokens to train "
+            "on."
+        )
     if method.domains is None:
         return recipe
     known = recipe.calibration.domains
     for domain in method.domains:
         if domain not in known:
-            raise RecipeError(f"{where}: unknown domain '{domain}'; {advice(domain, known, one_of(known))}")
+            raise RecipeError(
+                f"{where}: unknown domain '{domain}'; {advice(domain, known, one_of(known))}"
+            )
     chosen = {domain: known[domain] for domain in method.domains}
     return recipe.filled(calibration={"domains": chosen})
 
@@ -169,7 +187,8 @@ def _recipe(study: Study, name: str, method: StudyMethod, ratio: float, seed: in
 class FoundCell:
     """A finished cell of a study. `tasks`: the harness's numbers. `seconds`: of pruning alone.
 
-    `losses`: by domain, in nats per token of the dense tokenizer. `others`: on text of kinds that no run saw.
+    `losses`: by domain, in nats per token of the dense tokenizer. `others`: on text of kinds that
+    no run saw.
     """
 
     method: str
@@ -221,7 +240,11 @@ class StudyRow:
     def text(self, value: Value, digits: int = 2) -> str:
         """Return the mean, of several seeds with its spread."""
         mean = f"{self.mean(value):,.{digits}f}"
-        spread = f" ± {statistics.stdev(map(value, self.cells)):,.{digits}f}" if len(self.cells) > 1 else ""
+        spread = (
+            f" ± {statistics.stdev(map(value, self.cells)):,.{digits}f}"
+            if len(self.cells) > 1
+            else ""
+        )
         return mean + spread
 
 
@@ -229,13 +252,19 @@ def save_comparison(study: Study, comparison: Comparison, out: Path) -> None:
     """Write the study, results.json, and the tables in Markdown to `out`."""
     dumped = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False)
     tables = _markdown(study, comparison.cells)
-    for name, text in {"study.yaml": dumped, "results.json": comparison.to_json(), "table.md": tables}.items():
+    for name, text in {
+        "study.yaml": dumped,
+        "results.json": comparison.to_json(),
+        "table.md": tables,
+    }.items():
         write_text(out / name, text)
 
 
 def comparison_table(comparison: Comparison) -> Tables:
     """Return what the terminal shows of a study: a row per method and share, and the verdict."""
-    return terminal([quality_table("", comparison.cells, domains=())], [(study_verdict(comparison.cells),)])
+    return terminal(
+        [quality_table("", comparison.cells, domains=())], [(study_verdict(comparison.cells),)]
+    )
 
 
 def _markdown(study: Study, cells: Sequence[FoundCell]) -> str:
@@ -260,7 +289,8 @@ def study_rows(cells: Sequence[FoundCell]) -> list[StudyRow]:
 
 def _table(caption: str, cells: Sequence[FoundCell], columns: Mapping[str, Value]) -> Table:
     rows = [
-        (row.method, f"{row.ratio:.0%}", *(row.text(value) for value in columns.values())) for row in study_rows(cells)
+        (row.method, f"{row.ratio:.0%}", *(row.text(value) for value in columns.values()))
+        for row in study_rows(cells)
     ]
     return Table(caption, ("method", "asked", *columns), rows)
 
@@ -281,7 +311,9 @@ def others_table(cells: Sequence[FoundCell]) -> Table:
     return _table("Perplexity on kinds of text that no run saw", cells, columns)
 
 
-def _perplexities(losses_of: Callable[[FoundCell], dict[str, Loss]], names: Iterable[str]) -> dict[str, Value]:
+def _perplexities(
+    losses_of: Callable[[FoundCell], dict[str, Loss]], names: Iterable[str]
+) -> dict[str, Value]:
     """Return columns of perplexity: the geometric mean over all texts, and each of `names`."""
     columns: dict[str, Value] = {
         "perplexity (geometric mean)": lambda cell: geometric_mean_perplexity(losses_of(cell)),
@@ -292,7 +324,8 @@ def _perplexities(losses_of: Callable[[FoundCell], dict[str, Loss]], names: Iter
 
 
 OVER_DENSE = (
-    "Nats per token over the dense model on the same text, ± standard error over draws; of one draw, over documents"
+    "Nats per token over the dense model on the same text, ± standard error over draws; of one "
+    "draw, over documents"
 )
 
 
@@ -307,33 +340,43 @@ def over_dense_table(cells: Sequence[FoundCell]) -> Table:
 
 
 def _over_dense(row: StudyRow, cells: Sequence[FoundCell]) -> tuple[Change, dict[str, Change]]:
-    """Return the row's nats per token over the dense model's, draw by draw: mean of domains, and each.
+    """Return the row's nats per token over the dense model's, draw by draw: mean of domains, and
+    each.
 
     Errors are over draws, each of which has its own calibration and judging text; of one draw, over
     documents.
     """
     dense = {cell.seed: cell.losses for cell in cells if (cell.method, cell.ratio) == (DENSE, 0.0)}
-    draws = [{name: change(dense[cell.seed][name], loss) for name, loss in cell.losses.items()} for cell in row.cells]
+    draws = [
+        {name: change(dense[cell.seed][name], loss) for name, loss in cell.losses.items()}
+        for cell in row.cells
+    ]
     if len(draws) == 1:
         return mean_change(draws[0].values()), draws[0]
 
     def over_draws(values: list[float]) -> Change:
         return Change(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)))
 
-    by_domain = {name: over_draws([draw[name].nats_per_token for draw in draws]) for name in draws[0]}
+    by_domain = {
+        name: over_draws([draw[name].nats_per_token for draw in draws]) for name in draws[0]
+    }
     return over_draws([mean_change(draw.values()).nats_per_token for draw in draws]), by_domain
 
 
 def study_verdict(cells: Sequence[FoundCell]) -> str:
     """Name the method with the lowest perplexity at each share, and those that may be as good.
 
-    A method is told apart from another if it is better on every draw and, over at least two draws, by
-    more than two standard errors of the paired differences of log perplexity.
+    A method is told apart from another if it is better on every draw and, over at least two draws,
+    by more than two standard errors of the paired differences of log perplexity.
     """
     rows, parts = [row for row in study_rows(cells) if row.ratio], []
     for ratio in dict.fromkeys(row.ratio for row in rows):
-        best, *others = sorted((row for row in rows if row.ratio == ratio), key=lambda row: row.perplexity)
-        alike = [f"{row.method} ({row.perplexity:.2f})" for row in others if not _is_better(best, row)]
+        best, *others = sorted(
+            (row for row in rows if row.ratio == ratio), key=lambda row: row.perplexity
+        )
+        alike = [
+            f"{row.method} ({row.perplexity:.2f})" for row in others if not _is_better(best, row)
+        ]
         part = f"at {ratio:.0%} removed {best.method} has the lowest ({best.perplexity:.2f})"
         if alike:
             draws = "one draw does" if len(best.cells) == 1 else f"{len(best.cells)} draws do"
@@ -343,7 +386,9 @@ def study_verdict(cells: Sequence[FoundCell]) -> str:
 
 
 def _is_better(best: StudyRow, other: StudyRow) -> bool:
-    ours, theirs = ({cell.seed: math.log(cell.perplexity) for cell in row.cells} for row in (best, other))
+    ours, theirs = (
+        {cell.seed: math.log(cell.perplexity) for cell in row.cells} for row in (best, other)
+    )
     gains = [theirs[draw] - nats for draw, nats in ours.items() if draw in theirs]
     if len(gains) < 2 or min(gains) <= 0:
         return False
@@ -356,15 +401,20 @@ def _about(study: Study, cells: Sequence[FoundCell]) -> list[str]:
     tasks, limit = ", ".join(study.evaluation.tasks) or "none", study.evaluation.limit
     return [
         f"model {study.model}; ratios are shares of total parameters, tied weights counted once",
-        f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text anew",
-        f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of {length}",
-        f"judged on {study.evaluation.num_blocks} held-out blocks of each of {len(cells[0].losses)} domains, "
-        "from documents that no run calibrates on",
+        f"seeds {', '.join(map(str, study.seeds))}: each draws calibration and evaluation text "
+        "anew",
+        f"calibration tokens per run: {', '.join(f'{count:,}' for count in tokens)}, in blocks of "
+        f"{length}",
+        f"judged on {study.evaluation.num_blocks} held-out blocks of each of "
+        f"{len(cells[0].losses)} domains, from documents that no run calibrates on",
         f"tasks: {tasks}" + (f", the first {limit} questions of each" if limit else ""),
     ]
 
 
-ACCURACY = "Accuracy by task (acc_norm where the task has it), ± spread over seeds; of one, its error over questions"
+ACCURACY = (
+    "Accuracy by task (acc_norm where the task has it), ± spread over seeds; of one, its error "
+    "over questions"
+)
 
 
 def accuracy_table(cells: Sequence[FoundCell]) -> Table:
@@ -377,15 +427,21 @@ def accuracy_table(cells: Sequence[FoundCell]) -> Table:
 
 
 def _accuracy(row: StudyRow, tasks: list[str]) -> str:
-    """Return the mean over tasks, with its spread over draws, or of one draw the standard error over questions."""
+    """Return the mean over tasks, with its spread over draws, or of one draw the standard error
+    over questions.
+    """
     if len(row.cells) > 1:
-        return row.text(lambda cell: statistics.mean(_score(cell, name)[0] for name in tasks), digits=3)
+        return row.text(
+            lambda cell: statistics.mean(_score(cell, name)[0] for name in tasks), digits=3
+        )
     scores, errors = zip(*(_score(row.cells[0], name) for name in tasks), strict=True)
     return f"{statistics.mean(scores):.3f} ± {math.hypot(*errors) / len(errors):.3f}"
 
 
 def _score(cell: FoundCell, task: str) -> tuple[float, float]:
-    """Return the task's accuracy and its standard error, not a number where the harness has none."""
+    """Return the task's accuracy and its standard error, not a number where the harness has
+    none.
+    """
     numbers = cell.tasks[task]
     metric = next((metric for metric in TASK_METRICS if metric in numbers), "")
     return numbers.get(metric, math.nan), numbers.get(metric.replace(",", "_stderr,"), math.nan)

@@ -9,8 +9,21 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.evaluation.study import Comparison, comparison_table
 from secateur.report.page import Tables
-from secateur.report.records import BenchResult, Evaluation, Inspection, Measurement, RecoveryRecord, Summary
-from secateur.report.rows import bench_table, evaluation_table, inspection_table, recovery_table, summary_table
+from secateur.report.records import (
+    BenchResult,
+    Evaluation,
+    Inspection,
+    Measurement,
+    RecoveryRecord,
+    Summary,
+)
+from secateur.report.rows import (
+    bench_table,
+    evaluation_table,
+    inspection_table,
+    recovery_table,
+    summary_table,
+)
 from secateur.report.size_curve import measurement_table
 
 _TABLES: dict[type, Callable[[Any], Tables]] = {
@@ -27,13 +40,14 @@ _TABLES: dict[type, Callable[[Any], Tables]] = {
 def table(result: Any) -> Tables:
     """Return the tables that the command line prints of a result; a notebook draws them.
 
-    `result`: what `prune`, `measure`, `inspect`, `evaluate`, `bench`, `recover` or `compare` returned. Raises
-    RecipeError for anything else.
+    `result`: what `prune`, `measure`, `inspect`, `evaluate`, `bench`, `recover` or `compare`
+    returned. Raises RecipeError for anything else.
     """
     record = getattr(result, "summary", result)  # that of a run, whose module imports what trains
     shown = _TABLES.get(type(record))
     if shown is None:
         raise RecipeError(
-            f"table: takes what prune, measure, inspect, evaluate, bench, recover or compare returned, got {record!r}."
+            "table: takes what prune, measure, inspect, evaluate, bench, recover or compare "
+            f"returned, got {record!r}."
         )
     return shown(record)

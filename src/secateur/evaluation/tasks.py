@@ -1,7 +1,7 @@
 """Benchmark tasks through lm-evaluation-harness itself, with or without the hub.
 
-Rows of data sets come from the hub or from a directory. Code that a model wrote runs in a process of its own
-that can do little harm: `code_child` has its limits.
+Rows of data sets come from the hub or from a directory. Code that a model wrote runs in a process
+of its own that can do little harm: `code_child` has its limits.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ DEFAULT_CONFIG = "default"
 
 
 def saved_rows(folder: Path) -> dict[str, Any] | None:
-    """Return the splits that `save_to_disk` of datasets wrote to a folder; None if there is none."""
+    """Return the splits that `save_to_disk` of datasets wrote to a folder; None if there is
+    none.
+    """
     if not folder.is_dir():
         return None
     import datasets
@@ -42,7 +44,9 @@ def saved_rows(folder: Path) -> dict[str, Any] | None:
         return dict(splits)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = one_line(error)
-        raise RecipeError(f"task data {folder}: cannot be read ({reason}); write or download it again.") from None
+        raise RecipeError(
+            f"task data {folder}: cannot be read ({reason}); write or download it again."
+        ) from None
 
 
 CHILD = Path(__file__).with_name("code_child.py")
@@ -53,8 +57,9 @@ MAX_SECONDS = 30
 def passes(program: str, tests: str) -> bool:
     """Return whether `program` followed by `tests` runs to its end.
 
-    The process has no network, little memory and time, and writes no file. A program that ends before
-    its tests have run does not pass: only what runs to the end repeats a number that was drawn for it.
+    The process has no network, little memory and time, and writes no file. A program that ends
+    before its tests have run does not pass: only what runs to the end repeats a number that was
+    drawn for it.
     """
     drawn = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="code-") as folder:
@@ -78,7 +83,11 @@ class CodeMetric:
     """Stands for the metric `code_eval`, which the harness's tasks ask the hub for."""
 
     def compute(
-        self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+        self,
+        *,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Sequence[int] = (1,),
     ) -> tuple[dict[str, float], dict[int, Any]]:
         """Return pass@1 over the problems: the mean share of a problem's candidates that pass.
 
@@ -95,7 +104,9 @@ class CodeMetric:
 
 
 def load_metric(path: str, *_: Any, **__: Any) -> CodeMetric:
-    """Return the metric that a task asks for, in place of `evaluate.load`. Raises ValueError for others."""
+    """Return the metric that a task asks for, in place of `evaluate.load`. Raises ValueError for
+    others.
+    """
     if path != "code_eval":
         raise ValueError(f"the metric {path} is on the hub alone")
     return CodeMetric()
@@ -105,20 +116,29 @@ def load_metric(path: str, *_: Any, **__: Any) -> CodeMetric:
 def quiet_harness() -> Iterator[None]:
     """Silence the harness inside the block. Raises RecipeError if it is not installed."""
     # DISABLE_MULTIPROC: resample for standard errors in this process.
-    with quiet_transformers(), redirect_stdout(io.StringIO()), replaced(os.environ, "DISABLE_MULTIPROC", "1"):
+    with (
+        quiet_transformers(),
+        redirect_stdout(io.StringIO()),
+        replaced(os.environ, "DISABLE_MULTIPROC", "1"),
+    ):
         try:
             import datasets
             import lm_eval.api.model
             import lm_eval.api.task
         except ImportError:
-            raise RecipeError("--tasks: needs lm-evaluation-harness; install secateur[evaluate].") from None
+            raise RecipeError(
+                "--tasks: needs lm-evaluation-harness; install secateur[evaluate]."
+            ) from None
         logger = logging.getLogger("lm_eval")
         level, bars_were_off = logger.level, datasets.are_progress_bars_disabled()
         logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         try:
             api: Any = lm_eval.api
-            with replaced(vars(api.model), "tqdm", NO_BAR), replaced(vars(api.task), "tqdm", NO_BAR):
+            with (
+                replaced(vars(api.model), "tqdm", NO_BAR),
+                replaced(vars(api.task), "tqdm", NO_BAR),
+            ):
                 yield
         finally:
             logger.setLevel(level)
@@ -127,10 +147,16 @@ def quiet_harness() -> Iterator[None]:
 
 
 class Bar:
-    """Stands for tqdm in the harness: draws nothing, and tells `progress` of each request that is done."""
+    """Stands for tqdm in the harness: draws nothing, and tells `progress` of each request that is
+    done.
+    """
 
     def __init__(
-        self, progress: Callable[[int, int], None], items: Iterable[Any] = (), total: int = 0, **_: Any
+        self,
+        progress: Callable[[int, int], None],
+        items: Iterable[Any] = (),
+        total: int = 0,
+        **_: Any,
     ) -> None:
         self.progress, self.items, self.total, self.done = progress, items, total, 0
 
@@ -204,8 +230,8 @@ class _Splits(dict[str, Any]):
         if split in FEW_SHOT_SPLITS:
             return next(iter(self.values())).select([])
         raise RecipeError(
-            f"task {self._task}: its questions are the split '{split}', which its rows in --tasks-data do not have; "
-            "give that split too, or go online without --tasks-data."
+            f"task {self._task}: its questions are the split '{split}', which its rows in "
+            "--tasks-data do not have; give that split too, or go online without --tasks-data."
         )
 
 
@@ -218,7 +244,8 @@ def _rows(
     name: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Return rows from the directory if they are there, and note that in `used`; else those of the hub.
+    """Return rows from the directory if they are there, and note that in `used`; else those of the
+    hub.
 
     Stands for `datasets.load_dataset`, which is `hub`, while a task or group is loaded.
     """
@@ -235,13 +262,14 @@ def _rows(
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else one_line(error)
         raise RecipeError(
-            f"task {task}: cannot load its data set {where} from the hub ({reason}); save it with datasets' "
-            f"save_to_disk to DIR/{where} and give --tasks-data DIR."
+            f"task {task}: cannot load its data set {where} from the hub ({reason}); save it with "
+            f"datasets' save_to_disk to DIR/{where} and give --tasks-data DIR."
         ) from None
 
 
 def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | None) -> LoadedTasks:
-    """Return the tasks with their rows; without names the harness is not needed. Groups and tags stand for their tasks.
+    """Return the tasks with their rows; without names the harness is not needed. Groups and tags
+    stand for their tasks.
 
     Raises RecipeError if the harness or rows are missing, or a task is unknown (naming the
     nearest).
@@ -261,21 +289,27 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
                 raise RecipeError(f"--tasks: unknown task '{name}'; {hint}")
             used: dict[tuple[str, str | None], str] = {}
             with (
-                replaced(vars(datasets), "load_dataset", partial(_rows, name, directory, used, datasets.load_dataset)),
+                replaced(
+                    vars(datasets),
+                    "load_dataset",
+                    partial(_rows, name, directory, used, datasets.load_dataset),
+                ),
                 replaced(vars(metrics), "load", load_metric),
                 replaced(vars(nltk), "download", partial(_downloaded, name, nltk.download)),
             ):
                 try:
                     found = manager.load(name)
                 except ImportError as error:
-                    raise RecipeError(f"task {name}: needs the package {error.name}; install it.") from None
+                    raise RecipeError(
+                        f"task {name}: needs the package {error.name}; install it."
+                    ) from None
             loaded.tasks.update(found["tasks"])
             loaded.groups.update(found.get("groups", {}))
             for leaf, task in found["tasks"].items():
                 if getattr(task.config, "unsafe_code", False) and not options.run_code:
                     raise RecipeError(
-                        f"task {leaf}: runs code that the model writes, in a process without network, of "
-                        "bounded memory and time; add --run-code to allow it."
+                        f"task {leaf}: runs code that the model writes, in a process without "
+                        "network, of bounded memory and time; add --run-code to allow it."
                     )
                 source = used.get((task.config.dataset_path, task.config.dataset_name))
                 if source is not None:
@@ -285,9 +319,13 @@ def load_tasks(names: tuple[str, ...], options: TaskOptions, directory: Path | N
 
 
 def _downloaded(name: str, download: Callable[..., Any], resource: str) -> None:
-    """Get what a task needs of nltk, which itself says nothing if it cannot. Raises RecipeError then."""
+    """Get what a task needs of nltk, which itself says nothing if it cannot. Raises RecipeError
+    then.
+    """
     if constants.HF_HUB_OFFLINE or not download(resource):
-        raise RecipeError(f"task {name}: needs nltk's {resource}; run: python -m nltk.downloader {resource}.")
+        raise RecipeError(
+            f"task {name}: needs nltk's {resource}; run: python -m nltk.downloader {resource}."
+        )
 
 
 def _check_examples(task: Any, options: TaskOptions, source: str) -> None:
@@ -296,8 +334,9 @@ def _check_examples(task: Any, options: TaskOptions, source: str) -> None:
     num_fewshot = own if own == 0 or options.num_fewshot is None else options.num_fewshot
     if num_fewshot and not list(task.fewshot_docs()):
         raise RecipeError(
-            f"task {task.task_name}: its {num_fewshot} few-shot examples come from a split that {source} does "
-            "not have; give that split too by --tasks-data, go online, or use --num-fewshot 0."
+            f"task {task.task_name}: its {num_fewshot} few-shot examples come from a split that "
+            f"{source} does not have; give that split too by --tasks-data, go online, or use "
+            "--num-fewshot 0."
         )
 
 
@@ -314,11 +353,15 @@ def num_questions(task: Any, options: TaskOptions) -> int:
 
 
 def is_chat(task: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the task is asked through the chat template: one whose answers are written is, if there is one."""
+    """Return whether the task is asked through the chat template: one whose answers are written is,
+    if there is one.
+    """
     return task.OUTPUT_TYPE == "generate_until" and tokenizer.chat_template is not None
 
 
-def task_identity(task: Any, loaded: LoadedTasks, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def task_identity(
+    task: Any, loaded: LoadedTasks, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Return what a task's result depends on, besides model and options."""
     import lm_eval
 
@@ -344,8 +387,19 @@ def _code_found(task: Any) -> Iterator[None]:
     It takes the first word there, mostly `def`, for the name of a language, so that nothing passes:
     EleutherAI/lm-evaluation-harness#3447.
     """
-    filters = [step.get("filter_fn") for pipeline in task.config.filter_list or () for step in pipeline["filter"]]
-    names = next((function.__globals__ for function in filters if FINDER in getattr(function, "__globals__", ())), None)
+    filters = [
+        step.get("filter_fn")
+        for pipeline in task.config.filter_list or ()
+        for step in pipeline["filter"]
+    ]
+    names = next(
+        (
+            function.__globals__
+            for function in filters
+            if FINDER in getattr(function, "__globals__", ())
+        ),
+        None,
+    )
     if names is None:
         yield
         return
@@ -408,14 +462,16 @@ def run_task(
 
 
 def _check_room(task: Any, wrapper: Any) -> None:
-    """Raise RecipeError if the model has too few positions for the answers that the task asks it to write."""
+    """Raise RecipeError if the model has too few positions for the answers that the task asks it to
+    write.
+    """
     if task.OUTPUT_TYPE != "generate_until":
         return
     num_written = (task.config.generation_kwargs or {}).get("max_gen_toks") or wrapper.max_gen_toks
     if num_written >= wrapper.max_length:
         raise RecipeError(
-            f"task {task.task_name}: asks for answers of up to {num_written} tokens, and the model has "
-            f"{wrapper.max_length} positions for question and answer; leave the task out."
+            f"task {task.task_name}: asks for answers of up to {num_written} tokens, and the model "
+            f"has {wrapper.max_length} positions for question and answer; leave the task out."
         )
 
 
@@ -429,7 +485,9 @@ def merged_results(results: list[dict[str, Any]], loaded: LoadedTasks) -> dict[s
             merged[key] |= result[key]
     averages = {name: group.aggregate(merged["results"]) for name, group in loaded.groups.items()}
     merged["results"] |= averages
-    merged["groups"] = {name: averages[name] for name, group in loaded.groups.items() if group.has_aggregation}
+    merged["groups"] = {
+        name: averages[name] for name, group in loaded.groups.items() if group.has_aggregation
+    }
     merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
     merged["lm_eval_version"] = lm_eval.__version__
     return merged

@@ -7,7 +7,14 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.blocks import NGRAM_TOKENS, Blocks, JudgedText, LearningText, block_length, ngram_overlap
+from secateur.data.blocks import (
+    NGRAM_TOKENS,
+    Blocks,
+    JudgedText,
+    LearningText,
+    block_length,
+    ngram_overlap,
+)
 from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.errors import RecipeError
 from secateur.facts import Loss
@@ -51,12 +58,16 @@ def text_to_judge(
 ) -> tuple[dict[str, Blocks], tuple[str, ...]]:
     """Return blocks by domain, and notes: of `domains`, or what judged the run that made the model.
 
-    `is_needed`: a model that no run made is an error, RecipeError, not one without text. Other errors: as for
-    `named_blocks` and `recipe_blocks`.
+    `is_needed`: a model that no run made is an error, RecipeError, not one without text. Other
+    errors: as for `named_blocks` and `recipe_blocks`.
     """
     directory = checkpoint.directory
     if domains is None:
-        return recipe_blocks(directory, tokenizer, progress) if is_needed or has_recipe(directory) else ({}, ())
+        return (
+            recipe_blocks(directory, tokenizer, progress)
+            if is_needed or has_recipe(directory)
+            else ({}, ())
+        )
     sequence_length = block_length(sequence_length, checkpoint.config, "--sequence-length")
     return named_blocks(domains, num_blocks, sequence_length, tokenizer, progress, directory)
 
@@ -77,8 +88,8 @@ def recipe_blocks(
     """
     if not has_recipe(directory):
         raise RecipeError(
-            f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to evaluate on with "
-            "--domain NAME[=FILE] or --tasks."
+            f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to "
+            "evaluate on with --domain NAME[=FILE] or --tasks."
         )
     recipe = as_recipe(directory / RECIPE_FILE)
     split = run_text_again(directory, recipe, tokenizer, progress)
@@ -86,7 +97,10 @@ def recipe_blocks(
     blocks = {name: part for name, part in judged.blocks.items() if not part.is_meta}
     answers = ", ".join(name for name in judged.blocks if name not in blocks)
     if answers:
-        note = f"answers of the dense model are left out ({answers}), and so the hash of the text is not compared."
+        note = (
+            f"answers of the dense model are left out ({answers}), and so the hash of the text is "
+            "not compared."
+        )
         return blocks, (*notes, note)
     return blocks, (*notes, *_changes(directory, judged))
 
@@ -101,8 +115,8 @@ def named_blocks(
 ) -> tuple[dict[str, Blocks], tuple[str, ...]]:
     """Return `num_blocks` blocks per domain, and notes on what was left out.
 
-    `directory`: of a model, whose run's documents come last. A note says what of the blocks its run has
-    learnt by all the same. Raises CalibrationError for missing text.
+    `directory`: of a model, whose run's documents come last. A note says what of the blocks its run
+    has learnt by all the same. Raises CalibrationError for missing text.
     """
     pool = TextPool(sequence_length, tokenizer, SEED, progress)
     learning = None if directory is None else _run_learnt(directory, domains, tokenizer, progress)
@@ -114,15 +128,24 @@ def named_blocks(
         {domain.name: domain.blocks.ids_NT for domain in text.domains if not domain.blocks.is_meta},
         {name: part.ids_NT for name, part in blocks.items()},
     )
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in overlap.items() if share and share > TOLD_OVERLAP)
-    note = f"the run learnt by text that has {NGRAM_TOKENS}-grams of this one ({shares}), which flatters the model."
+    shares = ", ".join(
+        f"{name} {share:.0%}" for name, share in overlap.items() if share and share > TOLD_OVERLAP
+    )
+    note = (
+        f"the run learnt by text that has {NGRAM_TOKENS}-grams of this one ({shares}), which "
+        "flatters the model."
+    )
     return blocks, (*pool.notes, *((note,) if shares else ()))
 
 
 def _run_learnt(
-    directory: Path, domains: dict[str, Domain], tokenizer: PreTrainedTokenizerBase, progress: Progress
+    directory: Path,
+    domains: dict[str, Domain],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
 ) -> tuple[LearningText, set[bytes]] | None:
-    """Return what the run that made a model learnt by, and the digests of all documents that it used.
+    """Return what the run that made a model learnt by, and the digests of all documents that it
+    used.
 
     Only its domains of the sources of `domains` are looked at. None if there are none, or no run.
     """
@@ -134,12 +157,18 @@ def _run_learnt(
     same = {
         name: domain
         for name, domain in recipe.calibration.domains.items()
-        if not domain.answers and (domain.source in sources or (files and domain.source[0] == "files"))
+        if not domain.answers
+        and (domain.source in sources or (files and domain.source[0] == "files"))
     }
     if not same or recipe.calibration.num_tokens is None:
         return None
     split = run_text_again(
-        directory, recipe, tokenizer, progress, num_training_tokens=recipe.polish.num_tokens or 0, only=same
+        directory,
+        recipe,
+        tokenizer,
+        progress,
+        num_training_tokens=recipe.polish.num_tokens or 0,
+        only=same,
     )
     counted = 0 if recipe.remove.vocabulary is None else COUNTED_BY_A_TRIM
     return split.learning.text, split.learning.digests(counted)
@@ -162,12 +191,13 @@ def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
     known = text_facts(directory)
     if known is None:
         return (
-            f"{directory / RESULT_FILE} is missing, so it is not known whether this text is what the run held out.",
+            f"{directory / RESULT_FILE} is missing, so it is not known whether this text is what "
+            "the run held out.",
         )
     if known.judged_hash == judged.content_hash:
         return ()
     return (
-        "the recipe's text is not what it was when the run was made (installed packages or files changed: sha256 "
-        f"{judged.content_hash[:16]}, then {known.judged_hash[:16]}), so the model may have been calibrated on some "
-        "of it.",
+        "the recipe's text is not what it was when the run was made (installed packages or files "
+        f"changed: sha256 {judged.content_hash[:16]}, then {known.judged_hash[:16]}), so the model "
+        "may have been calibrated on some of it.",
     )

@@ -14,7 +14,14 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError, RecipeError, advice
 from secateur.facts import Record
 from secateur.files import check_file, staged_file
-from secateur.formats.gguf_families import GgufSpec, gguf_family, gguf_family_of, num_experts, rotary, widths_by_layer
+from secateur.formats.gguf_families import (
+    GgufSpec,
+    gguf_family,
+    gguf_family_of,
+    num_experts,
+    rotary,
+    widths_by_layer,
+)
 from secateur.formats.gguf_tensors import (
     OWN_TYPES,
     QUANTISED,
@@ -29,7 +36,13 @@ from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, steps
 from secateur.model.bind import head_width
-from secateur.model.checkpoint import Checkpoint, check_weights, load_tokenizer, meta_model, open_checkpoint
+from secateur.model.checkpoint import (
+    Checkpoint,
+    check_weights,
+    load_tokenizer,
+    meta_model,
+    open_checkpoint,
+)
 from secateur.model.config import require_gguf
 from secateur.model.stock import Tokenizer
 from secateur.plugins import EXPORTER_GROUP, look_up
@@ -61,8 +74,12 @@ def add_metadata(writer: Any, config: Any, family: GgufSpec) -> None:
         # Stated: the default, hidden size / heads, is wrong once heads are pruned.
         writer.add_key_length(head_width(config))
         writer.add_value_length(head_width(config))
-    writer.add_rope_dimension_count(int(head_width(config) * rotary(config).get("partial_rotary_factor", 1.0)))
-    add_eps = writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
+    writer.add_rope_dimension_count(
+        int(head_width(config) * rotary(config).get("partial_rotary_factor", 1.0))
+    )
+    add_eps = (
+        writer.add_layer_norm_rms_eps if family.eps == "rms_norm_eps" else writer.add_layer_norm_eps
+    )
     add_eps(getattr(config, family.eps) if isinstance(family.eps, str) else family.eps)
     for key, name in family.scales.items():
         if (value := getattr(config, key)) is not None:
@@ -96,7 +113,9 @@ def _add_experts(writer: Any, sizes: Any) -> None:
         return
     writer.add_expert_count(count)
     writer.add_expert_used_count(sizes.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(getattr(sizes, "moe_intermediate_size", None) or sizes.intermediate_size)
+    writer.add_expert_feed_forward_length(
+        getattr(sizes, "moe_intermediate_size", None) or sizes.intermediate_size
+    )
     if (width := getattr(sizes, "shared_expert_intermediate_size", None)) is not None:
         writer.add_expert_shared_feed_forward_length(width)
     if (num_shared := getattr(sizes, "n_shared_experts", None)) is not None:
@@ -105,7 +124,9 @@ def _add_experts(writer: Any, sizes: Any) -> None:
         writer.add_expert_weights_scale(sizes.routed_scaling_factor)
         writer.add_expert_weights_norm(sizes.norm_topk_prob)
         kinds = gguf.ExpertGatingFuncType
-        writer.add_expert_gating_func(kinds.SOFTMAX if sizes.model_type == "deepseek_v2" else kinds.SIGMOID)
+        writer.add_expert_gating_func(
+            kinds.SOFTMAX if sizes.model_type == "deepseek_v2" else kinds.SIGMOID
+        )
         if (getattr(sizes, "n_group", None) or 1) > 1:
             writer.add_expert_group_count(sizes.n_group)
             writer.add_expert_group_used_count(sizes.topk_group)
@@ -129,7 +150,11 @@ def _add_rotary(writer: Any, settings: dict[str, Any], family: GgufSpec) -> None
         writer.add_rope_scaling_yarn_log_mul(factor * settings["mscale_all_dim"])
     if settings.get("llama_4_scaling_beta"):
         writer.add_attn_temperature_scale(settings["llama_4_scaling_beta"])
-    for key, name in (("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow")):
+    for key, name in (
+        ("attention_factor", "attn_factor"),
+        ("beta_fast", "beta_fast"),
+        ("beta_slow", "beta_slow"),
+    ):
         if settings.get(key) is not None:
             getattr(writer, f"add_rope_scaling_yarn_{name}")(settings[key])
 
@@ -143,17 +168,21 @@ def check_exportable(checkpoint: Checkpoint, type_name: str | None) -> str:
     """
     if type_name is not None and type_name not in (allowed := (*TYPES, *QUANTISED)):
         raise RecipeError(
-            f"export type: unknown type '{type_name}'; allowed: {', '.join(allowed)}; {advice(type_name, allowed)}"
+            f"export type: unknown type '{type_name}'; allowed: {', '.join(allowed)}; "
+            f"{advice(type_name, allowed)}"
         )
     if type_name in QUANTISED:
         require_llama_cpp(f"export --type {type_name}")
     require_gguf("GGUF export")
     if checkpoint.gguf_file:
-        raise CheckpointError(f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights.")
+        raise CheckpointError(
+            f"{checkpoint.reference}: is GGUF already; give a directory with safetensors weights."
+        )
     if checkpoint.quantised:
         raise CheckpointError(
-            f"{checkpoint.reference}: its weights are quantised; give a result of pruning it, or write it in bfloat16 "
-            "first: python -c \"import secateur; secateur.load('DIR').save_pretrained('NEW')\" and copy the tokenizer."
+            f"{checkpoint.reference}: its weights are quantised; give a result of pruning it, or "
+            'write it in bfloat16 first: python -c "import secateur; '
+            "secateur.load('DIR').save_pretrained('NEW')\" and copy the tokenizer."
         )
     family = gguf_family(checkpoint)
     check_weights(checkpoint, meta_model(checkpoint.config))
@@ -178,7 +207,8 @@ def export_gguf(
     """Write the model, its tokenizer and chat template to `file`.
 
     Types of `QUANTISED` are made by llama.cpp from a file beside it in the weights' own type, which
-    is gone afterwards. Raises as `check_exportable`, and NumericsError for a weight that the type cannot hold.
+    is gone afterwards. Raises as `check_exportable`, and NumericsError for a weight that the type
+    cannot hold.
     """
     if type_name in QUANTISED:
         with tempfile.TemporaryDirectory(prefix=f"{file.name}-", dir=file.parent) as scratch:
@@ -192,7 +222,9 @@ def export_gguf(
 
     family = gguf_family(checkpoint)
     tensors = gguf_tensors(checkpoint, family, type_name)
-    with closing(_begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name)) as writer:
+    with closing(
+        _begun(checkpoint.config, load_tokenizer(checkpoint), checkpoint.reference, type_name)
+    ) as writer:
         for tensor in tensors:
             # raw_dtype decides, but uint8 before it would convert the shape.
             kind = gguf.GGMLQuantizationType[tensor.type_name.upper()]
@@ -206,14 +238,18 @@ def export_gguf(
 
 
 def gguf_bytes(model: Any, type_name: str, reference: str) -> int:
-    """Return the bytes of a file of `model`, which may be on meta, without its tokenizer and other words.
+    """Return the bytes of a file of `model`, which may be on meta, without its tokenizer and other
+    words.
 
-    Raises ArchError for what llama.cpp does not run, CheckpointError if the package gguf is missing.
+    Raises ArchError for what llama.cpp does not run, CheckpointError if the package gguf is
+    missing.
     """
     require_gguf("the size of a GGUF file")
     import gguf
 
-    sizes = map(num_gguf_bytes, planned_tensors(model, gguf_family_of(model.config, reference), type_name))
+    sizes = map(
+        num_gguf_bytes, planned_tensors(model, gguf_family_of(model.config, reference), type_name)
+    )
     return sum(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes)
 
 
@@ -280,8 +316,8 @@ def export(
     `format`: one of `EXPORTERS`, or one that an installed package registers.
     `type_name`: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser such as q4_k_m (the option
     --type), by default the weights' own.
-    `check`: whether llama.cpp must agree with transformers before a GGUF file appears; None: if it is
-    installed.
+    `check`: whether llama.cpp must agree with transformers before a GGUF file appears; None: if it
+    is installed.
     `overwrite`: replace the file if it exists. `progress`: called with (stage, done, total).
 
     Returns an `Export`: the file, its type and bytes, and what the check found.
@@ -294,7 +330,9 @@ def export(
     exporter = look_up(EXPORTER_GROUP, format, EXPORTERS, Exporter)
     is_gguf = format == "gguf"
     if check and not is_gguf:
-        raise RecipeError(f"export --check: format {format} has nothing that checks it; leave --check out.")
+        raise RecipeError(
+            f"export --check: format {format} has nothing that checks it; leave --check out."
+        )
     if check:
         require_llama_cpp("export --check")
     check_file(file, overwrite=overwrite)
@@ -315,11 +353,15 @@ def export(
 
 
 def _check_old_file(file: Path, checkpoint: Checkpoint, *, is_gguf: bool) -> None:
-    """Raise CheckpointError if `file` is there and is no earlier export, or is the model that is read."""
+    """Raise CheckpointError if `file` is there and is no earlier export, or is the model that is
+    read.
+    """
     if not file.exists():
         return
     if checkpoint.gguf_file and file.samefile(checkpoint.directory / checkpoint.gguf_file):
         raise CheckpointError(f"{file}: is the model that is being exported; choose another name.")
     with file.open("rb") as old:
         if is_gguf and old.read(4) != b"GGUF":
-            raise CheckpointError(f"{file}: is no GGUF file, so --overwrite does not replace it; choose another name.")
+            raise CheckpointError(
+                f"{file}: is no GGUF file, so --overwrite does not replace it; choose another name."
+            )

@@ -1,4 +1,5 @@
-"""What llama.cpp computes for each model type, and whether it runs a result: YAML files in `families/`.
+"""What llama.cpp computes for each model type, and whether it runs a result: YAML files in
+`families/`.
 
 In: a checkpoint or its config. Out: a sentence with the problem, or llama.cpp's facts of the family
 and the widths by layer. What a model consists of, `model.bind` finds in the modules.
@@ -70,24 +71,39 @@ def rotary(config: Any) -> dict[str, Any]:
     Hunyuan's `dynamic` with a fixed `alpha` is a larger theta, theta * alpha^(d / (d - 2)).
     A model without rotary positions gets transformers' default, which nothing reads.
     """
-    parameters = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    parameters = getattr(config, "rope_parameters", None) or {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+    }
     rope = dict(parameters.get("full_attention", parameters))
     if alpha := rope.get("alpha") if rope["rope_type"] == "dynamic" else None:
         dim = head_width(config)
-        rope |= {"rope_type": "default", "rope_theta": rope["rope_theta"] * alpha ** (dim / (dim - 2))}
+        rope |= {
+            "rope_type": "default",
+            "rope_theta": rope["rope_theta"] * alpha ** (dim / (dim - 2)),
+        }
     return rope
 
 
 def widths_by_layer(config: Any) -> tuple[list[int], list[int], list[int]]:
     """Return query heads, KV heads and FFN channels of every layer."""
-    layers = config.per_layer_config if is_per_layer(config) else [config] * config.num_hidden_layers
+    layers = (
+        config.per_layer_config if is_per_layer(config) else [config] * config.num_hidden_layers
+    )
     num_heads = [layer.num_attention_heads for layer in layers]
-    return num_heads, [num_kv_heads(layer) for layer in layers], [_ffn_width(layer) for layer in layers]
+    return (
+        num_heads,
+        [num_kv_heads(layer) for layer in layers],
+        [_ffn_width(layer) for layer in layers],
+    )
 
 
 def num_experts(config: Any) -> int | None:
     """Return how many experts a layer has, None if it has none."""
-    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    counts = (
+        getattr(config, key, None)
+        for key in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
     return next((count for count in counts if count), None)
 
 
@@ -106,7 +122,9 @@ def gguf_family(checkpoint: Checkpoint) -> GgufSpec:
 
 
 def gguf_family_of(config: Any, reference: str) -> GgufSpec:
-    """Return llama.cpp's facts of a config's family. Raises as `gguf_family`, naming `reference`."""
+    """Return llama.cpp's facts of a config's family. Raises as `gguf_family`, naming
+    `reference`.
+    """
     uniform, per_layer = gguf_specs(), is_per_layer(config)
     uneven = {key: row.per_layer for key, row in uniform.items() if row.per_layer}
     if config.model_type not in uniform:
@@ -121,18 +139,25 @@ def gguf_family_of(config: Any, reference: str) -> GgufSpec:
         )
     family = (uneven if per_layer else uniform)[config.model_type]
     where = f"{reference}: llama.cpp's {family.architecture}"
-    if family.full_width_heads and (width := config.num_attention_heads * head_width(config)) != config.hidden_size:
+    if (
+        family.full_width_heads
+        and (width := config.num_attention_heads * head_width(config)) != config.hidden_size
+    ):
         raise ArchError(
-            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got {width}; "
-            "prune groups other than attention heads."
+            f"{where} needs query heads * head_dim to be the hidden size {config.hidden_size}, got "
+            f"{width}; prune groups other than attention heads."
         )
     for key, expected in _taken(config, family):
         got = _value(config, key)
         if got != expected and not (expected in (None, False) and got in (None, False)):
-            raise ArchError(f"{where} takes {key} to be {expected}, the config says {got}; keep it in safetensors.")
+            raise ArchError(
+                f"{where} takes {key} to be {expected}, the config says {got}; keep it in "
+                "safetensors."
+            )
     if (kind := rotary(config)["rope_type"]) not in ROTARY_TYPES:
         raise ArchError(
-            f"{reference}: rope_type '{kind}' has no counterpart in GGUF; allowed: {', '.join(ROTARY_TYPES)}."
+            f"{reference}: rope_type '{kind}' has no counterpart in GGUF; allowed: "
+            f"{', '.join(ROTARY_TYPES)}."
         )
     return family
 
@@ -144,12 +169,17 @@ def _taken(config: Any, family: GgufSpec) -> Iterator[tuple[str, Any]]:
     yield from ((key, min(_value(config, key), limit)) for key, limit in family.at_most.items())
     layers = range(1, config.num_hidden_layers + 1)
     if period := family.window_period:
-        yield "layer_types", ["sliding_attention" if layer % period else "full_attention" for layer in layers]
+        yield (
+            "layer_types",
+            ["sliding_attention" if layer % period else "full_attention" for layer in layers],
+        )
     if period := family.rotary_period:
         yield "no_rope_layers", [int(layer % period > 0) for layer in layers]
     if family.largest_num_layers is not None:
         is_largest = config.num_hidden_layers == family.largest_num_layers
-        width = config.hidden_size // config.num_attention_heads if is_largest else head_width(config)
+        width = (
+            config.hidden_size // config.num_attention_heads if is_largest else head_width(config)
+        )
         yield "query_pre_attn_scalar", width
 
 

@@ -1,7 +1,8 @@
 """A checkpoint's tensors with llama.cpp's names, order of rotary channels and number types.
 
-Some types only llama.cpp's quantiser writes, as mixtures of others. `chosen_type` repeats the rule of its
-llama-quant.cpp for q4_k_m (as of llama-cpp-python 0.3.36), so that its size is known before a file is written.
+Some types only llama.cpp's quantiser writes, as mixtures of others. `chosen_type` repeats the rule
+of its llama-quant.cpp for q4_k_m (as of llama-cpp-python 0.3.36), so that its size is known before
+a file is written.
 """
 
 import math
@@ -43,8 +44,8 @@ _RENAMED = (
 class GgufTensor:
     """A tensor of the file, by transformers' name and llama.cpp's.
 
-    `sources`: several if experts are stacked or q, k and v joined; none of Llama 3's factors of rotary
-    frequencies. `half`: gate (0) or input (1), where a checkpoint has both in one matrix.
+    `sources`: several if experts are stacked or q, k and v joined; none of Llama 3's factors of
+    rotary frequencies. `half`: gate (0) or input (1), where a checkpoint has both in one matrix.
     """
 
     name: str
@@ -55,10 +56,13 @@ class GgufTensor:
     type_name: str
 
 
-def _assembled(name: str, values: list[Tensor], half: int | None, family: GgufSpec, config: Any) -> Tensor:
+def _assembled(
+    name: str, values: list[Tensor], half: int | None, family: GgufSpec, config: Any
+) -> Tensor:
     """Return what a file has under a name: experts stacked, q, k and v joined, gate or input alone.
 
-    Of latent attention: the matrices from the latent vector to each head's keys, transposed, or to its values.
+    Of latent attention: the matrices from the latent vector to each head's keys, transposed, or to
+    its values.
     """
     if ".mlp.experts." in name and values[0].ndim == 2 and name.endswith(".weight"):
         whole = torch.stack(values)
@@ -90,9 +94,13 @@ def _sources(
             name = pattern.sub(new, name)
         if expert := _EXPERT.fullmatch(name):
             layer, index, part = expert.groups()
-            stack = stacks.setdefault(f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {})
+            stack = stacks.setdefault(
+                f"{layer}mlp.experts.{_EXPERT_PARTS.get(part, part)}.weight", {}
+            )
             stack[int(index)] = tensor
-        elif "experts.gate_up_proj." in name or (family.fused_gate and f".{family.fused_gate}." in name):
+        elif "experts.gate_up_proj." in name or (
+            family.fused_gate and f".{family.fused_gate}." in name
+        ):
             experts = re.sub(r"(layers\.\d+\.).*", r"\1mlp.experts", name)
             kind = name.rpartition(".")[2]
             yield f"{experts}.gate_proj.{kind}", (tensor,), 0
@@ -128,10 +136,14 @@ def gguf_tensors(checkpoint: Checkpoint, family: GgufSpec, type_name: str) -> li
     for tensor in tensors:
         block_size, width = gguf_block(tensor.type_name)[0], tensor.shape[-1]
         if width % block_size:
-            pruned = "" if width == checkpoint.config.hidden_size else f", or prune with align: {block_size}"
+            pruned = (
+                ""
+                if width == checkpoint.config.hidden_size
+                else f", or prune with align: {block_size}"
+            )
             raise CheckpointError(
-                f"{checkpoint.reference}: {tensor.name} has rows of {width}, which {type_name} stores in "
-                f"blocks of {block_size}; export as f16 or bf16{pruned}."
+                f"{checkpoint.reference}: {tensor.name} has rows of {width}, which {type_name} "
+                f"stores in blocks of {block_size}; export as f16 or bf16{pruned}."
             )
     return tensors
 
@@ -142,7 +154,8 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
     `file_type`: one of `TYPES` or `TOLD`.
     """
     stored = {
-        key: StoredTensor(Path(), key, tensor.dtype, tuple(tensor.shape)) for key, tensor in model.state_dict().items()
+        key: StoredTensor(Path(), key, tensor.dtype, tuple(tensor.shape))
+        for key, tensor in model.state_dict().items()
     }
     if file_type in TYPES:
         return tensors_of(stored, model, family, file_type)
@@ -151,21 +164,33 @@ def planned_tensors(model: Any, family: GgufSpec, file_type: str) -> list[GgufTe
     assert file_type == TOLD
     is_tied = all(tensor.gguf_name != "output.weight" for tensor in tensors)
     (num_heads, *_), (num_kv_heads, *_), _ = widths_by_layer(config)
-    queries = num_heads // (1 if family.latent_attention else num_kv_heads)  # it has one KV head in llama.cpp
-    shape = Shape(family.architecture, config.num_hidden_layers, num_experts(config) or 1, queries, is_tied)
+    queries = num_heads // (
+        1 if family.latent_attention else num_kv_heads
+    )  # it has one KV head in llama.cpp
+    shape = Shape(
+        family.architecture, config.num_hidden_layers, num_experts(config) or 1, queries, is_tied
+    )
     return [
         tensor
         if stays_as_it_is(tensor.gguf_name, tensor.shape)
-        else replace(tensor, type_name=fitting_type(chosen_type(tensor.gguf_name, shape), tensor.shape[-1]))
+        else replace(
+            tensor, type_name=fitting_type(chosen_type(tensor.gguf_name, shape), tensor.shape[-1])
+        )
         for tensor in tensors
     ]
 
 
-def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec, type_name: str) -> list[GgufTensor]:
-    """List the file's tensors of a model whose checkpoint has these; its rows may not fit the type."""
+def tensors_of(
+    stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec, type_name: str
+) -> list[GgufTensor]:
+    """List the file's tensors of a model whose checkpoint has these; its rows may not fit the
+    type.
+    """
     import gguf
 
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    architecture = next(
+        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture
+    )
     config: Any = model.config
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = []
@@ -175,7 +200,9 @@ def tensors_of(stored: Mapping[str, StoredTensor], model: Any, family: GgufSpec,
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         small = len(shape) == 1 or _ALWAYS_F32.search(gguf_name)
-        tensors.append(GgufTensor(name, shape, sources, half, gguf_name, "f32" if small else type_name))
+        tensors.append(
+            GgufTensor(name, shape, sources, half, gguf_name, "f32" if small else type_name)
+        )
     if rotary(config)["rope_type"] == "llama3":
         shape = (head_width(config) // 2,)
         tensors.append(GgufTensor(_FACTORS, shape, (), None, f"{_FACTORS}.weight", "f32"))
@@ -209,7 +236,9 @@ def gguf_array(tensor: GgufTensor, family: GgufSpec, config: PreTrainedConfig) -
         values = llama3_factors(config)
     _check_range(tensor, values)
     values = _reordered(values, tensor.name, family, config)
-    return gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()])
+    return gguf.quantize(
+        values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.type_name.upper()]
+    )
 
 
 def _reordered(values: Tensor, name: str, family: GgufSpec, config: PreTrainedConfig) -> Tensor:
@@ -230,7 +259,9 @@ def interleave_rotary(rows: Float[Tensor, "... I"], num_heads: int) -> Float[Ten
 def join_qkv(rows: Float[Tensor, "... I"], num_kv_heads: int, dim: int) -> Float[Tensor, "... I"]:
     """Reorder rows from groups (queries, key, value) to all queries, all keys, all values."""
     groups = rows.reshape(num_kv_heads, -1, dim, *rows.shape[1:])
-    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
+    return torch.cat(
+        [part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])]
+    )
 
 
 def llama3_factors(config: PreTrainedConfig) -> Float[Tensor, " F"]:
@@ -246,10 +277,13 @@ def llama3_factors(config: PreTrainedConfig) -> Float[Tensor, " F"]:
 def _check_range(tensor: GgufTensor, values: Tensor) -> None:
     largest = values.abs().max().item() if values.numel() else 0.0
     if not math.isfinite(largest):
-        raise NumericsError(f"weight {tensor.name} holds NaN or infinity; export an intact checkpoint.")
+        raise NumericsError(
+            f"weight {tensor.name} holds NaN or infinity; export an intact checkpoint."
+        )
     if tensor.type_name == "f16" and largest > LARGEST_F16:
         raise NumericsError(
-            f"weight {tensor.name} reaches {largest:.3g}, beyond f16's {LARGEST_F16:g}; export as bf16."
+            f"weight {tensor.name} reaches {largest:.3g}, beyond f16's {LARGEST_F16:g}; export as "
+            "bf16."
         )
 
 
@@ -261,7 +295,8 @@ TOLD = "q4_k_m"
 _WIDER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _NOT_QUANTISED = re.compile(r"_norm\.weight$|\.ffn_gate_inp|^position_embd\.|(?<!weight)$")
 _VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
-# Those of llama.cpp's architectures in which 80 layers mean 70B, unless every head has its own keys.
+# Those of llama.cpp's architectures in which 80 layers mean 70B, unless every head has its own
+# keys.
 _SEVENTY_B = {"llama", "deci", "olmo", "qwen2"}
 
 
@@ -288,7 +323,9 @@ def stays_as_it_is(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def chosen_type(name: str, model: Shape) -> str:
-    """Return the type of a tensor that q4_k_m quantises, if its rows suit it: see `fitting_type`."""
+    """Return the type of a tensor that q4_k_m quantises, if its rows suit it: see
+    `fitting_type`.
+    """
     is_falcon, of_eight = model.architecture == "falcon", model.num_experts == 8
     if name == "output.weight" or (name == "token_embd.weight" and model.is_tied):
         return "q8_0" if is_falcon else "q6_k"
@@ -307,7 +344,9 @@ def chosen_type(name: str, model: Shape) -> str:
 
 
 def fitting_type(chosen: str, row: int) -> str:
-    """Return the type in which llama.cpp stores rows of that length: a wider one if they do not fit."""
+    """Return the type in which llama.cpp stores rows of that length: a wider one if they do not
+    fit.
+    """
     wider = chosen if row % gguf_block(chosen)[0] == 0 else _WIDER.get(chosen, chosen)
     return wider if row % gguf_block(wider)[0] == 0 else "f16"
 
@@ -315,7 +354,8 @@ def fitting_type(chosen: str, row: int) -> str:
 def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
     """Write the GGUF file `source`, in f32, f16 or bf16, as `file` by llama.cpp's quantiser.
 
-    Raises CheckpointError, naming the model by `reference`, with llama.cpp's last words if it fails.
+    Raises CheckpointError, naming the model by `reference`, with llama.cpp's last words if it
+    fails.
     """
     import ctypes
 
@@ -324,7 +364,9 @@ def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
     from llama_cpp import _logger  # pyright: ignore[reportMissingImports]
 
     messages: list[str] = []
-    listener = llama_cpp.llama_log_callback(lambda level, text, _: messages.append(text.decode(errors="replace")))
+    listener = llama_cpp.llama_log_callback(
+        lambda level, text, _: messages.append(text.decode(errors="replace"))
+    )
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{type_name.upper()}"])
     params.nthread = torch.get_num_threads()
@@ -334,5 +376,10 @@ def quantise(source: Path, file: Path, type_name: str, reference: str) -> None:
     finally:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
     if status != 0:
-        last = next((line for line in reversed("".join(messages).splitlines()) if line.strip(" =")), f"status {status}")
-        raise CheckpointError(f"{reference}: llama.cpp cannot write it as {type_name} ({last.strip()}).")
+        last = next(
+            (line for line in reversed("".join(messages).splitlines()) if line.strip(" =")),
+            f"status {status}",
+        )
+        raise CheckpointError(
+            f"{reference}: llama.cpp cannot write it as {type_name} ({last.strip()})."
+        )

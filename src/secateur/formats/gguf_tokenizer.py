@@ -16,7 +16,11 @@ _ESCAPE, _NO_SPLIT = ("Replace", " ", SPACE), ("Split", " ", "MergedWithPrevious
 # SentencePiece: steps of normalizer and pre-tokenizer -> whether text gets a space in front.
 PREFIXES = {
     (("Prepend", SPACE), _ESCAPE): True,  # transformers 4's files for Llama and Mistral
-    (_ESCAPE, ("Replace", rf"\A{SPACE}", SPACE * 2), ("Metaspace", "always")): True,  # 5's, from tokenizer.model
+    (
+        _ESCAPE,
+        ("Replace", rf"\A{SPACE}", SPACE * 2),
+        ("Metaspace", "always"),
+    ): True,  # 5's, from tokenizer.model
     (("Metaspace", "always"),): True,
     (("Metaspace", "first"),): True,
     (("Metaspace", "never"),): False,
@@ -30,8 +34,8 @@ def space_prefix(parsed: dict[str, Any], where: str) -> bool:
     steps = (*_steps(parsed.get("normalizer")), *_steps(parsed.get("pre_tokenizer")))
     if steps not in PREFIXES or parsed["model"].get("ignore_merges"):
         raise CheckpointError(
-            f"{where}: its SentencePiece tokenizer prepares text in a way that GGUF export does not know "
-            f"({_shown(steps)}); known are those of Llama 2, Mistral and Gemma."
+            f"{where}: its SentencePiece tokenizer prepares text in a way that GGUF export does "
+            f"not know ({_shown(steps)}); known are those of Llama 2, Mistral and Gemma."
         )
     return PREFIXES[steps]
 
@@ -43,8 +47,12 @@ def piece_scores(parsed: dict[str, Any], where: str) -> dict[str, float]:
     """
     vocabulary = parsed["model"]["vocab"]
     # Added tokens are cut out before merging, except those spelt with SPACE, which text never has.
-    cut_out = {token["content"] for token in parsed["added_tokens"] if SPACE not in token["content"]}
-    products = [left + right for left, right in parsed["model"]["merges"] if left + right not in cut_out]
+    cut_out = {
+        token["content"] for token in parsed["added_tokens"] if SPACE not in token["content"]
+    }
+    products = [
+        left + right for left, right in parsed["model"]["merges"] if left + right not in cut_out
+    ]
     ranked = [product for product, _ in groupby(products)]
     num_runs, num_merges = Counter(ranked), Counter(products)
 
@@ -55,14 +63,14 @@ def piece_scores(parsed: dict[str, Any], where: str) -> dict[str, float]:
     for piece in vocabulary:
         if piece not in cut_out and (num_runs[piece] > 1 or num_splits(piece) != num_merges[piece]):
             raise CheckpointError(
-                f"{where}: llama.cpp's scores cannot say how its tokenizer merges (first difference: {piece!r}); "
-                "the tokenizer cannot be exported."
+                f"{where}: llama.cpp's scores cannot say how its tokenizer merges (first "
+                f"difference: {piece!r}); the tokenizer cannot be exported."
             )
     for byte in range(256):  # a byte below 128 may be a piece as a character instead
         if byte_piece(byte) not in vocabulary and not (byte < 128 and chr(byte) in vocabulary):
             raise CheckpointError(
-                f"{where}: its tokenizer has no piece {byte_piece(byte)}, without which llama.cpp cannot spell "
-                "unknown characters; the tokenizer cannot be exported."
+                f"{where}: its tokenizer has no piece {byte_piece(byte)}, without which llama.cpp "
+                "cannot spell unknown characters; the tokenizer cannot be exported."
             )
     return {piece: -float(rank) for rank, piece in enumerate(ranked)}
 
@@ -105,7 +113,10 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTES, _GPT2 = ("ByteLevel", False), ("ByteLevel", True)  # with its own regular expression or without
+_BYTES, _GPT2 = (
+    ("ByteLevel", False),
+    ("ByteLevel", True),
+)  # with its own regular expression or without
 
 # Byte-level BPE: (steps of the pre-tokenizer, ignore_merges) -> llama.cpp's name
 PRE_TOKENIZERS = {
@@ -133,7 +144,9 @@ class Rules:
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
     """Raise CheckpointError if a GGUF file of `vocab_size` rows cannot hold the tokenizer."""
     _rules(tokenizer, where)
-    largest = max(index for token, index in tokenizer.get_vocab().items() if token not in _WITHOUT_ROW)
+    largest = max(
+        index for token, index in tokenizer.get_vocab().items() if token not in _WITHOUT_ROW
+    )
     if largest >= vocab_size:
         raise CheckpointError(
             f"{where}: its tokenizer has id {largest}, its model only {vocab_size} rows; "
@@ -141,7 +154,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: 
         )
 
 
-def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+def add_tokenizer(
+    writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str
+) -> None:
     """Write vocabulary, token kinds, merges or scores, special ids and chat template.
 
     Embedding rows beyond the tokenizer's ids become unused tokens. Raises as `check_tokenizer`.
@@ -170,11 +185,17 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[s
     import gguf
 
     kind, byte_pieces = gguf.TokenType, {byte_piece(byte) for byte in range(256)}
-    tokens, kinds = [f"[PAD{index}]" for index in range(vocab_size)], [int(kind.UNUSED)] * vocab_size
+    tokens, kinds = (
+        [f"[PAD{index}]" for index in range(vocab_size)],
+        [int(kind.UNUSED)] * vocab_size,
+    )
     # Sorted: if two spellings share an id, the byte's name comes later and wins.
     for token, index in sorted(tokenizer.get_vocab().items()):
         if token not in _WITHOUT_ROW:
-            tokens[index], kinds[index] = token, int(kind.BYTE if token in byte_pieces else kind.NORMAL)
+            tokens[index], kinds[index] = (
+                token,
+                int(kind.BYTE if token in byte_pieces else kind.NORMAL),
+            )
     for index, added in tokenizer.added_tokens_decoder.items():
         # Those spelt with SPACE come from merges: llama.cpp would search text for that spelling.
         if index < vocab_size and (added.special or SPACE not in added.content):
@@ -195,21 +216,31 @@ def _add_special(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _rules(tokenizer: PreTrainedTokenizerBase, where: str) -> Rules:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    parsed = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
+    parsed = (
+        {"model": {"type": type(tokenizer).__name__}}
+        if backend is None
+        else json.loads(backend.to_str())
+    )
     model, normalizer = parsed["model"], parsed.get("normalizer")
     if model["type"] != "BPE":
-        raise CheckpointError(f"{where}: GGUF export knows BPE tokenizers, this one is {model['type']}.")
+        raise CheckpointError(
+            f"{where}: GGUF export knows BPE tokenizers, this one is {model['type']}."
+        )
     if not model["merges"]:
-        raise CheckpointError(f"{where}: its tokenizer has no merges, without which llama.cpp cannot use it.")
+        raise CheckpointError(
+            f"{where}: its tokenizer has no merges, without which llama.cpp cannot use it."
+        )
     if model.get("byte_fallback"):
-        return Rules("llama", "default", None, piece_scores(parsed, where), space_prefix(parsed, where))
+        return Rules(
+            "llama", "default", None, piece_scores(parsed, where), space_prefix(parsed, where)
+        )
     steps = _steps(parsed.get("pre_tokenizer"))
     rule = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     # llama.cpp never normalises. Qwen's NFC is let through: most text is in that form already.
     if rule is None or (normalizer and normalizer["type"] != "NFC"):
         raise CheckpointError(
-            f"{where}: its tokenizer splits text by a rule that GGUF export does not know ({_shown(steps)}); "
-            f"known are those of {', '.join(PRE_TOKENIZERS.values())}."
+            f"{where}: its tokenizer splits text by a rule that GGUF export does not know "
+            f"({_shown(steps)}); known are those of {', '.join(PRE_TOKENIZERS.values())}."
         )
     merges = [" ".join(merge) for merge in model["merges"]]
     return Rules("gpt2", rule, merges, None, space_prefix=False)

@@ -2,9 +2,9 @@
 
 The proof runs transformers in a fresh process; llama.cpp for GGUF files, if it is installed.
 
-Tensors that transformers leaves aside on load, such as heads that predict several tokens, are carried over
-if all that they read kept its shape; a sentence says if they were left out. Not handled: quantised sources,
-and layers that were removed.
+Tensors that transformers leaves aside on load, such as heads that predict several tokens, are
+carried over if all that they read kept its shape; a sentence says if they were left out. Not
+handled: quantised sources, and layers that were removed.
 """
 
 import importlib.util
@@ -37,7 +37,13 @@ from secateur.facts import Record
 from secateur.files import disk_errors, lies_in
 from secateur.log import Progress, silent
 from secateur.model import modeling_per_layer
-from secateur.model.checkpoint import Checkpoint, left_aside, load_model, load_tokenizer, open_checkpoint
+from secateur.model.checkpoint import (
+    Checkpoint,
+    left_aside,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+)
 from secateur.model.modules import text_model
 from secateur.model.stock import quiet_transformers, replaced
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors, tensors_in
@@ -54,11 +60,19 @@ LICENSE* NOTICE* USE_POLICY*
 """.split()
 # Those of them that name tokens by the source's ids.
 _FILES_BY_TOKEN = """
-generation_config.json tokenizer.model spiece.model tekken.json tiktoken.model *.tiktoken vocab.json vocab.txt
-merges.txt added_tokens.json special_tokens_map.json
+generation_config.json tokenizer.model spiece.model tekken.json tiktoken.model *.tiktoken
+vocab.json vocab.txt merges.txt added_tokens.json special_tokens_map.json
 """.split()
-# By the first two keys transformers finds code, at any depth of a config; by the others it says where it was read.
-_NAMES = ("auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "is_local", "local_files_only")
+# By the first two keys transformers finds code, at any depth of a config; by the others it says
+# where it was read.
+_NAMES = (
+    "auto_map",
+    "custom_pipelines",
+    "_name_or_path",
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+)
 
 
 def save_checkpoint(
@@ -85,7 +99,10 @@ def save_checkpoint(
         left = ()
         if carry_from is not None and (carry_from / "config.json").is_file():
             patterns = [*([] if kept else _FILES_BY_TOKEN), *_SIDE_FILES]
-            left = (*_carry(carry_from, directory, patterns), *_carry_aside(model, carry_from, directory, kept))
+            left = (
+                *_carry(carry_from, directory, patterns),
+                *_carry_aside(model, carry_from, directory, kept),
+            )
         readable = (directory / "config.json").stat().st_mode & 0o777
         for file in directory.glob("*.safetensors"):
             file.chmod(readable)  # safetensors lets only the owner read
@@ -111,7 +128,10 @@ def _carry(source: Path, directory: Path, patterns: list[str]) -> Iterator[str]:
             if not file.is_file() or (target.exists() and pattern != "generation_config.json"):
                 continue
             if not lies_in(source, file):
-                yield f"{target.name}: is a link to a file outside the model's directory, so it was not carried over."
+                yield (
+                    f"{target.name}: is a link to a file outside the model's directory, so it was "
+                    "not carried over."
+                )
                 continue
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
@@ -123,9 +143,11 @@ def has_own(directory: Path, name: str) -> bool:
 
 
 def _clean_configs(model: PreTrainedModel, directory: Path) -> None:
-    """Remove code from `directory`, and names of code and of places from its configs, except our own code.
+    """Remove code from `directory`, and names of code and of places from its configs, except our
+    own code.
 
-    transformers 4 can read them, too. A config that is not JSON, which transformers cannot read either, is removed.
+    transformers 4 can read them, too. A config that is not JSON, which transformers cannot read
+    either, is removed.
     """
     own: dict[str, Any] = {}
     if modeling_per_layer.is_per_layer(model.config):
@@ -141,10 +163,14 @@ def _clean_configs(model: PreTrainedModel, directory: Path) -> None:
         try:
             text = file.read_text(encoding="utf-8")
             is_models = file.name == "config.json"
-            clean = json.loads(text, object_hook=_with_old_rope_keys if is_models else _without_names)
+            clean = json.loads(
+                text, object_hook=_with_old_rope_keys if is_models else _without_names
+            )
             if is_models:
                 clean = dict(sorted({**clean, **own}.items()))  # the order that transformers writes
-            elif clean.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
+            elif (
+                clean.get("tokenizer_class") == "TokenizersBackend"
+            ):  # what transformers 5 calls it
                 clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # both know this name
             if clean != json.loads(text):
                 file.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
@@ -157,7 +183,8 @@ def _without_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return it without names, and with the keys of programs without `rope_parameters`, as transformers before 5.
+    """Return it without names, and with the keys of programs without `rope_parameters`, as
+    transformers before 5.
 
     Without the keys these take a base of 10,000 and say nothing.
     """
@@ -165,7 +192,9 @@ def _with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return config
-    old: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    old: dict[str, Any] = {
+        key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope
+    }
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {key: value for key, value in rope.items() if key not in old}
     return dict(sorted({**old, **config}.items()))
@@ -180,7 +209,9 @@ OWN_CODE = Path(modeling_per_layer.__file__)
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The reload's figures. `loaded_by`: the class of transformers whose `from_pretrained` made the model."""
+    """The reload's figures. `loaded_by`: the class of transformers whose `from_pretrained` made the
+    model.
+    """
 
     max_abs_difference: float
     loaded_by: str = "AutoModelForCausalLM"
@@ -202,18 +233,23 @@ def verify_reload(
     with tempfile.TemporaryDirectory(prefix="secateur-verify-") as scratch:
         reloaded_BTV, metadata = _run_child(directory, input_ids_BT, Path(scratch))
     if metadata["problem"]:
-        raise CheckpointError(f"{directory}: stock transformers reloads it with problems ({metadata['problem']}).")
+        raise CheckpointError(
+            f"{directory}: stock transformers reloads it with problems ({metadata['problem']})."
+        )
     if reloaded_BTV.shape != logits_BTV.shape:
         raise CheckpointError(
-            f"{directory}: reloaded logits have shape {list(reloaded_BTV.shape)}, not {list(logits_BTV.shape)}."
+            f"{directory}: reloaded logits have shape {list(reloaded_BTV.shape)}, not "
+            f"{list(logits_BTV.shape)}."
         )
     # Row by row: no second copy of all logits in float32.
     rows = zip(reloaded_BTV.flatten(0, -2), logits_BTV.detach().cpu().flatten(0, -2), strict=True)
-    difference = torch.stack([(a_V.float() - b_V.float()).abs().max() for a_V, b_V in rows]).max().item()
+    difference = (
+        torch.stack([(a_V.float() - b_V.float()).abs().max() for a_V, b_V in rows]).max().item()
+    )
     if not difference <= TOLERANCE:  # so that NaN is refused too
         raise CheckpointError(
-            f"{directory}: the reloaded model's logits differ from those in memory by {difference:.3g}, allowed is "
-            f"{TOLERANCE:.3g}; the directory does not hold this model."
+            f"{directory}: the reloaded model's logits differ from those in memory by "
+            f"{difference:.3g}, allowed is {TOLERANCE:.3g}; the directory does not hold this model."
         )
     return Verification(difference, metadata["class"])
 
@@ -221,7 +257,9 @@ def verify_reload(
 def prove_reload(
     model: PreTrainedModel, directory: Path, ids_NT: Int64[Tensor, "N T"], progress: Progress
 ) -> Verification:
-    """Prove on the first tokens of a text that `directory` holds this model. Raises as `verify_reload`."""
+    """Prove on the first tokens of a text that `directory` holds this model. Raises as
+    `verify_reload`.
+    """
     progress("verify", 0, 1)
     ids_1T = ids_NT[:1, :VERIFY_TOKENS].to(model.device)
     with torch.inference_mode():
@@ -233,7 +271,9 @@ def prove_reload(
     return proof
 
 
-def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Tensor, dict[str, str]]:
+def _run_child(
+    directory: Path, input_ids_BT: Tensor, scratch: Path
+) -> tuple[Tensor, dict[str, str]]:
     ids_file, out_file = scratch / "ids.safetensors", scratch / "logits.safetensors"
     save_file({"input_ids": input_ids_BT.contiguous().cpu()}, ids_file)
     # -P: else the script's folder, which has a gguf.py, would be on sys.path.
@@ -242,11 +282,17 @@ def _run_child(directory: Path, input_ids_BT: Tensor, scratch: Path) -> tuple[Te
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     environment["HF_MODULES_CACHE"] = str(scratch)  # not the user's cache
     child = subprocess.run(
-        [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
+        [str(part) for part in command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if child.returncode != 0:
         last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        raise CheckpointError(f"{directory}: stock transformers cannot reload it in a fresh process ({last}).")
+        raise CheckpointError(
+            f"{directory}: stock transformers cannot reload it in a fresh process ({last})."
+        )
     with safe_open(out_file, framework="pt") as opened:
         # A copy: the tensor is a view of the file, which is deleted.
         return opened.get_tensor("logits").clone(), opened.metadata()
@@ -260,11 +306,14 @@ def have_llama_cpp() -> bool:
 def require_llama_cpp(what: str) -> None:
     """Raise CheckpointError, saying that `what` needs it, if llama-cpp-python is not installed."""
     if not have_llama_cpp():
-        raise CheckpointError(f'{what} needs llama-cpp-python; run: pip install "secateur[llama-cpp]"')
+        raise CheckpointError(
+            f'{what} needs llama-cpp-python; run: pip install "secateur[llama-cpp]"'
+        )
 
 
 def open_llama_cpp(file: Path, num_context: int) -> Any:
-    """Load a GGUF file on as many threads as torch uses; it is to tell the logits of every position.
+    """Load a GGUF file on as many threads as torch uses; it is to tell the logits of every
+    position.
 
     Raises CheckpointError if llama.cpp refuses the file.
     """
@@ -273,14 +322,16 @@ def open_llama_cpp(file: Path, num_context: int) -> Any:
     threads = torch.get_num_threads()
     options = {"n_threads": threads, "n_threads_batch": threads, "logits_all": True}
     try:
-        return llama_cpp.Llama(str(file), n_ctx=num_context, n_gpu_layers=0, verbose=False, **options)
+        return llama_cpp.Llama(
+            str(file), n_ctx=num_context, n_gpu_layers=0, verbose=False, **options
+        )
     except ValueError as error:
         raise CheckpointError(f"{file}: llama.cpp cannot load it ({error}).") from None
 
 
-# The largest relative change of perplexity. q8_0 has 8-bit weights and activations, which move that of so
-# short a text by up to 2%. Fewer bits cost more, and what they cost is told; a file that is not the model is
-# far off.
+# The largest relative change of perplexity. q8_0 has 8-bit weights and activations, which move that
+# of so short a text by up to 2%. Fewer bits cost more, and what they cost is told; a file that is
+# not the model is far off.
 EXACT = 0.01
 LIMITS = {"q8": 0.05, "q6": 0.1, "q5": 0.5, "q4": 1.0, "q3": 3.0, "q2": 9.0}
 
@@ -297,7 +348,7 @@ tin -- seven oatcakes, half a jar of rhubarb jam -- and decided that 3.5 hours w
 engine's called?" It was called Åsa, after the builder's daughter; the brass plate (1987) said so in letters nobody
 read.  Паром шёл медленно. 海面很平静。 By ten the fog had gone, and the islands lay in the sun
 like loaves on a board.
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,8 +364,8 @@ class GgufCheck:
 def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
     """Compare `file`, of weights in `type_name`, in llama.cpp with `checkpoint` in transformers.
 
-    Raises CheckpointError if token ids differ, or perplexity differs by more than 1% (or what `LIMITS` has
-    for types of fewer bits).
+    Raises CheckpointError if token ids differ, or perplexity differs by more than 1% (or what
+    `LIMITS` has for types of fewer bits).
     """
     # With the model's token that starts a text: without it some models write nonsense.
     ids = list(load_tokenizer(checkpoint).encode(TEXT))
@@ -323,8 +374,9 @@ def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
             pairs = enumerate(zip(ids, theirs, strict=False))
             position = next((number for number, (own, other) in pairs if own != other), len(ids))
             raise CheckpointError(
-                f"{checkpoint.reference}: llama.cpp splits text into other tokens than transformers, first at token "
-                f"{position} of the check's text; the tokenizer cannot be exported."
+                f"{checkpoint.reference}: llama.cpp splits text into other tokens than "
+                f"transformers, first at token {position} of the check's text; the tokenizer "
+                "cannot be exported."
             )
         model.eval(ids)
         found = _perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), ids)
@@ -333,8 +385,8 @@ def check_gguf(file: Path, checkpoint: Checkpoint, type_name: str) -> GgufCheck:
     change, most = abs(found / expected - 1), LIMITS.get(type_name[:2], EXACT)
     if not change <= most:  # so that NaN is refused too
         raise CheckpointError(
-            f"{checkpoint.reference}: llama.cpp's perplexity {found:.3f} is {change:.1%} from transformers' "
-            f"{expected:.3f}, allowed is {most:.0%}; export with a more exact --type."
+            f"{checkpoint.reference}: llama.cpp's perplexity {found:.3f} is {change:.1%} from "
+            f"transformers' {expected:.3f}, allowed is {most:.0%}; export with a more exact --type."
         )
     return GgufCheck(expected, found, len(ids))
 
@@ -350,7 +402,9 @@ Shapes = dict[str, set[tuple[int, ...]]]
 _IN_LAYER = re.compile(r"(?:.*\.)?layers?\.\d+\.(.+)")
 
 
-def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | None) -> Iterator[str]:
+def _carry_aside(
+    model: Any, source: Path, directory: Path, kept: KeptTokens | None
+) -> Iterator[str]:
     """Add the tensors to the result in `directory`, rows of tokens as in its embedding.
 
     Yields a sentence if they do not fit: a part of a layer that they have too, or a size that the
@@ -364,12 +418,21 @@ def _carry_aside(model: Any, source: Path, directory: Path, kept: KeptTokens | N
     first = next(iter(aside))
     before = {name: tensor for name, tensor in stored_tensors(source).items() if name not in aside}
     dense: Any = checkpoint.config.get_text_config()
-    sizes, num_layers = {dense.vocab_size, dense.hidden_size, 2 * dense.hidden_size}, dense.num_hidden_layers
+    sizes, num_layers = (
+        {dense.vocab_size, dense.hidden_size, 2 * dense.hidden_size},
+        dense.num_hidden_layers,
+    )
     changed = next(_changed(aside, _parts(before), _parts(stored_tensors(directory)), sizes), "")
-    if model.config.get_text_config().num_hidden_layers != num_layers and f".{num_layers}." in first:
+    if (
+        model.config.get_text_config().num_hidden_layers != num_layers
+        and f".{num_layers}." in first
+    ):
         changed = "they are numbered behind the layers, of which some are gone"
     if changed := "they are quantised" if checkpoint.quantised else changed:
-        yield f"{len(aside)} tensors that transformers leaves aside ({first}, ...) were left out: {changed}."
+        yield (
+            f"{len(aside)} tensors that transformers leaves aside ({first}, ...) were left out: "
+            f"{changed}."
+        )
         return
 
     # One file more, which the index names; a loader that finds a whole one reads no index.
@@ -390,8 +453,12 @@ def _rows(values: Tensor, kept: KeptTokens | None) -> Tensor:
     return values
 
 
-def _changed(aside: dict[str, StoredTensor], before: Shapes, after: Shapes, hidden: set[int]) -> Iterator[str]:
-    """Yield parts of layers left aside that are of another shape in the result's layers, or that these lack."""
+def _changed(
+    aside: dict[str, StoredTensor], before: Shapes, after: Shapes, hidden: set[int]
+) -> Iterator[str]:
+    """Yield parts of layers left aside that are of another shape in the result's layers, or that
+    these lack.
+    """
     for name, carried in aside.items():
         part = match[1] if (match := _IN_LAYER.fullmatch(name)) else ""
         if before.get(part) != after.get(part) or (
@@ -416,7 +483,8 @@ class Verified(Record):
     """What was checked. `mismatches`: empty if all is as it was written.
 
     `num_bytes`: of the files that match. `max_abs_difference`: of logits, stock transformers
-    against `secateur.load`; None if files do not match, or hold no model, so that nothing is loaded.
+    against `secateur.load`; None if files do not match, or hold no model, so that nothing is
+    loaded.
     """
 
     directory: str
@@ -441,7 +509,9 @@ def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
     directory = Path(result)
     digests = read_digests(directory)
     if digests is None:
-        damaged = Mismatch(RESULT_FILE, "the bytes that were written", "others, so no digest can be trusted")
+        damaged = Mismatch(
+            RESULT_FILE, "the bytes that were written", "others, so no digest can be trusted"
+        )
         return Verified(str(result), 0, 0, (damaged,), None)
     wrong = tuple(mismatches(directory, digests, progress))
     whole = [directory / name for name in digests.keys() - {mismatch.what for mismatch in wrong}]
@@ -449,9 +519,14 @@ def verify(result: str | Path, *, progress: Progress = silent) -> Verified:
     if not wrong and CONFIG_NAME in digests:  # a measurement has no model
         try:
             model = load_model(open_checkpoint(directory), mapped=True)
-            ids_1T = torch.arange(1, RELOAD_TOKENS + 1)[None] % model.config.get_text_config().vocab_size
+            ids_1T = (
+                torch.arange(1, RELOAD_TOKENS + 1)[None] % model.config.get_text_config().vocab_size
+            )
             proof = prove_reload(model, directory, ids_1T, progress)
         except SecateurError as error:
             wrong = (Mismatch("reload", "the model that secateur.load gives", str(error)),)
-    num_bytes, difference = sum(file.stat().st_size for file in whole), proof and proof.max_abs_difference
+    num_bytes, difference = (
+        sum(file.stat().st_size for file in whole),
+        proof and proof.max_abs_difference,
+    )
     return Verified(str(result), len(whole), num_bytes, wrong, difference)

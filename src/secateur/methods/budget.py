@@ -12,8 +12,9 @@ from secateur.errors import RecipeError
 from secateur.model.bind import Arch
 from secateur.model.group import ALIGNED, Counts, Group, Groups, by_name
 
-# Widths that suit tensor cores: ALIGN_LARGE from LARGE_WIDTH units on. llama.cpp's k-quants store rows
-# in blocks of ALIGN_BLOCKS, and others in wider types; so many blocks are to be left to choose from.
+# Widths that suit tensor cores: ALIGN_LARGE from LARGE_WIDTH units on. llama.cpp's k-quants store
+# rows in blocks of ALIGN_BLOCKS, and others in wider types; so many blocks are to be left to choose
+# from.
 ALIGN_SMALL, ALIGN_LARGE, LARGE_WIDTH = 64, 128, 4096
 ALIGN_BLOCKS, LEAST_BLOCKS = 256, 8
 # An error curve needs no more points than this; wide groups take larger steps.
@@ -22,9 +23,11 @@ MAX_LEVELS = 64
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a removal is counted in: parameters of the whole dense model, tied ones once, and of each layer.
+    """What a removal is counted in: parameters of the whole dense model, tied ones once, and of
+    each layer.
 
-    `tokens`: those of the tokens that go; they are in the total. `what`: in messages, what has gone before.
+    `tokens`: those of the tokens that go; they are in the total. `what`: in messages, what has gone
+    before.
     """
 
     per_layer: tuple[int, ...]
@@ -38,13 +41,17 @@ class Prices:
         return f"{self.total:,} parameters{self.what}"
 
     def to_remove(self, share: float) -> int:
-        """Return the least cost c with c / total >= `share`; the rounded product may be one too many."""
+        """Return the least cost c with c / total >= `share`; the rounded product may be one too
+        many.
+        """
         cost = math.ceil(share * self.total)
         return cost - 1 if (cost - 1) / self.total >= share else cost
 
     def taken(self, layers: Collection[int]) -> int:
         """Return the parameters of the tokens that go and of all layers but these."""
-        return self.tokens + sum(price for index, price in enumerate(self.per_layer) if index not in layers)
+        return self.tokens + sum(
+            price for index, price in enumerate(self.per_layer) if index not in layers
+        )
 
     def with_only(self, layers: Collection[int]) -> "Prices":
         """Return what is counted of the model that these layers and the tokens left make."""
@@ -73,7 +80,9 @@ def params_of(groups: Iterable[Group]) -> int:
 
 def params_gone(groups: Groups, num_keep: Counts) -> int:
     """Return the parameters that go if each group keeps that many of its full width."""
-    return sum((g.num_units - min(num_keep[g.key], g.num_units)) * g.params_per_unit for g in groups)
+    return sum(
+        (g.num_units - min(num_keep[g.key], g.num_units)) * g.params_per_unit for g in groups
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,9 @@ class Plan:
 
 
 def default_align(groups: Groups, keep_share: float) -> int:
-    """Return the alignment of widths for a recipe that names none. `keep_share`: of the units that stay."""
+    """Return the alignment of widths for a recipe that names none. `keep_share`: of the units that
+    stay.
+    """
     narrow = [group.num_units for group in groups if group.kind in ALIGNED]
     whole = all(width % ALIGN_BLOCKS == 0 for width in narrow)
     narrowest = min(narrow, default=0)
@@ -117,9 +128,9 @@ def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> P
 
     The share taken is remove * total / sum(units * price), rounded to the nearest step. Groups with
     large steps (heads) come first and those with small steps make up for their rounding, so the
-    target is met within half a step of the last kind per group, or as near as that kind can come. Raises
-    RecipeError with the largest possible `remove` for more than that, or with the smallest if not even one
-    step would go.
+    target is met within half a step of the last kind per group, or as near as that kind can come.
+    Raises RecipeError with the largest possible `remove` for more than that, or with the smallest
+    if not even one step would go.
     """
     steps = {group.name: align_of(group, align) * group.params_per_unit for group in groups}
     names = sorted(steps, key=lambda name: (-steps[name], name))
@@ -132,7 +143,9 @@ def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> P
         is_last = position == len(names) - 1
         for group in members:
             step, width = align_of(group, align), group.num_units * keep_share
-            num_keep[group.layer, name] = 0 if is_last and width < step / 2 else nearest_count(group, width, step)
+            num_keep[group.layer, name] = (
+                0 if is_last and width < step / 2 else nearest_count(group, width, step)
+            )
         missing -= params_gone(members, num_keep)
     least = least_keep(groups, align)
     # The last kind alone may not hold what the others' rounding leaves to it.
@@ -143,20 +156,26 @@ def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> P
     if plan.cost_after == prices.total:
         step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
         smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4
-        finer = f", or set align below {align}" if align_of(by_name(groups)[names[-1]][0], align) > 1 else ""
+        finer = (
+            f", or set align below {align}"
+            if align_of(by_name(groups)[names[-1]][0], align) > 1
+            else ""
+        )
         raise RecipeError(
-            f"remove: {remove:g} of all {prices.total_text} is less than half of the least step of {names[-1]}, so "
-            f"nothing would go; ask for at least {smallest:.4f}{finer}."
+            f"remove: {remove:g} of all {prices.total_text} is less than half of the least step of "
+            f"{names[-1]}, so nothing would go; ask for at least {smallest:.4f}{finer}."
         )
     return plan
 
 
 def out_of_reach(remove: float, prices: Prices, largest: float) -> RecipeError:
-    """Return the error for more than the groups hold. `largest`: the most that can go, as a share."""
+    """Return the error for more than the groups hold. `largest`: the most that can go, as a
+    share.
+    """
     return RecipeError(
-        f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow at most "
-        f"{round_down(largest)} with each at its smallest width; ask for less, lower align, or remove more "
-        "whole layers (depth)."
+        f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow "
+        f"at most {round_down(largest)} with each at its smallest width; ask for less, lower "
+        "align, or remove more whole layers (depth)."
     )
 
 
@@ -176,7 +195,8 @@ def least_keep(groups: Groups, align: int) -> Counts:
 
 
 def levels_of(group: Group, num_units: int, align: int) -> tuple[int, ...]:
-    """Return all units, then the counts below that the group may keep: at most `MAX_LEVELS` multiples of its step.
+    """Return all units, then the counts below that the group may keep: at most `MAX_LEVELS`
+    multiples of its step.
 
     Those that its config cannot state are left out.
     """
@@ -192,7 +212,9 @@ def round_shares(rounds: int) -> list[float]:
     return [1 - (1 - done / rounds) for done in range(1, rounds + 1)]
 
 
-def round_plans(groups: Groups, prices: Prices, plan: Plan, shares: list[float], align: int) -> list[Plan]:
+def round_plans(
+    groups: Groups, prices: Prices, plan: Plan, shares: list[float], align: int
+) -> list[Plan]:
     """Return the plan of each round: `shares` of the way to `plan`, each width aligned."""
     plans = []
     for share in shares[:-1]:

@@ -78,12 +78,11 @@ def least_squares(
     """Return the remaining weights by ridge least squares, centred on the old ones.
 
     W_S' = argmin |y + mix r - x_S W_S'|^2 + sum_j ridge_j |W_j' - W_j|^2 with y = x W, r the drift
-    (`cross_FH` = x'r) and ridge_j = damping * G_jj, see `ridge_of`, so
-    W_S' = W_S + (W_C G_CS + mix (x_S' r)') (G_SS + diag(ridge_S))^-1.
-    No column gone and no mix: exactly no change. Solved by Cholesky in float64: with every channel
-    scaled to size 1 the condition of the system is at most 1 / damping. Raises NumericsError if it is
-    not positive definite, as with a damping near the rounding of the sums, below 1e-6.
-    Source: Hassibi and Stork 1993, in closed form.
+    (`cross_FH` = x'r) and ridge_j = damping * G_jj, see `ridge_of`, so W_S' = W_S + (W_C G_CS + mix
+    (x_S' r)') (G_SS + diag(ridge_S))^-1. No column gone and no mix: exactly no change. Solved by
+    Cholesky in float64: with every channel scaled to size 1 the condition of the system is at most
+    1 / damping. Raises NumericsError if it is not positive definite, as with a damping near the
+    rounding of the sums, below 1e-6. Source: Hassibi and Stork 1993, in closed form.
     """
     removed = complement(keep, gram.size)
     if not len(removed) and (cross_FH is None or not mix):
@@ -99,7 +98,8 @@ def least_squares(
     factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
     if failed:
         raise NumericsError(
-            f"repair.damping: least squares has no solution with {damping:g}; raise it, or use more calibration tokens."
+            f"repair.damping: least squares has no solution with {damping:g}; raise it, or use "
+            "more calibration tokens."
         )
     # cholesky_solve cannot work in place.
     torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
@@ -117,16 +117,24 @@ def held_out_sums(
     """
     dots = [
         torch.linalg.vecdot(left.flatten(), right.flatten()).item()
-        for left, right in ((lost_TH, lost_TH), (lost_TH, correction_TH), (correction_TH, correction_TH))
+        for left, right in (
+            (lost_TH, lost_TH),
+            (lost_TH, correction_TH),
+            (correction_TH, correction_TH),
+        )
     ]
     return torch.tensor([*dots, output_energy], dtype=torch.float64)
 
 
 def sums_of(parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]]) -> dict[str, HeldOutSums]:
-    """Return each domain's `held_out_sums`, of the output itself, what it lost and what the fit returns, in pieces."""
+    """Return each domain's `held_out_sums`, of the output itself, what it lost and what the fit
+    returns, in pieces.
+    """
     sums: dict[str, HeldOutSums] = {}
     for domain, pieces in parts.items():
-        own_TH, lost_TH, given_TH = (torch.cat(tensors).float() for tensors in zip(*pieces, strict=True))
+        own_TH, lost_TH, given_TH = (
+            torch.cat(tensors).float() for tensors in zip(*pieces, strict=True)
+        )
         sums[domain] = held_out_sums(lost_TH, given_TH, float(own_TH.square().sum()))
     return sums
 
@@ -157,18 +165,24 @@ class Repaired(NamedTuple):
     guard: Guard | None = None
 
 
-def repair(reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, " S"], method: Method) -> Repaired:
+def repair(
+    reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, " S"], method: Method
+) -> Repaired:
     """Return the repair that the method asks for; an empty one if every column stays."""
     if len(columns) == reader.in_features:
         return Repaired()
     weight_HF = reader.weight.float()
     if method.compensate != "least_squares":
-        return Repaired(guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0))
+        return Repaired(
+            guard=_judge(weight_HF, columns, measured, torch.zeros_like(weight_HF[:, columns]), 0.0)
+        )
 
     # Fit, as far as held-out text allows.
     gram, cross_FH = measured.pooled.gram, measured.pooled.cross_FH
     mix = method.target_mix if cross_FH is not None else 0.0
-    new_HS = decided(partial(least_squares, weight_HF, gram, columns, method.damping, cross_FH, mix))
+    new_HS = decided(
+        partial(least_squares, weight_HF, gram, columns, method.damping, cross_FH, mix)
+    )
     # The guard judges the weights as stored, rounding included.
     old_HS, new_HS = weight_HF[:, columns], new_HS.copy_(new_HS.to(reader.weight.dtype))
     judged = _judge(weight_HF, columns, measured, new_HS - old_HS, mix)
@@ -176,12 +190,16 @@ def repair(reader: nn.Linear, measured: GroupStatistics, columns: Int64[Tensor, 
     return Repaired(stored_HS, judged)
 
 
-def weight_replaced(reader: nn.Linear, weight_HF: Float[Tensor, "H F"]) -> AbstractContextManager[None]:
+def weight_replaced(
+    reader: nn.Linear, weight_HF: Float[Tensor, "H F"]
+) -> AbstractContextManager[None]:
     """Give the reader this weight within the context."""
     return replaced(reader._parameters, "weight", nn.Parameter(weight_HF, requires_grad=False))
 
 
-def _judge(weight_HF: Tensor, columns: Tensor, measured: GroupStatistics, change_HS: Tensor, mix: float) -> Guard:
+def _judge(
+    weight_HF: Tensor, columns: Tensor, measured: GroupStatistics, change_HS: Tensor, mix: float
+) -> Guard:
     """Return the guard's verdict on a change of the columns that stay."""
     removed = complement(columns, weight_HF.shape[1])
     gone_HC = weight_HF[:, removed]

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.facts import PerDomain
 from secateur.log import Progress, silent, steps
-from secateur.methods.compensate import Guard, guard, held_out_errors, least_squares, sums_of, weight_replaced
+from secateur.methods.compensate import (
+    Guard,
+    guard,
+    held_out_errors,
+    least_squares,
+    sums_of,
+    weight_replaced,
+)
 from secateur.model.bind import Arch, bind, decoder_layers, head_of, text_config
 from secateur.model.group import linear
 from secateur.stream.losses import KL_POSITIONS, states_for_head, token_divergences
@@ -27,7 +34,8 @@ from secateur.stream.walk import LAYERS_AT_ONCE, Batch, Walk, at_hand
 Readers = dict[int, Tensor]
 # By layer, KL to the dense model in nats per token.
 LayerKL = dict[int, float]
-# Keys of transformers' mixtures: the layers with an FFN, those with experts; how many come before experts.
+# Keys of transformers' mixtures: the layers with an FFN, those with experts; how many come before
+# experts.
 LAYER_NUMBERS, FIRST_LAYERS = ("mlp_only_layers", "moe_layers"), ("first_k_dense_replace",)
 
 
@@ -50,7 +58,9 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
     # Give the config the layers that stay.
     new, known = {index: number for number, index in enumerate(kept)}, config.to_dict()
-    if (step := known.get("decoder_sparse_step", 1)) > 1:  # experts in each `step`-th layer, dense ones between
+    if (
+        step := known.get("decoder_sparse_step", 1)
+    ) > 1:  # experts in each `step`-th layer, dense ones between
         between = {index for index in range(arch.num_layers) if (index + 1) % step}
         known["mlp_only_layers"] = sorted(between.union(known["mlp_only_layers"]))
         config.decoder_sparse_step = 1
@@ -66,15 +76,18 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
 
 @torch.no_grad()
-def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float) -> Guard:
+def fold_patch(
+    model: nn.Module, arch: Arch, layer: int, batches: list[Batch], damping: float
+) -> Guard:
     """Fit the layer before `layer` to what `layer` adds. Call it before `remove_layers`.
 
     With x the input of the previous layer's FFN reader, W its weight and d what `layer` adds to the
     hidden state, the new weight is argmin |x W' + d - x V'|^2 + ridge |V - W|^2 over V:
     `least_squares` with every column and d as the drift, summed and solved in float64. No new
     module or bias. The guard's errors are shares of |d|^2 on held-out batches, by domain: 1 means
-    that nothing is recovered. Without held-out batches the whole step is taken. There is a layer before
-    `layer`, and the family adds what an MLP gives as it is. Raises NumericsError as `least_squares`.
+    that nothing is recovered. Without held-out batches the whole step is taken. There is a layer
+    before `layer`, and the family adds what an MLP gives as it is. Raises NumericsError as
+    `least_squares`.
     """
     # Sum what the reader sees, and what `layer` adds.
     layers = decoder_layers(model, arch)
@@ -102,7 +115,9 @@ def fold_patch(model: nn.Module, arch: Arch, layer: int, batches: list[Batch], d
     sum_over_ranks(gram, cross_FD)
     with at_hand(layers[layer - 1]):
         every_F = torch.arange(reader.in_features, device=reader.weight.device)
-        new_DF = decided(partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0))
+        new_DF = decided(
+            partial(least_squares, reader.weight.float(), gram, every_F, damping, cross_FD, 1.0)
+        )
         # The guard judges the weights as stored, rounding included.
         change_DF = new_DF.to(reader.weight.dtype) - reader.weight.float()
         given = {
@@ -126,9 +141,9 @@ def narrow_readers(
     """Return narrow models: by layer, the FFN reader's weight with some columns zero.
 
     `shares`: for each of these models, by layer, the share of columns that stays, those of the
-    highest `wanda` score. They are refitted by least squares with this damping, all on the stream of
-    the first narrow model, so that further ones cost little; None: not refitted. The model is not
-    changed. Held-out batches take no part.
+    highest `wanda` score. They are refitted by least squares with this damping, all on the stream
+    of the first narrow model, so that further ones cost little; None: not refitted. The model is
+    not changed. Held-out batches take no part.
     """
     walk = Walk(model, arch, [batch for batch in batches if not batch.held_out])
     readers_by_cut: list[Readers] = [{} for _ in shares]
@@ -142,7 +157,9 @@ def narrow_readers(
                 sum_over_ranks(gram)
                 for readers, of_cut in zip(readers_by_cut, shares, strict=True):
                     if index in of_cut:
-                        readers[index] = decided(partial(_narrow, reader.weight, gram, of_cut[index], damping))
+                        readers[index] = decided(
+                            partial(_narrow, reader.weight, gram, of_cut[index], damping)
+                        )
         _advance(walk, index, readers_by_cut[0])
     return readers_by_cut
 
@@ -166,23 +183,38 @@ def narrow_kl(
         for index in range(arch.num_layers):
             for walk, of_cut in zip(walks, ({}, *readers), strict=True):
                 _advance(walk, index, of_cut)
-        states, *others = [states_for_head(model, arch, batch, walk.hidden_BTD[0]) for walk in walks]
-        kls = [float(token_divergences(states, head, other, head).double().sum()) for other in others]
+        states, *others = [
+            states_for_head(model, arch, batch, walk.hidden_BTD[0]) for walk in walks
+        ]
+        kls = [
+            float(token_divergences(states, head, other, head).double().sum()) for other in others
+        ]
         sums_R1 = torch.tensor([*kls, len(states)], dtype=torch.float64)
         by_domain[batch.domain] = by_domain.get(batch.domain, nothing) + sums_R1
     counted = {name: sums_R1 for name, sums_R1 in totals(by_domain).items() if sums_R1[-1] > 0}
     total = sum(shares[name] for name in counted)
-    kl_R = sum((shares[name] / total * sums_R1[:-1] / sums_R1[-1] for name, sums_R1 in counted.items()), nothing[:-1])
+    kl_R = sum(
+        (shares[name] / total * sums_R1[:-1] / sums_R1[-1] for name, sums_R1 in counted.items()),
+        nothing[:-1],
+    )
     if not bool(kl_R.isfinite().all()):
-        raise NumericsError("KL with narrow FFNs: it is not finite; use the model in bfloat16 or float32.")
+        raise NumericsError(
+            "KL with narrow FFNs: it is not finite; use the model in bfloat16 or float32."
+        )
     return kl_R.tolist()
 
 
-def _narrow(weight_DF: Tensor, gram: Gram, share: float, damping: float | None) -> Float[Tensor, "D F"]:
+def _narrow(
+    weight_DF: Tensor, gram: Gram, share: float, damping: float | None
+) -> Float[Tensor, "D F"]:
     scores_F = weight_DF.float().abs().sum(dim=0) * gram.diagonal().sqrt()
     keep = keep_highest(scores_F, max(1, round(share * len(scores_F))))
     narrow_DF = torch.zeros_like(weight_DF)
-    kept = weight_DF[:, keep] if damping is None else least_squares(weight_DF.float(), gram, keep, damping)
+    kept = (
+        weight_DF[:, keep]
+        if damping is None
+        else least_squares(weight_DF.float(), gram, keep, damping)
+    )
     narrow_DF[:, keep] = kept.to(weight_DF.dtype)
     return narrow_DF
 
@@ -193,7 +225,9 @@ def _reader(arch: Arch, layers: list[nn.Module], index: int) -> nn.Linear:
 
 
 def _advance(walk: Walk, index: int, readers: Readers) -> None:
-    """Move the stream through a layer, with the weight of its FFN reader in `readers` if it has one there."""
+    """Move the stream through a layer, with the weight of its FFN reader in `readers` if it has one
+    there.
+    """
     reader = _reader(walk.arch, walk.layers, index) if index in readers else None
     with nullcontext() if reader is None else weight_replaced(reader, readers[index]):
         walk.advance(index)
@@ -215,7 +249,8 @@ def layer_kl(
     candidates: list[int],
     readers: Readers,
 ) -> LayerKL:
-    """Return KL(dense || model without `removed` and layer i) for each candidate i, in nats per token.
+    """Return KL(dense || model without `removed` and layer i) for each candidate i, in nats per
+    token.
 
     Mean over all calibration tokens and the whole vocabulary. `readers`: the pruned model's FFN
     readers that differ. One walk per batch carries a stream per layer i, which branches off there:
@@ -231,8 +266,8 @@ def layer_kl(
         for place, (index, divergence_P) in enumerate(zip(candidates, divergences, strict=True)):
             if not torch.isfinite(divergence_P).all():
                 raise NumericsError(
-                    f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; use the model in "
-                    "bfloat16 or float32 and check its weights."
+                    f"KL without layer {index}, domain {batch.domain}: a divergence is not finite; "
+                    "use the model in bfloat16 or float32 and check its weights."
                 )
             sums_C[place] += divergence_P.cpu().double().sum()
     total = totals({"kl": sums_C, "tokens": num_tokens})
@@ -245,13 +280,14 @@ def choose_layers(
     num_remove: int,
     progress: Progress,
 ) -> LayerKL:
-    """Return those of `layers` to remove, in order, and the KL then: each time the cheapest one now.
+    """Return those of `layers` to remove, in order, and the KL then: each time the cheapest one
+    now.
 
-    `kl_without`: `layer_kl`, by the layers that are gone and the candidates; the value is that without this
-    layer and those before it. The first n are the choice for n layers. Only the layers that added least when
-    last measured are measured again, until the next one would cost more than the best even if it added as
-    little as then. That is exact if what a layer adds never shrinks; else another of about that cost may win.
-    Source: Minoux 1978, accelerated greedy.
+    `kl_without`: `layer_kl`, by the layers that are gone and the candidates; the value is that
+    without this layer and those before it. The first n are the choice for n layers. Only the layers
+    that added least when last measured are measured again, until the next one would cost more than
+    the best even if it added as little as then. That is exact if what a layer adds never shrinks;
+    else another of about that cost may win. Source: Minoux 1978, accelerated greedy.
     """
     chosen: LayerKL = {}
     # By layer, what its removal adds to the KL of those removed before.
@@ -287,7 +323,11 @@ def _divergences(
         if index in removed:
             continue
         # The last stream has skipped no candidate; a layer's input is the stream without it.
-        streams, skipping, is_last = pruned.hidden_BTD, pruned.hidden_BTD[-1], index == candidates[-1]
+        streams, skipping, is_last = (
+            pruned.hidden_BTD,
+            pruned.hidden_BTD[-1],
+            index == candidates[-1],
+        )
         if is_last:
             streams.pop()
         _advance(pruned, index, readers)

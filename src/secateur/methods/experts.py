@@ -6,11 +6,12 @@ at a time. The router chooses among the remaining experts, which are then refitt
 stacks are read one expert at a time, readers are fitted to the tokens of each.
 
 Of channels each expert keeps the same number, chosen on the tokens routed to it. An expert with few
-tokens is also measured on tokens that chose other experts: its Gram matrix is shrunk towards the one
-over a random sample of the layer's tokens, in which each domain has its share. A guard on held-out
-text judges the layer's refit as a whole.
+tokens is also measured on tokens that chose other experts: its Gram matrix is shrunk towards the
+one over a random sample of the layer's tokens, in which each domain has its share. A guard on
+held-out text judges the layer's refit as a whole.
 
-T tokens, k experts per token, D hidden size, E experts, F channels of an expert, K channels that stay.
+T tokens, k experts per token, D hidden size, E experts, F channels of an expert, K channels that
+stay.
 """
 
 import dataclasses
@@ -64,7 +65,8 @@ def experts_of(walk: Walk, group: Group) -> Mixture:
 
 
 def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any, Tensor]]:
-    """Yield each batch, the layer's output, and the experts' call and output of the tokens that count.
+    """Yield each batch, the layer's output, and the experts' call and output of the tokens that
+    count.
 
     Experts see each token by itself. The walk moves to the layer's middle.
     """
@@ -73,7 +75,12 @@ def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any,
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for batch, behind_BTD in walk.run(group.layer, to_middle=True):
             call, output = seen.pop()
-            yield batch, behind_BTD, tuple(batch.counted(part) for part in call), batch.counted(output)
+            yield (
+                batch,
+                behind_BTD,
+                tuple(batch.counted(part) for part in call),
+                batch.counted(output),
+            )
 
 
 class HeldOut(NamedTuple):
@@ -88,7 +95,9 @@ class HeldOut(NamedTuple):
 def put_readers(experts: Mixture, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
     """Put in the share of the new readers that held-out text likes best, one for all experts."""
     plain, module = experts.readers.clone(), experts.module
-    refitted = torch.stack([weight.T if experts.stacks.transposed else weight for weight in readers_DF]).to(plain)
+    refitted = torch.stack(
+        [weight.T if experts.stacks.transposed else weight for weight in readers_DF]
+    ).to(plain)
     masked = [module.forward(*block.call) for block in held_out]
     experts.readers.copy_(refitted)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -106,11 +115,17 @@ def best_step(errors: dict[str, HeldOutError]) -> Guard:
     Unlike `compensate.guard` it lets one domain's error rise: a single step serves a whole layer's
     experts, and a slight loss in one domain would undo the gain in all others (LOG, 2026-11-26).
     """
-    by_step = {step: {name: error.of(step) for name, error in errors.items()} for step in (*GUARD_STEPS, 0.0)}
+    by_step = {
+        step: {name: error.of(step) for name, error in errors.items()}
+        for step in (*GUARD_STEPS, 0.0)
+    }
     before = by_step[0.0]
 
     def rise(step: float) -> float:
-        rises = (after / before[name] if before[name] else 1 + after for name, after in by_step[step].items())
+        rises = (
+            after / before[name] if before[name] else 1 + after
+            for name, after in by_step[step].items()
+        )
         return sum(rises, start=0.0)
 
     step = min(by_step, key=rise)  # the largest of equals
@@ -130,7 +145,9 @@ class Wanted(NamedTuple):
 
 
 RoutedTokens = tuple[Tensor, ...]
-"""A domain's tokens on this rank: the arguments of the experts' module, and the residual of each, T x D."""
+"""A domain's tokens on this rank: the arguments of the experts' module, and the residual of each, T
+x D.
+"""
 
 
 @torch.no_grad()
@@ -151,23 +168,31 @@ def refit_experts(
     """
     experts = experts_of(walk, group)
 
-    # By domain, tokens as the router sends them to the experts left, and the energy of what is wanted.
+    # By domain, tokens as the router sends them to the experts left, and the energy of what is
+    # wanted.
     by_domain: dict[str, list[RoutedTokens]] = {}
     energy, held_out = PerDomain(), list[HeldOut]()
-    for (batch, _, call, given_TD), (target_TD, own_TD) in zip(expert_calls(walk, group), wanted, strict=True):
+    for (batch, _, call, given_TD), (target_TD, own_TD) in zip(
+        expert_calls(walk, group), wanted, strict=True
+    ):
         if own_TD is not None:
             held_out.append(HeldOut(batch.domain, call, own_TD, target_TD))
             continue
         target_TD = target_TD.float()
         by_domain.setdefault(batch.domain, []).append((*call, target_TD - given_TD.float()))
         energy[batch.domain] = energy.get(batch.domain, 0.0) + float(target_TD.square().sum())
-    tokens = {name: tuple(map(torch.cat, zip(*by_domain[name], strict=True))) for name in sorted(by_domain)}
+    tokens = {
+        name: tuple(map(torch.cat, zip(*by_domain[name], strict=True)))
+        for name in sorted(by_domain)
+    }
     by_domain.clear()
 
     # Refit the experts in turns.
     energy = totals(energy)
     total = sum(energy.values())
-    weights = {name: domain_weight(weighting, shares[name] * total, energy[name]) for name in tokens}
+    weights = {
+        name: domain_weight(weighting, shares[name] * total, energy[name]) for name in tokens
+    }
     readers_DF = [experts.reader(expert) for expert in range(len(experts.readers))]
     for _ in range(NUM_SWEEPS):
         for expert, reader_DF in enumerate(readers_DF):
@@ -190,12 +215,19 @@ def _refit(
     num_tokens = torch.zeros(1, dtype=torch.int64)
 
     def pieces() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Yield a domain, the residuals of its tokens, and for a piece of the expert's its rows and reader inputs."""
+        """Yield a domain, the residuals of its tokens, and for a piece of the expert's its rows and
+        reader inputs.
+        """
         for domain, (hidden_TD, chosen_Tk, weights_Tk, left_TD) in tokens.items():
             routed = torch.where(chosen_Tk == expert)
             for rows, places in zip(*(index.split(PIECE_TOKENS) for index in routed), strict=True):
                 inputs_TF = experts.inputs(expert, hidden_TD[rows])
-                yield domain, left_TD, rows, inputs_TF.float() * weights_Tk[rows, places, None].float()
+                yield (
+                    domain,
+                    left_TD,
+                    rows,
+                    inputs_TF.float() * weights_Tk[rows, places, None].float(),
+                )
 
     for domain, left_TD, rows, x_TF in pieces():
         num_tokens += len(rows)
@@ -256,16 +288,21 @@ def observe_routing(
 
 def _not_finite(group: Group, domain: str) -> NumericsError:
     return NumericsError(
-        f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or infinite numbers; "
-        "use the model in bfloat16 or float32 and check its weights."
+        f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or "
+        "infinite numbers; use the model in bfloat16 or float32 and check its weights."
     )
 
 
-def keep_experts(scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts) -> Int64[Tensor, " K"]:
+def keep_experts(
+    scores_E: Float[Tensor, " E"], num_keep: int, experts: Experts
+) -> Int64[Tensor, " K"]:
     """Return the sorted indices of the highest scores, the same number in each router group."""
     size, per_group = len(scores_E) // experts.num_groups, num_keep // experts.num_groups
     return torch.cat(
-        [number * size + keep_highest(part, per_group) for number, part in enumerate(scores_E.split(size))]
+        [
+            number * size + keep_highest(part, per_group)
+            for number, part in enumerate(scores_E.split(size))
+        ]
     )
 
 
@@ -282,17 +319,25 @@ def prune_experts(task: Task) -> StepResult:
     group = dataclasses.replace(task.group, num_units=num_units)
 
     # If the router's weight acts inside an expert, this least squares does not apply.
-    refits = method.compensate == "least_squares" and num_keep < num_units and not experts.weighted_inputs
+    refits = (
+        method.compensate == "least_squares"
+        and num_keep < num_units
+        and not experts.weighted_inputs
+    )
     first, wanted = observe_routing(walk, group, target_mix=method.target_mix, keep=refits)
     keep, verdict = torch.arange(num_units, device=experts.of(layer).readers.device), {}
-    for step, num_left in enumerate(_steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]):
+    for step, num_left in enumerate(
+        _steps(num_units, num_keep, experts.num_groups) if refits else [num_keep]
+    ):
         now = dataclasses.replace(group, num_units=len(keep))
         if num_left < len(keep):
             routing = observe_routing(walk, now)[0] if step else first
             inputs = ExpertInputs(routing, task.shares, method.weighting, task.seed + step)
             scores_E = decided(partial(scored, method.score, inputs))
             if task.keep is not None:  # only the order in which the others go is left to choose
-                scores_E = scores_E.masked_fill(torch.isin(keep, task.keep.to(keep.device)), torch.inf)
+                scores_E = scores_E.masked_fill(
+                    torch.isin(keep, task.keep.to(keep.device)), torch.inf
+                )
             stays = keep_experts(scores_E, num_left, experts)
             cut(layer, now, stays)
             keep = keep[stays]
@@ -300,7 +345,10 @@ def prune_experts(task: Task) -> StepResult:
             refit = refit_experts(walk, now, wanted, method.damping, method.weighting, task.shares)
             verdict = dataclasses.asdict(refit)
     output_energy = {domain: float(routing.energy_E.sum()) for domain, routing in first.items()}
-    shares = {d: float(routing.num_tokens_E[keep].sum() / routing.num_tokens_E.sum()) for d, routing in first.items()}
+    shares = {
+        d: float(routing.num_tokens_E[keep].sum() / routing.num_tokens_E.sum())
+        for d, routing in first.items()
+    }
     line = log_line(group, len(keep), num_units, output_energy) | {"routed_share_kept": shares}
     return keep, line | verdict
 
@@ -320,8 +368,12 @@ def _routing(module: nn.Module, call: ExpertCall, num_experts: int) -> Float[Ten
         tokens, places = torch.where(chosen_Tk == expert)
         alone = torch.full_like(tokens, expert)[:, None]
         # Call forward, because the module's hook would note this call too.
-        output_TD = module.forward(hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1]))
-        norms[expert] = torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
+        output_TD = module.forward(
+            hidden_TD[tokens], alone, torch.ones_like(weights_Tk[tokens, :1])
+        )
+        norms[expert] = (
+            torch.linalg.vector_norm(output_TD.float(), dim=-1) * weights_Tk[tokens, places].float()
+        )
     return _sums(torch.tensor([len(norms_T) for norms_T in norms], device=hidden_TD.device), norms)
 
 
@@ -336,7 +388,10 @@ def _routing_of_weighted(
 
 def _sums(num_tokens_E: Int64[Tensor, " E"], norms_TE: list[Tensor]) -> Float[Tensor, "3 E"]:
     dtype = sum_dtype(num_tokens_E.device)
-    sums = (torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE]) for power in (1, 2))
+    sums = (
+        torch.stack([norms_T.to(dtype).pow(power).sum() for norms_T in norms_TE])
+        for power in (1, 2)
+    )
     return torch.stack([num_tokens_E.to(dtype), *sums])
 
 
@@ -351,7 +406,8 @@ SampledTokens = tuple[Tensor, Tensor]
 class _Observed:
     """What is known of a layer's experts. `grams`: of each, pooled over domains.
 
-    `drawn`: of the current domain, on this rank. `samples`: by domain, hidden states of tokens sampled from all ranks.
+    `drawn`: of the current domain, on this rank. `samples`: by domain, hidden states of tokens
+    sampled from all ranks.
     """
 
     experts: Mixture
@@ -372,23 +428,31 @@ def prune_expert_channels(task: Task) -> StepResult:
     line = log_line(group, num_keep, num_units, seen.energy)
     keep_EK = torch.arange(num_units).repeat(num_experts, 1)
     if num_keep < num_units:
-        narrowed = [decided(partial(_narrower, task, expert, seen)) for expert in range(num_experts)]
+        narrowed = [
+            decided(partial(_narrower, task, expert, seen)) for expert in range(num_experts)
+        ]
         keep_EK = torch.stack([keep_K for keep_K, _ in narrowed])
         refits = [reader for _, reader in narrowed if reader is not None]
         own = [experts.module.forward(*call) for _, call in seen.held_out]
-        held_out = [HeldOut(*each, own_TD, own_TD) for each, own_TD in zip(seen.held_out, own, strict=True)]
+        held_out = [
+            HeldOut(*each, own_TD, own_TD) for each, own_TD in zip(seen.held_out, own, strict=True)
+        ]
         cut(task.layer, group, keep_EK)
         line |= dataclasses.asdict(put_readers(experts, refits, held_out)) if refits else {}
     return keep_EK, line
 
 
-def _narrower(task: Task, expert: int, seen: _Observed) -> tuple[Int64[Tensor, " K"], Tensor | None]:
+def _narrower(
+    task: Task, expert: int, seen: _Observed
+) -> tuple[Int64[Tensor, " K"], Tensor | None]:
     """Return an expert's kept channels and its refitted reader; None without least squares."""
     method, gram, weight_DF = task.method, _shrunk(expert, seen), seen.experts.reader(expert)
     if task.keep is not None:
         keep_K = task.keep[expert].to(weight_DF.device)
     elif method.score == "random":
-        order = torch.randperm(gram.size, generator=torch.Generator().manual_seed(task.seed + expert))
+        order = torch.randperm(
+            gram.size, generator=torch.Generator().manual_seed(task.seed + expert)
+        )
         keep_K = order[: task.num_keep].sort().values.to(weight_DF.device)
     else:
         columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
@@ -402,7 +466,9 @@ def _observe_channels(task: Task) -> _Observed:
     shares, experts = task.shares, experts_of(task.walk, task.group)
     size, num_experts, device = experts.num_channels, len(experts.readers), experts.readers.device
     # In float32: the Gram matrices take most of the memory.
-    pooled, current = ([Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2))
+    pooled, current = (
+        [Gram(size, device, torch.float32) for _ in range(num_experts)] for _ in range(2)
+    )
     seen = _Observed(experts, pooled, torch.zeros(num_experts, dtype=torch.long))
 
     def fold(domain: str) -> None:
@@ -452,8 +518,12 @@ def _add_tokens(call: ExpertCall, current: list[Gram], seen: _Observed) -> float
     energy = 0.0
     for expert in chosen_Tk.unique().tolist():
         tokens, places = torch.where(chosen_Tk == expert)
-        # Routers of some families give float32 weights beside bfloat16 experts, so both become float32.
-        x_TF = seen.experts.inputs(expert, hidden_TD[tokens]).float() * weights_Tk[tokens, places, None]
+        # Routers of some families give float32 weights beside bfloat16 experts, so both become
+        # float32.
+        x_TF = (
+            seen.experts.inputs(expert, hidden_TD[tokens]).float()
+            * weights_Tk[tokens, places, None]
+        )
         current[expert].add_product(x_TF)
         seen.num_tokens_E[expert] += len(tokens)
         energy += float((x_TF @ seen.experts.reader(expert).T).square().sum())

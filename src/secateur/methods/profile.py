@@ -49,16 +49,20 @@ class Probe:
     def kl(self) -> PerDomain:
         """Return each domain's divergence. Raises NumericsError if one is not finite."""
         sums: dict[str, Tensor] = {}
-        for batch, logits_PV, now_PD in zip(self._walk.batches, self._logits_PV, self._states(), strict=True):
-            divergence_P = token_divergences(logits_PV, nn.Identity(), now_PD, self._head).cpu().double()
+        for batch, logits_PV, now_PD in zip(
+            self._walk.batches, self._logits_PV, self._states(), strict=True
+        ):
+            divergence_P = (
+                token_divergences(logits_PV, nn.Identity(), now_PD, self._head).cpu().double()
+            )
             own = torch.tensor([divergence_P.sum(), len(divergence_P)], dtype=torch.float64)
             sums[batch.domain] = sums.get(batch.domain, 0.0) + own
         means = {domain: float(total / count) for domain, (total, count) in totals(sums).items()}
         for domain, mean in means.items():
             if not math.isfinite(mean):
                 raise NumericsError(
-                    f"KL of a change from layer {self.position} on, domain {domain}: it is not finite; "
-                    "use the model in bfloat16 or float32 and check its weights."
+                    f"KL of a change from layer {self.position} on, domain {domain}: it is not "
+                    "finite; use the model in bfloat16 or float32 and check its weights."
                 )
         # Rounding may leave a divergence slightly below zero.
         return {domain: max(mean, 0.0) for domain, mean in means.items()}
@@ -68,7 +72,9 @@ class Probe:
         for index in range(self.position, self.arch.num_layers):
             self._walk.advance(index)
         pairs = zip(self._walk.batches, self._walk.hidden_BTD, strict=True)
-        states = [states_for_head(self.model, self.arch, batch, hidden_BTD) for batch, hidden_BTD in pairs]
+        states = [
+            states_for_head(self.model, self.arch, batch, hidden_BTD) for batch, hidden_BTD in pairs
+        ]
         self._walk.hidden_BTD = standing
         return states
 
@@ -130,9 +136,13 @@ def profile(
         for group in mine:
             is_last = group is mine[-1]
             with walk.layer(index) as layer:
-                statistics = measure(walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last).pooled
+                statistics = measure(
+                    walk, group, settings.weighting, settings.shares, gram=True, to_end=is_last
+                ).pooled
                 reader = linear(layer, group.reader.module)
-                profiles[index, group.name] = _profile_group(group, reader, statistics, probe, settings)
+                profiles[index, group.name] = _profile_group(
+                    group, reader, statistics, probe, settings
+                )
             progress("profile", len(profiles), len(groups))
         if not mine:
             walk.advance(index)
@@ -154,23 +164,34 @@ def _profile_group(
         hessian = damped_gram(statistics.gram, settings.damping)
         order = greedy_obs(reader.weight, hessian, columns_UW, levels[-1], batch)
         curve, energy = [0.0, *order.error_curve.tolist()], float(statistics.energy)
-        return order.removed, [curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed]
+        return order.removed, [
+            curve[count // batch] / energy if energy > 0 else 0.0 for count in num_removed
+        ]
 
     removed_U, errors = decided(error_curve)
     slopes = dict.fromkeys(settings.shares, 0.0)
     wanted = (1 - settings.perturbation) * levels[0]
     perturbed = min(range(1, len(levels)), key=lambda index: abs(levels[index] - wanted), default=0)
     if errors[perturbed] > 0:
-        changed_HF = _refitted(group, reader, statistics.gram, removed_U, settings.damping, levels[perturbed])
+        changed_HF = _refitted(
+            group, reader, statistics.gram, removed_U, settings.damping, levels[perturbed]
+        )
         with weight_replaced(reader, changed_HF):
             slopes = {name: nats / errors[perturbed] for name, nats in probe.kl().items()}
     return GroupProfile(levels, tuple(errors), slopes)
 
 
 def _refitted(
-    group: Group, reader: nn.Linear, gram: Gram, removed_U: Int64[Tensor, " U"], damping: float, num_keep: int
+    group: Group,
+    reader: nn.Linear,
+    gram: Gram,
+    removed_U: Int64[Tensor, " U"],
+    damping: float,
+    num_keep: int,
 ) -> Float[Tensor, "H F"]:
-    """Return the weight, as it would be stored, for the units left when only `num_keep` are; other columns are zero."""
+    """Return the weight, as it would be stored, for the units left when only `num_keep` are; other
+    columns are zero.
+    """
     num_units, weight_HF = reader.in_features // group.width, torch.zeros_like(reader.weight)
     stays = complement(removed_U[: num_units - num_keep], num_units)
     columns = rows_of(stays, group.reader.segments, num_units)

@@ -40,9 +40,14 @@ class Score:
     def __post_init__(self) -> None:
         for name, value, allowed in (("needs", self.needs, Needs), ("units", self.units, Units)):
             if value not in get_args(allowed):
-                raise ValueError(f"{name}: must be one of {', '.join(get_args(allowed))}, got {value!r}")
+                raise ValueError(
+                    f"{name}: must be one of {', '.join(get_args(allowed))}, got {value!r}"
+                )
         if (self.needs == "routing") != (self.units == "experts"):
-            raise ValueError(f"units: experts have needs: routing and no others do, got {self.units}, {self.needs}")
+            raise ValueError(
+                f"units: experts have needs: routing and no others do, got {self.units}, "
+                f"{self.needs}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,9 @@ def wanda(inputs: ScoreInputs) -> Float[Tensor, " U"]:
 
     Source: Sun et al., arXiv 2306.11695, eq. 1, summed over a channel (Wanda-sp, arXiv 2312.11983).
     """
-    return _summed(inputs.reader_HF.abs().sum(dim=0) * inputs.statistics.mean_square_F.sqrt(), inputs)
+    return _summed(
+        inputs.reader_HF.abs().sum(dim=0) * inputs.statistics.mean_square_F.sqrt(), inputs
+    )
 
 
 def flap(inputs: ScoreInputs) -> Float[Tensor, " U"]:
@@ -131,7 +138,9 @@ def paper(inputs: ScoreInputs) -> Float[Tensor, " U"]:
 
     Our reconstruction of the channel score of arXiv 2601.02674, whose formula we could not read.
     """
-    return _summed(inputs.statistics.mean_square_F * inputs.reader_HF.square().sum(dim=0), inputs).sqrt()
+    return _summed(
+        inputs.statistics.mean_square_F * inputs.reader_HF.square().sum(dim=0), inputs
+    ).sqrt()
 
 
 def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
@@ -140,7 +149,9 @@ def obs(inputs: ScoreInputs) -> Float[Tensor, " U"]:
     On the damped Gram matrix. Exact for one removal. Source: Hassibi and Stork, 1993, eq. 5.
     """
     inverse = inverse_of(damped_gram(inputs.statistics.gram, inputs.damping))
-    scores_U = removal_errors(inputs.reader_HF.to(inverse.device), inverse, inputs.columns_UW.to(inverse.device))
+    scores_U = removal_errors(
+        inputs.reader_HF.to(inverse.device), inverse, inputs.columns_UW.to(inverse.device)
+    )
     return scores_U.float().to(inputs.device)
 
 
@@ -154,7 +165,10 @@ def energy(inputs: ExpertInputs) -> Float[Tensor, " E"]:
     `tokens`: the energies are pooled. Better than `reap` if half of the experts go (LOG).
     """
     energies = [(inputs.shares[d], routing.energy_E) for d, routing in inputs.routing.items()]
-    parts = [domain_weight(inputs.weighting, share, float(each_E.sum())) * each_E for share, each_E in energies]
+    parts = [
+        domain_weight(inputs.weighting, share, float(each_E.sum())) * each_E
+        for share, each_E in energies
+    ]
     return torch.stack(parts).sum(dim=0).float()
 
 
@@ -168,7 +182,9 @@ def reap(inputs: ExpertInputs) -> Float[Tensor, " E"]:
     first = next(iter(inputs.routing.values()))
     norms_E, num_E = torch.zeros_like(first.norms_E), torch.zeros_like(first.norms_E)
     for domain, routing in inputs.routing.items():
-        weight = domain_weight(inputs.weighting, inputs.shares[domain], float(routing.norms_E.sum()))
+        weight = domain_weight(
+            inputs.weighting, inputs.shares[domain], float(routing.norms_E.sum())
+        )
         norms_E += weight * routing.norms_E
         num_E += weight * routing.num_tokens_E
     return torch.where(num_E > 0, norms_E / num_E.clamp(min=1e-300), 0.0).float()
@@ -205,5 +221,8 @@ def scored(name: str, inputs: ScoreInputs | ExpertInputs) -> Float[Tensor, " U"]
         scores_U = score.function(inputs)
     if not isinstance(scores_U, Tensor) or scores_U.shape != (inputs.num_units,):
         got = tuple(scores_U.shape) if isinstance(scores_U, Tensor) else type(scores_U).__name__
-        raise PluginError(f"score '{name}': must return a tensor of {inputs.num_units} numbers, one a unit, got {got}.")
+        raise PluginError(
+            f"score '{name}': must return a tensor of {inputs.num_units} numbers, one a unit, got "
+            f"{got}."
+        )
     return scores_U

@@ -11,7 +11,14 @@ from secateur.facts import PerDomain
 from secateur.methods.compensate import Method
 from secateur.methods.scores import ScoreInputs, scored
 from secateur.model.group import Group, linear, unit_columns
-from secateur.stream.statistics import Hand, Statistics, damped_gram, inverse_of, keep_highest, removal_errors
+from secateur.stream.statistics import (
+    Hand,
+    Statistics,
+    damped_gram,
+    inverse_of,
+    keep_highest,
+    removal_errors,
+)
 from secateur.stream.walk import Walk
 
 # Every batch rewrites F^2 numbers, so wide readers need a bounded number of batches.
@@ -30,7 +37,9 @@ class ObsSelection(NamedTuple):
 
 
 def units_at_once(num_columns: int, width: int) -> int:
-    """Return how many units of `width` columns go between two updates of a reader with `num_columns`."""
+    """Return how many units of `width` columns go between two updates of a reader with
+    `num_columns`.
+    """
     return max(1, max(MIN_BATCH_COLUMNS, num_columns // MAX_BATCHES) // width)
 
 
@@ -84,8 +93,8 @@ def greedy_obs(
 class Task:
     """One group to prune; `walk` stands before its layer.
 
-    `keep`: the units that stay, if another run has chosen them; with one row per expert for channels of experts.
-    `hand`: see `measure`.
+    `keep`: the units that stay, if another run has chosen them; with one row per expert for
+    channels of experts. `hand`: see `measure`.
     """
 
     walk: Walk
@@ -109,11 +118,19 @@ StepResult = tuple[Int64[Tensor, "*E K"], dict[str, Any]]
 
 def log_line(group: Group, kept: int, total: int, output_energy: PerDomain) -> dict[str, Any]:
     """Return the run log's line of a group's step."""
-    return {"layer": group.layer, "group": group.name, "kept": kept, "total": total, "output_energy": output_energy}
+    return {
+        "layer": group.layer,
+        "group": group.name,
+        "kept": kept,
+        "total": total,
+        "output_energy": output_energy,
+    }
 
 
 def select(task: Task, pooled: Statistics) -> Int64[Tensor, " K"]:
-    """Return the sorted units that stay: those of `task.keep`, greedily for `obs`, or by the score."""
+    """Return the sorted units that stay: those of `task.keep`, greedily for `obs`, or by the
+    score.
+    """
     layer, group, method, num_keep = task.layer, task.group, task.method, task.num_keep
     reader = linear(layer, group.reader.module)
     num_units = reader.in_features // group.width
@@ -140,5 +157,9 @@ def unit_scores(
     squares_U = weight_HF.new_zeros(num_units, dtype=torch.float32)
     for axis in group.writers:
         squares_R = linear(layer, axis.module).weight.float().square().sum(dim=1)
-        squares_U = squares_U + squares_R[unit_columns(axis.segments, num_units, squares_R.device)].sum(dim=1)
-    return scored(score, ScoreInputs(weight_HF.float(), squares_U, pooled, columns_UW, damping, seed))
+        squares_U = squares_U + squares_R[
+            unit_columns(axis.segments, num_units, squares_R.device)
+        ].sum(dim=1)
+    return scored(
+        score, ScoreInputs(weight_HF.float(), squares_U, pooled, columns_UW, damping, seed)
+    )

@@ -1,7 +1,8 @@
-"""What tokens are worth to the dense model: how often it would say each, and what it costs it to lack some.
+"""What tokens are worth to the dense model: how often it would say each, and what it costs it to
+lack some.
 
-In: the model and text by domain. Out: counts by token; nats of tokens in pieces, of a trim, and of the FFN
-channels that would go instead. V: rows of the embedding.
+In: the model and text by domain. Out: counts by token; nats of tokens in pieces, of a trim, and of
+the FFN channels that would go instead. V: rows of the embedding.
 """
 
 import math
@@ -34,12 +35,14 @@ NARROW_TOKENS_PER_INPUT, NARROW_OVERSTATES = 4, 1.5
 
 
 @torch.inference_mode()
-def expected_counts(model: nn.Module, arch: Arch, text: Text, num_rows: int, progress: Progress) -> TokenCounts:
+def expected_counts(
+    model: nn.Module, arch: Arch, text: Text, num_rows: int, progress: Progress
+) -> TokenCounts:
     """Return how often the model itself would say each token where the text's tokens count.
 
-    counts_v = sum_t p(v | tokens before t). A draw names one token of those that are likely there, and few
-    answers are drawn: so this foretells other answers better than their own counts do (LOG, 2026-11-30). What is
-    likely in one answer is damped no further. V: `num_rows`, of the embedding.
+    counts_v = sum_t p(v | tokens before t). A draw names one token of those that are likely there,
+    and few answers are drawn: so this foretells other answers better than their own counts do (LOG,
+    2026-11-30). What is likely in one answer is damped no further. V: `num_rows`, of the embedding.
     """
     head, expected_V = head_of(model, arch), torch.zeros(num_rows, dtype=torch.float64)
     for block in steps(progress, "count answers", list(text)):
@@ -54,14 +57,18 @@ def expected_counts(model: nn.Module, arch: Arch, text: Text, num_rows: int, pro
 def piece_nats(
     model: nn.Module, arch: Arch, vocabulary: Vocabulary, text: Sequence[Text], progress: Progress
 ) -> PieceNats:
-    """Return what tokens cost in pieces, by a block of each domain in which some are spelt in theirs.
+    """Return what tokens cost in pieces, by a block of each domain in which some are spelt in
+    theirs.
 
     nats = those of the pieces - those of the token, at the same place of the same text. A domain's
     block is the one with the most characters that would be spelt in bytes. Where there are too few
-    of them, a character counts as a further token. `text`: by domain; tokens that do not count stay whole.
+    of them, a character counts as a further token. `text`: by domain; tokens that do not count stay
+    whole.
     """
     may_go = vocabulary.parts.keys() - vocabulary.fixed
-    in_bytes = {index for index in may_go if vocabulary.bytes.keys() >= set(vocabulary.parts[index])}
+    in_bytes = {
+        index for index in may_go if vocabulary.bytes.keys() >= set(vocabulary.parts[index])
+    }
     index_V = torch.zeros(vocabulary.num_rows, dtype=torch.bool)
     index_V[list(in_bytes)] = True
     token_nats, further, character_nats = 0.0, 0, list[float]()
@@ -87,10 +94,16 @@ def piece_nats(
     return PieceNats(token, max(1e-3, sum(character_nats) / len(character_nats)))
 
 
-def _some_spelt(block: Block, vocabulary: Vocabulary, may_go: Set[int], in_bytes: Set[int]) -> list[tuple[int, ...]]:
-    """Return the pieces of every token of a text: its parts for some that count, itself for the others."""
+def _some_spelt(
+    block: Block, vocabulary: Vocabulary, may_go: Set[int], in_bytes: Set[int]
+) -> list[tuple[int, ...]]:
+    """Return the pieces of every token of a text: its parts for some that count, itself for the
+    others.
+    """
     pieces, tokens, characters = [], 0, 0
-    for position, (index, counts) in enumerate(zip(block.ids_T.tolist(), block.mask_T.tolist(), strict=True)):
+    for position, (index, counts) in enumerate(
+        zip(block.ids_T.tolist(), block.mask_T.tolist(), strict=True)
+    ):
         if not position or not counts or index not in may_go:
             is_spelt = False
         elif index in in_bytes:
@@ -111,7 +124,8 @@ def nats_with(
     trim: Trim | None,
     progress: Progress = silent,
 ) -> float:
-    """Return the nats per dense token of text that counts after a trim, or before any: the domains' mean by share.
+    """Return the nats per dense token of text that counts after a trim, or before any: the domains'
+    mean by share.
 
     The first `TOKEN_BLOCKS` blocks of each domain are measured. `text`: in the dense tokenizer.
     """
@@ -159,7 +173,10 @@ def channel_law(
     ffns, length = arch.select(("ffn",)), batches[0].ids_BT.shape[1]
     widest, layers = max(group.num_inputs for group in ffns), [group.layer for group in ffns]
     num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (len(shares) * length))
-    fitted, judged = first_blocks(batches, num_fit, after=NARROW_BLOCKS), first_blocks(batches, NARROW_BLOCKS)
+    fitted, judged = (
+        first_blocks(batches, num_fit, after=NARROW_BLOCKS),
+        first_blocks(batches, NARROW_BLOCKS),
+    )
     widths = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
     both = narrow_readers(model, arch, fitted, widths, damping, progress)
     divergences = narrow_kl(model, arch, judged, both, shares, progress)

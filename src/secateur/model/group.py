@@ -42,7 +42,8 @@ class Stacks:
     """How experts' matrices are stored: `writer` makes gate and up, `down` reads them.
 
     Experts are on axis 0. `alternating`: a channel's rows of gate and up are adjacent, not in two
-    halves. `transposed`: a matrix is inputs x outputs. `gated`: `writer` makes gate and up; else up alone.
+    halves. `transposed`: a matrix is inputs x outputs. `gated`: `writer` makes gate and up; else up
+    alone.
     """
 
     writer: str
@@ -76,7 +77,9 @@ class Mixture:
         return (weight.T if self.stacks.transposed else weight).float()
 
     def inputs(self, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
-        """Return the inputs of the expert's reader: act(gate) * up, act(up), or the family's own gate."""
+        """Return the inputs of the expert's reader: act(gate) * up, act(up), or the family's own
+        gate.
+        """
         module, stacks = self.module, self.stacks
         writer = module.get_parameter(stacks.writer)[expert]
         both = hidden_TD @ (writer if stacks.transposed else writer.T)
@@ -130,10 +133,10 @@ class Linears:
 class Experts:
     """Modules and numbers of one layer's experts.
 
-    `router_rows`: tensors of the layer with a row for each expert. `num_chosen`: to how many a token is sent.
-    `num_groups`: experts form this many groups of equal size, which the router chooses first. `unit_axis`:
-    the units' axis of the stack of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens,
-    weighted.
+    `router_rows`: tensors of the layer with a row for each expert. `num_chosen`: to how many a
+    token is sent. `num_groups`: experts form this many groups of equal size, which the router
+    chooses first. `unit_axis`: the units' axis of the stack of readers; 0 for experts.
+    `weighted_inputs`: every expert gets all tokens, weighted.
     """
 
     module: str
@@ -162,22 +165,26 @@ class Experts:
             if stacks.writer_bias is not None:
                 made.append(Rows(f"{self.module}.{stacks.writer_bias}", 1, segments))
             return [*made, self.read]
-        names = [f"{self.module}.{name}" for name, _ in layer.get_submodule(self.module).named_parameters()]
+        names = [
+            f"{self.module}.{name}"
+            for name, _ in layer.get_submodule(self.module).named_parameters()
+        ]
         rows = {name: attribute_of(layer, name).shape for name in (*names, *self.router_rows)}
-        return [Rows(name, len(shape) - 1 if shape[0] == 1 else 0, (1,)) for name, shape in rows.items()]
+        return [
+            Rows(name, len(shape) - 1 if shape[0] == 1 else 0, (1,)) for name, shape in rows.items()
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """One layer's group. `params_per_unit` counts weights and biases of writers and reader.
 
-    `parts`: the modules that hold the units; `kind` decides the type.
-    `config_key`: the config key of the number of units. `head_dim`: 0 but for heads.
-    `per_key`: units to one of that key, if the switches of `settings` stand so. `counts`: attributes of
-    modules, dotted from the layer, that hold the number of units, or a config that says it.
-    `divides`: (factor, whole) if the config class requires that count * factor divides `whole`.
-    `at_least`, `multiple_of`: limits on counts for the model to run. `adds_directly`: what the module
-    gives is added to the stream as it is.
+    `parts`: the modules that hold the units; `kind` decides the type. `config_key`: the config key
+    of the number of units. `head_dim`: 0 but for heads. `per_key`: units to one of that key, if the
+    switches of `settings` stand so. `counts`: attributes of modules, dotted from the layer, that
+    hold the number of units, or a config that says it. `divides`: (factor, whole) if the config
+    class requires that count * factor divides `whole`. `at_least`, `multiple_of`: limits on counts
+    for the model to run. `adds_directly`: what the module gives is added to the stream as it is.
     """
 
     name: str
@@ -276,7 +283,9 @@ def attribute_of(layer: nn.Module, name: str) -> Any:
     return getattr(layer.get_submodule(module), attribute)
 
 
-def rows_of(keep: Int64[Tensor, "*E K"], segments: Segments, num_units: int) -> Int64[Tensor, "*E R"]:
+def rows_of(
+    keep: Int64[Tensor, "*E K"], segments: Segments, num_units: int
+) -> Int64[Tensor, "*E R"]:
     """Return the rows of the units `keep`, segment by segment.
 
     Segment k starts after the previous ones and gives unit i the rows from `i * segments[k]` on.
@@ -289,13 +298,20 @@ def unit_columns(segments: Segments, num_units: int, device: torch.device) -> In
     return torch.cat(_rows(torch.arange(num_units, device=device), segments, num_units), dim=1)
 
 
-def _rows(units: Int64[Tensor, "*E U"], segments: Segments, num_units: int) -> list[Int64[Tensor, "*E U w"]]:
+def _rows(
+    units: Int64[Tensor, "*E U"], segments: Segments, num_units: int
+) -> list[Int64[Tensor, "*E U w"]]:
     starts = (num_units * width for width in accumulate(segments, initial=0))
     widths = zip(starts, segments, strict=False)
-    return [start + units[..., None] * width + torch.arange(width, device=units.device) for start, width in widths]
+    return [
+        start + units[..., None] * width + torch.arange(width, device=units.device)
+        for start, width in widths
+    ]
 
 
-def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) -> Int64[Tensor, "*E K"]:
+def original_units(
+    before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]
+) -> Int64[Tensor, "*E K"]:
     """Return original unit indices: `before` are those still there, `keep` indexes into `before`.
 
     For experts' channels both have one row per expert, or `before` has one for all.
@@ -305,20 +321,25 @@ def original_units(before: Int64[Tensor, "... B"], keep: Int64[Tensor, "*E K"]) 
 
 @torch.no_grad()
 def cut(
-    layer: nn.Module, group: Group, keep: Int64[Tensor, "*E K"], reader_weight: Float[Tensor, "H R"] | None = None
+    layer: nn.Module,
+    group: Group,
+    keep: Int64[Tensor, "*E K"],
+    reader_weight: Float[Tensor, "H R"] | None = None,
 ) -> None:
     """Keep only the units `keep`, sorted indices of those that the layer has now.
 
-    Of channels inside experts every expert may keep its own, a row each. `reader_weight`, of channels
-    and heads, replaces the reader's remaining columns (compensation); without it they are unchanged, bit
-    for bit.
+    Of channels inside experts every expert may keep its own, a row each. `reader_weight`, of
+    channels and heads, replaces the reader's remaining columns (compensation); without it they are
+    unchanged, bit for bit.
     """
     num_units = group.num_units_left(layer)
     for rows in group.parts.rows(layer):
         old = attribute_of(layer, rows.name)
         index = rows_of(keep, rows.segments, num_units)
         # Behind those of its experts a router may have rows of shared ones, which stay.
-        behind = torch.arange(num_units * sum(rows.segments), old.shape[rows.axis], device=keep.device)
+        behind = torch.arange(
+            num_units * sum(rows.segments), old.shape[rows.axis], device=keep.device
+        )
         index = torch.cat([index, behind.expand(*index.shape[:-1], -1)], dim=-1)
         put(layer, rows.name, _taken(old, index.to(old.device), rows.axis))
     if reader_weight is not None:
@@ -329,7 +350,9 @@ def cut(
         if name.endswith(".config"):  # becomes the module's own
             count = copy.copy(attribute_of(layer, name))
             setattr(count, group.config_key, keep.shape[-1])
-            count.num_attention_heads = linear(layer, group.reader.module).in_features // group.head_dim
+            count.num_attention_heads = (
+                linear(layer, group.reader.module).in_features // group.head_dim
+            )
         put(layer, name, count)
 
 
@@ -340,7 +363,9 @@ def _taken(old: Tensor, index: Int64[Tensor, "*E R"], axis: int) -> Tensor:
 
 
 def put(layer: nn.Module, name: str, value: Any) -> None:
-    """Set the layer's parameter or attribute of that name; the sizes of a linear are those of its weight."""
+    """Set the layer's parameter or attribute of that name; the sizes of a linear are those of its
+    weight.
+    """
     place, _, attribute = name.rpartition(".")
     module: Any = layer.get_submodule(place)
     old = getattr(module, attribute)

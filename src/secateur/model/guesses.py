@@ -1,7 +1,8 @@
-"""Guesses, from shapes alone, of what a layer can lose; and what it is to remove units, or to silence them.
+"""Guesses, from shapes alone, of what a layer can lose; and what it is to remove units, or to
+silence them.
 
-In: a layer's linears or stacks of experts. Out: a `Group` that has no numbers yet; `sized` gives it those
-of any layer of that kind. Nothing here is proved: `bind` does that.
+In: a layer's linears or stacks of experts. Out: a `Group` that has no numbers yet; `sized` gives it
+those of any layer of that kind. Nothing here is proved: `bind` does that.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,12 +37,16 @@ def channel_guesses(linears: dict[str, nn.Linear], name: str) -> Iterator[Group]
     for reader, down in linears.items():
         width, hidden = down.in_features, down.out_features
         sizes = {
-            n: module.out_features for n, module in linears.items() if n != reader and module.in_features == hidden
+            n: module.out_features
+            for n, module in linears.items()
+            if n != reader and module.in_features == hidden
         }
         plain = [n for n, size in sizes.items() if size == width]
         # Where a width is the hidden size, other linears have these shapes too.
         sizes_of_choices = (len(plain),) if width != hidden else (1, 2)
-        for writers in (choice for count in sizes_of_choices for choice in combinations(plain, count) if choice):
+        for writers in (
+            choice for count in sizes_of_choices for choice in combinations(plain, count) if choice
+        ):
             yield _channels(dict.fromkeys(writers, (1,)), reader, name)
         for writer in (n for n, size in sizes.items() if size == 2 * width):
             yield _channels({writer: (1, 1)}, reader, name)
@@ -56,7 +61,8 @@ def _channels(writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Gr
 def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
     """Return the group with the numbers of this layer.
 
-    Raises ArchError if its modules do not fit each other, and what torch raises if there are none of these names.
+    Raises ArchError if its modules do not fit each other, and what torch raises if there are none
+    of these names.
     """
     parts, head_dim, at_least, multiple_of = group.parts, 0, 0, 1
     if group.kind == "heads":
@@ -71,9 +77,12 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
     for axis in parts.writers if isinstance(parts, Linears) else ():
         if (num_rows := linear(layer, axis.module).out_features) != num_units * sum(axis.segments):
             raise ArchError(
-                f"layer {index}, group {group.name}: {axis.module} has {num_rows} rows for {num_units} units."
+                f"layer {index}, group {group.name}: {axis.module} has {num_rows} rows for "
+                f"{num_units} units."
             )
-    parameters = (each.numel() for each in group.tensors(layer).values() if isinstance(each, nn.Parameter))
+    parameters = (
+        each.numel() for each in group.tensors(layer).values() if isinstance(each, nn.Parameter)
+    )
     return replace(
         group,
         layer=index,
@@ -82,12 +91,16 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
         params_per_unit=sum(parameters) // num_units,
         at_least=at_least,
         multiple_of=max(multiple_of, int(group.per_key)),
-        divides=(config.num_attention_heads // num_units, config.hidden_size) if group.divides else None,
+        divides=(config.num_attention_heads // num_units, config.hidden_size)
+        if group.divides
+        else None,
     )
 
 
 def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int]:
-    """Return the linears with the segments of a unit, a KV head or one query head of each; and the width of a head."""
+    """Return the linears with the segments of a unit, a KV head or one query head of each; and the
+    width of a head.
+    """
     queries, keys, width = heads_of(config) or (0, 1, 0)
 
     def segments(num_rows: int) -> tuple[int, ...]:
@@ -96,7 +109,10 @@ def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int
         fused = (queries // keys * width, width, width)
         return fused if num_rows == keys * sum(fused) else (num_rows // keys,)
 
-    writers = (Axis(writer.module, segments(linear(layer, writer.module).out_features)) for writer in group.writers)
+    writers = (
+        Axis(writer.module, segments(linear(layer, writer.module).out_features))
+        for writer in group.writers
+    )
     reader = Axis(group.reader.module, segments(linear(layer, group.reader.module).in_features))
     return Linears(tuple(writers), reader), width
 
@@ -104,21 +120,29 @@ def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int
 def _by_router(experts: Experts, config: Any) -> tuple[Experts, int]:
     """Return the experts with their groups, and the fewest that the router can do with."""
     num_groups, chosen = (getattr(config, key, None) or 1 for key in ("n_group", "topk_group"))
-    at_least = experts.num_chosen if num_groups == 1 else num_groups * max(2, -(-experts.num_chosen // chosen))
+    at_least = (
+        experts.num_chosen
+        if num_groups == 1
+        else num_groups * max(2, -(-experts.num_chosen // chosen))
+    )
     return replace(experts, num_groups=num_groups), at_least
 
 
 def stack_guesses(stacks: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Stacks]:
     """Yield ways in which two stacks could be an expert's writer and reader."""
     for (writer, up), (down, reader) in permutations(stacks.items(), 2):
-        biases = [name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)]
+        biases = [
+            name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)
+        ]
         for transposed in (False, True):
             inputs, outputs = (1, 2) if transposed else (2, 1)
             width, made = reader.shape[inputs], up.shape[outputs]
             gated = made == 2 * width
             if (gated or made == width) and up.shape[inputs] == reader.shape[outputs]:
                 for alternating in (False, True) if gated else (False,):
-                    yield Stacks(writer, next(iter(biases), None), down, alternating, transposed, gated)
+                    yield Stacks(
+                        writer, next(iter(biases), None), down, alternating, transposed, gated
+                    )
 
 
 def expert_channels_in(place: str, stacks: Stacks) -> Group:
@@ -145,7 +169,9 @@ def head_guesses(linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
             if n != reader and module.in_features == config.hidden_size
         }
         made = [queries * width, keys * width, keys * width]
-        writers = sorted((n for n in rows if rows[n] in made), key=lambda n: -rows[n])  # that of queries first
+        writers = sorted(
+            (n for n in rows if rows[n] in made), key=lambda n: -rows[n]
+        )  # that of queries first
         if set(rows.values()) == {sum(made)}:
             yield _heads(KV_HEADS, list(rows), reader)
         elif [rows[n] for n in writers] == made:
@@ -155,12 +181,19 @@ def head_guesses(linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
 
 def _heads(name: str, writers: list[str], reader: str) -> Group:
     unit = "KV head" if name == KV_HEADS else "query head per KV head"
-    return Group(name, "heads", unit, Linears(tuple(Axis(writer, ()) for writer in writers), Axis(reader, ())))
+    return Group(
+        name,
+        "heads",
+        unit,
+        Linears(tuple(Axis(writer, ()) for writer in writers), Axis(reader, ())),
+    )
 
 
 def heads_of(config: Any) -> tuple[int, int, int] | None:
     """Return query heads, KV heads and the width of a head, if the config says them."""
-    queries, keys = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    queries, keys = (
+        getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")
+    )
     if not isinstance(queries, int) or not isinstance(keys, int) or queries % keys:
         return None
     return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
@@ -175,25 +208,33 @@ class Unrouted(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and (gone := self.gone.get(args[1].data_ptr())) is not None:
+        if (
+            func is torch.nn.functional.linear
+            and (gone := self.gone.get(args[1].data_ptr())) is not None
+        ):
             return output.index_fill(-1, gone, float("-inf"))
         return output
 
 
 @torch.no_grad()
 def silence(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Silence the units that do not stay; return, for `Unrouted`, the router's matrices and the experts of these.
+    """Silence the units that do not stay; return, for `Unrouted`, the router's matrices and the
+    experts of these.
 
     What reads channels or heads becomes zero. The router's vectors turn down all other experts.
     """
-    others = torch.tensor(sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64)
+    others = torch.tensor(
+        sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64
+    )
     if group.kind != "experts":
         read = group.parts.read
         rows = rows_of(others, read.segments, group.num_units)
         attribute_of(layer, read.name).index_fill_(read.axis, rows, 0.0)
         return []
     router = [attribute_of(layer, name) for name in group.experts.router_rows]
-    for vector in (row for row in router if row.numel() == max(row.shape) and row.is_floating_point()):
+    for vector in (
+        row for row in router if row.numel() == max(row.shape) and row.is_floating_point()
+    ):
         vector.index_fill_(-1, others, -1e9)
     return [(matrix, others) for matrix in router if matrix.numel() > max(matrix.shape)]
 
@@ -201,13 +242,22 @@ def silence(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, 
 def some_of(group: Group) -> Tensor:
     """Return a random choice of about 60% of the units, as many as the group allows."""
     step = group.multiple_of
-    count = max(group.at_least, step, min(group.num_units - step, round(0.6 * group.num_units / step) * step))
+    count = max(
+        group.at_least,
+        step,
+        min(group.num_units - step, round(0.6 * group.num_units / step) * step),
+    )
     return some_units(group, count)
 
 
 def some_units(group: Group, count: int) -> Tensor:
-    """Return a random choice of so many units, of experts as many in each of the router's groups."""
+    """Return a random choice of so many units, of experts as many in each of the router's
+    groups.
+    """
     parts = group.experts.num_groups if group.kind == "experts" else 1
     size, generator = group.num_units // parts, torch.Generator().manual_seed(0)
-    orders = [number * size + torch.randperm(size, generator=generator)[: count // parts] for number in range(parts)]
+    orders = [
+        number * size + torch.randperm(size, generator=generator)[: count // parts]
+        for number in range(parts)
+    ]
     return torch.cat(orders).sort().values

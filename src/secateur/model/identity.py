@@ -1,4 +1,5 @@
-"""Which model this is: its fingerprint, its hub id and licence, and which models a result was pruned from.
+"""Which model this is: its fingerprint, its hub id and licence, and which models a result was
+pruned from.
 
 In: opened checkpoints, and the `result.json` of a result. Out: `Ancestor`s; or one sentence.
 """
@@ -28,7 +29,10 @@ SHOWN = 12  # characters of a fingerprint in a sentence
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _IN_CACHE = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
 MOST_CARD_BYTES = 1 << 20
-_LICENSE, _LANGUAGE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}"), re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,8})?")
+_LICENSE, _LANGUAGE = (
+    re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}"),
+    re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,8})?"),
+)
 
 
 def identity(checkpoint: Checkpoint) -> str:
@@ -43,18 +47,27 @@ def identity(checkpoint: Checkpoint) -> str:
 
 
 def lineage(checkpoint: Checkpoint, num_params: int) -> tuple[Ancestor, ...]:
-    """Return the models that a result of pruning this one comes from: the original first, this one last.
+    """Return the models that a result of pruning this one comes from: the original first, this one
+    last.
 
     Raises CheckpointError if the checkpoint is a result whose `result.json` is damaged.
     """
     hub_id, folder, file = _hub_id(checkpoint), checkpoint.directory, checkpoint.gguf_file
     card = _card(folder) if file is None else _gguf_card(folder / file)
-    own = Ancestor(hub_id or _name(checkpoint), identity(checkpoint), num_params, hub_id, **_licence(card, checkpoint))
+    own = Ancestor(
+        hub_id or _name(checkpoint),
+        identity(checkpoint),
+        num_params,
+        hub_id,
+        **_licence(card, checkpoint),
+    )
     return (*(ancestors(checkpoint) or ()), own)
 
 
 def name_of(checkpoint: Checkpoint) -> str:
-    """Return what files call the model: what the user gave, or of a path its hub id or last part."""
+    """Return what files call the model: what the user gave, or of a path its hub id or last
+    part.
+    """
     is_place = checkpoint.gguf_file is not None or Path(checkpoint.reference).exists()
     return (_hub_id(checkpoint) or _name(checkpoint)) if is_place else checkpoint.reference
 
@@ -77,7 +90,8 @@ class _Result:
 
 
 def ancestors(checkpoint: Checkpoint) -> tuple[Ancestor, ...] | None:
-    """Return the lineage of a result as its `result.json` has it; None if the checkpoint is no result.
+    """Return the lineage of a result as its `result.json` has it; None if the checkpoint is no
+    result.
 
     Raises CheckpointError if the file is damaged.
     """
@@ -88,7 +102,9 @@ def ancestors(checkpoint: Checkpoint) -> tuple[Ancestor, ...] | None:
 
 
 def is_result(directory: Path) -> bool:
-    """Whether the directory holds a `result.json` of ours, damaged or not; other programs write such files too."""
+    """Whether the directory holds a `result.json` of ours, damaged or not; other programs write
+    such files too.
+    """
     path = directory / RESULT_FILE
     if not path.is_file():
         return False
@@ -99,8 +115,11 @@ def is_result(directory: Path) -> bool:
     return isinstance(parsed, dict) and "dense_size" in parsed
 
 
-def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bool) -> tuple[str, ...]:
-    """Return a note where it is not known that one was pruned from the other, or another model is meant.
+def check_dense(
+    pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bool
+) -> tuple[str, ...]:
+    """Return a note where it is not known that one was pruned from the other, or another model is
+    meant.
 
     `option`: how the dense model was given. `other`: that it is another one is meant. Raises
     CheckpointError if it is another one and not meant, or if the two are swapped.
@@ -110,8 +129,9 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
     is_itself = print_of_dense == print_of_pruned
     if print_of_pruned in (model.fingerprint for model in of_dense or ()):
         raise CheckpointError(
-            f"{option} {dense.reference}: was itself pruned from {pruned.reference}, so the two are swapped; give "
-            f"{dense.reference} as the result, and {pruned.reference} with {option}."
+            f"{option} {dense.reference}: was itself pruned from {pruned.reference}, so the two "
+            f"are swapped; give {dense.reference} as the result, and {pruned.reference} with "
+            f"{option}."
         )
     if of_pruned is None:
         if of_dense is None or other:
@@ -125,25 +145,31 @@ def check_dense(pruned: Checkpoint, dense: Checkpoint, option: str, *, other: bo
         return ()
     if last.fingerprint is None and not is_itself:
         return (
-            f"whether {name_of(dense)} is the model that {name_of(pruned)} was pruned from ({last.name}) is not known: "
-            f"its {RESULT_FILE} has no fingerprint of it.",
+            f"whether {name_of(dense)} is the model that {name_of(pruned)} was pruned from "
+            f"({last.name}) is not known: its {RESULT_FILE} has no fingerprint of it.",
         )
     dense_print = "the result itself" if is_itself else f"fingerprint {print_of_dense[:SHOWN]}"
-    wanted = last.name if last.fingerprint is None else f"{last.name} (fingerprint {last.fingerprint[:SHOWN]})"
+    wanted = (
+        last.name
+        if last.fingerprint is None
+        else f"{last.name} (fingerprint {last.fingerprint[:SHOWN]})"
+    )
     if other:
         return (
-            f"dense is here {name_of(dense)} ({dense_print}), and not {wanted}, which {name_of(pruned)} was pruned "
-            "from.",
+            f"dense is here {name_of(dense)} ({dense_print}), and not {wanted}, which "
+            f"{name_of(pruned)} was pruned from.",
         )
     raise CheckpointError(
-        f"{option} {dense.reference}: is not the model that {pruned.reference} was pruned from, but {dense_print}; "
-        f"give {wanted}, or --other-dense if another model is meant."
+        f"{option} {dense.reference}: is not the model that {pruned.reference} was pruned from, "
+        f"but {dense_print}; give {wanted}, or --other-dense if another model is meant."
     )
 
 
 def _name(checkpoint: Checkpoint) -> str:
     place = checkpoint.directory / (checkpoint.gguf_file or "")
-    return checkpoint.reference if checkpoint.reference in INSTALLED_HUB_IDS else place.resolve().name
+    return (
+        checkpoint.reference if checkpoint.reference in INSTALLED_HUB_IDS else place.resolve().name
+    )
 
 
 def _hub_id(checkpoint: Checkpoint) -> str | None:
@@ -195,11 +221,15 @@ def _licence(card: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     licence: dict[str, Any] = {"license": name}
     if name is not None:
         title, link = card.get("license_name"), card.get("license_link")
-        licence["license_name"] = title if isinstance(title, str) and title.isprintable() and len(title) < 100 else None
+        licence["license_name"] = (
+            title if isinstance(title, str) and title.isprintable() and len(title) < 100 else None
+        )
         if isinstance(link, str) and (
             link.startswith("https://") or (checkpoint.directory / Path(link).name).is_file()
         ):
             licence["license_link"] = link if link.startswith("https://") else Path(link).name
     many = languages if isinstance(languages, list) else [languages]
-    licence["languages"] = tuple(code for code in many if isinstance(code, str) and _LANGUAGE.fullmatch(code))
+    licence["languages"] = tuple(
+        code for code in many if isinstance(code, str) and _LANGUAGE.fullmatch(code)
+    )
     return licence

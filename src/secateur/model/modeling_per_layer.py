@@ -64,12 +64,18 @@ def per_layer_config_class(stock: Any) -> type[PreTrainedConfig]:
         for layer_config in self.per_layer_config:
             stock.validate_architecture(layer_config)
 
-    members = {"__module__": __name__, "_auto_class": "AutoConfig", "validate_architecture": validate_architecture}
+    members = {
+        "__module__": __name__,
+        "_auto_class": "AutoConfig",
+        "validate_architecture": validate_architecture,
+    }
     return strict(type(PREFIX + stock.__name__, (stock,), members))
 
 
 def _layers(model: PreTrainedModel) -> Any:
-    """Return the decoder's list of layers; GPT-2 and Falcon call it h, BERT and Llama 4 have it deeper."""
+    """Return the decoder's list of layers; GPT-2 and Falcon call it h, BERT and Llama 4 have it
+    deeper.
+    """
     decoder: Any = model.get_decoder()
     for name in ("layers", "h"):
         if hasattr(decoder, name):
@@ -85,7 +91,13 @@ def is_per_layer(config: PreTrainedConfig) -> bool:
 
 def __getattr__(name: str) -> type:
     # transformers looks up auto_map's names here, e.g. PerLayerLlamaForCausalLM.
-    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    stock = (
+        getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    )
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return per_layer_config_class(stock) if issubclass(stock, PreTrainedConfig) else per_layer_class(stock)
+    return (
+        per_layer_config_class(stock)
+        if issubclass(stock, PreTrainedConfig)
+        else per_layer_class(stock)
+    )

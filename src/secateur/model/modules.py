@@ -1,4 +1,6 @@
-"""Special modules: transposed linears (GPT-2), heads that scale or cap logits, and forwards replaced for a time."""
+"""Special modules: transposed linears (GPT-2), heads that scale or cap logits, and forwards
+replaced for a time.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,11 +16,18 @@ from secateur.model.stock import replaced
 
 
 def text_model(model: Any) -> Any:
-    """Return the innermost model that has the embedding and a head: what text alone needs, without towers."""
+    """Return the innermost model that has the embedding and a head: what text alone needs, without
+    towers.
+    """
     inner = [
-        module for module in model.modules() if isinstance(module, PreTrainedModel) and module.get_output_embeddings()
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings()
     ]
-    return [model, *(module for module in inner if model.get_input_embeddings() in set(module.modules()))][-1]
+    return [
+        model,
+        *(module for module in inner if model.get_input_embeddings() in set(module.modules())),
+    ][-1]
 
 
 class TransposedLinear(nn.Linear):
@@ -28,7 +37,9 @@ class TransposedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T.contiguous()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         name = f"{prefix}weight"
         if name in state_dict:
             state_dict[name] = state_dict[name].T

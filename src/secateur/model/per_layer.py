@@ -27,11 +27,14 @@ NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
 def widths_of(layer: nn.Module, group: Group) -> dict[str, Any]:
     """Return the widths of the layer's group under the config's names, read from its modules.
 
-    Channels: the reader's inputs. Query heads: the reader's inputs / head_dim. KV heads: half of the
-    writers' rows / head_dim that are not for queries. The group of KV heads tells both.
+    Channels: the reader's inputs. Query heads: the reader's inputs / head_dim. KV heads: half of
+    the writers' rows / head_dim that are not for queries. The group of KV heads tells both.
     """
     if not group.head_dim:
-        return {group.config_key: round(group.num_units_left(layer) / group.per_key), **dict(group.settings)}
+        return {
+            group.config_key: round(group.num_units_left(layer) / group.per_key),
+            **dict(group.settings),
+        }
     if group.config_key != NUM_KEYS:
         return {}
     num_heads = linear(layer, group.reader.module).in_features // group.head_dim
@@ -42,7 +45,9 @@ def widths_of(layer: nn.Module, group: Group) -> dict[str, Any]:
 def commonest(widths: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the most frequent width of each name. The larger one wins a tie."""
     names = sorted({name for layer in widths for name in layer})
-    return {name: max(multimode(layer[name] for layer in widths if name in layer)) for name in names}
+    return {
+        name: max(multimode(layer[name] for layer in widths if name in layer)) for name in names
+    }
 
 
 def record_widths(model: PreTrainedModel, arch: Arch) -> None:
@@ -57,7 +62,9 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     for group in arch.groups:
         widths[group.layer] |= widths_of(layers[group.layer], group)
     was_per_layer = isinstance(model, PerLayerModel)
-    native = {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
+    native = (
+        {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
+    )
     config.per_layer_config = None
     stock, stock_config = type(model), type(config)
     if was_per_layer:
@@ -71,11 +78,19 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     for name, width in base.items():
         setattr(config, name, width)
     own = {int(index): layer for index, layer in native.items()}
-    different = (index for index, layer in enumerate(widths) if index in own or not layer.items() <= base.items())
+    different = (
+        index
+        for index, layer in enumerate(widths)
+        if index in own or not layer.items() <= base.items()
+    )
     # transformers leaves out what the config says of all layers.
-    config.per_layer_config = {index: own.get(index, {}) | widths[index] for index in different} or None
+    config.per_layer_config = {
+        index: own.get(index, {}) | widths[index] for index in different
+    } or None
     differs = config.is_heterogeneous and not native  # a native class builds such layers itself
-    assert config is model.config or not differs, "resolve refuses layers of different widths inside a larger class"
+    assert config is model.config or not differs, (
+        "resolve refuses layers of different widths inside a larger class"
+    )
     model.__class__ = per_layer_class(stock) if differs else stock
     config.__class__ = per_layer_config_class(stock_config) if differs else stock_config
     built = _built(model, arch, config)
@@ -85,7 +100,8 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
 
 @torch.no_grad()
 def why_not_per_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]) -> str | None:
-    """Return why layers of different widths cannot be loaded again, as a twin is from its config and tensors.
+    """Return why layers of different widths cannot be loaded again, as a twin is from its config
+    and tensors.
 
     `names`: of the groups that are cut. None: they can be.
     """
@@ -104,7 +120,9 @@ def why_not_per_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]
         # Nothing is written: of several ranks only the first would.
         with quiet_transformers():
             config = type(twin.config).from_dict(twin.config.to_dict())
-            loaded = type(twin).from_pretrained(None, config=config, state_dict=twin.state_dict(), dtype=torch.float32)
+            loaded = type(twin).from_pretrained(
+                None, config=config, state_dict=twin.state_dict(), dtype=torch.float32
+            )
         if not torch.allclose(run(loaded), run(twin), atol=CLOSE, rtol=CLOSE):
             return "loaded again, it is another model"
     except WRONG_GUESS as error:
@@ -113,12 +131,17 @@ def why_not_per_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]
 
 
 def _built(model: PreTrainedModel, arch: Arch, config: Any) -> list[nn.Module]:
-    """Return the layers, on meta, that the config builds: alone if they can be, else with their model."""
+    """Return the layers, on meta, that the config builds: alone if they can be, else with their
+    model.
+    """
     layers = decoder_layers(model, arch)
     with quiet_transformers(), torch.device("meta"):
         try:
             classes: list[Any] = [type(layer) for layer in layers]
-            built = [layer_class(layer_config(config, index), index) for index, layer_class in enumerate(classes)]
+            built = [
+                layer_class(layer_config(config, index), index)
+                for index, layer_class in enumerate(classes)
+            ]
             for layer in built:
                 linears_for_conv(layer)
             # A class of the user's own may give its layers other modules.
@@ -144,4 +167,6 @@ def _adopt(layer: nn.Module, built: nn.Module, index: int) -> None:
         for key, value in vars(module).items():
             if not key.startswith("_") and key != "training":
                 setattr(ours, key, value)
-    assert shapes_of(layer) == shapes_of(built), f"layer {index}: its tensors and its config disagree"
+    assert shapes_of(layer) == shapes_of(built), (
+        f"layer {index}: its tensors and its config disagree"
+    )

@@ -1,4 +1,6 @@
-"""Stock transformers: the types that secateur names, calls without logs, what it raises for unusable values."""
+"""Stock transformers: the types that secateur names, calls without logs, what it raises for
+unusable values.
+"""
 
 import logging
 import struct
@@ -20,14 +22,24 @@ Tokenizer = PreTrainedTokenizerBase
 
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
 BAD_VALUE = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+    *(
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        MemoryError,
+    ),
     *(OSError, RuntimeError, StrictDataclassError),
 )
 BAD_GGUF = (*BAD_VALUE, struct.error)
 
 
 def layer_config(config: Any, index: int) -> Any:
-    """Return the config of a decoder layer; the whole one beyond its count of layers, as BART's is the encoder's."""
+    """Return the config of a decoder layer; the whole one beyond its count of layers, as BART's is
+    the encoder's.
+    """
     return config.per_layer_config[index] if index < config.num_hidden_layers else config
 
 
@@ -35,7 +47,9 @@ def layer_config(config: Any, index: int) -> Any:
 def quiet_transformers() -> Iterator[None]:
     """Silence logs, progress bars and warnings of transformers and the hub inside the block."""
     verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
-    bars_were_on = transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    bars_were_on = (
+        transformers_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers_logging.set_verbosity(logging.CRITICAL)
@@ -52,7 +66,9 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def replaced(names: Mapping[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Give a name another value inside the block. `names`: `vars` of a module or an object, or the environment."""
+    """Give a name another value inside the block. `names`: `vars` of a module or an object, or the
+    environment.
+    """
     is_new, old = name not in names, names.get(name)
     changing: Any = names  # the type of `vars` does not say that a module's names can be changed
     changing[name] = value

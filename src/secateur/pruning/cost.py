@@ -23,7 +23,9 @@ from secateur.stream.statistics import BY_DOMAIN, NUM_BLOCKS, PRODUCT_ROWS
 
 # Of the host's free memory, what all layers in float32 may take.
 FREE_SHARE = 0.5
-HELD_OUT_FACTOR = 10 / 9  # held-out blocks come on top of the calibration tokens, one for every nine
+HELD_OUT_FACTOR = (
+    10 / 9
+)  # held-out blocks come on top of the calibration tokens, one for every nine
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +47,29 @@ class MemoryPlan:
 def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     """Return how the run fits the memory. Raises RecipeError with the least that can work.
 
-    On a processor weights are in memory if they fit the recipe's `memory_budget`, else on disk. A device
-    has all of them, or two layers at a time, by the recipe's `device_budget` or else by its free memory,
-    which may be unknown; the host's memory holds weights alone, as far as they fit `memory_budget`.
+    On a processor weights are in memory if they fit the recipe's `memory_budget`, else on disk. A
+    device has all of them, or two layers at a time, by the recipe's `device_budget` or else by its
+    free memory, which may be unknown; the host's memory holds weights alone, as far as they fit
+    `memory_budget`.
     """
     size, per_layer = opened.size, opened.arch.params_per_layer
     on_cpu, in_float32 = opened.device.type == "cpu", computes_in_float32(opened)
     stored = size.num_bytes // size.num_params
     outside, two_layers = size.num_params - sum(per_layer), 2 * max(per_layer)
-    if on_cpu and in_float32:  # stored weights, and what computes: what is in no layer, and two layers or all
+    if (
+        on_cpu and in_float32
+    ):  # stored weights, and what computes: what is in no layer, and two layers or all
         keeps = 4 * size.num_params <= FREE_SHARE * psutil.virtual_memory().available
         computing = 4 * (outside + (sum(per_layer) if keeps else two_layers))
-        estimate = estimate_memory(opened, resolved, size.num_bytes + computing - outside * stored, 4)
+        estimate = estimate_memory(
+            opened, resolved, size.num_bytes + computing - outside * stored, 4
+        )
         return MemoryPlan(estimate, False, in_float32=True, keeps_layers=keeps)
 
     item = 4 if in_float32 else stored
-    whole = estimate_memory(opened, resolved, 4 * size.num_params if in_float32 else size.num_bytes, item)
+    whole = estimate_memory(
+        opened, resolved, 4 * size.num_params if in_float32 else size.num_bytes, item
+    )
     host = _allowed(opened, "memory_budget")
     budget = host if on_cpu else _there(opened)
     needed = whole.peak if on_cpu else size.num_bytes
@@ -68,9 +77,9 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
     files = opened.checkpoint  # safetensors as they are can be mapped, layer by layer
     if on_disk and (files is None or files.gguf_file is not None or files.quantised is not None):
         raise RecipeError(
-            f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the {human_bytes(needed)} "
-            "that are needed with this model's weights in memory; only safetensors weights, not quantised and given "
-            "by their path, can stay on disk."
+            f"machine.memory_budget: {resolved.recipe.machine.memory_budget} is less than the "
+            f"{human_bytes(needed)} that are needed with this model's weights in memory; only "
+            "safetensors weights, not quantised and given by their path, can stay on disk."
         )
     if budget is None or whole.peak <= budget:
         return MemoryPlan(whole, on_disk, in_float32, budget, in_float32)
@@ -79,10 +88,14 @@ def memory_for(opened: Opened, resolved: Resolved) -> MemoryPlan:
         least = estimate_memory(opened, resolved, 0, item)
         least = replace(least, solve=max(least.solve, max(per_layer) * item))
     else:  # the running layer, the prefetched one, and what is in no layer
-        least = estimate_memory(opened, resolved, min(size.num_params, outside + two_layers) * item, item)
+        least = estimate_memory(
+            opened, resolved, min(size.num_params, outside + two_layers) * item, item
+        )
     if least.peak > budget:
         key, how = (
-            ("memory_budget", "all weights on disk") if on_cpu else ("device_budget", "two layers at a time there")
+            ("memory_budget", "all weights on disk")
+            if on_cpu
+            else ("device_budget", "two layers at a time there")
         )
         remedy = "lower calibration.num_tokens"
         if least.is_of_layer_choice:
@@ -101,12 +114,16 @@ def _allowed(opened: Opened, key: str) -> int | None:
 
 
 def _there(opened: Opened) -> int | None:
-    """Return the bytes that the run's device allows, by the recipe or by what is free; None: unknown."""
+    """Return the bytes that the run's device allows, by the recipe or by what is free; None:
+    unknown.
+    """
     budget = _allowed(opened, "memory_budget" if opened.device.type == "cpu" else "device_budget")
     return free_bytes(opened.device) if budget is None and opened.checkpoint is not None else budget
 
 
-def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes_per_param: int) -> MemoryEstimate:
+def estimate_memory(
+    opened: Opened, resolved: Resolved, weight_bytes: int, bytes_per_param: int
+) -> MemoryEstimate:
     """Return the bytes that the run needs beyond the interpreter.
 
     hidden_states: tokens x hidden size, twice with a dense stream. statistics: Gram matrices as
@@ -121,11 +138,23 @@ def estimate_memory(opened: Opened, resolved: Resolved, weight_bytes: int, bytes
     widest = max((group.num_inputs for group in resolved.groups), default=0)
     reader, has_drift = widest * hidden_size, bool(resolved.target_mix)
     sums = 4 * _num_sums(opened, resolved, widest)
-    held_out = (num_tokens - resolved.num_tokens) * (widest + has_drift * hidden_size) * bytes_per_param
-    num_domains = len(recipe.calibration.domains) if recipe.choose.domain_weighting in BY_DOMAIN else 0
+    held_out = (
+        (num_tokens - resolved.num_tokens) * (widest + has_drift * hidden_size) * bytes_per_param
+    )
+    num_domains = (
+        len(recipe.calibration.domains) if recipe.choose.domain_weighting in BY_DOMAIN else 0
+    )
     at_once = units_at_once(widest, 1)
-    obs = 8 * widest * widest + 4 * 8 * widest * at_once + 4 * reader if needs_gram(recipe.choose.score) else 0
-    fit = _fit_bytes(resolved, hidden_size) + 4 * reader if recipe.repair.compensate == "least_squares" else 0
+    obs = (
+        8 * widest * widest + 4 * 8 * widest * at_once + 4 * reader
+        if needs_gram(recipe.choose.score)
+        else 0
+    )
+    fit = (
+        _fit_bytes(resolved, hidden_size) + 4 * reader
+        if recipe.repair.compensate == "least_squares"
+        else 0
+    )
     return MemoryEstimate(
         weights=weight_bytes,
         hidden_states=(1 + has_drift) * num_tokens * hidden_size * bytes_per_param,
@@ -145,17 +174,27 @@ def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int
     recipe, arch, config = resolved.recipe, opened.arch, text_config(opened.model)
     if not resolved.depth or recipe.remove.layers:
         return 0
-    hidden_size, inputs = config.hidden_size, [group.num_inputs for group in arch.groups if group.name == "ffn"]
+    hidden_size, inputs = (
+        config.hidden_size,
+        [group.num_inputs for group in arch.groups if group.name == "ffn"],
+    )
     readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
     fit = _fit_bytes(resolved, hidden_size) if recipe.repair.compensate == "least_squares" else 0
-    fitted, length = min(NARROW_TOKENS_PER_INPUT * widest, resolved.num_tokens), resolved.sequence_length
+    fitted, length = (
+        min(NARROW_TOKENS_PER_INPUT * widest, resolved.num_tokens),
+        resolved.sequence_length,
+    )
     gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
     streams = length * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
-    return readers + max((fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams)
+    return readers + max(
+        (fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams
+    )
 
 
 def _num_sums(opened: Opened, resolved: Resolved, num_inputs: int) -> int:
-    """Return the numbers in a reader's statistics: a Gram matrix, if one is summed, and the drift's."""
+    """Return the numbers in a reader's statistics: a Gram matrix, if one is summed, and the
+    drift's.
+    """
     recipe = resolved.recipe
     has_gram = needs_gram(recipe.choose.score) or recipe.repair.compensate == "least_squares"
     drift = num_inputs * text_config(opened.model).hidden_size if resolved.target_mix else 0
@@ -180,23 +219,37 @@ def _fit_bytes(resolved: Resolved, num_outputs: int) -> int:
     """
     needs = []
     for group in resolved.groups:
-        kept = resolved.plans[0].num_keep[group.key] * group.width if resolved.is_uniform else group.num_inputs
+        kept = (
+            resolved.plans[0].num_keep[group.key] * group.width
+            if resolved.is_uniform
+            else group.num_inputs
+        )
         removed = group.num_inputs - kept
         needs.append(8 * (kept * kept + removed * kept + (removed + kept) * num_outputs))
     return max(needs, default=0)
 
 
 def polish_bytes(opened: Opened, resolved: Resolved) -> int:
-    """Return the bytes of the polish: weights before it that train, what the dense model leaves, training."""
+    """Return the bytes of the polish: weights before it that train, what the dense model leaves,
+    training.
+    """
     settings, model = polish_settings(resolved.recipe), opened.model
     if settings is None:
         return 0
     hidden_size, num_params = text_config(model).hidden_size, resolved.plans[-1].cost_after
-    removed = opened.size.num_params - num_params - (0 if settings.train == "full" else resolved.prices.tokens)
+    removed = (
+        opened.size.num_params
+        - num_params
+        - (0 if settings.train == "full" else resolved.prices.tokens)
+    )
     trained, on_cpu = max(0, num_trained(model, settings) - removed), opened.device.type != "cuda"
-    numbers = trained if autocasts(model.dtype, on_cpu=on_cpu) else num_params  # the rest has no copy
+    numbers = (
+        trained if autocasts(model.dtype, on_cpu=on_cpu) else num_params
+    )  # the rest has no copy
     numbers += (settings.num_tokens + text_config(model).vocab_size) * hidden_size
-    training = training_bytes(model, num_params, trained, settings, resolved.sequence_length, on_cpu=on_cpu)
+    training = training_bytes(
+        model, num_params, trained, settings, resolved.sequence_length, on_cpu=on_cpu
+    )
     return (4 if computes_in_float32(opened) else model.dtype.itemsize) * numbers + training
 
 
@@ -220,19 +273,37 @@ def with_polish_that_fits(opened: Opened, resolved: Resolved) -> Resolved:
     for what, changes in LESS_MEMORY.items():
         less = replace(resolved, recipe=recipe.filled(polish=changes))
         least = polish_bytes(opened, less)
-        if least <= budget and ("train" not in changes or importlib.util.find_spec("peft") is not None):
-            return replace(less, warnings=(*resolved.warnings, f"{too_much}, so {what}, for {least / 1e9:.2f} GB."))
-    why = "peft is missing (pip install 'secateur[recover]')" if least <= budget else f"{least / 1e9:.2f} GB at least"
-    warning = f"{too_much}, and {why}, so there is none; secateur recover can train the result on another machine."
-    return replace(resolved, recipe=recipe.filled(polish={"num_tokens": 0}), warnings=(*resolved.warnings, warning))
+        if least <= budget and (
+            "train" not in changes or importlib.util.find_spec("peft") is not None
+        ):
+            return replace(
+                less,
+                warnings=(*resolved.warnings, f"{too_much}, so {what}, for {least / 1e9:.2f} GB."),
+            )
+    why = (
+        "peft is missing (pip install 'secateur[recover]')"
+        if least <= budget
+        else f"{least / 1e9:.2f} GB at least"
+    )
+    warning = (
+        f"{too_much}, and {why}, so there is none; secateur recover can train the result on "
+        "another machine."
+    )
+    return replace(
+        resolved,
+        recipe=recipe.filled(polish={"num_tokens": 0}),
+        warnings=(*resolved.warnings, warning),
+    )
 
 
-def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models: int = 1, num_results: int = 1) -> int:
+def disk_bytes(
+    opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models: int = 1, num_results: int = 1
+) -> int:
     """Return the most bytes that a run needs on the disk of its output.
 
-    Results, each at most as large as the dense model, or without one each model's statistics; each round's
-    refitted readers, of so many models; the dense layers if there are several rounds; finished layers if weights
-    stay on disk.
+    Results, each at most as large as the dense model, or without one each model's statistics; each
+    round's refitted readers, of so many models; the dense layers if there are several rounds;
+    finished layers if weights stay on disk.
     """
     num_rounds, layers = len(resolved.plans), decoder_layers(opened.model, opened.arch)
     left = [layers[index] for index in resolved.layers]
@@ -240,7 +311,9 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models:
     readers = sum(p.numel() * (4 if plan.in_float32 else p.element_size()) for p in parameters)
     in_layers = sum(Size.of(layer).num_bytes for layer in layers)
     sums = 4 * sum(
-        _num_sums(opened, resolved, group.num_inputs) for group in resolved.groups if group.kind not in OF_EXPERTS
+        _num_sums(opened, resolved, group.num_inputs)
+        for group in resolved.groups
+        if group.kind not in OF_EXPERTS
     )
     total = num_results * Size.of(opened.model).num_bytes + num_models * (
         num_rounds * readers + sums * (not num_results)
@@ -251,17 +324,22 @@ def disk_bytes(opened: Opened, resolved: Resolved, plan: MemoryPlan, num_models:
 
 
 def walk_seconds(opened: Opened, resolved: Resolved, num_copies: int) -> float:
-    """Return about how long a walk with the copies of a model takes here: its products, without judging.
+    """Return about how long a walk with the copies of a model takes here: its products, without
+    judging.
 
-    Each token goes through a layer once for the dense stream, and for each copy through the whole layer and what
-    is left of its FFN. A reader of F inputs takes F^2 for each token and 9 F^3 for its units and its fit. The
-    speed is that of a float32 product that is timed now.
+    Each token goes through a layer once for the dense stream, and for each copy through the whole
+    layer and what is left of its FFN. A reader of F inputs takes F^2 for each token and 9 F^3 for
+    its units and its fit. The speed is that of a float32 product that is timed now.
     """
     from torch.utils.benchmark import Timer
 
     num_tokens = HELD_OUT_FACTOR * resolved.num_tokens
     once = num_tokens * sum(opened.arch.params_per_layer)
-    fits = sum(group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups)
+    fits = sum(
+        group.num_inputs**2 * (num_tokens + 9 * group.num_inputs) for group in resolved.groups
+    )
     square = torch.ones(1024, 1024, device=opened.device)
-    timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+    timer = Timer(
+        "square @ square", globals={"square": square}, num_threads=torch.get_num_threads()
+    )
     return (once + num_copies * (1.7 * once + fits)) * timer.timeit(4).median / 1024**3

@@ -1,6 +1,8 @@
-"""What goes leaves a model: tokens, whole layers, then units round by round; and what is left is polished.
+"""What goes leaves a model: tokens, whole layers, then units round by round; and what is left is
+polished.
 
-In: runs with their weights, still dense. Out: each with its model cut in place, and which units stay.
+In: runs with their weights, still dense. Out: each with its model cut in place, and which units
+stay.
 """
 
 import dataclasses
@@ -13,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.methods.depth import choose_layers, fold_patch, layer_kl, narrow_readers, remove_layers
+from secateur.methods.depth import (
+    choose_layers,
+    fold_patch,
+    layer_kl,
+    narrow_readers,
+    remove_layers,
+)
 from secateur.methods.profile import PROBE_BLOCKS, first_blocks
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Keeps, linear
@@ -29,7 +37,9 @@ from secateur.stream.walk import Batch
 
 
 class Cut(NamedTuple):
-    """A run whose model is cut and polished, and which units of it stay. `peak`: bytes of memory until then."""
+    """A run whose model is cut and polished, and which units of it stay. `peak`: bytes of memory
+    until then.
+    """
 
     run: Run
     keeps: Keeps
@@ -37,23 +47,29 @@ class Cut(NamedTuple):
     peak: int
 
 
-def cut_and_polish(dense: Run, copies: Sequence[Run] = (), *, force: bool = False, cut: bool = True) -> Iterator[Cut]:
-    """Take tokens, layers and units from the models, in place, and polish them; yield each when it is done.
+def cut_and_polish(
+    dense: Run, copies: Sequence[Run] = (), *, force: bool = False, cut: bool = True
+) -> Iterator[Cut]:
+    """Take tokens, layers and units from the models, in place, and polish them; yield each when it
+    is done.
 
-    `copies`: runs of several sizes, on copies of the model of `dense`; none: that run itself. `force`: a trim may
-    cost more than was foretold. Without `cut` the dense model is polished, by what the recipe would polish the
-    pruned one by.
+    `copies`: runs of several sizes, on copies of the model of `dense`; none: that run itself.
+    `force`: a trim may cost more than was foretold. Without `cut` the dense model is polished, by
+    what the recipe would polish the pruned one by.
     """
     runs, services = list(copies or [dense]), dense.services
     if dense.trim is not None:
         runs = [without_tokens(dense, dense.trim, force=force)]
     first = runs[0]
     walked = cut and _walk_has_dense_states(first)
-    lesson = learn(first.model, first.arch, first.text, first.resolved.recipe, services, walked=walked)
+    lesson = learn(
+        first.model, first.arch, first.text, first.resolved.recipe, services, walked=walked
+    )
     if lesson is not None and walked:
         runs[0] = dataclasses.replace(first, after_dense=partial(lesson.take_states, first.model))
 
-    # Whole layers go first, then units, round by round. Models of equal layers have one dense stream.
+    # Whole layers go first, then units, round by round. Models of equal layers have one dense
+    # stream.
     keeps = dict[int, Keeps]()
     if cut:
         with services.log.time("prune"):
@@ -61,18 +77,25 @@ def cut_and_polish(dense: Run, copies: Sequence[Run] = (), *, force: bool = Fals
             whole = [run for run in runs if not run.resolved.depth]
             alone = [[run] for run in runs if run.resolved.depth]
             for together in filter(None, (whole, *alone)):
-                keeps |= {id(run): keep for run, keep in zip(together, prune_together(together), strict=True)}
+                keeps |= {
+                    id(run): keep
+                    for run, keep in zip(together, prune_together(together), strict=True)
+                }
 
     for run in runs:
         polished, device = None, run.device
         if lesson is not None:
             with run.on_host():
-                polished = polish(run.model, lesson, first.resolved.recipe.seed, run.services, device)
+                polished = polish(
+                    run.model, lesson, first.resolved.recipe.seed, run.services, device
+                )
         yield Cut(run, keeps.get(id(run), Keeps()), polished, peak_bytes())
 
 
 def _walk_has_dense_states(run: Run) -> bool:
-    """Whether the prune's dense stream ends in what the polish asks the dense model for, on the same text."""
+    """Whether the prune's dense stream ends in what the polish asks the dense model for, on the
+    same text.
+    """
     resolved = run.resolved
     whole = run.trim is None and not resolved.depth and size() == 1 and run.supports is None
     walks_once = len(resolved.plans) == 1 and resolved.removals[0] > 0 and resolved.target_mix > 0
@@ -109,11 +132,15 @@ def remove_depth(run: Run) -> Run:
         arch = remove_layers(run.model, arch, [layer - done])
         choice = {"chosen": order.index(layer) + 1, "kl": costs[layer]} if costs else {}
         line = {"event": "layer", "layer": layer, **choice, **patch}
-        services.log.write({**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()})
+        services.log.write(
+            {**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()}
+        )
         release_freed()
         services.progress("remove layers", done + 1, resolved.depth)
     layers = tuple(index for index in range(dense.num_layers) if index not in removed)
-    return dataclasses.replace(run, arch=arch, resolved=resolved.with_layers(layers), dense_losses=dense_losses)
+    return dataclasses.replace(
+        run, arch=arch, resolved=resolved.with_layers(layers), dense_losses=dense_losses
+    )
 
 
 def _cheapest_layers(run: Run, batches: list[Batch]) -> dict[int, float]:
@@ -132,13 +159,17 @@ def _cheapest_layers(run: Run, batches: list[Batch]) -> dict[int, float]:
 def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     """Return FFN readers about as narrow as the widths will be; none if none gets narrower."""
     recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
-    ffns = [group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"]
+    ffns = [
+        group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"
+    ]
     kept, total = sum(plan.num_keep[ffn.key] for ffn in ffns), sum(ffn.num_units for ffn in ffns)
     if kept == total:
         return {}
     # The plan is for the layers expected to stay, so only its share is of use.
     domains, widest = run.text.domains, max(group.num_units for group in ffns)
-    num_blocks = math.ceil(NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length))
+    num_blocks = math.ceil(
+        NARROW_TOKENS_PER_INPUT * widest / (len(domains) * run.text.sequence_length)
+    )
     spare = min(len(domain.calibration) for domain in domains) - PROBE_BLOCKS
     after = PROBE_BLOCKS if spare >= num_blocks else 0
     unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)

@@ -33,16 +33,28 @@ def prune_channels(task: Task) -> StepResult:
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
     is_mlp = group.kind != "heads"
     reader, num_units = linear(layer, group.reader.module), group.num_units_left(layer)
-    gram, drift = needs_gram(method.score) or method.compensate == "least_squares", is_mlp and bool(walk.dense_BTD)
+    gram, drift = (
+        needs_gram(method.score) or method.compensate == "least_squares",
+        is_mlp and bool(walk.dense_BTD),
+    )
     measured = measure(
-        walk, group, method.weighting, task.shares, gram=gram, drift=drift, to_middle=is_mlp, hand=task.hand
+        walk,
+        group,
+        method.weighting,
+        task.shares,
+        gram=gram,
+        drift=drift,
+        to_middle=is_mlp,
+        hand=task.hand,
     )
     weights = PerDomain()
     if measured.by_domain and task.num_keep < num_units:
         columns_UW = unit_columns(group.reader.segments, num_units, reader.weight.device)
         asked = task.shares, reader.weight.float(), columns_UW, task.num_keep, method.damping
         weights = decided(partial(minimax_weights, measured.by_domain, *asked))
-        measured = dataclasses.replace(measured, pooled=pool(measured.by_domain, weights), by_domain={})
+        measured = dataclasses.replace(
+            measured, pooled=pool(measured.by_domain, weights), by_domain={}
+        )
     keep = decided(lambda: select(task, measured.pooled))
     columns = rows_of(keep, group.reader.segments, num_units)
     repaired = repair(reader, measured, columns, method)
@@ -53,8 +65,12 @@ def prune_channels(task: Task) -> StepResult:
     return keep, line | ({"domain_weights": weights} if weights else {})
 
 
-def model_left(config: Any, layers: Collection[int], num_keep: Counts, num_tokens: int | None) -> CausalLM:
-    """Return, on meta, the model of `config` with only these layers, units and so many tokens, or all."""
+def model_left(
+    config: Any, layers: Collection[int], num_keep: Counts, num_tokens: int | None
+) -> CausalLM:
+    """Return, on meta, the model of `config` with only these layers, units and so many tokens, or
+    all.
+    """
     model = meta_model(copy.deepcopy(config))
     arch = bind(model)
     if removed := set(range(arch.num_layers)) - set(layers):

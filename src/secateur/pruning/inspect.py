@@ -32,24 +32,34 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
     """Return `files` and `files_problem`."""
     config = opened.model.config
     steps = {group.key: align_of(group, resolved.align) for group in resolved.groups}
-    widths = {key: steps[key] * max(1, round(kept / steps[key])) for key, kept in resolved.plans[-1].num_keep.items()}
+    widths = {
+        key: steps[key] * max(1, round(kept / steps[key]))
+        for key, kept in resolved.plans[-1].num_keep.items()
+    }
     try:
-        models = (meta_model(config), model_left(config, resolved.layers, widths, opened.vocabulary_left))
-        dense, left = ([gguf_bytes(model, kind, opened.name) for kind in FILE_TYPES] for model in models)
+        models = (
+            meta_model(config),
+            model_left(config, resolved.layers, widths, opened.vocabulary_left),
+        )
+        dense, left = (
+            [gguf_bytes(model, kind, opened.name) for kind in FILE_TYPES] for model in models
+        )
     except SecateurError as error:
         return {}, str(error).removesuffix(".")
     return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), None
 
 
 def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
-    """Return the model with as many tokens gone as the recipe says, and a note if a run measures it."""
+    """Return the model with as many tokens gone as the recipe says, and a note if a run measures
+    it.
+    """
     size = opened.recipe.remove.vocabulary
     if size is None:
         return opened, ()
     if size == "auto":
         note = (
-            "remove.vocabulary: auto measures in the run how many tokens go; here all is asked of the groups, and if "
-            "there are none, nothing."
+            "remove.vocabulary: auto measures in the run how many tokens go; here all is asked of "
+            "the groups, and if there are none, nothing."
         )
         return opened, (note,)
     return replace(opened, trim=trim_to(opened, size, services)), ()
@@ -69,8 +79,8 @@ def inspect(
     Returns groups, widths before and after, bytes, memory and disk, how much of the model
     its vocabulary is, and how large GGUF files will be.
 
-    Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError. But a
-    share that cannot be is a note, and the nearest one that can is shown.
+    Raises what `prune` raises before it reads weights: RecipeError, CheckpointError or ArchError.
+    But a share that cannot be is a note, and the nearest one that can is shown.
     """
     opened = open_model(model, as_recipe(recipe), weights=False)
     aside = () if opened.checkpoint is None else notes_on(opened.checkpoint, opened.model)
@@ -82,7 +92,12 @@ def inspect(
     resolved = with_polish_that_fits(opened, resolved)
 
     # What it leaves, and takes.
-    arch, size, recipe, memory = opened.arch, opened.size, opened.recipe, memory_for(opened, resolved)
+    arch, size, recipe, memory = (
+        opened.arch,
+        opened.size,
+        opened.recipe,
+        memory_for(opened, resolved),
+    )
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = plan.cost_after
     embedding: Any = opened.model.get_input_embeddings()
@@ -95,7 +110,9 @@ def inspect(
         dtype=str(opened.model.dtype).removeprefix("torch."),
         size=size,
         num_layers=(arch.num_layers, len(resolved.layers)),
-        groups=tuple(_facts(cut[name], plan.num_keep) for name in recipe.remove.group_names if name in cut),
+        groups=tuple(
+            _facts(cut[name], plan.num_keep) for name in recipe.remove.group_names if name in cut
+        ),
         remove_asked=recipe.remove.share,
         remove_reached=1 - num_params / size.num_params,
         largest_remove=resolved.largest,
@@ -137,4 +154,12 @@ def _facts(members: Sequence[Group], num_keep: Counts) -> GroupFacts:
     kept = round(mean(num_keep.get(group.key, group.num_units) for group in members))
     num_params = sum(group.num_units * group.params_per_unit for group in members)
     first = members[0]
-    return GroupFacts(first.name, first.unit, len(members), first.num_units, kept, first.params_per_unit, num_params)
+    return GroupFacts(
+        first.name,
+        first.unit,
+        len(members),
+        first.num_units,
+        kept,
+        first.params_per_unit,
+        num_params,
+    )

@@ -1,8 +1,9 @@
-"""Layers and units that stay in a result (`keep.json`), and what a run takes from another one (`--like`).
+"""Layers and units that stay in a result (`keep.json`), and what a run takes from another one
+(`--like`).
 
-In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays. Layers
-that went are named by the first entry of the file, group `layers`: those that stayed, by their dense numbers.
-The other entries number layers as the result does: n is the n-th of these.
+In: the directory, changes to its recipe, and the model. Out: the recipe; the model with what stays.
+Layers that went are named by the first entry of the file, group `layers`: those that stayed, by
+their dense numbers. The other entries number layers as the result does: n is the n-th of these.
 """
 
 import json
@@ -34,12 +35,16 @@ KEEP_FILE = "keep.json"
 def write_keeps(directory: Path, layers: Sequence[int], keeps: Mapping[GroupKey, Tensor]) -> None:
     """Write the file. `layers`: those that stayed; empty if all did."""
     entries = [{"group": "layers", "keep": layers}] if layers else []
-    units = [{"layer": layer, "group": group, "keep": keep.tolist()} for (layer, group), keep in keeps.items()]
+    units = [
+        {"layer": layer, "group": group, "keep": keep.tolist()}
+        for (layer, group), keep in keeps.items()
+    ]
     (directory / KEEP_FILE).write_text(json.dumps([*entries, *units]) + "\n", encoding="utf-8")
 
 
 def read_keeps(directory: Path, num_layers: int) -> tuple[tuple[int, ...], Keeps]:
-    """Return the dense layers that stayed, and the units of each group. `num_layers`: of the dense model.
+    """Return the dense layers that stayed, and the units of each group. `num_layers`: of the dense
+    model.
 
     Raises CheckpointError for a missing or damaged file.
     """
@@ -62,7 +67,8 @@ def read_keeps(directory: Path, num_layers: int) -> tuple[tuple[int, ...], Keeps
 def bad_keeps(directory: Path) -> CheckpointError:
     """Return the error for a file that names no units of the model."""
     return CheckpointError(
-        f"{directory / KEEP_FILE}: does not name units that stay; use the file that secateur prune wrote."
+        f"{directory / KEEP_FILE}: does not name units that stay; use the file that secateur prune "
+        "wrote."
     )
 
 
@@ -81,14 +87,15 @@ def recipe_like(directory: Path, changes: Recipe) -> Recipe:
         for key in sorted(mine.model_fields_set):
             if (got := getattr(mine, key)) != (has := getattr(there, key)):
                 raise RecipeError(
-                    f"{group}.{key}: is {has} in the run that like {directory} repeats, got {got}; leave it out, "
-                    "as that run has chosen which units go."
+                    f"{group}.{key}: is {has} in the run that like {directory} repeats, got {got}; "
+                    "leave it out, as that run has chosen which units go."
                 )
     return recipe_over(base, changes, but={"remove", "choose"})
 
 
 def opened_like(opened: Opened, directory: Path) -> Opened:
-    """Return the model with another result's units as those that stay, all others to go in one round.
+    """Return the model with another result's units as those that stay, all others to go in one
+    round.
 
     Its recipe names the layers that go, and goes in one round.
     Raises CheckpointError for a damaged result, or if the model that it was pruned from was of
@@ -105,7 +112,9 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
     if groups.keys() != keeps.keys():
         raise bad_keeps(directory)
     for key, keep in keeps.items():
-        if keep.max() >= groups[key].num_units or (keep.ndim > 1 and groups[key].kind != "expert_channels"):
+        if keep.max() >= groups[key].num_units or (
+            keep.ndim > 1 and groups[key].kind != "expert_channels"
+        ):
             raise bad_keeps(directory)
     tokens, source = kept_tokens_of(directory), lineage(checkpoint, other.num_parameters())[-1]
     like = Like(checkpoint, source, sha256_of(directory / KEEP_FILE), keeps, tokens)
@@ -116,7 +125,10 @@ def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: P
     """Raise CheckpointError if the model is not shaped as the one that `summary` tells of."""
     tokens, models = kept_tokens_of(directory), (opened.model, other)
     embeddings: list[Any] = [model.get_input_embeddings() for model in models]
-    rows = [embeddings[0].num_embeddings, embeddings[1].num_embeddings if tokens is None else tokens.num_dense]
+    rows = [
+        embeddings[0].num_embeddings,
+        embeddings[1].num_embeddings if tokens is None else tokens.num_dense,
+    ]
     # Siblings may have more tokens than were there when none of these went.
     sizes = zip((opened.size, summary.dense_size), models, rows, strict=True)
     own, dense = (size.num_params - token_prices(model, count) for size, model, count in sizes)
@@ -135,6 +147,7 @@ def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: P
     for what, got, wanted in numbers:
         if got != wanted:
             raise CheckpointError(
-                f"like {directory}: the {what} of {opened.name} is {got}, and of the model that was pruned there "
-                f"{wanted}; give a model of that shape, or leave like out to choose units anew."
+                f"like {directory}: the {what} of {opened.name} is {got}, and of the model that "
+                f"was pruned there {wanted}; give a model of that shape, or leave like out to "
+                "choose units anew."
             )

@@ -1,6 +1,8 @@
-"""Rounds: what each group of units keeps is planned, then they go layer by layer, on the pruned stream.
+"""Rounds: what each group of units keeps is planned, then they go layer by layer, on the pruned
+stream.
 
-In: runs of models without the layers and tokens that go. Out: the models, cut in place, and which units stay.
+In: runs of models without the layers and tokens that go. Out: the models, cut in place, and which
+units stay.
 """
 
 import time
@@ -29,7 +31,9 @@ from secateur.stream.walk import Batch, Walk
 
 
 class _Member:
-    """A model that is cut: its run, the units that stay so far, and in a round its plan and its stream."""
+    """A model that is cut: its run, the units that stay so far, and in a round its plan and its
+    stream.
+    """
 
     plan: Plan
     walk: Walk
@@ -38,33 +42,47 @@ class _Member:
         """Begin with the whole model."""
         assert run.arch.num_layers == len(run.resolved.layers), "whole layers go first"
         self.run, self.watch = run, LossWatch(run)
-        self.keeps: Keeps = {group.key: torch.arange(group.num_units) for group in run.resolved.groups}
+        self.keeps: Keeps = {
+            group.key: torch.arange(group.num_units) for group in run.resolved.groups
+        }
 
 
 def prune_together(runs: Sequence[Run]) -> list[Keeps]:
     """Prune the models, all rounds; return each group's kept units by their original indices.
 
-    Several are copies of one dense model, on the same text, that lose different shares in one round each.
-    One walk carries a pruned stream of each beside one dense stream; each becomes what it would be alone,
-    to the byte.
+    Several are copies of one dense model, on the same text, that lose different shares in one round
+    each. One walk carries a pruned stream of each beside one dense stream; each becomes what it
+    would be alone, to the byte.
 
     Whole layers have gone; layers are numbered as the model then does. Raises RecipeError if
     a protected domain allows no further round.
     """
     run, num_rounds = runs[0], len(runs[0].resolved.plans)
-    assert len(runs) == 1 or {len(sized.resolved.plans) for sized in runs} == {1}, "several go in one round"
+    assert len(runs) == 1 or {len(sized.resolved.plans) for sized in runs} == {1}, (
+        "several go in one round"
+    )
     scratch = TemporaryDirectory(prefix="prune-", dir=run.services.scratch)
     # A trim leaves embedding and head in memory.
     on_disk = run.weights_on_disk and run.dense_tokens is None
-    with scratch as folder, embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload:
-        dense_layers, members = LayersOnDisk(Path(folder), "dense"), [_Member(sized) for sized in runs]
+    with (
+        scratch as folder,
+        embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload,
+    ):
+        dense_layers, members = (
+            LayersOnDisk(Path(folder), "dense"),
+            [_Member(sized) for sized in runs],
+        )
         for number in range(1, num_rounds + 1):
             # No width left to remove in this round: skip it.
             if any(sized.resolved.removals[number - 1] > 0 for sized in runs):
                 _begin_round(members, number)
                 unload()
                 # Two alternating sets of files: one stays mapped until the next round replaces it.
-                finished = LayersOnDisk(Path(folder), f"finished-{number % 2}") if run.weights_on_disk else None
+                finished = (
+                    LayersOnDisk(Path(folder), f"finished-{number % 2}")
+                    if run.weights_on_disk
+                    else None
+                )
                 _one_round(members, number, dense_layers, finished)
             for member in members:
                 member.watch.after_round(number)
@@ -80,7 +98,10 @@ def _begin_round(members: list[_Member], number: int) -> None:
         member.plan = plan_round(member.run, number, batches, member.watch.allowed_rise())
     # A round that the store has whole needs no stream, unless somebody waits for it.
     steps = ((member.run, group) for member in members for group in member.run.resolved.groups)
-    idle = all(run.services.store.has(_step_name(number, group)) for run, group in steps) and first.after_dense is None
+    idle = (
+        all(run.services.store.has(_step_name(number, group)) for run, group in steps)
+        and first.after_dense is None
+    )
     for member in members:
         # Where drift is made up for, a dense stream runs beside.
         dense = member is members[0] and member.run.resolved.target_mix > 0
@@ -88,14 +109,18 @@ def _begin_round(members: list[_Member], number: int) -> None:
         member.walk.dense_BTD = members[0].walk.dense_BTD
 
 
-def _one_round(members: list[_Member], number: int, dense_layers: LayersOnDisk, finished: LayersOnDisk | None) -> None:
+def _one_round(
+    members: list[_Member], number: int, dense_layers: LayersOnDisk, finished: LayersOnDisk | None
+) -> None:
     run, num_rounds = members[0].run, len(members[0].run.resolved.plans)
     stage, num_layers = f"prune, round {number} of {num_rounds}", run.arch.num_layers
     run.services.progress(stage, 0, num_layers * len(members))
     for index in range(num_layers):
         if run.resolved.target_mix:
             groups = [group for group in run.resolved.groups if group.layer == index]
-            _advance_dense(members[0].walk, index, groups, dense_layers, is_last=number == num_rounds)
+            _advance_dense(
+                members[0].walk, index, groups, dense_layers, is_last=number == num_rounds
+            )
         for place, member in enumerate(members):
             # Prune the layer's groups, and move the member's stream through what is left.
             for group in member.run.resolved.groups:
@@ -110,7 +135,9 @@ def _one_round(members: list[_Member], number: int, dense_layers: LayersOnDisk, 
                 finished.save(index, layer, [])
                 finished.restore(index, layer)
             release_freed()
-            run.services.progress(stage, index * len(members) + place + 1, num_layers * len(members))
+            run.services.progress(
+                stage, index * len(members) + place + 1, num_layers * len(members)
+            )
     if number == 1 and run.after_dense is not None:
         run.after_dense(members[0].walk)
 
@@ -131,9 +158,17 @@ def _group_step(member: _Member, group: Group, number: int) -> Tensor:
             hand = partial(run.supports.mix, name, plan.removed_share)
         elif run.keeps_statistics:
             hand = partial(keep_statistics, statistics)
-        keep, line = prune_group(Task(walk, group, num_keep, method_of(recipe), run.shares, seed, kept, hand))
+        keep, line = prune_group(
+            Task(walk, group, num_keep, method_of(recipe), run.shares, seed, kept, hand)
+        )
         seconds = round(time.perf_counter() - start, 3)
-        line = {"event": "group", "round": number, **line, "seconds": seconds, "peak_bytes": peak_bytes()}
+        line = {
+            "event": "group",
+            "round": number,
+            **line,
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(),
+        }
         run.services.store.save(name, outcome_of(layer, group, keep) | statistics, line)
     run.services.log.write(line)
     return keep
@@ -143,7 +178,9 @@ def _step_name(number: int, group: Group) -> str:
     return f"round-{number}-layer-{group.layer}-{group.name}"
 
 
-def _advance_dense(walk: Walk, index: int, groups: list[Group], dense_layers: LayersOnDisk, *, is_last: bool) -> None:
+def _advance_dense(
+    walk: Walk, index: int, groups: list[Group], dense_layers: LayersOnDisk, *, is_last: bool
+) -> None:
     """Move the dense stream through the layer as it was before the first round."""
     if index in dense_layers.indices:
         with dense_layers.restored(index, walk.layers[index]):
@@ -160,7 +197,11 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
     `max_rise`: how much each protected domain's loss may still rise. Raises RecipeError if the
     round's share cannot go within these limits.
     """
-    groups, prices, remove = run.resolved.groups, run.resolved.prices_left, run.resolved.removals[number - 1]
+    groups, prices, remove = (
+        run.resolved.groups,
+        run.resolved.prices_left,
+        run.resolved.removals[number - 1],
+    )
     if run.resolved.kept or run.resolved.is_uniform:
         return run.resolved.plans[number - 1]
 
@@ -168,10 +209,14 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
         profiles = run.profiles or profiles_of(run, number, batches)
         plan = from_first(lambda: curve_plan(groups, profiles, prices, remove, max_rise))
         predicted = predicted_rise(profiles, plan.num_keep)
-        run.services.log.write({"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted})
+        run.services.log.write(
+            {"event": "plan", "round": number, "budget": "curve", "predicted_rise": predicted}
+        )
         return [*plan.num_keep.items()]
 
-    num_keep = run.services.store.value(f"round-{number}-plan", planned, kind=list[tuple[GroupKey, int]])
+    num_keep = run.services.store.value(
+        f"round-{number}-plan", planned, kind=list[tuple[GroupKey, int]]
+    )
     return plan_of(groups, prices, dict(num_keep))
 
 
@@ -183,7 +228,9 @@ def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:
     def made() -> list[tuple[GroupKey, GroupProfile]]:
         # Slopes are measured at the width of an equal share for all groups.
         now = sum(g.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
-        then = sum(run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
+        then = sum(
+            run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups
+        )
         settings = ProfileSettings(
             # Weights by domain act through the slopes.
             weighting="energy" if weighting in BY_DOMAIN else weighting,

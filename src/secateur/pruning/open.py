@@ -64,8 +64,9 @@ class Opened:
 
     `model`: the one in memory, or the checkpoint's, on the meta device until `loaded`. `size`: as
     stored. `device`: where the run computes. `tokenizer`: the one handed over, if any. `trim`: what
-    goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut by.
-    `on_disk`: whether its weights, once loaded, stay in their files. `notes`: for people, on the weights.
+    goes of the vocabulary, decided before the weights are cut. `like`: the result that it is cut
+    by. `on_disk`: whether its weights, once loaded, stay in their files. `notes`: for people, on
+    the weights.
     """
 
     checkpoint: Checkpoint | None
@@ -119,7 +120,11 @@ class Opened:
 
 
 def open_model(
-    model: CausalLM | str | Path, recipe: Recipe, tokenizer: Tokenizer | None = None, *, weights: bool = True
+    model: CausalLM | str | Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
+    *,
+    weights: bool = True,
 ) -> Opened:
     """Return the model with its architecture bound; a checkpoint's weights are not read.
 
@@ -135,7 +140,15 @@ def open_model(
     arch = bind(model)
     if checkpoint is not None and weights:
         check_weights(checkpoint, model)
-    return Opened(checkpoint, model, arch, Size.of(model), recipe, _device_for(recipe, checkpoint, model), tokenizer)
+    return Opened(
+        checkpoint,
+        model,
+        arch,
+        Size.of(model),
+        recipe,
+        _device_for(recipe, checkpoint, model),
+        tokenizer,
+    )
 
 
 def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) -> torch.device:
@@ -143,11 +156,17 @@ def _device_for(recipe: Recipe, checkpoint: Checkpoint | None, model: CausalLM) 
     if checkpoint is not None:
         return device_called(recipe.machine.device)
     if recipe.machine.device_budget is not None:
-        raise RecipeError("machine.device_budget: a model in memory stays where it is; give its path, or leave it out.")
-    if recipe.machine.device is not None and device_called(recipe.machine.device).type != model.device.type:
         raise RecipeError(
-            f"machine.device: is {recipe.machine.device}, and the model in memory is on {model.device}; "
-            "move the model, or leave device out."
+            "machine.device_budget: a model in memory stays where it is; give its path, or leave "
+            "it out."
+        )
+    if (
+        recipe.machine.device is not None
+        and device_called(recipe.machine.device).type != model.device.type
+    ):
+        raise RecipeError(
+            f"machine.device: is {recipe.machine.device}, and the model in memory is on "
+            f"{model.device}; move the model, or leave device out."
         )
     return model.device
 
@@ -162,12 +181,20 @@ def computes_in_float32(opened: Opened) -> bool:
     is_asked = machine.compute_dtype == "float32"
     if checkpoint is None or machine.memory_budget is not None:
         if is_asked:
-            why = "memory_budget, which keeps weights in their files" if checkpoint else "a model in memory; convert it"
-            raise RecipeError(f"machine.compute_dtype: float32 does not go with {why}; leave one of them out.")
+            why = (
+                "memory_budget, which keeps weights in their files"
+                if checkpoint
+                else "a model in memory; convert it"
+            )
+            raise RecipeError(
+                f"machine.compute_dtype: float32 does not go with {why}; leave one of them out."
+            )
         return False
     if dtype not in LOW:
         return False
-    return is_asked or (machine.compute_dtype is None and multiplies_in_software(opened.device, dtype))
+    return is_asked or (
+        machine.compute_dtype is None and multiplies_in_software(opened.device, dtype)
+    )
 
 
 def tokenizer_of(opened: Opened) -> Tokenizer:
@@ -197,16 +224,32 @@ def loaded(opened: Opened, *, on_disk: bool) -> Opened:
     return replace(opened, model=model, size=Size.of(model), on_disk=on_disk, notes=notes)
 
 
-def onload(opened: Opened, *, in_float32: bool, one_at_a_time: bool = False, keeps: bool = False) -> Placement:
-    """Bring the loaded model to the run's device; a model in memory stays where it is. Arguments: of `Placement`."""
-    layers, device = decoder_layers(opened.model, opened.arch), CPU if opened.checkpoint is None else opened.device
-    placement = Placement(opened.model, layers, device, one_at_a_time=one_at_a_time, in_float32=in_float32, keeps=keeps)
+def onload(
+    opened: Opened, *, in_float32: bool, one_at_a_time: bool = False, keeps: bool = False
+) -> Placement:
+    """Bring the loaded model to the run's device; a model in memory stays where it is. Arguments:
+    of `Placement`.
+    """
+    layers, device = (
+        decoder_layers(opened.model, opened.arch),
+        CPU if opened.checkpoint is None else opened.device,
+    )
+    placement = Placement(
+        opened.model,
+        layers,
+        device,
+        one_at_a_time=one_at_a_time,
+        in_float32=in_float32,
+        keeps=keeps,
+    )
     placement.onload()
     return placement
 
 
 def inputs_of(opened: Opened, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a result depends on before a weight is read: no text, but what the recipe leaves to the machine."""
+    """Return what a result depends on before a weight is read: no text, but what the recipe leaves
+    to the machine.
+    """
     return {
         "recipe": opened.recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "model config": json.loads(checkpoint.config.to_json_string(use_diff=False)),
@@ -238,5 +281,9 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         first = parameter.detach().flatten()[:NUMBERS_SAMPLED].cpu().double()
-        digest.update(name.encode() + str((parameter.dtype, tuple(parameter.shape))).encode() + first.numpy().tobytes())
+        digest.update(
+            name.encode()
+            + str((parameter.dtype, tuple(parameter.shape))).encode()
+            + first.numpy().tobytes()
+        )
     return digest.hexdigest()

@@ -38,7 +38,8 @@ from secateur.stream.walk import CPU_BATCH_TOKENS, Batch, Walk
 
 # The user's own number of threads, which stands.
 THREADS = "OMP_NUM_THREADS"
-# A run that names the tokens of a domain that judge it gets a share of prompts and documents, all with so many.
+# A run that names the tokens of a domain that judge it gets a share of prompts and documents, all
+# with so many.
 TOKENS_BESIDE_ALL = 1024
 
 
@@ -46,18 +47,23 @@ TOKENS_BESIDE_ALL = 1024
 def begun_run(
     opened: Opened, out: Path | str | None, *, overwrite: bool, progress: Progress, tell: Tell
 ) -> Iterator[Services]:
-    """Yield the services of a run, see `begun`; a model in memory cannot go on, because a run cuts it in place.
+    """Yield the services of a run, see `begun`; a model in memory cannot go on, because a run cuts
+    it in place.
 
-    Inside it freed memory is kept, and a run may choose how many threads torch has; behind it all is as before.
+    Inside it freed memory is kept, and a run may choose how many threads torch has; behind it all
+    is as before.
     """
     inputs = None if opened.checkpoint is None else partial(inputs_of, opened, opened.checkpoint)
-    job = begun(out, inputs, overwrite=overwrite, protected=opened.directory, progress=progress, tell=tell)
+    job = begun(
+        out, inputs, overwrite=overwrite, protected=opened.directory, progress=progress, tell=tell
+    )
     with keeping_freed(), threads_kept(), job as services:
         yield services
 
 
 class Prepared(NamedTuple):
-    """A run whose model is still dense, with its weights. `opened`: with its tokenizer, and the trim of it.
+    """A run whose model is still dense, with its weights. `opened`: with its tokenizer, and the
+    trim of it.
 
     `notes`: for people, on the text, on the weights and on memory.
     """
@@ -80,8 +86,9 @@ def prepared(
 ) -> Prepared:
     """Return a run up to where its model is loaded, and in place on the device.
 
-    `num_judged_blocks`: of each domain, to judge by; None: as the recipe says. `does`: what is said of the
-    share that goes. `num_models`: as many copies of the weights are in memory. `num_results`: are written.
+    `num_judged_blocks`: of each domain, to judge by; None: as the recipe says. `does`: what is said
+    of the share that goes. `num_models`: as many copies of the weights are in memory.
+    `num_results`: are written.
 
     Raises a SecateurError for what the recipe, the memory or the text does not allow.
     """
@@ -112,7 +119,10 @@ def prepared(
         resolved = replace(resolved, warnings=resolved.warnings + notes)
         check_same_run(opened.model, resolved.recipe)
         placement = onload(
-            opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32, keeps=plan.keeps_layers
+            opened,
+            one_at_a_time=plan.one_layer_at_a_time,
+            in_float32=plan.in_float32,
+            keeps=plan.keeps_layers,
         )
         if opened.device.type == "cpu" and size() == 1:
             choose_threads(opened, services)
@@ -121,7 +131,9 @@ def prepared(
     with log.time("calibration"), eval_mode(model):
         if any(blocks.is_meta for blocks in drawn.learning.held_out.values()):
             drawn = drawn.written(opened, text.answers(opened, services))
-        services.store.check_input("calibration text", drawn.learning.content_hash + drawn.judged.content_hash)
+        services.store.check_input(
+            "calibration text", drawn.learning.content_hash + drawn.judged.content_hash
+        )
 
     run = Run(
         model=model,
@@ -137,7 +149,8 @@ def prepared(
 
 
 def choose_threads(opened: Opened, services: Services) -> None:
-    """Let torch compute with as many threads as make a layer fastest now; a run that goes on has those it began with.
+    """Let torch compute with as many threads as make a layer fastest now; a run that goes on has
+    those it began with.
 
     Nothing changes if the environment says how many.
     """
@@ -155,14 +168,20 @@ def choose_threads(opened: Opened, services: Services) -> None:
     services.log.write({"event": "threads", "count": count})
 
 
-def foretold(opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, num_models: int) -> str:
-    """Return a sentence on what a run is about to do, and in how much memory for so many copies. `does`: its verb."""
+def foretold(
+    opened: Opened, resolved: Resolved, plan: MemoryPlan, does: str, num_models: int
+) -> str:
+    """Return a sentence on what a run is about to do, and in how much memory for so many copies.
+    `does`: its verb.
+    """
     recipe, arch, kept = resolved.recipe, opened.arch, resolved.plans[-1].num_keep
     parts = [f"{resolved.depth} of {arch.num_layers} layers"] if resolved.depth else []
     for name, members in by_name(resolved.groups).items():
         before = sum(group.num_units for group in members) / len(members)
         after = sum(kept[group.key] for group in members) / len(members)
-        parts += [f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (not resolved.is_uniform)]
+        parts += [
+            f"{name} {before:,.0f} -> {after:,.0f}" + " on average" * (not resolved.is_uniform)
+        ]
     if opened.trim is not None:
         parts += [f"tokens {opened.trim.kept.num_dense:,} -> {opened.trim.kept.num_kept:,}"]
     text = f"{resolved.num_tokens:,} tokens of {', '.join(recipe.calibration.domains)}"
@@ -206,8 +225,12 @@ def judge_of(ready: Prepared) -> Judge:
 
 
 def judged_dense(ready: Prepared, judge: Judge) -> Judgement:
-    """Judge the dense model, which answers if no token reads all text again or moves weights that are not in memory."""
-    asks = ready.run.arch.caches and not (ready.run.weights_on_disk or ready.placement.one_at_a_time)
+    """Judge the dense model, which answers if no token reads all text again or moves weights that
+    are not in memory.
+    """
+    asks = ready.run.arch.caches and not (
+        ready.run.weights_on_disk or ready.placement.one_at_a_time
+    )
     return judged(ready.run, "dense", partial(judge.dense, asks=asks))
 
 

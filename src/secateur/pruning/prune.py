@@ -47,14 +47,16 @@ def prune_run(
 ) -> list[Result]:
     """Prune a causal LM, without the recipe's `recover`. Arguments, errors: see `api.prune`.
 
-    `finish`: writes what people read of a finished run. `sizes`: each goes into a directory of its name
-    below `out`.
+    `finish`: writes what people read of a finished run. `sizes`: each goes into a directory of its
+    name below `out`.
     """
     if max_loss is not None and not 0 < max_loss < math.inf:
         raise RecipeError(f"max_loss: give a number of nats per token above 0, got {max_loss}.")
     for name, other in (("max_loss", max_loss), ("from", from_)):
         if like is not None and other is not None:
-            raise RecipeError(f"{name}: does not go with like, which says what goes; leave out one of them.")
+            raise RecipeError(
+                f"{name}: does not go with like, which says what goes; leave out one of them."
+            )
 
     # The recipe, with those of other directories below it, and the model.
     given = recipe
@@ -64,7 +66,9 @@ def prune_run(
     opened = open_model(model, recipe, tokenizer)
     if measured is not None:
         measured.check_model(opened)
-    opened = with_share_of_answers(checked(opened if like is None else opened_like(opened, Path(like))))
+    opened = with_share_of_answers(
+        checked(opened if like is None else opened_like(opened, Path(like)))
+    )
 
     # What goes at most, and on how many copies.
     base, is_alone = opened, sizes is None and max_loss is None
@@ -82,25 +86,35 @@ def prune_run(
         does = "removes" if is_alone else "removes up to"
         if measured is not None:
             services.store.before = measured.steps(services.progress)
-        ready = prepared(opened, services, does=does, num_models=num_models, num_results=num_results)
+        ready = prepared(
+            opened, services, does=does, num_models=num_models, num_results=num_results
+        )
         if measured is not None:
             ready = ready._replace(run=measured.served(ready.run))
         if measured or max_loss:
-            services.store.check_input("limit or measurement", f"{max_loss} {measured and measured.digest}")
+            services.store.check_input(
+                "limit or measurement", f"{max_loss} {measured and measured.digest}"
+            )
         with eval_mode(ready.run.model):
             members = {"": ready} if sizes is None else of_sizes(ready, base.recipe, sizes)
-            cuts = cut_and_polish(ready.run, [member.run for member in members.values()], force=force)
+            cuts = cut_and_polish(
+                ready.run, [member.run for member in members.values()], force=force
+            )
             pairs = zip(members.values(), cuts, strict=True)
             if max_loss is not None:
                 pairs = cut_within(ready, measured, max_loss)
             results = list(_pruned(ready, zip(members, pairs, strict=True), command, finish))
-    return [replace(result, out=out and Path(out) / name) for name, result in zip(members, results, strict=True)]
+    return [
+        replace(result, out=out and Path(out) / name)
+        for name, result in zip(members, results, strict=True)
+    ]
 
 
 def _pruned(
     ready: Prepared, cuts: Iterable[tuple[str, tuple[Prepared, Cut]]], command: str, finish: Finish
 ) -> Iterator[Result]:
-    """Yield the result of each cut, once it is judged and written to its run's directory, if there is one.
+    """Yield the result of each cut, once it is judged and written to its run's directory, if there
+    is one.
 
     `cuts`: the name of each size, what it was cut from, and the cut.
     """
@@ -120,11 +134,20 @@ def _pruned(
         if directory is not None:
             run.services.log.write({"event": "seconds", **summary.seconds})
             summary = finish(directory, summary, run.resolved.recipe)
-        yield Result(run.model, tokenizer_of(opened), run.resolved.recipe, cut.keeps, run.resolved.layers, summary)
+        yield Result(
+            run.model,
+            tokenizer_of(opened),
+            run.resolved.recipe,
+            cut.keeps,
+            run.resolved.layers,
+            summary,
+        )
 
 
 def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
-    """Write the model, its recipe and which units stay; have a fresh process compute the same logits."""
+    """Write the model, its recipe and which units stay; have a fresh process compute the same
+    logits.
+    """
     run, services = cut.run, cut.run.services
     resolved = run.resolved
     with services.log.time("save"):
@@ -140,4 +163,6 @@ def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
         for sentence in left_behind:
             services.log.note(sentence)
     with services.log.time("verify"):
-        return prove_reload(run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress)
+        return prove_reload(
+            run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress
+        )

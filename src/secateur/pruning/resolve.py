@@ -1,4 +1,5 @@
-"""How much goes, in plain numbers: from a recipe and an architecture to whole layers, widths and plans.
+"""How much goes, in plain numbers: from a recipe and an architecture to whole layers, widths and
+plans.
 
 A recipe says it as a share or a size; both become a share of the parameters, and that
 becomes whole layers and steps of widths. No weight is read. All layers of a family
@@ -107,7 +108,9 @@ class Resolved:
         """How many units of each group stay at least."""
         if self.is_uniform:
             return least_keep(self.groups, self.align)
-        return {group.key: levels_of(group, group.num_units, self.align)[-1] for group in self.groups}
+        return {
+            group.key: levels_of(group, group.num_units, self.align)[-1] for group in self.groups
+        }
 
     @property
     def largest(self) -> float:
@@ -124,7 +127,10 @@ class Resolved:
     def reaches(self) -> bool:
         """Whether the widths can give the share; equal ones are the nearest to it."""
         room = self.step / 2 if self.is_uniform else 0
-        to_remove, most = self.recipe.remove.share * self.prices.total, self.largest * self.prices.total + room
+        to_remove, most = (
+            self.recipe.remove.share * self.prices.total,
+            self.largest * self.prices.total + room,
+        )
         return not self.groups or bool(self.kept) or to_remove <= most
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
@@ -136,17 +142,22 @@ class Resolved:
             plan = plan_of(groups, prices, {key: keep.shape[-1] for key, keep in self.kept.items()})
             return replace(moved, plans=(plan,), removals=(plan.removed_share,))
 
-        # What layers and tokens do not give is the widths' part, in equal rounds; it may be nothing.
+        # What layers and tokens do not give is the widths' part, in equal rounds; it may be
+        # nothing.
         remove = share_for_widths(moved)
         shares = round_shares(recipe.choose.rounds if remove > 0 else 1)
         plans = [plan_of(groups, prices, {group.key: group.num_units for group in groups})]
         if remove > 0:
             # Other budgets only count with this plan and spread it over layers in their own steps.
             align = self.align if self.is_uniform else 1
-            plans = round_plans(groups, prices, uniform_plan(groups, prices, remove, align), shares, align)
+            plans = round_plans(
+                groups, prices, uniform_plan(groups, prices, remove, align), shares, align
+            )
         removals = tuple(remove * share for share in shares)
         rounds = {"rounds": len(shares)}
-        return replace(moved, recipe=recipe.filled(choose=rounds), plans=tuple(plans), removals=removals)
+        return replace(
+            moved, recipe=recipe.filled(choose=rounds), plans=tuple(plans), removals=removals
+        )
 
 
 def checked(opened: Opened) -> Opened:
@@ -156,7 +167,9 @@ def checked(opened: Opened) -> Opened:
     """
     if opened.recipe.remove.groups is None:
         names = {group.name for group in opened.arch.groups}
-        most = next((name for name in (EXPERTS, FFN, EXPERT_CHANNELS, SHARED) if name in names), FFN)
+        most = next(
+            (name for name in (EXPERTS, FFN, EXPERT_CHANNELS, SHARED) if name in names), FFN
+        )
         opened = opened.filled(remove={"groups": (most,)})
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
@@ -167,20 +180,29 @@ def checked(opened: Opened) -> Opened:
             why = why_not_per_layer(opened.model, arch, recipe.remove.group_names)
         if why is not None:
             raise RecipeError(
-                f"choose.budget: {recipe.choose.budget} with protected_layers {list(recipe.remove.protected_layers)} "
-                f"gives layers widths of their own, which a language model of type {config.model_type} cannot be saved "
-                f"with ({why}); use budget uniform without protected_layers."
+                f"choose.budget: {recipe.choose.budget} with protected_layers "
+                f"{list(recipe.remove.protected_layers)} gives layers widths of their own, which a "
+                f"language model of type {config.model_type} cannot be saved with ({why}); use "
+                "budget uniform without protected_layers."
             )
     block_length(recipe.calibration.sequence_length, config)
-    if recipe.remove.vocabulary == "auto" and recipe.remove.groups and "ffn" not in recipe.remove.groups:
+    if (
+        recipe.remove.vocabulary == "auto"
+        and recipe.remove.groups
+        and "ffn" not in recipe.remove.groups
+    ):
         raise RecipeError(
-            f"remove.vocabulary: auto weighs tokens against FFN channels, which groups {list(recipe.remove.groups)} do "
-            "not have; say how many tokens stay, add ffn, or set vocabulary: null."
+            "remove.vocabulary: auto weighs tokens against FFN channels, which groups "
+            f"{list(recipe.remove.groups)} do not have; say how many tokens stay, add ffn, or set "
+            "vocabulary: null."
         )
-    if not groups and recipe.remove.vocabulary == opened.model.get_input_embeddings().num_embeddings:
+    if (
+        not groups
+        and recipe.remove.vocabulary == opened.model.get_input_embeddings().num_embeddings
+    ):
         raise RecipeError(
-            f"remove.vocabulary: {recipe.remove.vocabulary:,} rows are all that the model has, so nothing would go; "
-            "give fewer."
+            f"remove.vocabulary: {recipe.remove.vocabulary:,} rows are all that the model has, so "
+            "nothing would go; give fewer."
         )
     target_mix_of(recipe, arch)
     return share_of_size(opened)
@@ -189,9 +211,9 @@ def checked(opened: Opened) -> Opened:
 def share_of_size(opened: Opened) -> Opened:
     """Return `opened`, the recipe's share from its `to`.
 
-    share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a share,
-    so half of their step is added: the result is never larger than asked. Raises RecipeError for a size
-    that is none, or less than a cut can leave, with the least that it can.
+    share = (parameters - those that may stay) / parameters. Equal widths are the nearest to a
+    share, so half of their step is added: the result is never larger than asked. Raises RecipeError
+    for a size that is none, or less than a cut can leave, with the least that it can.
     """
     recipe, size = opened.recipe, opened.size
     remove = recipe.remove
@@ -203,8 +225,9 @@ def share_of_size(opened: Opened) -> Opened:
         stays = parse_count(remove.to)
     if not 0 < stays < size.num_params:
         raise RecipeError(
-            f"remove.to: {remove.to} leaves {stays:,} parameters, and the model has {size.num_params:,} "
-            f"({human_bytes(size.num_bytes)}); give a smaller model's size that is above 0."
+            f"remove.to: {remove.to} leaves {stays:,} parameters, and the model has "
+            f"{size.num_params:,} ({human_bytes(size.num_bytes)}); give a smaller model's size "
+            "that is above 0."
         )
     plain = _of_share(opened, min(1 - stays / size.num_params, MOST_SHARE))
     run = _unplanned(plain)
@@ -221,19 +244,24 @@ def share_of_size(opened: Opened) -> Opened:
     if left > stays:
         num_bytes = left * size.num_bytes // size.num_params
         raise RecipeError(
-            f"remove.to: {remove.to} is less than a cut can leave; the recipe's groups leave {left:,} parameters "
-            f"({num_bytes / 1e6:.4g} MB) at least; give that or more, lower align, or name more groups."
+            f"remove.to: {remove.to} is less than a cut can leave; the recipe's groups leave "
+            f"{left:,} parameters ({num_bytes / 1e6:.4g} MB) at least; give that or more, lower "
+            "align, or name more groups."
         )
     return possible
 
 
 def _of_share(opened: Opened, share: float, align: int | None = None) -> Opened:
     """Return `opened` with this share in place of a size. `align`: None for the recipe's."""
-    return opened.filled(remove={"to": None, "share": share, "align": align or opened.recipe.remove.align})
+    return opened.filled(
+        remove={"to": None, "share": share, "align": align or opened.recipe.remove.align}
+    )
 
 
 def nearest(opened: Opened) -> Opened:
-    """Return `opened` with the nearest share that layers, tokens and widths can give, its own if they can."""
+    """Return `opened` with the nearest share that layers, tokens and widths can give, its own if
+    they can.
+    """
     share, run = opened.recipe.remove.share, _unplanned(opened)
     if not run.largest:
         return opened
@@ -259,7 +287,9 @@ def resolve(opened: Opened) -> Resolved:
     run = _unplanned(opened)
     recipe, prices = run.recipe, run.prices
     if not run.reaches:
-        raise out_of_reach(recipe.remove.share, prices, min(run.largest, nearest(opened).recipe.remove.share))
+        raise out_of_reach(
+            recipe.remove.share, prices, min(run.largest, nearest(opened).recipe.remove.share)
+        )
     if recipe.polish.num_tokens:
         check_training(recipe.polish, "polish")
     planned = run.with_layers(run.layers)
@@ -277,7 +307,9 @@ def _unplanned(opened: Opened) -> Resolved:
 
     # What layers and tokens take, and the widths that are left.
     depth = depth_of(recipe, arch, config, prices)
-    recipe = recipe.filled(remove={"depth": depth, "vocabulary": opened.vocabulary_left or recipe.remove.vocabulary})
+    recipe = recipe.filled(
+        remove={"depth": depth, "vocabulary": opened.vocabulary_left or recipe.remove.vocabulary}
+    )
     layers = layers_to_expect(recipe, arch, config)
     groups = groups_of(recipe, arch, layers)
     align = align_for(recipe, groups, prices, prices.taken(layers))
@@ -327,8 +359,9 @@ def share_for_widths(run: Resolved) -> float:
         return 0.0
     if num_gone > to_remove and not depth:
         raise RecipeError(
-            f"remove.vocabulary: the tokens that go are {num_gone / prices.total:.4f} of all {prices.total_text}, more "
-            f"than remove: {recipe.remove.share:g}; keep more tokens, or remove at least that."
+            f"remove.vocabulary: the tokens that go are {num_gone / prices.total:.4f} of all "
+            f"{prices.total_text}, more than remove: {recipe.remove.share:g}; keep more tokens, or "
+            "remove at least that."
         )
     if num_gone > to_remove:
         per_layer = (num_gone - prices.tokens) // depth
@@ -337,9 +370,9 @@ def share_for_widths(run: Resolved) -> float:
             math.ceil(1e4 * num_gone / prices.total) / 1e4,
         )
         raise RecipeError(
-            f"remove.depth: {depth} layers of {per_layer:,} parameters each make it {num_gone / prices.total:.3f} of "
-            f"all {prices.total_text}, more than remove: {recipe.remove.share:g}; use depth {most} at most, "
-            f"or remove at least {least:.4f}."
+            f"remove.depth: {depth} layers of {per_layer:,} parameters each make it "
+            f"{num_gone / prices.total:.3f} of all {prices.total_text}, more than remove: "
+            f"{recipe.remove.share:g}; use depth {most} at most, or remove at least {least:.4f}."
         )
     return (to_remove - num_gone) / (prices.total - num_gone)
 
@@ -354,9 +387,14 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
     named = _layers_named("remove.layers", recipe.remove.layers, arch.num_layers)
     shown = ", ".join(map(str, recipe.remove.layers))
     if len(named) < len(recipe.remove.layers):
-        raise RecipeError(f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once.")
+        raise RecipeError(
+            f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once."
+        )
     if both := sorted(named & protected_layers(recipe, arch)):
-        raise RecipeError(f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of them.")
+        raise RecipeError(
+            f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of "
+            "them."
+        )
     if named and recipe.remove.depth not in (None, len(named)):
         raise RecipeError(
             f"remove.depth: {recipe.remove.depth} is not the number of remove.layers: [{shown}]; "
@@ -369,7 +407,10 @@ def _layers_named(key: str, layers: tuple[int, ...], num_layers: int) -> set[int
     for index in layers:
         if not -num_layers <= index < num_layers:
             end = num_layers - 1
-            raise RecipeError(f"{key}: there is no layer {index}; use 0 to {end}, or {-num_layers} to -1 from the end.")
+            raise RecipeError(
+                f"{key}: there is no layer {index}; use 0 to {end}, or {-num_layers} to -1 from "
+                "the end."
+            )
     return {index % num_layers for index in layers}
 
 
@@ -382,22 +423,24 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     named = removed_layers(recipe, arch)
     free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
     if not free:
-        raise RecipeError("remove.protected_layers: no layer is left to remove anything from; protect fewer.")
+        raise RecipeError(
+            "remove.protected_layers: no layer is left to remove anything from; protect fewer."
+        )
     depth = len(named) or recipe.remove.depth or 0
     if depth and config.is_heterogeneous:
         raise RecipeError(
-            f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths (per_layer_config); "
-            "remove layers from the dense model, before widths."
+            f"remove.depth: {depth} layers cannot be removed from a model of per-layer widths "
+            "(per_layer_config); remove layers from the dense model, before widths."
         )
     if depth and not arch.is_chain:
         raise RecipeError(
-            f"remove.depth: layers of {arch.family} are given more than hidden states, so none can be removed; "
-            "leave depth and layers out."
+            f"remove.depth: layers of {arch.family} are given more than hidden states, so none can "
+            "be removed; leave depth and layers out."
         )
     if depth >= len(free):
         raise RecipeError(
-            f"remove.depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not in protected_layers "
-            f"must stay, so ask for 0 to {len(free) - 1}."
+            f"remove.depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not "
+            f"in protected_layers must stay, so ask for 0 to {len(free) - 1}."
         )
     removed = named or set(free[len(free) - depth :])
     return tuple(index for index in range(arch.num_layers) if index not in removed)
@@ -409,14 +452,17 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     The first units are cheap to remove and the last ones ruin the model. With f the share of the
     recipe's units that would go if widths gave all, round(LAYERS_PER_UNIT * (f - UNITS_ALONE)) of
     all layers go, or none. Measured on SmolLM2-135M (LOG, 2026-11-25): 0 of 30 layers at 30% of all
-    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or cuts no FFN, and if layers differ.
+    parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or cuts no FFN, and if layers
+    differ.
     """
     if recipe.remove.depth is not None or recipe.remove.layers:
         return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
     choose, differ = recipe.choose, config.is_heterogeneous or not arch.is_chain
     plain = choose.rounds == 1 and "ffn" in recipe.remove.group_names
-    alike = len(set(arch.params_per_layer)) == 1 and not any(group.kind in OF_EXPERTS for group in groups)
+    alike = len(set(arch.params_per_layer)) == 1 and not any(
+        group.kind in OF_EXPERTS for group in groups
+    )
     if not plain or not alike or not groups or differ:
         return 0
     of_widths = recipe.remove.share * prices.total - prices.tokens
@@ -443,13 +489,14 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     have_experts = any(group.kind in OF_EXPERTS for group in groups)
     if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
         raise RecipeError(
-            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, which experts and "
-            "their channels do not have; use energy or tokens, or leave experts out of groups."
+            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, "
+            "which experts and their channels do not have; use energy or tokens, or leave experts "
+            "out of groups."
         )
     if have_experts and recipe.choose.budget != "uniform":
         raise RecipeError(
-            f"remove.groups: experts and their channels can only go with budget: uniform, got {recipe.choose.budget}; "
-            "change it or leave experts out."
+            "remove.groups: experts and their channels can only go with budget: uniform, got "
+            f"{recipe.choose.budget}; change it or leave experts out."
         )
     units = find_score(recipe.choose.score).units
     if have_experts and units == "channels and heads":
@@ -468,7 +515,9 @@ def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
 def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
     """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
     widest = max((group.num_inputs for group in groups), default=1)
-    num_tokens = recipe.calibration.num_tokens or max(MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest)
+    num_tokens = recipe.calibration.num_tokens or max(
+        MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest
+    )
     length = block_length(recipe.calibration.sequence_length, config)
     return {"num_tokens": num_tokens, "sequence_length": length}, widest
 
@@ -477,23 +526,28 @@ def too_deep(groups: Groups, plan: Plan) -> tuple[str, ...]:
     """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
     warnings: list[str] = []
     for name, members in by_name(groups).items():
-        kept = sum(plan.num_keep[group.key] for group in members) / sum(group.num_units for group in members)
+        kept = sum(plan.num_keep[group.key] for group in members) / sum(
+            group.num_units for group in members
+        )
         if kept < DEEP_KEEP:
             warnings.append(
-                f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; remove less, or spread "
-                "it: preset best, more groups, depth."
+                f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; "
+                "remove less, or spread it: preset best, more groups, depth."
             )
     return tuple(warnings)
 
 
 def technical_alone(recipe: Recipe) -> tuple[str, ...]:
     """Return a warning if a run measures on installed text without any general prose."""
-    if any(d.installed in PROSE or not (d.installed or d.answers) for d in recipe.calibration.domains.values()):
+    if any(
+        d.installed in PROSE or not (d.installed or d.answers)
+        for d in recipe.calibration.domains.values()
+    ):
         return ()
     return (
-        "calibration.domains: no general prose that people wrote, so text unlike these domains suffers most; give your "
-        "own text or `general`, a mixture from the hub, or run pip install --no-deps exllamav3, whose calibration text "
-        "is read as data.",
+        "calibration.domains: no general prose that people wrote, so text unlike these domains "
+        "suffers most; give your own text or `general`, a mixture from the hub, or run pip install "
+        "--no-deps exllamav3, whose calibration text is read as data.",
     )
 
 
@@ -504,8 +558,9 @@ def target_mix_of(recipe: Recipe, arch: Arch) -> float:
         return DEFAULT_TARGET_MIX if possible else 0.0
     if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
         raise RecipeError(
-            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding it, so no drift can "
-            f"be made up for; got {recipe.repair.target_mix:g}, set it to 0 or leave it out."
+            f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding "
+            f"it, so no drift can be made up for; got {recipe.repair.target_mix:g}, set it to 0 or "
+            "leave it out."
         )
     return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
 
@@ -514,10 +569,15 @@ def damping_for(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tu
     """Return the recipe's `damping`, higher for few tokens, and then a warning."""
     needed = TOKENS_PER_INPUT * widest
     raised = Recipe().repair.damping * needed / num_tokens
-    if recipe.repair.compensate != "least_squares" or num_tokens >= needed or recipe.repair.damping >= raised:
+    if (
+        recipe.repair.compensate != "least_squares"
+        or num_tokens >= needed
+        or recipe.repair.damping >= raised
+    ):
         return recipe.repair.damping, ()
     warning = (
-        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} channels "
-        f"(want {needed:,}), so damping rises from {recipe.repair.damping:g} to {raised:g}."
+        f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} "
+        f"channels (want {needed:,}), so damping rises from {recipe.repair.damping:g} to "
+        f"{raised:g}."
     )
     return raised, (warning,)

@@ -36,7 +36,10 @@ class Result:
 
     def __repr__(self) -> str:
         """Name what it has, not the weights."""
-        return f"<Result of {self.summary.model}: secateur.table shows it, .model holds it, .out says where it is>"
+        return (
+            f"<Result of {self.summary.model}: secateur.table shows it, .model holds it, .out says "
+            "where it is>"
+        )
 
 
 def summary_of(
@@ -48,17 +51,24 @@ def summary_of(
     pruned: Judgement | None,
     command: str,
 ) -> Summary:
-    """Return the summary of a cut. `dense`, `pruned`: as both were judged; None if they were not."""
+    """Return the summary of a cut. `dense`, `pruned`: as both were judged; None if they were
+    not.
+    """
     opened, (run, keeps, polish, peak) = ready.opened, cut
     recipe, log, pruned_size = run.resolved.recipe, run.services.log, Size.of(run.model)
     reached = 1 - pruned_size.num_params / opened.size.num_params
     notes = log.notes
     if opened.like is not None:
-        notes += (f"units: those that went in {opened.like.result.name}, not chosen anew; refitted on this model.",)
+        notes += (
+            f"units: those that went in {opened.like.result.name}, not chosen anew; refitted on "
+            "this model.",
+        )
     return Summary(
         model=opened.public_name,
         family=run.arch.family,
-        remove_asked=recipe.remove.share if recipe.remove.group_names else reached,  # tokens alone: their number
+        remove_asked=recipe.remove.share
+        if recipe.remove.group_names
+        else reached,  # tokens alone: their number
         remove_reached=reached,
         dense_size=opened.size,
         pruned_size=pruned_size,
@@ -66,7 +76,9 @@ def summary_of(
         widths=group_widths(run.arch.select(recipe.remove.group_names), keeps),
         guard_refusals=sum(line.get("step", 1) == 0 for line in log.lines),
         seconds={name: round(seconds, 2) for name, seconds in log.seconds.items()},
-        foretold={stage: told for stage, told in log.foretold.items() if len(told) == len(TELLING_SHARES)},
+        foretold={
+            stage: told for stage, told in log.foretold.items() if len(told) == len(TELLING_SHARES)
+        },
         reload_max_abs_difference=proof and proof.max_abs_difference,
         loaded_by=proof and proof.loaded_by,
         warnings=(*run.resolved.warnings, *notes),
@@ -88,10 +100,15 @@ def summary_of(
     )
 
 
-def group_widths(groups: Groups, keeps: Mapping[GroupKey, Tensor]) -> dict[str, tuple[int, int, int]]:
+def group_widths(
+    groups: Groups, keeps: Mapping[GroupKey, Tensor]
+) -> dict[str, tuple[int, int, int]]:
     """Return, by kind of group: units per layer before, and the least and most of them after."""
     widths: dict[str, tuple[int, int, int]] = {}
     for name, members in by_name(groups).items():
-        kept = [keeps[group.key].shape[-1] if group.key in keeps else group.num_units for group in members]
+        kept = [
+            keeps[group.key].shape[-1] if group.key in keeps else group.num_units
+            for group in members
+        ]
         widths[name] = members[0].num_units, min(kept), max(kept)
     return widths

@@ -1,4 +1,6 @@
-"""A run: what the loop and the planning of its rounds work on, and the losses between its rounds."""
+"""A run: what the loop and the planning of its rounds work on, and the losses between its
+rounds.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -37,26 +39,30 @@ def keep_statistics(into: dict[str, Tensor], pooled: Statistics, energies: PerDo
 
 @dataclass(frozen=True, slots=True)
 class Supports:
-    """A few cuts of a model with their statistics; those of a cut between two are a mixture of both.
+    """A few cuts of a model with their statistics; those of a cut between two are a mixture of
+    both.
 
-    `stores`: of their steps, by the share of all parameters that each takes, ascending. `units`: the share that all
-    units are.
+    `stores`: of their steps, by the share of all parameters that each takes, ascending. `units`:
+    the share that all units are.
     """
 
     stores: dict[float, Store]
     units: float
 
     def mix(self, step: str, removed: float, pooled: Statistics, energies: PerDomain) -> PerDomain:
-        """Make the empty `pooled` and energies those of a cut that takes the share `removed`; return the energies.
+        """Make the empty `pooled` and energies those of a cut that takes the share `removed`;
+        return the energies.
 
-        S = (1 - a^2) S_k + a^2 S_k+1, with a = (x - x_k) / (x_k+1 - x_k) and x = -ln(1 - removed / units), and those
-        of the nearest outside of all: what less was cut away from says more. `step`: the group's. Raises
-        CheckpointError if a store lacks it.
+        S = (1 - a^2) S_k + a^2 S_k+1, with a = (x - x_k) / (x_k+1 - x_k) and x = -ln(1 - removed /
+        units), and those of the nearest outside of all: what less was cut away from says more.
+        `step`: the group's. Raises CheckpointError if a store lacks it.
         """
         *measured, now = -np.log1p(-np.array([*self.stores, removed]) / self.units)
         nearest = float(np.interp(now, measured, range(len(measured))))
         part = (nearest % 1) ** 2
-        for store, weight in zip([*self.stores.values()][int(nearest) :], (1 - part, part), strict=False):
+        for store, weight in zip(
+            [*self.stores.values()][int(nearest) :], (1 - part, part), strict=False
+        ):
             kept = store.find(step)
             if kept is None:
                 raise CheckpointError(f"{store.label}: lacks {step}; measure again.")
@@ -71,17 +77,18 @@ class Supports:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a prune works on, step by step. `text`: what it may learn by; what judges it is elsewhere.
+    """What a prune works on, step by step. `text`: what it may learn by; what judges it is
+    elsewhere.
 
     `trim`: what goes of the vocabulary. `on_host`: has the model in host memory inside the context.
-    `weights_on_disk`: finished layers are mapped from files. `dense_losses`: held-out nats per token by
-    domain before layers went, if something watches them.
-    `dense_tokens`: those predicted of each held-out document in the dense tokenizer, in nats per which
-    losses are, if the vocabulary is trimmed. `trimmed`: losses before and behind the trim alone.
-    `after_dense`: called with the first round's walk when its dense stream has left the last layer.
-    `profiles`: of the groups, if known.
-    `measured`: the name of the measurement that says what it needs. `supports`: whose statistics stand for its own, so
-    that it needs no calibration text. `keeps_statistics`: beside each finished step, to be mixed.
+    `weights_on_disk`: finished layers are mapped from files. `dense_losses`: held-out nats per
+    token by domain before layers went, if something watches them. `dense_tokens`: those predicted
+    of each held-out document in the dense tokenizer, in nats per which losses are, if the
+    vocabulary is trimmed. `trimmed`: losses before and behind the trim alone. `after_dense`: called
+    with the first round's walk when its dense stream has left the last layer. `profiles`: of the
+    groups, if known. `measured`: the name of the measurement that says what it needs. `supports`:
+    whose statistics stand for its own, so that it needs no calibration text. `keeps_statistics`:
+    beside each finished step, to be mixed.
     """
 
     model: CausalLM
@@ -118,25 +125,35 @@ class Run:
 
     @property
     def num_predicted(self) -> dict[str, tuple[int, int]]:
-        """The predicted tokens of each domain's held-out text, in the dense tokenizer and, if it was trimmed, now."""
+        """The predicted tokens of each domain's held-out text, in the dense tokenizer and, if it
+        was trimmed, now.
+        """
         now = predicted_tokens(self.held_out)
         dense = self.dense_tokens or now
-        return {name: (sum(dense[name].values()), sum(counts.values())) for name, counts in now.items()}
+        return {
+            name: (sum(dense[name].values()), sum(counts.values())) for name, counts in now.items()
+        }
 
     def batches(self) -> list[Batch]:
-        """Return this rank's part of the batches of a round, held-out text too; that alone if it has supports."""
+        """Return this rank's part of the batches of a round, held-out text too; that alone if it
+        has supports.
+        """
         batches: list[Batch] = []
         for domain in self.text.domains:
             for blocks, held_out in ((domain.calibration, False), (domain.held_out, True)):
                 if held_out or self.supports is None:
                     ids_NT = blocks.ids_NT.to(self.device)
-                    batches += make_batches(domain.name, ids_NT, held_out=held_out, counted_NT=blocks.counted_NT)
+                    batches += make_batches(
+                        domain.name, ids_NT, held_out=held_out, counted_NT=blocks.counted_NT
+                    )
         # Whole batches, so that every hidden state equals that of one process bit for bit.
         return own_part(batches)
 
     @property
     def can_mix(self) -> bool:
-        """Whether other cuts' statistics can stand for its own: no experts go, and no cut decides how domains count."""
+        """Whether other cuts' statistics can stand for its own: no experts go, and no cut decides
+        how domains count.
+        """
         kinds = {group.kind for group in self.resolved.groups}
         return not (kinds & OF_EXPERTS or self.resolved.recipe.choose.domain_weighting in BY_DOMAIN)
 
@@ -144,7 +161,9 @@ class Run:
 def text_losses(run: Run, which: str, text: Mapping[str, Text]) -> dict[str, Loss]:
     """Return the losses of the run's model on held-out text by domain, kept in the run's store."""
     stage = f"evaluate {which}"
-    losses = partial(domain_losses, run.model, run.arch, text, run.services.progress, stage, run.dense_tokens)
+    losses = partial(
+        domain_losses, run.model, run.arch, text, run.services.progress, stage, run.dense_tokens
+    )
     with run.services.log.time("evaluate"):
         return run.services.store.value(stage, losses, kind=dict[str, Loss])
 
@@ -162,7 +181,8 @@ class LossWatch:
         self.dense = run.dense_losses or self.now
 
     def allowed_rise(self) -> PerDomain:
-        """Return how much each protected domain's loss may still rise, in nats per token of the model.
+        """Return how much each protected domain's loss may still rise, in nats per token of the
+        model.
 
         allowed = dense (1 + protect) - now, and after a trim that times dense tokens over tokens.
         Raises RecipeError if a domain has nothing left.
@@ -176,9 +196,9 @@ class LossWatch:
             allowed[name] *= dense / own
             if allowed[name] <= 0:
                 raise RecipeError(
-                    f"calibration.domains.{name}.protect: its held-out loss has risen from {self.dense[name]:.3f} to "
-                    f"{self.now[name]:.3f} nats per token, beyond the {domain.protect:.1%} allowed, with rounds left; "
-                    "remove less or allow more."
+                    f"calibration.domains.{name}.protect: its held-out loss has risen from "
+                    f"{self.dense[name]:.3f} to {self.now[name]:.3f} nats per token, beyond the "
+                    f"{domain.protect:.1%} allowed, with rounds left; remove less or allow more."
                 )
         return allowed
 
@@ -188,7 +208,12 @@ class LossWatch:
             return
         self.now = watched_losses(self.run, f"round {number}")
         num_params = self.run.model.num_parameters()
-        line = {"event": "round", "round": number, "num_params": num_params, "nats_per_token": self.now}
+        line = {
+            "event": "round",
+            "round": number,
+            "num_params": num_params,
+            "nats_per_token": self.now,
+        }
         self.run.services.log.write(line)
 
 

@@ -25,7 +25,9 @@ ANSWERS = "answers"
 
 
 class Drawn(NamedTuple):
-    """What a run learns by and what judges it. `allotted`: whose the documents are, by domain that is read."""
+    """What a run learns by and what judges it. `allotted`: whose the documents are, by domain that
+    is read.
+    """
 
     learning: LearningText
     judged: JudgedText
@@ -48,7 +50,9 @@ class Drawn(NamedTuple):
             content_hash=learning.content_hash,
             sequence_length=learning.sequence_length,
             num_tokens={domain.name: domain.calibration.num_tokens for domain in learning.domains},
-            num_held_out_tokens={name: blocks.num_tokens for name, blocks in learning.held_out.items()},
+            num_held_out_tokens={
+                name: blocks.num_tokens for name, blocks in learning.held_out.items()
+            },
             held_out_overlap=ngram_overlap(
                 {domain.name: domain.blocks.ids_NT for domain in learning.domains},
                 {name: blocks.ids_NT for name, blocks in judged.items()},
@@ -63,8 +67,8 @@ class Drawn(NamedTuple):
 class RunText:
     """A run's documents, read once. Ranks share what the first one draws, which alone may ask.
 
-    `opened`: with the recipe's text filled in. `num_tokens`: of all domains. `num_judged_tokens`: of each.
-    `must_judge`: a text that is too short for these is an error.
+    `opened`: with the recipe's text filled in. `num_tokens`: of all domains. `num_judged_tokens`:
+    of each. `must_judge`: a text that is too short for these is an error.
     """
 
     opened: Opened
@@ -83,20 +87,28 @@ class RunText:
         tokenizer, recipe = tokenizer_of(replace(dense, trim=None)), self.opened.recipe
         num_tokens = 3 * self.num_tokens + (recipe.polish.num_tokens or 0)
         speaker = Speaker(dense.model, dense.arch, tokenizer, str(recipe.seed), self.pool.length)
-        return answers_of(recipe, speaker, num_tokens, services.store, services.progress, self._written)
+        return answers_of(
+            recipe, speaker, num_tokens, services.store, services.progress, self._written
+        )
 
     def learning(self) -> Learning:
-        """Return what a dense model may learn by before it is trimmed, and hold those documents to that."""
+        """Return what a dense model may learn by before it is trimmed, and hold those documents to
+        that.
+        """
         if self._before is None:
             self._before = self._split(self.opened.recipe, self.opened, self.num_tokens)
         return self._before.learning
 
     def drawn(self, opened: Opened, resolved: Resolved) -> Drawn:
         """Return the text of the run, in the tokens that stay."""
-        split = self._split(resolved.recipe, opened, resolved.num_tokens, resolved.recipe.polish.num_tokens or 0)
+        split = self._split(
+            resolved.recipe, opened, resolved.num_tokens, resolved.recipe.polish.num_tokens or 0
+        )
         return Drawn(split.learning.text, split.judged, split.allotted)
 
-    def _split(self, recipe: Recipe, opened: Opened, num_tokens: int, num_training_tokens: int = 0) -> Split:
+    def _split(
+        self, recipe: Recipe, opened: Opened, num_tokens: int, num_training_tokens: int = 0
+    ) -> Split:
         amounts = Amounts(
             num_tokens=num_tokens,
             num_training_tokens=num_training_tokens,
@@ -104,31 +116,43 @@ class RunText:
         )
         allotted = {} if self._before is None else self._before.allotted
         return self.pool.split(
-            recipe.calibration.domains, amounts, tokenizer_of(opened), allotted=allotted, must_judge=self.must_judge
+            recipe.calibration.domains,
+            amounts,
+            tokenizer_of(opened),
+            allotted=allotted,
+            must_judge=self.must_judge,
         )
 
 
-def run_text(opened: Opened, progress: Progress, *, num_judged_blocks: int | None = None) -> RunText:
+def run_text(
+    opened: Opened, progress: Progress, *, num_judged_blocks: int | None = None
+) -> RunText:
     """Return the text of a run, of which nothing is read yet; `opened` is dense.
 
-    `num_judged_blocks`: that each domain must have to judge by; None: by the recipe, if there are so many.
+    `num_judged_blocks`: that each domain must have to judge by; None: by the recipe, if there are
+    so many.
     """
     recipe = opened.recipe
-    calibration, _ = text_for(recipe, opened.arch.select(recipe.remove.group_names), opened.model.config)
+    calibration, _ = text_for(
+        recipe, opened.arch.select(recipe.remove.group_names), opened.model.config
+    )
     opened = opened.filled(calibration=calibration)
     recipe = opened.recipe
     pool = TextPool(calibration["sequence_length"], tokenizer_of(opened), recipe.seed, progress)
     must_judge = num_judged_blocks is not None
-    judged = num_judged_blocks * pool.length if must_judge else judging_tokens(recipe.output.evaluate)
+    judged = (
+        num_judged_blocks * pool.length if must_judge else judging_tokens(recipe.output.evaluate)
+    )
     return RunText(opened, pool, calibration["num_tokens"], judged, must_judge)
 
 
 def with_share_of_answers(opened: Opened) -> Opened:
-    """Return `opened` with domains of which `calibration.answers` are answers; the others share the rest.
+    """Return `opened` with domains of which `calibration.answers` are answers; the others share the
+    rest.
 
     Where none of them has answers, one is added, to prompts that come with secateur. The same again
-    changes nothing. Raises CalibrationError for a chat template that fails, RecipeError without one for answers, and
-    for a share of 0 beside prompts that are to be answered.
+    changes nothing. Raises CalibrationError for a chat template that fails, RecipeError without one
+    for answers, and for a share of 0 beside prompts that are to be answered.
     """
     calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers
     answers, text = calibration.answered, calibration.of_text
@@ -137,7 +161,9 @@ def with_share_of_answers(opened: Opened) -> Opened:
     chats = tokenizer.chat_template is not None
     if chats and opened.arch.caches and opened.recipe.output.evaluate:
         try:
-            closing_of_turn(tokenizer)  # the judge's prompts would fail after the dense model's text
+            closing_of_turn(
+                tokenizer
+            )  # the judge's prompts would fail after the dense model's text
         except CalibrationError as error:
             advice = "Or ask it nothing: set calibration.answers to 0 and output.evaluate to false."
             raise CalibrationError(f"{error} {advice}") from None
@@ -147,16 +173,21 @@ def with_share_of_answers(opened: Opened) -> Opened:
         given = [name for name, domain in answers.items() if domain.source[0] != "answers"]
         if given or not text:
             raise RecipeError(
-                f"calibration.answers: 0, but domain '{(given or list(answers))[0]}' is of answers; leave out one of "
-                "them."
+                f"calibration.answers: 0, but domain '{(given or list(answers))[0]}' is of "
+                "answers; leave out one of them."
             )
         return opened.filled(calibration={"domains": text})
     if not chats or not opened.arch.caches:
         if share is None and not answers:
             return opened
-        lack = "the model keeps no keys and values while it writes" if chats else "its tokenizer has no chat template"
+        lack = (
+            "the model keeps no keys and values while it writes"
+            if chats
+            else "its tokenizer has no chat template"
+        )
         raise RecipeError(
-            f"calibration.answers: {opened.name} answers nothing, as {lack}; leave answers out, or set them to 0."
+            f"calibration.answers: {opened.name} answers nothing, as {lack}; leave answers out, or "
+            "set them to 0."
         )
     if share is None and answers:
         return opened
@@ -164,12 +195,18 @@ def with_share_of_answers(opened: Opened) -> Opened:
     # Shares are relative to each other: those of the text stay as they are.
     share = SHARE_OF_ANSWERS if share is None else share
     if not answers and ANSWERS in text:
-        raise RecipeError(f"calibration.domains.{ANSWERS}: is the name of what the model answers; choose another one.")
+        raise RecipeError(
+            f"calibration.domains.{ANSWERS}: is the name of what the model answers; choose another "
+            "one."
+        )
     answers = answers or {ANSWERS: Domain(answers=True)}
     of_text = sum(domain.share for domain in text.values())
     of_answers = sum(domain.share for domain in answers.values())
     factor = share / (1 - share) * of_text / of_answers if share < 1 and text else 1.0
-    scaled = {name: domain.model_copy(update={"share": domain.share * factor}) for name, domain in answers.items()}
+    scaled = {
+        name: domain.model_copy(update={"share": domain.share * factor})
+        for name, domain in answers.items()
+    }
     domains = {**(text if share < 1 else {}), **scaled}
     return opened.filled(calibration={"domains": domains, "answers": share})
 
@@ -185,9 +222,12 @@ def without_answers(resolved: Resolved) -> Resolved:
         return resolved
     if not text or any(domain.source[0] != "answers" for domain in answers.values()):
         raise RecipeError(
-            f"calibration.domains.{next(iter(answers))}: the model's weights are not all in memory, and for each token "
-            "of an answer all would move; give more memory, or set calibration.answers to 0 and give text."
+            f"calibration.domains.{next(iter(answers))}: the model's weights are not all in "
+            "memory, and for each token of an answer all would move; give more memory, or set "
+            "calibration.answers to 0 and give text."
         )
-    note = "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
+    note = (
+        "calibration.answers: the model's weights are not all in its memory, so it answers nothing."
+    )
     recipe = recipe.filled(calibration={"domains": text, "answers": None})
     return replace(resolved, recipe=recipe, warnings=(*resolved.warnings, note))

@@ -67,17 +67,20 @@ class _Dense:
 
 
 def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
-    """Return the model with the trim that the recipe's `vocabulary` asks for, and what it is to cost.
+    """Return the model with the trim that the recipe's `vocabulary` asks for, and what it is to
+    cost.
 
-    `text`: to count and measure on. The model is loaded, to answer where the text has answers, and to
-    measure what tokens cost in pieces. `auto` measures more, see `_count`;
-    with `groups: []` as many go as the share holds. Raises RecipeError for a size that cannot be,
-    before any text is read unless the text says what must stay, and what `read_vocabulary` raises.
+    `text`: to count and measure on. The model is loaded, to answer where the text has answers, and
+    to measure what tokens cost in pieces. `auto` measures more, see `_count`; with `groups: []` as
+    many go as the share holds. Raises RecipeError for a size that cannot be, before any text is
+    read unless the text says what must stay, and what `read_vocabulary` raises.
     """
     size, log, store = opened.recipe.remove.vocabulary, services.log, services.store
     if opened.like is not None and opened.like.tokens is not None:
         there, kept = opened.like.checkpoint, opened.like.tokens
-        return replace(opened, trim=trim_like(there, kept, tokenizer_of(opened), opened.model, opened.name))
+        return replace(
+            opened, trim=trim_like(there, kept, tokenizer_of(opened), opened.model, opened.name)
+        )
     with log.time("vocabulary"):
         dense = _read(text.opened, services)
         num_rows = dense.vocabulary.num_rows
@@ -86,14 +89,18 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
         with _at_hand(dense, text) as hand:
             counts = from_first(partial(_counts, dense, text, hand))
             written = list(hand.written.values())
-            pieces = partial(methods.piece_nats, *hand.bound, dense.vocabulary, written, services.progress)
+            pieces = partial(
+                methods.piece_nats, *hand.bound, dense.vocabulary, written, services.progress
+            )
             nats = store.value("nats of pieces", partial(from_first, pieces), kind=PieceNats)
             removal = from_first(partial(_removal, dense, counts, nats))
             if isinstance(size, int):
                 num_gone = count_for_size(removal, size)
                 foretold = nats.token * float(removal.growth(torch.tensor([num_gone])))
             else:
-                num_gone, foretold = store.value("vocabulary", partial(_count, dense, hand, removal, nats))
+                num_gone, foretold = store.value(
+                    "vocabulary", partial(_count, dense, hand, removal, nats)
+                )
         trim = replace(dense.trim(removal, num_gone), foretold=foretold)
         line = {"event": "vocabulary", "kept": trim.kept.num_kept, "dense": num_rows}
         log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": trim.foretold})
@@ -101,7 +108,8 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
 
 
 def trim_to(opened: Opened, size: int, services: Services) -> Trim:
-    """Return a trim to `size` tokens for planning. Which ones stay is not looked at, nor is any text.
+    """Return a trim to `size` tokens for planning. Which ones stay is not looked at, nor is any
+    text.
 
     Raises what `plan_trim` raises for a size that cannot be.
     """
@@ -127,7 +135,8 @@ def _counts(dense: _Dense, text: RunText, hand: "_Hand") -> dict[str, TokenCount
     """Count what text has, and of answers what the model is likely to say."""
     num_rows, progress = dense.vocabulary.num_rows, dense.services.progress
     expected = {
-        name: methods.expected_counts(*hand.bound, blocks, num_rows, progress) for name, blocks in hand.answers.items()
+        name: methods.expected_counts(*hand.bound, blocks, num_rows, progress)
+        for name, blocks in hand.answers.items()
     }
     return counts_of(text.learning().documents(), num_rows, progress, expected)
 
@@ -137,11 +146,15 @@ def _removal(dense: _Dense, counts: Mapping[str, TokenCounts], nats: PieceNats) 
     recipe = dense.opened.recipe
     shares = {name: domain.share for name, domain in recipe.calibration.domains.items()}
     minimax = recipe.choose.domain_weighting == "minimax"
-    return removal_by_counts(dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax)
+    return removal_by_counts(
+        dense.vocabulary, counts, shares, dense.stay, nats=nats, minimax=minimax
+    )
 
 
 def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) -> tuple[int, float]:
-    """Return how many tokens go with `auto`, and the nats per token of text that this is to cost."""
+    """Return how many tokens go with `auto`, and the nats per token of text that this is to
+    cost.
+    """
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
     remove, arch = opened.recipe.remove, opened.arch
     prices = prices_of(opened.arch, opened.model)
@@ -151,42 +164,63 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
     if not remove.group_names or not to_remove:
         most_1 = sizes_within(removal, int(to_remove // per_token))[-1:]
         return int(most_1), pieces.token * float(removal.growth(most_1))
-    # One count more than the share holds, if `resolve` takes it: the least with which no channel need go.
+    # One count more than the share holds, if `resolve` takes it: the least with which no channel
+    # need go.
     counts_N = sizes_within(removal, int(to_remove // per_token) + ALIGN_TOKENS)
-    groups, uniform = groups_of(opened.recipe, arch, layers), opened.recipe.choose.budget == "uniform"
-    least = least_step(groups, align_for(opened.recipe, groups, prices, int(to_remove)), alike=uniform)
+    groups, uniform = (
+        groups_of(opened.recipe, arch, layers),
+        opened.recipe.choose.budget == "uniform",
+    )
+    least = least_step(
+        groups, align_for(opened.recipe, groups, prices, int(to_remove)), alike=uniform
+    )
     if per_token * int(counts_N[-1]) - to_remove > least / 2:
         counts_N = counts_N[:-1]
     ffns = tuple(group for group in groups if group.name == "ffn")
     channels = params_of(ffns)
     dense.services.tell(
-        f"{opened.name}: first measures how many of its {num_rows:,} tokens go; what goes is said after that."
+        f"{opened.name}: first measures how many of its {num_rows:,} tokens go; what goes is said "
+        "after that."
     )
     shares = {name: opened.recipe.calibration.domains[name].share for name in hand.written}
     law = _channel_law(dense, hand, shares, min(MOST_CHANNELS, to_remove / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
-    aligns = [align_for(opened.recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()]
+    aligns = [
+        align_for(opened.recipe, ffns, prices, int(per_token * num_gone))
+        for num_gone in counts_N.tolist()
+    ]
     steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
     step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
     rest_N = ((to_remove - per_token * counts_N) / step_N).ceil() * step_N / channels
     cost_N = torch.where(rest_N > 1, torch.inf, law(rest_N))
-    if cost_N.isinf().all():  # whole layers may give the rest; if not, `resolve` says what is out of reach
+    if (
+        cost_N.isinf().all()
+    ):  # whole layers may give the rest; if not, `resolve` says what is out of reach
         cost_N[-1] = 0
 
-    # The nats of trims: of a quarter and a half of what may go, then of what seems best by those. Text that gets longer
-    # than any measured is not taken.
+    # The nats of trims: of a quarter and a half of what may go, then of what seems best by those.
+    # Text that gets longer than any measured is not taken.
     def nats_with(trim: Trim | None) -> float:
         progress = dense.services.progress
-        return from_first(lambda: methods.nats_with(*hand.bound, hand.held_out, shares, trim, progress))
+        return from_first(
+            lambda: methods.nats_with(*hand.bound, hand.held_out, shares, trim, progress)
+        )
 
-    before, growth_N, measured, num_gone = nats_with(None), removal.growth(counts_N), dict[float, float](), 0
+    before, growth_N, measured, num_gone = (
+        nats_with(None),
+        removal.growth(counts_N),
+        dict[float, float](),
+        0,
+    )
     for number in range(NUM_TRIMS):
         sum_N = cost_N + nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
         place = len(counts_N) * (number + 1) // 4 if number < 2 else int(sum_N.argmin())
         num_gone, more = int(counts_N[place]), float(growth_N[place])
         if more and more not in measured:
             measured[more] = nats_with(dense.trim(removal, num_gone)) - before
-            dense.services.log.write({"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]})
+            dense.services.log.write(
+                {"event": "trim", "gone": num_gone, "further": more, "nats": measured[more]}
+            )
     if not measured:
         return num_gone, 0.0
     nats_N = nats_of_trims(removal, counts_N, measured)
@@ -194,7 +228,8 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
     best = int(torch.where(within_N, cost_N + nats_N, torch.inf).argmin())
     num_gone, nats = int(counts_N[best]), float(nats_N[best])
     dense.services.log.note(
-        f"vocabulary: {num_gone:,} tokens go, which costs {nats:.3f} nats per token of held-out text."
+        f"vocabulary: {num_gone:,} tokens go, which costs {nats:.3f} nats per token of held-out "
+        "text."
     )
     return num_gone, nats
 
@@ -203,8 +238,9 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
 class _Hand:
     """The dense model with weights, on its device, and text to measure it on.
 
-    `written`: each domain's calibration blocks; `answers`: those of the dense model's answers, of which
-    the answers alone count; `held_out`: what guards the run, in all domains. `damping`: of fits.
+    `written`: each domain's calibration blocks; `answers`: those of the dense model's answers, of
+    which the answers alone count; `held_out`: what guards the run, in all domains. `damping`: of
+    fits.
     """
 
     opened: Opened
@@ -235,7 +271,10 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     domains = from_first(lambda: text.learning().text).domains
     opened = loaded(opened, on_disk=plan.weights_on_disk)
     placement = onload(
-        opened, one_at_a_time=plan.one_layer_at_a_time, in_float32=plan.in_float32, keeps=plan.keeps_layers
+        opened,
+        one_at_a_time=plan.one_layer_at_a_time,
+        in_float32=plan.in_float32,
+        keeps=plan.keeps_layers,
     )
     read = [domain for domain in domains if not domain.blocks.is_meta]
     written = {domain.name: domain.calibration for domain in read}
@@ -247,8 +286,13 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
             for domain in domains:
                 if domain.blocks.is_meta:
                     sizes = len(domain.held_out), domain.num_calibration
-                    blocks = speaker.blocks(domain.name, {"held-out": sizes[0], "learning": sizes[1]})
-                    held_out[domain.name], answers[domain.name] = blocks["held-out"], blocks["learning"]
+                    blocks = speaker.blocks(
+                        domain.name, {"held-out": sizes[0], "learning": sizes[1]}
+                    )
+                    held_out[domain.name], answers[domain.name] = (
+                        blocks["held-out"],
+                        blocks["learning"],
+                    )
         yield _Hand(opened, written | answers, answers, held_out, resolved.damping)
     placement.offload()
 
@@ -258,5 +302,9 @@ def _channel_law(dense: _Dense, hand: _Hand, shares: dict[str, float], most: flo
     batches: list[Batch] = []
     for name, blocks in hand.written.items():
         ids_NT = blocks.ids_NT.to(hand.opened.model.device)
-        batches += own_part(make_batches(name, ids_NT, held_out=False, counted_NT=blocks.counted_NT))
-    return methods.channel_law(*hand.bound, batches, shares, most, hand.damping, dense.services.progress)
+        batches += own_part(
+            make_batches(name, ids_NT, held_out=False, counted_NT=blocks.counted_NT)
+        )
+    return methods.channel_law(
+        *hand.bound, batches, shares, most, hand.damping, dense.services.progress
+    )

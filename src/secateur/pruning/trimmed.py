@@ -1,4 +1,6 @@
-"""A trim carried out: tokens leave the model, and what that does to text is measured, judged and told."""
+"""A trim carried out: tokens leave the model, and what that does to text is measured, judged and
+told.
+"""
 
 import dataclasses
 import math
@@ -25,15 +27,17 @@ def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
     run = dataclasses.replace(run, dense_tokens=predicted_tokens(held_out))
     before = text_losses(run, "with all tokens", held_out)
-    dense_losses = {name: loss.nats_per_token for name, loss in before.items()} if is_watched(run) else {}
+    dense_losses = (
+        {name: loss.nats_per_token for name, loss in before.items()} if is_watched(run) else {}
+    )
     keep_tokens(run.model, trim.kept)
     after = text_losses(run, "without tokens", run.held_out)
     trimmed = {name: (before[name], after[name]) for name in before}
     if (refusal := too_dear(trimmed, trim)) is not None:
         if not force:
             raise RecipeError(
-                f"{refusal}, so nothing is written; keep more tokens, name domains of what the model is to "
-                "read, or write it all the same with --force."
+                f"{refusal}, so nothing is written; keep more tokens, name domains of what the "
+                "model is to read, or write it all the same with --force."
             )
         run.services.log.note(f"{refusal}; it was written all the same, as --force says.")
     return dataclasses.replace(run, dense_losses=dense_losses, trimmed=trimmed)
@@ -45,7 +49,10 @@ def too_dear(trimmed: LossPairs, trim: Trim) -> str | None:
     `trimmed`: each domain's losses before and behind it, of the same documents.
     """
     changes = {name: change(before, after) for name, (before, after) in trimmed.items()}
-    mean, worst = mean_change(changes.values()), max(changes, key=lambda name: changes[name].nats_per_token)
+    mean, worst = (
+        mean_change(changes.values()),
+        max(changes, key=lambda name: changes[name].nats_per_token),
+    )
     lost, error = mean.nats_per_token, mean.standard_error or 0.0
     foretold = math.inf if trim.foretold is None else trim.foretold
     is_surprise = lost > TOLD_NATS and lost - 2 * error > BEARABLE_TIMES * foretold
@@ -54,22 +61,28 @@ def too_dear(trimmed: LossPairs, trim: Trim) -> str | None:
     told = "" if trim.foretold is None else f", where the counts foretold {foretold:.2f}"
     num_dense, num_kept = trim.kept.num_dense, trim.kept.num_kept
     return (
-        f"remove.vocabulary: with {num_kept:,} of its {num_dense:,} tokens the model loses {lost:.2f} nats per token "
-        f"of held-out text ({worst} {changes[worst].nats_per_token:.2f}){told}"
+        f"remove.vocabulary: with {num_kept:,} of its {num_dense:,} tokens the model loses "
+        f"{lost:.2f} nats per token of held-out text ({worst} "
+        f"{changes[worst].nats_per_token:.2f}){told}"
     )
 
 
-def vocabulary_facts(trim: Trim, num_tokens: Mapping[str, tuple[int, int]], trimmed: LossPairs) -> VocabularyFacts:
+def vocabulary_facts(
+    trim: Trim, num_tokens: Mapping[str, tuple[int, int]], trimmed: LossPairs
+) -> VocabularyFacts:
     """Return what the trim did.
 
-    `num_tokens`: those predicted of each domain's held-out text, in both tokenizers. `trimmed`: each domain's losses
-    before and behind the trim, before anything else goes.
+    `num_tokens`: those predicted of each domain's held-out text, in both tokenizers. `trimmed`:
+    each domain's losses before and behind the trim, before anything else goes.
     """
     return VocabularyFacts(
         num_before=trim.kept.num_dense,
         num_after=trim.kept.num_kept,
         by_domain=dict(num_tokens),
         scripts=scripts_left(trim.dense_tokenizer, trim.kept),
-        nats={name: (dense.nats_per_token, cut.nats_per_token) for name, (dense, cut) in trimmed.items()},
+        nats={
+            name: (dense.nats_per_token, cut.nats_per_token)
+            for name, (dense, cut) in trimmed.items()
+        },
         foretold=trim.foretold,
     )

@@ -22,7 +22,9 @@ LEAST_MOVE = 0.02
 
 
 class Judge:
-    """Judges models by held-out blocks, of which it has what the dense model's head reads, and the head."""
+    """Judges models by held-out blocks, of which it has what the dense model's head reads, and the
+    head.
+    """
 
     def __init__(
         self,
@@ -33,18 +35,26 @@ class Judge:
         *,
         asked: bool = True,
     ) -> None:
-        """Ask the dense model; unless `asked`, `states` are to be filled before anything is judged."""
+        """Ask the dense model; unless `asked`, `states` are to be filled before anything is
+        judged.
+        """
         self.text = {domain: list(blocks) for domain, blocks in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
         all_blocks = [*chain.from_iterable(self.text.values())]
-        states = head_inputs(dense, arch, all_blocks, progress, "judge dense") if asked else iter(())
-        self.states = {domain: list(islice(states, len(blocks))) for domain, blocks in self.text.items()}
+        states = (
+            head_inputs(dense, arch, all_blocks, progress, "judge dense") if asked else iter(())
+        )
+        self.states = {
+            domain: list(islice(states, len(blocks))) for domain, blocks in self.text.items()
+        }
 
     @property
     def answers(self) -> frozenset[str]:
         """The domains of which a mask names what counts: the dense model's answers."""
         return frozenset(
-            name for name, blocks in self.text.items() if any(block.counted_T is not None for block in blocks)
+            name
+            for name, blocks in self.text.items()
+            if any(block.counted_T is not None for block in blocks)
         )
 
     def own_head(self) -> None:
@@ -69,14 +79,21 @@ class Judge:
             figures = list[tuple[Tensor, ...]]()
             for block, states in zip(blocks, self.states[domain], strict=True):
                 states_PD = states.to(device)
-                logits_PV, next_P = logits_of(block.ids_T, states_PD).to(device), block.ids_T[1:].to(device)
+                logits_PV, next_P = (
+                    logits_of(block.ids_T, states_PD).to(device),
+                    block.ids_T[1:].to(device),
+                )
                 figures.append(compare_tokens(states_PD, self.head, logits_PV, next_P))
             verdicts[domain] = verdict_of(domain, blocks, figures)
         return verdicts
 
 
-def verdict_of(domain: str, blocks: Sequence[Block], figures: Sequence[tuple[Tensor, ...]]) -> Verdict:
-    """Return what `compare_tokens` gives over a domain's blocks. Raises NumericsError if it is not finite."""
+def verdict_of(
+    domain: str, blocks: Sequence[Block], figures: Sequence[tuple[Tensor, ...]]
+) -> Verdict:
+    """Return what `compare_tokens` gives over a domain's blocks. Raises NumericsError if it is not
+    finite.
+    """
     kl_NP, reverse_NP, same_NP, nats_NP = zip(*figures, strict=True)
 
     def counted(values_NP: Sequence[Tensor]) -> Float[Tensor, " K"]:
@@ -85,12 +102,18 @@ def verdict_of(domain: str, blocks: Sequence[Block], figures: Sequence[tuple[Ten
 
     kl_K = counted(kl_NP)
     if not bool(kl_K.isfinite().all()):
-        raise NumericsError(f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits.")
+        raise NumericsError(
+            f"KL, domain {domain}: a divergence is not finite; one model gives no finite logits."
+        )
     of_documents = merged(map(sums_of, kl_NP, blocks)).values()
     return Verdict(
         kl=max(float(kl_K.mean()), 0.0),  # rounding may leave it a hair below zero
-        standard_error=standard_error([total for total, _ in of_documents], [count for _, count in of_documents]),
-        nats_per_token=loss_of(map(sums_of, nats_NP, blocks), f"judge, domain {domain}").nats_per_token,
+        standard_error=standard_error(
+            [total for total, _ in of_documents], [count for _, count in of_documents]
+        ),
+        nats_per_token=loss_of(
+            map(sums_of, nats_NP, blocks), f"judge, domain {domain}"
+        ).nats_per_token,
         top1_agreement=float(counted(same_NP).mean()),
         num_tokens=kl_K.numel(),
         reverse_kl=max(float(counted(reverse_NP).mean()), 0.0),
@@ -106,19 +129,27 @@ def objective(
     """Return what judges a training: kl_share * KL + (1 - kl_share) * nats per token, means.
 
     `answers`: domains of what the dense model says: KL alone, where `kl_share` is not 0, in both
-    directions, so that neither a model that only grows surer passes nor one that grows vague. Infinite
-    without verdicts, and for a model that `moved_away` from the one `before`.
+    directions, so that neither a model that only grows surer passes nor one that grows vague.
+    Infinite without verdicts, and for a model that `moved_away` from the one `before`.
     """
     if verdicts is None or moved_away(before, verdicts, answers):
         return math.inf
     whole = answers if kl_share > 0 else ()
     values = [
-        verdict.both_ways if name in whole else kl_share * verdict.kl + (1 - kl_share) * verdict.nats_per_token
+        verdict.both_ways
+        if name in whole
+        else kl_share * verdict.kl + (1 - kl_share) * verdict.nats_per_token
         for name, verdict in verdicts.items()
     ]
     return sum(values) / len(values)
 
 
 def moved_away(before: Verdicts, after: Verdicts, answers: Collection[str]) -> list[str]:
-    """Return the domains of answers on which a model is further from the dense one than it was, by `LEAST_MOVE`."""
-    return [name for name in sorted(answers) if after[name].both_ways > (1 + LEAST_MOVE) * before[name].both_ways]
+    """Return the domains of answers on which a model is further from the dense one than it was, by
+    `LEAST_MOVE`.
+    """
+    return [
+        name
+        for name in sorted(answers)
+        if after[name].both_ways > (1 + LEAST_MOVE) * before[name].both_ways
+    ]

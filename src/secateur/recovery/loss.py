@@ -37,8 +37,8 @@ def distillation_loss(
     s: `kl_share`; q = softmax(head(states)); p: the same of `teacher`, which gets no gradient.
     `reverse`: KL(q || p) in place of KL(p || q). `teacher` None: plain cross-entropy.
 
-    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2, at a temperature of 1; reversed: Gu et
-    al., arXiv 2306.08543, section 2.1, of each token's distribution.
+    Source: Hinton, Vinyals, Dean, arXiv 1503.02531, section 2, at a temperature of 1; reversed: Gu
+    et al., arXiv 2306.08543, section 2.1, of each token's distribution.
     """
     share = 0.0 if teacher is None else kl_share
     teacher = teacher if share > 0 else None
@@ -59,7 +59,10 @@ class _Distillation(torch.autograd.Function):
     ) -> Tensor:
         """Return the loss; compute its gradients on the way, slice by slice."""
         trained = [weight for weight in weights if weight.requires_grad]
-        of_states_PD, of_weights = torch.empty_like(states_PD), [torch.zeros_like(weight) for weight in trained]
+        of_states_PD, of_weights = (
+            torch.empty_like(states_PD),
+            [torch.zeros_like(weight) for weight in trained],
+        )
         total = states_PD.new_zeros((), dtype=torch.float64)
         for start in range(0, len(states_PD), HEAD_POSITIONS):
             part = slice(start, start + HEAD_POSITIONS)
@@ -71,7 +74,9 @@ class _Distillation(torch.autograd.Function):
                 logits_SV.detach(), next_P[part], dense_SV, share, len(states_PD), reverse=reverse
             )
             total += nats
-            of_states_PD[part], *gradients = torch.autograd.grad(logits_SV, (states_SD, *trained), gradient_SV)
+            of_states_PD[part], *gradients = torch.autograd.grad(
+                logits_SV, (states_SD, *trained), gradient_SV
+            )
             for gradient, more in zip(of_weights, gradients, strict=True):
                 gradient += more
         ctx.save_for_backward(of_states_PD, *of_weights)
@@ -80,15 +85,27 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scale the saved gradients, in place: autograd refuses a second call."""
-        of_states_PD, *of_weights = (gradient.mul_(outer.to(gradient.dtype)) for gradient in ctx.saved_tensors)
+        of_states_PD, *of_weights = (
+            gradient.mul_(outer.to(gradient.dtype)) for gradient in ctx.saved_tensors
+        )
         gradients = iter(of_weights)
-        return of_states_PD, *(next(gradients) if is_trained else None for is_trained in ctx.needs_input_grad[1:])
+        return of_states_PD, *(
+            next(gradients) if is_trained else None for is_trained in ctx.needs_input_grad[1:]
+        )
 
 
 def _loss_and_gradient(
-    logits_SV: Tensor, next_S: Tensor, dense_SV: Tensor | None, share: float, num_positions: int, *, reverse: bool
+    logits_SV: Tensor,
+    next_S: Tensor,
+    dense_SV: Tensor | None,
+    share: float,
+    num_positions: int,
+    *,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of losses, and the gradient of their mean over `num_positions`, in the logits' dtype."""
+    """Return the sum of losses, and the gradient of their mean over `num_positions`, in the logits'
+    dtype.
+    """
     gradient_SV = torch.empty_like(logits_SV)
     total = logits_SV.new_zeros((), dtype=torch.float64)
     rows = CACHED_POSITIONS if logits_SV.device.type == "cpu" else len(logits_SV)
@@ -101,9 +118,12 @@ def _loss_and_gradient(
             dense = dense_SV[part].float()
             p, dense_log_sum = _softmax(dense)
             if reverse:
-                log_ratio = (dense - logits).add_((log_sum - dense_log_sum)[:, None])  # log p - log q
+                log_ratio = (dense - logits).add_(
+                    (log_sum - dense_log_sum)[:, None]
+                )  # log p - log q
                 divergence_R = -torch.linalg.vecdot(gradient, log_ratio)
-                # The slope of KL(q || p) is q (log q - log p - KL), that of the cross-entropy q - next.
+                # The slope of KL(q || p) is q (log q - log p - KL), that of the cross-entropy q -
+                # next.
                 gradient.mul_((1 - share) - share * (log_ratio + divergence_R[:, None]))
             else:
                 divergence_R = torch.linalg.vecdot(p, dense - logits) - dense_log_sum + log_sum
@@ -123,7 +143,11 @@ def _softmax(logits_PV: Tensor) -> tuple[Tensor, Tensor]:
 
 def states_of(model: nn.Module, arch: Arch, ids_BT: Tensor) -> Float[Tensor, "P D"]:
     """Return what the head reads at the P = B * (T - 1) predicting positions."""
-    return model.get_submodule(arch.backbone)(ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    return (
+        model.get_submodule(arch.backbone)(ids_BT, use_cache=False)
+        .last_hidden_state[:, :-1]
+        .flatten(0, 1)
+    )
 
 
 def masked_loss(
@@ -138,10 +162,10 @@ def masked_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean over blocks of `distillation_loss` of the tokens of each that count.
 
-    P = B * (T - 1) predicting positions. `answers_B`: which blocks are what the dense model says. Their
-    target is its distribution alone, by KL(q || p): a model that cannot follow p everywhere stays as
-    sure as p, where KL(p || q) would have it spread over all that p may say. The head reads no position
-    that does not count.
+    P = B * (T - 1) predicting positions. `answers_B`: which blocks are what the dense model says.
+    Their target is its distribution alone, by KL(q || p): a model that cannot follow p everywhere
+    stays as sure as p, where KL(p || q) would have it spread over all that p may say. The head
+    reads no position that does not count.
     """
     losses: list[Tensor] = []
     size = ids_BT.shape[1] - 1
@@ -152,14 +176,19 @@ def masked_loss(
         own = None if teacher is None else (teacher[0][part][counted_P], teacher[1])
         next_P = ids_BT[block, 1:][counted_P]
         losses.append(
-            distillation_loss(states_PD[part][counted_P], head, next_P, own, kl_share=share, reverse=is_answer)
+            distillation_loss(
+                states_PD[part][counted_P], head, next_P, own, kl_share=share, reverse=is_answer
+            )
         )
     return torch.stack(losses).mean()
 
 
 @contextmanager
-def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool) -> Iterator[None]:
-    """Inside, `model(ids, learns=True, teacher=...)` returns its loss; without `learns`, what it did.
+def loss_in_forward(
+    model: PreTrainedModel, arch: Arch, kl_share: float, *, in_shards: bool
+) -> Iterator[None]:
+    """Inside, `model(ids, learns=True, teacher=...)` returns its loss; without `learns`, what it
+    did.
 
     With a mask, `counted`, and `answers` by block it is `masked_loss`.
 
@@ -182,15 +211,21 @@ def loss_in_forward(model: PreTrainedModel, arch: Arch, kl_share: float, *, in_s
         if not learns:
             return plain(input_ids=input_ids, **others)
         if counted is not None and answers is not None:
-            return masked_loss(*read(input_ids), input_ids, teacher, counted, answers, kl_share=kl_share)
-        return distillation_loss(*read(input_ids), input_ids[:, 1:].flatten(), teacher, kl_share=kl_share)
+            return masked_loss(
+                *read(input_ids), input_ids, teacher, counted, answers, kl_share=kl_share
+            )
+        return distillation_loss(
+            *read(input_ids), input_ids[:, 1:].flatten(), teacher, kl_share=kl_share
+        )
 
     in_float32 = embedding.register_forward_hook(lambda _, __, output: output.float())
     with in_float32, forwards_replaced([model], forward):
         yield
 
 
-def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool) -> AbstractContextManager[None]:
+def teacher_in_forward(
+    model: nn.Module, arch: Arch, *, in_shards: bool
+) -> AbstractContextManager[None]:
     """Inside, `model(ids)` returns a `Teacher`.
 
     `in_shards`: one of whole logits, whose head does nothing. FSDP gathers the head's weights
@@ -200,12 +235,16 @@ def teacher_in_forward(model: nn.Module, arch: Arch, *, in_shards: bool) -> Abst
 
 
 def _reader(model: nn.Module, arch: Arch, *, in_shards: bool) -> Callable[[Tensor], Teacher]:
-    """Return what gives, of ids, what the head reads, and the head; `in_shards`: whole logits, and no head."""
+    """Return what gives, of ids, what the head reads, and the head; `in_shards`: whole logits, and
+    no head.
+    """
     plain: Callable[..., Any] = model.forward
 
     def read(input_ids: Tensor) -> Teacher:
         if in_shards:
-            return plain(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1), nn.Identity()
+            return plain(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(
+                0, 1
+            ), nn.Identity()
         return states_of(model, arch, input_ids), head_of(model, arch)
 
     return read

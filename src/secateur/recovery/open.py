@@ -34,10 +34,11 @@ from secateur.vocabulary.kept import Trim, keep_tokens, trim_between
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A recovery before any weight is read: both checkpoints, their shapes, the whole recipe, its part on recovery.
+    """A recovery before any weight is read: both checkpoints, their shapes, the whole recipe, its
+    part on recovery.
 
-    The teacher's shape is without the tokens that the pruned model lacks. `trim`: what took them; None if both have
-    the same. `notes`: on which model the teacher is.
+    The teacher's shape is without the tokens that the pruned model lacks. `trim`: what took them;
+    None if both have the same. `notes`: on which model the teacher is.
     """
 
     pruned: Checkpoint
@@ -54,9 +55,11 @@ class Job:
         return load_model(self.pruned, mapped=True)
 
     def load_teacher(self, *, whole: bool = False) -> PreTrainedModel:
-        """Return the teacher, its weights mapped from disk, with the tokens of the pruned model alone.
+        """Return the teacher, its weights mapped from disk, with the tokens of the pruned model
+        alone.
 
-        Its predictions are the whole teacher's over these tokens, renormalised. `whole`: with all tokens.
+        Its predictions are the whole teacher's over these tokens, renormalised. `whole`: with all
+        tokens.
         """
         teacher = load_model(self.teacher, mapped=True)
         if self.trim is not None and not whole:
@@ -64,16 +67,22 @@ class Job:
         return teacher
 
 
-def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_dense: bool = False) -> Job:
-    """Open both models and the recipe, the pruned model's with the keys of `changes` that were given; read no weights.
+def open_job(
+    pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_dense: bool = False
+) -> Job:
+    """Open both models and the recipe, the pruned model's with the keys of `changes` that were
+    given; read no weights.
 
-    Raises CheckpointError if a model cannot be opened, if the teacher is not the model that was pruned and
-    `other_dense` is False, or if it reads other tokens; RecipeError for a bad recipe.
+    Raises CheckpointError if a model cannot be opened, if the teacher is not the model that was
+    pruned and `other_dense` is False, or if it reads other tokens; RecipeError for a bad recipe.
     """
     wants_shards()  # a launcher's mistake is told before all else
     student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
     notes = check_dense(student, dense, "--teacher", other=other_dense)
-    shapes = meta_model(student.config), meta_model(copy.deepcopy(dense.config))  # whose tokens may go
+    shapes = (
+        meta_model(student.config),
+        meta_model(copy.deepcopy(dense.config)),
+    )  # whose tokens may go
     trim = trim_between(student, dense, "--teacher")
     for checkpoint, shape in zip((student, dense), shapes, strict=True):
         check_weights(checkpoint, shape)
@@ -85,11 +94,14 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_
     path = student.directory / RECIPE_FILE
     if not path.is_file() and "calibration" not in changes.model_fields_set:
         raise RecipeError(
-            f"{pruned}: has no {RECIPE_FILE}, so its domains are not known; say what to train on with --domain "
-            "NAME[=FILE] or --recipe FILE."
+            f"{pruned}: has no {RECIPE_FILE}, so its domains are not known; say what to train on "
+            "with --domain NAME[=FILE] or --recipe FILE."
         )
     if given := sorted({"remove", "choose", "repair"} & changes.model_fields_set):
-        raise RecipeError(f"{given[0]}: says how to prune, and {pruned} is pruned already; leave it out of recover.")
+        raise RecipeError(
+            f"{given[0]}: says how to prune, and {pruned} is pruned already; leave it out of "
+            "recover."
+        )
     recipe = recipe_over(load_recipe(path) if path.is_file() else {}, changes)
     length = block_length(recipe.calibration.sequence_length, shapes[0].config.get_text_config())
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
@@ -97,15 +109,17 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_
     settings = shared_out(asked, length, num_ranks)
     if num_ranks > 1 and settings.batch_tokens != asked.batch_tokens:
         notes += (
-            f"recover.batch_tokens: {settings.batch_tokens:,} in place of {asked.batch_tokens:,}, so that each of "
-            f"{num_ranks} processes has whole blocks of {length} tokens.",
+            f"recover.batch_tokens: {settings.batch_tokens:,} in place of {asked.batch_tokens:,}, "
+            f"so that each of {num_ranks} processes has whole blocks of {length} tokens.",
         )
     return Job(
         pruned=student,
         teacher=dense,
         pruned_shape=shapes[0],
         tokenizer=load_tokenizer(student) if trim is None else trim.tokenizer,
-        recipe=recipe.filled(calibration={"sequence_length": length}).model_copy(update={"recover": settings}),
+        recipe=recipe.filled(calibration={"sequence_length": length}).model_copy(
+            update={"recover": settings}
+        ),
         settings=settings,
         trim=trim,
         notes=notes,
@@ -113,7 +127,9 @@ def open_job(pruned: str | Path, teacher: str | Path, changes: Recipe, *, other_
 
 
 def inputs_of(job: Job) -> dict[str, Any]:
-    """Return what the trained weights depend on before one is read; the tokens that stay by their digest."""
+    """Return what the trained weights depend on before one is read; the tokens that stay by their
+    digest.
+    """
     kept = job.trim and job.trim.kept.dense_ids
     return {
         "recipe": job.recipe.model_dump(mode="json"),

@@ -31,7 +31,8 @@ STAGE = "polish"
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the dense model leaves for the training. `states`: what its head reads, by block of text.
+    """What the dense model leaves for the training. `states`: what its head reads, by block of
+    text.
 
     `places`: which of these, by domain and number of its calibration block, come from a walk: see
     `take_states`.
@@ -73,9 +74,9 @@ def learn(
 ) -> Lesson | None:
     """Ask the dense model for all that the polish needs; None if the recipe asks for no polish.
 
-    `text`: has the blocks to train on; its held-out ones guard. `walked`: calibration and held-out text
-    need not be asked for, since `Lesson.take_states` will be called. Raises RecipeError for too few
-    tokens to make a step.
+    `text`: has the blocks to train on; its held-out ones guard. `walked`: calibration and held-out
+    text need not be asked for, since `Lesson.take_states` will be called. Raises RecipeError for
+    too few tokens to make a step.
     """
     settings, progress = polish_settings(recipe), services.progress
     if settings is None:
@@ -84,29 +85,44 @@ def learn(
     random.Random(f"{recipe.seed}:{STAGE}").shuffle(order)
     settings = shared_out(settings, text.sequence_length, size(), len(order))
     order = whole_steps(order, settings, text.sequence_length, STAGE)
-    places = {number: place for place, (_, number) in enumerate(order) if walked and number is not None}
+    places = {
+        number: place for place, (_, number) in enumerate(order) if walked and number is not None
+    }
     blocks, in_walk = tuple(block for block, _ in order), set(places.values())
     lesson = RecoveryText(blocks, text.held_out, text.sequence_length, text.content_hash)
     with services.log.time(STAGE):
         judge = Judge(dense, arch, text.held_out, progress, asked=not walked)
         judge.own_head()  # the model's own is trained, or cut
         asked = [block for place, block in enumerate(blocks) if place not in in_walk]
-        dense_states = head_inputs(dense, arch, asked, progress, "ask for the polish") if asked else iter(())
-        states = [torch.empty(0) if place in in_walk else next(dense_states) for place in range(len(blocks))]
+        dense_states = (
+            head_inputs(dense, arch, asked, progress, "ask for the polish") if asked else iter(())
+        )
+        states = [
+            torch.empty(0) if place in in_walk else next(dense_states)
+            for place in range(len(blocks))
+        ]
     return Lesson(lesson, judge, states, settings, places)
 
 
 def _to_train_on(text: LearningText, num_tokens: int) -> list[tuple[Block, tuple[str, int] | None]]:
-    """Return the training blocks, each with its domain and its number among the calibration's; None if it is none."""
+    """Return the training blocks, each with its domain and its number among the calibration's; None
+    if it is none.
+    """
     blocks = []
     for domain, of_domain in zip(text.domains, text.training(num_tokens).values(), strict=True):
-        first = 0 if of_domain.counted_NT is None else domain.num_calibration  # see `LearningDomain.training`
+        first = (
+            0 if of_domain.counted_NT is None else domain.num_calibration
+        )  # see `LearningDomain.training`
         for number, block in enumerate(of_domain, start=first):
-            blocks.append((block, (domain.name, number) if number < domain.num_calibration else None))
+            blocks.append(
+                (block, (domain.name, number) if number < domain.num_calibration else None)
+            )
     return blocks
 
 
-def polish(model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device) -> PolishRecord:
+def polish(
+    model: CausalLM, lesson: Lesson, seed: int, services: Services, device: torch.device
+) -> PolishRecord:
     """Train the pruned model, which is in host memory, in place; the weights never get worse.
 
     `device`: the run's; other accelerators than CUDA's leave the training to the CPU. With a store

@@ -22,7 +22,8 @@ from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable
 from secateur.store import begun
 from secateur.stream.device import keeping_freed, peak_bytes
 
-# Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it is.
+# Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it
+# is.
 CARRIED = ("keep.json", TOKENS_FILE, RESULT_FILE, BENCH_FILE, "README.md")
 
 
@@ -48,19 +49,27 @@ def recover(
     job, record = open_job(pruned, teacher, changes, other_dense=other_dense), None
     check_replaceable(Path(out), overwrite=overwrite, protected=job.teacher.directory)
     inputs, source = partial(inputs_of, job), job.pruned.directory
-    with begun(out, inputs, overwrite=overwrite, protected=source, progress=progress, tell=tell) as services:
+    with begun(
+        out, inputs, overwrite=overwrite, protected=source, progress=progress, tell=tell
+    ) as services:
         with training_folder(services, job.settings, "recover") as folder:
             work = prepare(job, folder, services)
             judge, judged = judged_first(job, work)
-            services.store.value("training begun", lambda: True)  # or a store of a training alone would count as empty
+            services.store.value(
+                "training begun", lambda: True
+            )  # or a store of a training alone would count as empty
             with services.log.time("recover"):
                 before, training = train_guarded(work)
         meet("trained")  # nobody reads any more what is removed in the end
         if services.scratch is not None:
             with alone():  # the others ask nothing
                 if judge is not None:
-                    judged["recovered"] = judged_last(work, judge, judged["pruned"], held=training.held)
-                record = write_result(work, job, before, training, judged, services.scratch, command, finish)
+                    judged["recovered"] = judged_last(
+                        work, judge, judged["pruned"], held=training.held
+                    )
+                record = write_result(
+                    work, job, before, training, judged, services.scratch, command, finish
+                )
     return record
 
 
@@ -76,7 +85,8 @@ def write_result(
 ) -> RecoveryRecord:
     """Write everything that belongs to the result into `directory` and return its record.
 
-    `before`: the verdicts before the training. `judged`: models, by their names. `finish`: writes what people read.
+    `before`: the verdicts before the training. `judged`: models, by their names. `finish`: writes
+    what people read.
     """
     with work.services.log.time("save"):
         _save(work, job, directory)
@@ -87,7 +97,9 @@ def write_result(
         pruned=name_of(job.pruned),
         teacher=name_of(job.teacher),
         command=command,
-        calibration=without_places(job.recipe.calibration.model_dump(mode="json", exclude_none=True)),
+        calibration=without_places(
+            job.recipe.calibration.model_dump(mode="json", exclude_none=True)
+        ),
         settings=work.settings.model_dump(mode="json"),
         seed=work.seed,
         content_hash=work.text.content_hash,

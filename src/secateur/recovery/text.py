@@ -1,7 +1,8 @@
-"""The text of a training: what the dense model answers, blocks in their order, and how many of them make a step.
+"""The text of a training: what the dense model answers, blocks in their order, and how many of them
+make a step.
 
-In: the dense model and the recipe. Out: its answers, written as far as they are asked for. In: blocks, and
-settings. Out: a `RecoveryText` of whole steps.
+In: the dense model and the recipe. Out: its answers, written as far as they are asked for. In:
+blocks, and settings. Out: a `RecoveryText` of whole steps.
 """
 
 import hashlib
@@ -31,36 +32,54 @@ Item = TypeVar("Item")
 
 
 def answers_of(
-    recipe: Recipe, speaker: Speaker, num_tokens: int, store: Store, progress: Progress, written: Written
+    recipe: Recipe,
+    speaker: Speaker,
+    num_tokens: int,
+    store: Store,
+    progress: Progress,
+    written: Written,
 ) -> Answers:
-    """Return what the dense model answers in the domains that have answers. All ranks call it together.
+    """Return what the dense model answers in the domains that have answers. All ranks call it
+    together.
 
-    `num_tokens`: of the whole text. `written`: what an earlier one has written. Raises CalibrationError for
-    prompts that are unreadable.
+    `num_tokens`: of the whole text. `written`: what an earlier one has written. Raises
+    CalibrationError for prompts that are unreadable.
     """
     prompts: dict[str, list[str]] = {}
     num_blocks = num_tokens // speaker.length
     for name, domain in recipe.calibration.answered.items():
-        prompts[name] = from_first(partial(_prompts, name, domain, speaker.tokenizer, recipe.seed, num_blocks))
-    # What is answered is kept by its number, and by what was asked: a measurement may be of other prompts.
-    store.check_input("set of prompts", digest := hashlib.sha256(json.dumps(prompts).encode()).hexdigest())
+        prompts[name] = from_first(
+            partial(_prompts, name, domain, speaker.tokenizer, recipe.seed, num_blocks)
+        )
+    # What is answered is kept by its number, and by what was asked: a measurement may be of other
+    # prompts.
+    store.check_input(
+        "set of prompts", digest := hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    )
     return Answers(speaker, prompts, in_steps(store, digest), progress, written)
 
 
-def _prompts(name: str, source: Domain, tokenizer: Tokenizer, seed: int, num_blocks: int) -> list[str]:
+def _prompts(
+    name: str, source: Domain, tokenizer: Tokenizer, seed: int, num_blocks: int
+) -> list[str]:
     """Return the source's first prompts, each once."""
     read = islice(documents(name, source, tokenizer, seed), num_blocks * PROMPTS_PER_BLOCK)
     return list(dict.fromkeys(read))
 
 
 def in_steps(store: Store, asked: str) -> Steps:
-    """Return what does named steps: those that `store` has are read, the others shared out and kept.
+    """Return what does named steps: those that `store` has are read, the others shared out and
+    kept.
 
     `asked`: what they rest on, as part of their names.
     """
 
     def do(steps: Sequence[tuple[str, Callable[[], dict[str, Tensor]]]]) -> list[dict[str, Tensor]]:
-        done = {name: kept[0] for name, _ in steps if (kept := store.find(f"{name}-{asked}")) is not None}
+        done = {
+            name: kept[0]
+            for name, _ in steps
+            if (kept := store.find(f"{name}-{asked}")) is not None
+        }
         missing = [step for step in steps if step[0] not in done]
         # So many at a time as there are ranks: what is finished is kept at once.
         for start in range(0, len(missing), size()):
@@ -102,17 +121,25 @@ def shared_out(
     """
     num_asked = settings.blocks_per_step(length)
     per_rank = -(-min(num_asked, num_blocks or num_asked) // num_ranks)
-    at_once = max(count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0)
-    return settings.model_copy(update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once})
+    at_once = max(
+        count for count in range(1, settings.blocks_per_device + 1) if per_rank % count == 0
+    )
+    return settings.model_copy(
+        update={"batch_tokens": per_rank * num_ranks * length, "blocks_per_device": at_once}
+    )
 
 
-def whole_steps(blocks: Sequence[Item], settings: RecoverySettings, length: int, key: str) -> Sequence[Item]:
-    """Return as many blocks as whole steps take. Raises RecipeError, naming the recipe's `key`, for none."""
+def whole_steps(
+    blocks: Sequence[Item], settings: RecoverySettings, length: int, key: str
+) -> Sequence[Item]:
+    """Return as many blocks as whole steps take. Raises RecipeError, naming the recipe's `key`, for
+    none.
+    """
     size = settings.blocks_per_step(length)
     num_blocks = min(len(blocks), settings.num_tokens // length) // size * size
     if num_blocks == 0:
         raise RecipeError(
-            f"{key}.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks of {length} "
-            f"tokens; raise it, or lower {key}.batch_tokens."
+            f"{key}.num_tokens: {settings.num_tokens:,} leave less than one step of {size} blocks "
+            f"of {length} tokens; raise it, or lower {key}.batch_tokens."
         )
     return blocks[:num_blocks]

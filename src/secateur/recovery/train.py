@@ -57,11 +57,14 @@ from secateur.store import Services, Store
 from secateur.stream.device import release_freed
 
 TRAINER_FOLDER, TRAINED_FOLDER = "trainer", "trained"
-# Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its weights' size.
+# Adam moves a weight by about the rate, whatever its gradient: what a model bears follows its
+# weights' size.
 RELATIVE_RATE = 0.0005
 # A training is saved halfway, a longer one every so many steps.
 SAVED_STEPS = 150
-FASTER_IN_LORA = 10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
+FASTER_IN_LORA = (
+    10  # low-rank additions are products of two small factors: LOG, 2026-11-29, morning
+)
 
 
 class Checkpoints:
@@ -104,19 +107,27 @@ class Checkpoints:
                 yield
             except pickle.UnpicklingError:  # the Trainer opens pickles with weights_only
                 raise CheckpointError(
-                    f"{self.folder}: a checkpoint holds more than tensors, so it is not opened; delete the directory "
-                    "and start again."
+                    f"{self.folder}: a checkpoint holds more than tensors, so it is not opened; "
+                    "delete the directory and start again."
                 ) from None
             except RuntimeError as error:
-                # torch writes through a stream that knows no error numbers and has many words for one failure.
-                if all(frame.f_code is not torch.save.__code__ for frame, _ in walk_tb(error.__traceback__)):
+                # torch writes through a stream that knows no error numbers and has many words for
+                # one failure.
+                if all(
+                    frame.f_code is not torch.save.__code__
+                    for frame, _ in walk_tb(error.__traceback__)
+                ):
                     raise
                 raise CheckpointError(
-                    f"{self.folder}: a checkpoint could not be written whole; free some space or choose another place."
+                    f"{self.folder}: a checkpoint could not be written whole; free some space or "
+                    "choose another place."
                 ) from None
 
     def _steps(self) -> list[int]:
-        return [int(path.name.rpartition("-")[2]) for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/")]
+        return [
+            int(path.name.rpartition("-")[2])
+            for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/")
+        ]
 
     def _remove(self, step: int) -> None:
         self.path(step).with_suffix(".json").unlink(missing_ok=True)
@@ -143,34 +154,50 @@ class Distiller(Trainer):
 
 @dataclass
 class Listener(TrainerCallback):
-    """Moves the progress. `name`: of the training. `checkpoints`: gets the digests of what the Trainer saves."""
+    """Moves the progress. `name`: of the training. `checkpoints`: gets the digests of what the
+    Trainer saves.
+    """
 
     name: str
     checkpoints: Checkpoints
     tokens_per_step: int
     progress: Progress
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Begin where an interrupted training ended."""
         self._move(state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Move the progress; what the last step leaves is kept by `_train`."""
         self._move(state)
         control.should_save &= state.global_step < state.max_steps
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Save the digests of a checkpoint that every process has written its part of."""
         wait_for_everyone()
         if state.is_world_process_zero:
             self.checkpoints.finish(state.global_step)
 
     def _move(self, state: TrainerState) -> None:
-        self.progress(self.name, state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step)
+        self.progress(
+            self.name,
+            state.global_step * self.tokens_per_step,
+            state.max_steps * self.tokens_per_step,
+        )
 
 
-def log_lines(name: str, history: list[dict[str, float]], tokens_per_step: int) -> Iterator[dict[str, Any]]:
-    """Yield the run log's line of every step. `history`: of the Trainer, an interrupted run's first."""
+def log_lines(
+    name: str, history: list[dict[str, float]], tokens_per_step: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the run log's line of every step. `history`: of the Trainer, an interrupted run's
+    first.
+    """
     for logs in history:
         if "loss" in logs:
             step = int(logs["step"])
@@ -218,13 +245,18 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     would undo trainings that win on text of every kind: LOG, 2026-11-27, evening.
     """
     before = judged(work)
-    old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}  # replaced, never changed
+    old = {
+        name: parameter.data for name, parameter in work.pruned.named_parameters()
+    }  # replaced, never changed
     cost = _train(work)
     try:
         after = judged(work)
     except NumericsError:  # the logits are not finite: the training has diverged
         after = None
-    was, now = (objective(verdicts, work.settings.kl_share, work.judge.answers, before) for verdicts in (before, after))
+    was, now = (
+        objective(verdicts, work.settings.kl_share, work.judge.answers, before)
+        for verdicts in (before, after)
+    )
     held = now < was
     if not held:
         for key, parameter in work.pruned.named_parameters():
@@ -232,8 +264,14 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
         name = "KL" if work.settings.kl_share == 1 else "loss"
         what = f"{work.name}: held-out {name} did not fall ({was:.4f} -> {now:.4f} nats per token)"
         if after is not None and (moved := moved_away(before, after, work.judge.answers)):
-            kl = ", ".join(f"{name} {before[name].both_ways:.4f} -> {after[name].both_ways:.4f}" for name in moved)
-            what = f"{work.name}: the model moved away from the dense one on its answers (KL of {kl} nats per token)"
+            kl = ", ".join(
+                f"{name} {before[name].both_ways:.4f} -> {after[name].both_ways:.4f}"
+                for name in moved
+            )
+            what = (
+                f"{work.name}: the model moved away from the dense one on its answers (KL of {kl} "
+                "nats per token)"
+            )
         work.services.log.note(f"{what}, so the weights are those from before the training.")
     after = after or before
     kl = {domain: verdict.kl for domain, verdict in after.items()}
@@ -244,7 +282,9 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
 def judged(work: Work) -> Verdicts:
     """Return the pruned model's verdicts as its weights are now."""
     device = next(work.pruned.parameters()).device
-    return work.judge.verdicts(lambda ids_BT: work.pruned(input_ids=ids_BT.to(device), use_cache=False).logits)
+    return work.judge.verdicts(
+        lambda ids_BT: work.pruned(input_ids=ids_BT.to(device), use_cache=False).logits
+    )
 
 
 def _train(work: Work) -> dict[str, Any]:
@@ -288,14 +328,20 @@ def recover_logits(work: Work) -> int:
     faster = FASTER_IN_LORA if settings.train == "lora" else 1
     rate = settings.learning_rate or faster * RELATIVE_RATE * weight_size(work.pruned)
     in_shards = wants_shards()
-    prepare_weights(work.pruned, settings.train, float_all=in_shards or not autocasts(dtype, on_cpu=work.on_cpu))
+    prepare_weights(
+        work.pruned, settings.train, float_all=in_shards or not autocasts(dtype, on_cpu=work.on_cpu)
+    )
     torch.manual_seed(work.seed)
     model = handed_over(work.pruned) if in_shards else work.pruned
     with ExitStack() as inside:
         inside.enter_context(quiet_transformers())
-        inside.enter_context(loss_in_forward(model, bind(model), settings.kl_share, in_shards=in_shards))
+        inside.enter_context(
+            loss_in_forward(model, bind(model), settings.kl_share, in_shards=in_shards)
+        )
         if work.teacher is not None:
-            inside.enter_context(teacher_in_forward(work.teacher, bind(work.teacher), in_shards=in_shards))
+            inside.enter_context(
+                teacher_in_forward(work.teacher, bind(work.teacher), in_shards=in_shards)
+            )
         # After binding, which knows no wrapped linears.
         trained = with_lora(model) if settings.train == "lora" else model
         checkpoints = Checkpoints(work.directory / TRAINER_FOLDER, work.name, work.services.tell)
@@ -317,7 +363,12 @@ def recover_logits(work: Work) -> int:
 
 
 def _trainer(
-    work: Work, trained: nn.Module, arguments: TrainingArguments, checkpoints: Checkpoints, *, tokens_per_step: int
+    work: Work,
+    trained: nn.Module,
+    arguments: TrainingArguments,
+    checkpoints: Checkpoints,
+    *,
+    tokens_per_step: int,
 ) -> Distiller:
     listener = Listener(work.name, checkpoints, tokens_per_step, work.services.progress)
     items: list[dict[str, Any]] = [{"input_ids": block.ids_T} for block in work.text.blocks]
@@ -343,7 +394,9 @@ def _trainer(
         plugin: Any = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # else the launcher's stay
         plugin.set_state_dict_type("FULL_STATE_DICT")
-        work.services.log.note(f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP).")
+        work.services.log.note(
+            f"{work.name}: weights were in shards over {arguments.world_size} processes (FSDP)."
+        )
         if teacher is not None:
             work.judge.own_head()
             work.judge.head.to(arguments.device)
@@ -352,7 +405,9 @@ def _trainer(
     return trainer
 
 
-def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float) -> TrainingArguments:
+def _arguments(
+    work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: float
+) -> TrainingArguments:
     settings, on_cpu = work.settings, work.on_cpu
     arguments = TrainingArguments(
         output_dir=str(work.directory / TRAINER_FOLDER),
@@ -360,7 +415,9 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
         max_steps=num_steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(num_steps - 1, max(1, num_steps // 10)),  # the first step of a warm-up has no rate
+        warmup_steps=min(
+            num_steps - 1, max(1, num_steps // 10)
+        ),  # the first step of a warm-up has no rate
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=autocasts(dtype, on_cpu=on_cpu),
@@ -378,18 +435,24 @@ def _arguments(work: Work, dtype: torch.dtype, size: int, num_steps: int, rate: 
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel multiplies the batch
     if wants_shards():
         let_cpu_shard(arguments)
-    arguments.gradient_accumulation_steps = size // (arguments.per_device_train_batch_size * arguments.world_size)
+    arguments.gradient_accumulation_steps = size // (
+        arguments.per_device_train_batch_size * arguments.world_size
+    )
     return arguments
 
 
-def _take_back(work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]) -> None:
+def _take_back(
+    work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]
+) -> None:
     """Give `work.pruned` the trained weights: unwrapped, gathered, with additions merged."""
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled:
         whole = with_lora(work.pruned) if work.settings.train == "lora" else work.pruned
         places = dict(whole.named_parameters())
         for name, tensor in whole_parameters(trained):
-            places[name].data = tensor.to(dtypes.get(name, tensor.dtype))  # additions are merged in float32
+            places[name].data = tensor.to(
+                dtypes.get(name, tensor.dtype)
+            )  # additions are merged in float32
         trained = whole
     if trained is not work.pruned:
         merge(trained)

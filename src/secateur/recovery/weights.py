@@ -1,7 +1,9 @@
-"""Weights in training: which learn, in which dtype, low-rank additions, shards (FSDP), the way back, and their bytes.
+"""Weights in training: which learn, in which dtype, low-rank additions, shards (FSDP), the way
+back, and their bytes.
 
-In: a model and what a recipe or a launcher asks for. Out: a model to train; whole, merged weights. Bytes are
-estimated from shapes, so for them a model may be on the meta device; the interpreter's are left out.
+In: a model and what a recipe or a launcher asks for. Out: a model to train; whole, merged weights.
+Bytes are estimated from shapes, so for them a model may be on the meta device; the interpreter's
+are left out.
 """
 
 import copy
@@ -24,25 +26,35 @@ from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.offload import forget_weights
 
 FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
-# Of low-rank additions. Twice as much was no better than training the layers' own weights (LOG, 2026-11-28, night).
+# Of low-rank additions. Twice as much was no better than training the layers' own weights (LOG,
+# 2026-11-28, night).
 LORA_RANK = 16
 
 
 def weight_size(model: Any) -> float:
     """Return the root mean square of the weights in matrices, embedding and head left out."""
     words = words_of(model)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1 and parameter not in words]
+    matrices = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dim() > 1 and parameter not in words
+    ]
     squares = sum(matrix.double().square().sum().item() for matrix in matrices)
     return math.sqrt(squares / sum(matrix.numel() for matrix in matrices))
 
 
 def wants_shards() -> bool:
     """Say whether the launcher asked for FSDP. Raises RecipeError if it asked for version 1."""
-    if os.environ.get(FSDP_SWITCH, "false").lower() != "true" or os.environ.get("WORLD_SIZE", "1") == "1":
+    if (
+        os.environ.get(FSDP_SWITCH, "false").lower() != "true"
+        or os.environ.get("WORLD_SIZE", "1") == "1"
+    ):
         return False
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
-        raise RecipeError(f"FSDP: the launcher asks for version {version}, allowed is 2; set fsdp_version to 2.")
+        raise RecipeError(
+            f"FSDP: the launcher asks for version {version}, allowed is 2; set fsdp_version to 2."
+        )
     return True
 
 
@@ -59,7 +71,9 @@ def let_cpu_shard(arguments: Any) -> None:
 
 
 def handed_over(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that takes over the weights, so that sharding the copy frees them; frozen ones stay frozen."""
+    """Return a copy that takes over the weights, so that sharding the copy frees them; frozen ones
+    stay frozen.
+    """
     taken = {
         id(parameter): nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
@@ -102,13 +116,17 @@ def prepare_weights(model: PreTrainedModel, train: str, *, float_all: bool) -> N
     for parameter in model.parameters():
         parameter.requires_grad_(parameter not in frozen)
         if float_all or parameter not in frozen:  # not .float(): buffers keep their dtype
-            parameter.data = parameter.data.to(torch.float32, copy=True)  # a copy: the old weights may be put back
+            parameter.data = parameter.data.to(
+                torch.float32, copy=True
+            )  # a copy: the old weights may be put back
 
 
 def check_training(settings: Training, key: str) -> None:
     """Raise RecipeError, naming the recipe's `key`, if what training needs is missing."""
     if settings.train == "lora" and importlib.util.find_spec("peft") is None:
-        raise RecipeError(f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'.")
+        raise RecipeError(
+            f"{key}.train: lora needs the package peft; run pip install 'secateur[recover]'."
+        )
 
 
 def with_lora(model: PreTrainedModel) -> nn.Module:
@@ -118,13 +136,17 @@ def with_lora(model: PreTrainedModel) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules="all-linear"
+    )
     with quiet_transformers():  # peft uses what transformers deprecates
         return get_peft_model(model, config)
 
 
 def merge(model: Any) -> None:
-    """Add low-rank additions to the weights, in float32 and in copies: the old weights may be put back."""
+    """Add low-rank additions to the weights, in float32 and in copies: the old weights may be put
+    back.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -137,8 +159,9 @@ def merge(model: Any) -> None:
     model.unload()
 
 
-# Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream, inputs
-# of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen to store.
+# Numbers that a layer stores per token for backward: float32 ones in hidden sizes (the stream,
+# inputs of norms and linears, queries, keys, values), and four in the FFN's, as autograd was seen
+# to store.
 STREAM_WIDTHS, FFN_WIDTHS = 10, 4
 
 
@@ -166,32 +189,54 @@ def num_trained(model: PreTrainedModel, settings: RecoverySettings) -> int:
 
 
 def training_bytes(
-    model: PreTrainedModel, num_params: int, trained: int, settings: RecoverySettings, length: int, *, on_cpu: bool
+    model: PreTrainedModel,
+    num_params: int,
+    trained: int,
+    settings: RecoverySettings,
+    length: int,
+    *,
+    on_cpu: bool,
 ) -> int:
-    """Return the bytes of training a model like this one with `num_params` parameters, of which some are `trained`.
+    """Return the bytes of training a model like this one with `num_params` parameters, of which
+    some are `trained`.
 
     float32 weights and two float32 moments of what is trained, the rest as it is stored; and the
-    larger of a step and of the weights that an interrupted training reads (low-rank additions: merged).
-    A step: gradients, copies in the model's dtype if that is a lower one, activations; logits of
-    both models and their gradient for a slice of positions, on accelerators in float32 too.
+    larger of a step and of the weights that an interrupted training reads (low-rank additions:
+    merged). A step: gradients, copies in the model's dtype if that is a lower one, activations;
+    logits of both models and their gradient for a slice of positions, on accelerators in float32
+    too.
     """
     config: Any = model.config.get_text_config()
     item, low = model.dtype.itemsize, autocasts(model.dtype, on_cpu=on_cpu)
     tokens = min(settings.blocks_per_device, settings.blocks_per_step(length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
     step = trained * (4 + (item if low else 0))
-    step += tokens * layers * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * _ffn_width(config))
+    step += (
+        tokens
+        * layers
+        * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * _ffn_width(config))
+    )
     step += min(tokens, HEAD_POSITIONS) * (item * 3 + (0 if on_cpu else 4 * 4)) * config.vocab_size
-    if settings.train == "lora":  # float32 copies of what linears read; additions, gradients, moments
+    if (
+        settings.train == "lora"
+    ):  # float32 copies of what linears read; additions, gradients, moments
         hidden_size, width = config.hidden_size, _ffn_width(config)
         step += 4 * tokens * layers * (6 * hidden_size + width)
         step += 16 * LORA_RANK * config.num_hidden_layers * (11 * hidden_size + 3 * width)
     weights = 4 * trained + (item if low else 4) * (num_params - trained)
-    return weights + 8 * trained + max(step, item * num_params if settings.train == "lora" else weights)
+    return (
+        weights
+        + 8 * trained
+        + max(step, item * num_params if settings.train == "lora" else weights)
+    )
 
 
 def _ffn_width(config: Any) -> int:
-    """Return the widest layer's FFN, or four hidden sizes where the config has another name for it."""
+    """Return the widest layer's FFN, or four hidden sizes where the config has another name for
+    it.
+    """
     sizes = config.to_dict()  # attributes that vary over layers cannot be read
     layers = [sizes, *(sizes.get("per_layer_config") or {}).values()]
-    return max(of_layer.get("intermediate_size") or 0 for of_layer in layers) or 4 * config.hidden_size
+    return (
+        max(of_layer.get("intermediate_size") or 0 for of_layer in layers) or 4 * config.hidden_size
+    )

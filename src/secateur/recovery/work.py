@@ -1,4 +1,5 @@
-"""The work of a recovery: its text drawn, the dense model asked, both models' weights mapped; and what judges it.
+"""The work of a recovery: its text drawn, the dense model asked, both models' weights mapped; and
+what judges it.
 
 In: a `Job`. Out: a `Work` to train.
 """
@@ -24,7 +25,8 @@ from secateur.store import Services, Store
 
 
 def prepare(job: Job, directory: Path, services: Services) -> Work:
-    """Open both models, draw the text and evaluate the dense model. `directory`: for what the training leaves.
+    """Open both models, draw the text and evaluate the dense model. `directory`: for what the
+    training leaves.
 
     Weights are mapped from disk, so that only those that training changes fill memory.
 
@@ -39,8 +41,8 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
         log.note(note)
     if job.trim is not None:
         log.note(
-            f"recover: the teacher predicts {job.trim.kept.num_kept:,} of its {job.trim.kept.num_dense:,} "
-            "tokens, those that the model has."
+            f"recover: the teacher predicts {job.trim.kept.num_kept:,} of its "
+            f"{job.trim.kept.num_dense:,} tokens, those that the model has."
         )
     for sentence in text.notes:
         log.note(sentence)
@@ -73,7 +75,9 @@ def recovery_text(
     Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
     not fill one step.
     """
-    recipe = recipe.filled(calibration={"num_tokens": recipe.calibration.num_tokens or settings.num_tokens})
+    recipe = recipe.filled(
+        calibration={"num_tokens": recipe.calibration.num_tokens or settings.num_tokens}
+    )
     split = run_text_again(
         directory,
         recipe,
@@ -89,7 +93,9 @@ def recovery_text(
     # Questions of their own judge answers.
     judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
     text, _ = with_answers(split.learning.text, split.judged, answers)
-    blocks = [block for of_domain in text.training(settings.num_tokens).values() for block in of_domain]
+    blocks = [
+        block for of_domain in text.training(settings.num_tokens).values() for block in of_domain
+    ]
     random.Random(f"{recipe.seed}:recover").shuffle(blocks)
     return RecoveryText(
         tuple(whole_steps(blocks, settings, length, "recover")),
@@ -102,24 +108,41 @@ def recovery_text(
 
 
 def judged_first(job: Job, work: Work) -> tuple[stream_judge.Judge | None, dict[str, Judgement]]:
-    """Judge the dense and the pruned model by the text that judged the pruning; return what judges, None if nothing."""
+    """Judge the dense and the pruned model by the text that judged the pruning; return what judges,
+    None if nothing.
+    """
     teacher, length = work.teacher, work.text.sequence_length
     if not job.recipe.output.evaluate or teacher is None:
         return None, {}
     services = work.services
     judge = stream_judge.Judge(
-        work.text.judged, job.tokenizer, work.pruned.config, services.store, services.progress, trim=job.trim
+        work.text.judged,
+        job.tokenizer,
+        work.pruned.config,
+        services.store,
+        services.progress,
+        trim=job.trim,
     )
     dense = teacher if job.trim is None else job.load_teacher(whole=True)
     with services.log.time("judge"):
-        judged = {"dense": judge.dense(stream_judge.ToJudge.of(dense, "dense", length), asks=bind(dense).caches)}
+        judged = {
+            "dense": judge.dense(
+                stream_judge.ToJudge.of(dense, "dense", length), asks=bind(dense).caches
+            )
+        }
         judged["pruned"] = judge.pruned(stream_judge.ToJudge.of(work.pruned, "pruned", length))
     return judge, judged
 
 
-def judged_last(work: Work, judge: stream_judge.Judge, before: Judgement, *, held: bool) -> Judgement:
-    """Judge the model that is written: as it was `before`, unless the training changed it and was `held`."""
+def judged_last(
+    work: Work, judge: stream_judge.Judge, before: Judgement, *, held: bool
+) -> Judgement:
+    """Judge the model that is written: as it was `before`, unless the training changed it and was
+    `held`.
+    """
     with work.services.log.time("judge"):
         if not held:
             return before
-        return judge.pruned(stream_judge.ToJudge.of(work.pruned, "recovered", work.text.sequence_length))
+        return judge.pruned(
+            stream_judge.ToJudge.of(work.pruned, "recovered", work.text.sequence_length)
+        )

@@ -1,4 +1,5 @@
-"""The model card of a result: its metadata for the hub, and its text. In: a run's records. No local path.
+"""The model card of a result: its metadata for the hub, and its text. In: a run's records. No local
+path.
 
 The metadata is the hub's: https://huggingface.co/docs/hub/model-cards.
 """
@@ -27,15 +28,24 @@ from secateur.report.rows import (
 CARD_FILE = "README.md"
 TAGS = ("secateur", "pruned", "structured-pruning")
 NUM_WORST = 3  # domains named as those that suffered most
-# Not huggingface_hub's ModelCard, which warns of a card without metadata and refuses one that is not YAML.
+# Not huggingface_hub's ModelCard, which warns of a card without metadata and refuses one that is
+# not YAML.
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
 def card_data(summary: Summary, recipe: Recipe) -> ModelCardData:
-    """Return the hub's metadata. What is not known is None, which is left out; `unknown` says why."""
+    """Return the hub's metadata. What is not known is None, which is left out; `unknown` says
+    why.
+    """
     dense = summary.lineage[-1] if summary.lineage else Ancestor("", None, 0)
-    base_model = next((checkpoint.hub_id for checkpoint in reversed(summary.lineage) if checkpoint.hub_id), None)
-    datasets = {without_places(domain.dataset) for domain in recipe.calibration.domains.values() if domain.dataset}
+    base_model = next(
+        (checkpoint.hub_id for checkpoint in reversed(summary.lineage) if checkpoint.hub_id), None
+    )
+    datasets = {
+        without_places(domain.dataset)
+        for domain in recipe.calibration.domains.values()
+        if domain.dataset
+    }
     return ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,  # the hub knows no `pruned`
@@ -45,7 +55,9 @@ def card_data(summary: Summary, recipe: Recipe) -> ModelCardData:
         license=dense.license,
         license_name=dense.license_name,
         license_link=dense.license_link,
-        pipeline_tag="image-text-to-text" if summary.loaded_by == "AutoModelForImageTextToText" else "text-generation",
+        pipeline_tag="image-text-to-text"
+        if summary.loaded_by == "AutoModelForImageTextToText"
+        else "text-generation",
         tags=list(TAGS),
     )
 
@@ -53,11 +65,20 @@ def card_data(summary: Summary, recipe: Recipe) -> ModelCardData:
 def unknown(data: ModelCardData, summary: Summary) -> Iterator[str]:
     """Yield a sentence about each part of the metadata that is not known."""
     if data.license is None:
-        yield "the licence of the dense model is not known, so the card names none; add license to its first lines."
+        yield (
+            "the licence of the dense model is not known, so the card names none; add license to "
+            "its first lines."
+        )
     if data.base_model is None:
-        yield "the hub id of the dense model is not known, so the card names none; add base_model to its first lines."
+        yield (
+            "the hub id of the dense model is not known, so the card names none; add base_model to "
+            "its first lines."
+        )
     if data.language is None and summary.vocabulary is not None:
-        yield "the vocabulary was trimmed, so the card does not repeat the languages of the dense model."
+        yield (
+            "the vocabulary was trimmed, so the card does not repeat the languages of the dense "
+            "model."
+        )
 
 
 def with_metadata(card: str, data: ModelCardData) -> str:
@@ -66,7 +87,9 @@ def with_metadata(card: str, data: ModelCardData) -> str:
 
 
 def model_card(summary: Summary, recipe: Recipe) -> str:
-    """Return the card: what was removed, measured, how to load it, what it is bad at, how it was made."""
+    """Return the card: what was removed, measured, how to load it, what it is bad at, how it was
+    made.
+    """
     trimmed = [] if summary.vocabulary is None else [escaped(who_suffers(summary.vocabulary)), ""]
     lines = [
         "",
@@ -80,12 +103,24 @@ def model_card(summary: Summary, recipe: Recipe) -> str:
         *_loading(summary),
         "",
     ]
-    lines += [*markdown(quality_and_size(summary)), "", *_calibrated_on(summary, recipe), "", "## How it was made", ""]
-    lines += [f"- command: {code(summary.command)}" if summary.command else "- from Python: `secateur.prune`"]
+    lines += [
+        *markdown(quality_and_size(summary)),
+        "",
+        *_calibrated_on(summary, recipe),
+        "",
+        "## How it was made",
+        "",
+    ]
+    lines += [
+        f"- command: {code(summary.command)}"
+        if summary.command
+        else "- from Python: `secateur.prune`"
+    ]
     lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary)]
     lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
     lines += [
-        "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all figures: `result.json`"
+        "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all "
+        "figures: `result.json`"
     ]
     lines += [f"- note: {escaped(note)}" for note in caveats(summary)]
     return with_metadata("\n".join(lines) + "\n", card_data(summary, recipe))
@@ -97,11 +132,22 @@ def _calibrated_on(summary: Summary, recipe: Recipe) -> Iterator[str]:
     for name, num_tokens in summary.calibration.num_tokens.items():
         source = source_text(recipe.calibration.domains[name])
         yield f"- {escaped(f'{name}: {num_tokens:,} tokens ({source})')}"
-    losses = ((name, summary.pruned_losses[name], loss) for name, loss in summary.dense_losses.items())
-    ratios = sorted(((pruned.perplexity / dense.perplexity, name) for name, pruned, dense in losses), reverse=True)
-    lost = [f"{name} ({ratio:.2f} times the dense model's perplexity)" for ratio, name in ratios if ratio > 1]
+    losses = (
+        (name, summary.pruned_losses[name], loss) for name, loss in summary.dense_losses.items()
+    )
+    ratios = sorted(
+        ((pruned.perplexity / dense.perplexity, name) for name, pruned, dense in losses),
+        reverse=True,
+    )
+    lost = [
+        f"{name} ({ratio:.2f} times the dense model's perplexity)"
+        for ratio, name in ratios
+        if ratio > 1
+    ]
     worst = ", ".join(lost[:NUM_WORST])
-    other = "Text of other kinds, and other languages, were not measured, and can have lost much more."
+    other = (
+        "Text of other kinds, and other languages, were not measured, and can have lost much more."
+    )
     none = "No measured domain lost." if ratios else "Losses were not measured."
     suffers = f"It lost most on {worst}." if worst else none
     yield from ("", escaped(f"{suffers} {other}"))
@@ -120,8 +166,8 @@ def _loading(summary: Summary) -> list[str]:
     how, first, trust, config = "Loads with stock transformers:", [], "", ""
     if summary.has_layers_of_different_widths:
         how = (
-            "Its layers have widths of their own, which stock modelling cannot build. Load it with secateur, or let "
-            "transformers run the modelling file beside the weights:"
+            "Its layers have widths of their own, which stock modelling cannot build. Load it with "
+            "secateur, or let transformers run the modelling file beside the weights:"
         )
         first = ["import secateur", "", 'model = secateur.load("path/to/this/directory")', ""]
         trust, config = ", trust_remote_code=True", ", config=model.config"
@@ -139,7 +185,9 @@ def _loading(summary: Summary) -> list[str]:
 
 
 def recovered_card(card: str | None, record: RecoveryRecord) -> str:
-    """Return the pruned model's card, or a new one, with a section on the recovery before how it was made."""
+    """Return the pruned model's card, or a new one, with a section on the recovery before how it
+    was made.
+    """
     text = f"# {escaped(record.pruned)}, recovered by secateur\n" if card is None else card
     before, heading, after = text.partition("\n## How it was made\n")
     return f"{before.rstrip()}\n\n{recovery_card(record)}{heading}{after}"

@@ -1,4 +1,5 @@
-"""Tables of text as they are shown: in the terminal, in Markdown, and on a self-contained HTML page.
+"""Tables of text as they are shown: in the terminal, in Markdown, and on a self-contained HTML
+page.
 
 In: sentences and tables. Out: what rich draws; Markdown or HTML, in which all text is escaped here.
 """
@@ -68,13 +69,17 @@ _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]|\b_+|_+\b|^[-+#](?=[-+# ]|$)|^\d+(?=[.)]
 
 
 def escaped(text: str) -> str:
-    """Return the text for Markdown, on one line: names of models and domains are shown as they are."""
+    """Return the text for Markdown, on one line: names of models and domains are shown as they
+    are.
+    """
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return _MARKUP.sub(lambda mark: "".join(f"&#{ord(c)};" for c in mark[0]), line)
 
 
 def code(text: str) -> str:
-    """Return the text as code in Markdown, on one line; other than printable characters as escapes."""
+    """Return the text as code in Markdown, on one line; other than printable characters as
+    escapes.
+    """
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
@@ -83,13 +88,17 @@ def code(text: str) -> str:
 def markdown(table: Table) -> list[str]:
     """Return the table's lines in Markdown, without its caption."""
     rule = "|---|" + "---:|" * (len(table.header) - 1)
-    header, *rows = ("| " + " | ".join(map(escaped, cells)) + " |" for cells in (table.header, *table.rows))
+    header, *rows = (
+        "| " + " | ".join(map(escaped, cells)) + " |" for cells in (table.header, *table.rows)
+    )
     return [header, rule, *rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines by name, each of (share, height) from the origin on, up to `top`; `marks`: shares by name."""
+    """Lines by name, each of (share, height) from the origin on, up to `top`; `marks`: shares by
+    name.
+    """
 
     caption: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
@@ -127,5 +136,7 @@ def render(page: Page) -> str:
     templates = resources.files("secateur.report") / "templates"
     css = (templates / "report.css").read_text(encoding="utf-8")
     text = (templates / "report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(text).render(page=page, css=css) + "\n"

@@ -34,7 +34,8 @@ STALE = ["*.safetensors", "*.safetensors.index.json"]
 
 @dataclass(frozen=True, slots=True)
 class Pushed(Record):
-    """What was sent, or with `dry_run` would be. `files`: bytes by path. `metadata`: of the model card.
+    """What was sent, or with `dry_run` would be. `files`: bytes by path. `metadata`: of the model
+    card.
 
     `url`: of the repository; None for a dry run. `notes`: what the card does not know.
     """
@@ -55,26 +56,33 @@ def push(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Pushed:
-    """Upload a result to the Hugging Face hub as the model `repo`, which is made if it is not there.
+    """Upload a result to the Hugging Face hub as the model `repo`, which is made if it is not
+    there.
 
     `result`: a directory that `prune` or `recover` wrote. `repo`: its name there, as user/name.
-    `public`: everybody may see it; by default only its owner. `dry_run`: send nothing, and ask nothing of the
-    network. `progress`: called with (stage, done, total).
+    `public`: everybody may see it; by default only its owner. `dry_run`: send nothing, and ask
+    nothing of the network. `progress`: called with (stage, done, total).
 
     Returns a `Pushed`. What is sent holds no local path: in the recipe, files of text are named by
     their last part.
 
-    Raises RecipeError for a name that is no hub id, CheckpointError if `result` is no result, or the
-    hub cannot be reached or refuses.
+    Raises RecipeError for a name that is no hub id, CheckpointError if `result` is no result, or
+    the hub cannot be reached or refuses.
     """
     if not is_hub_id(repo):
-        raise RecipeError(f"push {repo}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B.")
+        raise RecipeError(
+            f"push {repo}: is no name on the hub; give OWNER/NAME, such as Qwen/Qwen2.5-0.5B."
+        )
     directory = Path(result)
     if (directory / RESULT_FILE).is_file() and not (directory / CONFIG_NAME).is_file():
-        raise CheckpointError(f"push {directory}: has no {CONFIG_NAME}, so it is no model; give a result of prune.")
+        raise CheckpointError(
+            f"push {directory}: has no {CONFIG_NAME}, so it is no model; give a result of prune."
+        )
     digests, files = read_digests(directory), read_result(directory)
     if digests is None:
-        raise CheckpointError(f"{directory}: its {RESULT_FILE} is damaged; prune again, or push another result.")
+        raise CheckpointError(
+            f"{directory}: its {RESULT_FILE} is damaged; prune again, or push another result."
+        )
     if not dry_run:
         _check_access()
     summary = files.summary
@@ -82,7 +90,11 @@ def push(
         stage = Path(scratch)
         _stage(directory, stage, digests)
         data = _metadata(directory / CARD_FILE, card_data(summary, files.recipe))
-        _write(stage, CARD_FILE, with_metadata((directory / CARD_FILE).read_text(encoding="utf-8"), data))
+        _write(
+            stage,
+            CARD_FILE,
+            with_metadata((directory / CARD_FILE).read_text(encoding="utf-8"), data),
+        )
         _write(stage, RECIPE_FILE, dump_recipe(files.recipe, places=False))
         (stage / RESULT_FILE).unlink()
         linked = {name: digest for name, digest in digests.items() if (stage / name).is_symlink()}
@@ -93,22 +105,31 @@ def push(
 
 
 def _metadata(card: Path, data: ModelCardData) -> ModelCardData:
-    """Return the metadata with what its owner has added to the card. Raises CheckpointError if that is none."""
+    """Return the metadata with what its owner has added to the card. Raises CheckpointError if that
+    is none.
+    """
     try:
         return ModelCardData(**{**data.to_dict(), **(metadata_load(card) or {})})
     except (ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{card}: its first lines are no metadata ({one_line(error)}); correct them.") from None
+        raise CheckpointError(
+            f"{card}: its first lines are no metadata ({one_line(error)}); correct them."
+        ) from None
 
 
 def _check_access() -> None:
     if constants.HF_HUB_OFFLINE:
-        raise CheckpointError("push: HF_HUB_OFFLINE is set; unset it, or give --dry-run to see what would be sent.")
+        raise CheckpointError(
+            "push: HF_HUB_OFFLINE is set; unset it, or give --dry-run to see what would be sent."
+        )
     if get_token() is None:
-        raise CheckpointError("push: the hub wants a token with write access; run hf auth login, or set HF_TOKEN.")
+        raise CheckpointError(
+            "push: the hub wants a token with write access; run hf auth login, or set HF_TOKEN."
+        )
 
 
 def _stage(directory: Path, stage: Path, digests: dict[str, str]) -> None:
-    """Link what is sent into `stage`: files with digests and what later commands wrote, nothing else.
+    """Link what is sent into `stage`: files with digests and what later commands wrote, nothing
+    else.
 
     Raises CheckpointError for a file that is gone, or a link to somewhere else.
     """
@@ -116,7 +137,8 @@ def _stage(directory: Path, stage: Path, digests: dict[str, str]) -> None:
     for name in (*digests, *later):
         if not (directory / name).is_file() or not lies_in(directory, directory / name):
             raise CheckpointError(
-                f"{directory / name}: is gone, or a link to a file outside the result; bring it back, or prune again."
+                f"{directory / name}: is gone, or a link to a file outside the result; bring it "
+                "back, or prune again."
             )
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).symlink_to((directory / name).resolve())
@@ -137,22 +159,31 @@ def _upload(stage: Path, repo: str, progress: Progress, *, public: bool) -> str:
             api.create_repo(repo, private=not public, exist_ok=True)
             if not public and not api.model_info(repo).private:
                 raise CheckpointError(
-                    f"push {repo}: everybody can see this repository; give --public if that is meant."
+                    f"push {repo}: everybody can see this repository; give --public if that is "
+                    "meant."
                 )
             api.upload_folder(
-                repo_id=repo, folder_path=stage, commit_message="Upload a result of secateur", delete_patterns=STALE
+                repo_id=repo,
+                folder_path=stage,
+                commit_message="Upload a result of secateur",
+                delete_patterns=STALE,
             )
     except CheckpointError:
         raise
     except HfHubHTTPError as error:
         status = error.response.status_code
-        remedy = {401: "the token is not valid; run hf auth login", 403: "the token may not write there"}
+        remedy = {
+            401: "the token is not valid; run hf auth login",
+            403: "the token may not write there",
+        }
         reason = remedy.get(status) or one_line(error)
-        raise CheckpointError(f"push {repo}: the hub refuses with status {status}; {reason}.") from None
+        raise CheckpointError(
+            f"push {repo}: the hub refuses with status {status}; {reason}."
+        ) from None
     except (OSError, HTTPError, ValueError) as error:
         raise CheckpointError(
-            f"push {repo}: the hub cannot be reached or the upload failed ({one_line(error)}); run the same command "
-            "again, it goes on from there."
+            f"push {repo}: the hub cannot be reached or the upload failed ({one_line(error)}); run "
+            "the same command again, it goes on from there."
         ) from None
     progress("push", 1, 1)
     return f"{api.endpoint}/{repo}"

@@ -1,6 +1,7 @@
 """Records of what each verb returns, as plain numbers, and a result directory read back.
 
-First what runs and inspections tell, then what is measured on finished models: evaluation, speed, recovery.
+First what runs and inspections tell, then what is measured on finished models: evaluation, speed,
+recovery.
 """
 
 import math
@@ -72,7 +73,9 @@ class TaskResults:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """A metric of a task, or a difference of two. `error`: the standard error; None for groups and what is no mean."""
+    """A metric of a task, or a difference of two. `error`: the standard error; None for groups and
+    what is no mean.
+    """
 
     value: float
     error: float | None
@@ -97,7 +100,9 @@ def _score(results: dict[str, Any], metric: str) -> TaskScore:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `secateur evaluate` measured on one model. `other_text`: of other sources than any run's."""
+    """What `secateur evaluate` measured on one model. `other_text`: of other sources than any
+    run's.
+    """
 
     domains: dict[str, Quality]
     other_text: Quality
@@ -107,7 +112,10 @@ class Measured:
     def scores(self) -> Scores:
         """The tasks' scores; empty without tasks."""
         results = {} if self.tasks is None else self.tasks.results
-        return {task: {metric: _score(of, metric) for metric in task_metrics(of)} for task, of in results.items()}
+        return {
+            task: {metric: _score(of, metric) for metric in task_metrics(of)}
+            for task, of in results.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +137,18 @@ def plus_minus(error: float | None) -> str:
 
 def change(dense: Loss, pruned: Loss) -> Change:
     """Return pruned minus dense, document by document: what documents have in common cancels."""
-    differences = [after - before for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)]
+    differences = [
+        after - before
+        for before, after in zip(dense.document_nats, pruned.document_nats, strict=True)
+    ]
     error = standard_error(differences, dense.document_tokens)
     return Change(pruned.nats_per_token - dense.nats_per_token, error)
 
 
 def mean_change(changes: Collection[Change]) -> Change:
-    """Return the mean over domains, which count equally and share no document: errors add as squares."""
+    """Return the mean over domains, which count equally and share no document: errors add as
+    squares.
+    """
     errors = [change.standard_error for change in changes if change.standard_error is not None]
     error = math.hypot(*errors) / len(changes) if len(errors) == len(changes) else None
     return Change(statistics.mean(change.nats_per_token for change in changes), error)
@@ -170,12 +183,18 @@ class Evaluation(Record):
     @property
     def models(self) -> dict[str, Measured]:
         """The measured models by their names in tables, dense first; one alone is `model`."""
-        return {"model": self.pruned} if self.dense is None else {"dense": self.dense, "pruned": self.pruned}
+        return (
+            {"model": self.pruned}
+            if self.dense is None
+            else {"dense": self.dense, "pruned": self.pruned}
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median and extremes over repeats: of a figure, or of one model's speed over another's within each repeat."""
+    """Median and extremes over repeats: of a figure, or of one model's speed over another's within
+    each repeat.
+    """
 
     median: float
     lowest: float
@@ -229,7 +248,8 @@ class SpeedUp:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BenchResult(Record):
-    """`bench.json`. `models`: dense and pruned, or one `model`. `speed_ups`: by phase, of two models.
+    """`bench.json`. `models`: dense and pruned, or one `model`. `speed_ups`: by phase, of two
+    models.
 
     `notes`: sentences on what the figures do not say.
     """
@@ -262,8 +282,8 @@ class RecoveryRecord(Trained, Record):
     """`recovery.json`. `before`: the pruned model as it came; every KL is to the dense model.
 
     `calibration`, `settings`: the domains and the recipe's part on recovery that were used.
-    `num_held_out_tokens`: to guard alone, never trained on. `seconds`: of this process. `judged`: the
-    dense, the pruned and the recovered model on what judges; the verdicts are on what guards.
+    `num_held_out_tokens`: to guard alone, never trained on. `seconds`: of this process. `judged`:
+    the dense, the pruned and the recovered model on what judges; the verdicts are on what guards.
     """
 
     pruned: str
@@ -321,7 +341,9 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """A kind of group over some layers. `num_units`: in the first one. `num_keep`: mean units after a run."""
+    """A kind of group over some layers. `num_units`: in the first one. `num_keep`: mean units after
+    a run.
+    """
 
     name: str
     unit: str
@@ -340,8 +362,8 @@ class Inspection(Record):
     unprotected layers that stay. `possible`, `impossible`: groups that the family has, and those it
     cannot have, with the reason. `disk_bytes`: the most written. `num_token_params`: of all rows of
     embedding and head, tied ones once. `files`: bytes of a GGUF file by type without its tokenizer,
-    of the dense model and of the result, by the widths that `uniform` gives; where a run measures widths
-    they are rounded, and the bytes are near. `files_problem`: why there are none.
+    of the dense model and of the result, by the widths that `uniform` gives; where a run measures
+    widths they are rounded, and the bytes are near. `files_problem`: why there are none.
     """
 
     model: str
@@ -375,8 +397,9 @@ class CalibrationFacts:
     """Which text the run saw, by domain.
 
     `held_out_overlap`: share of the judging text's 13-grams that the calibration text also has.
-    `num_judged_tokens`: of the text that judges the run; `judged_hash`: of its blocks. `allotted`: by
-    domain of documents, the first one that did not judge and the first one that the run learnt by.
+    `num_judged_tokens`: of the text that judges the run; `judged_hash`: of its blocks. `allotted`:
+    by domain of documents, the first one that did not judge and the first one that the run learnt
+    by.
     """
 
     content_hash: str
@@ -411,9 +434,9 @@ class VocabularyFacts:
 class Summary(Record):
     """Everything that a run reports in numbers.
 
-    `like`: the result whose units went here too. `measured`: the name of the measurement that it was cut by.
-    `loaded_by`: the class of transformers that reloaded it; None, as the figures of that reload, if nothing was saved.
-    `remove_asked`, `remove_reached`: shares of all parameters.
+    `like`: the result whose units went here too. `measured`: the name of the measurement that it
+    was cut by. `loaded_by`: the class of transformers that reloaded it; None, as the figures of
+    that reload, if nothing was saved. `remove_asked`, `remove_reached`: shares of all parameters.
     """
 
     model: str
@@ -446,7 +469,9 @@ class Summary(Record):
     lineage: tuple[Ancestor, ...]  # the original model first
     # By stage of the progress: seconds as foretold at first, as foretold anew, and taken.
     foretold: dict[str, list[float]]
-    files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path, of what the run wrote
+    files: dict[str, str] = field(
+        default_factory=dict[str, str]
+    )  # sha256 by path, of what the run wrote
 
     @property
     def has_layers_of_different_widths(self) -> bool:
@@ -456,7 +481,8 @@ class Summary(Record):
 
 @dataclass(frozen=True, slots=True)
 class SizeCost:
-    """A smaller model: the share of all parameters that goes, and nats per token lost by what judges.
+    """A smaller model: the share of all parameters that goes, and nats per token lost by what
+    judges.
 
     `num_bytes`: of a GGUF file by type, where llama.cpp runs the family.
     """
@@ -472,13 +498,17 @@ LEAST_NATS = 1e-3
 
 
 def nats_at(probes: Sequence[SizeCost], judged: str, removed: float, units: float) -> float:
-    """Return the nats lost at a share, by a power law between two probes, the nearest ones beyond all.
+    """Return the nats lost at a share, by a power law between two probes, the nearest ones beyond
+    all.
 
-    nats = a x^p with x = -ln(1 - removed / units), where `units` is the share that all units are, and a and p are
-    from both probes. Each equal part of what is left then adds the same to x, and none are lost where nothing goes.
+    nats = a x^p with x = -ln(1 - removed / units), where `units` is the share that all units are,
+    and a and p are from both probes. Each equal part of what is left then adds the same to x, and
+    none are lost where nothing goes.
     """
     pair = next((pair for pair in pairwise(probes) if removed <= pair[1].removed), probes[-2:])
-    left, right, here = (-math.log1p(-share / units) for share in (pair[0].removed, pair[1].removed, removed))
+    left, right, here = (
+        -math.log1p(-share / units) for share in (pair[0].removed, pair[1].removed, removed)
+    )
     before, after = (max(probe.lost[judged], LEAST_NATS) for probe in pair)
     power = math.log(after / before) / math.log(right / left)
     return before * (here / left) ** max(power, 0.0)
@@ -486,10 +516,12 @@ def nats_at(probes: Sequence[SizeCost], judged: str, removed: float, units: floa
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Measurement(Record):
-    """What sizes of a model cost without a polish: `probes` were cut and judged, `sizes` are foretold from these.
+    """What sizes of a model cost without a polish: `probes` were cut and judged, `sizes` are
+    foretold from these.
 
-    `band`: how far off the middle probe is foretold by the others, a mean share of its loss. `units`: the share of all
-    parameters that the groups' units are. `pace`: of each probe, seconds per token of a prompt, and of what is written.
+    `band`: how far off the middle probe is foretold by the others, a mean share of its loss.
+    `units`: the share of all parameters that the groups' units are. `pace`: of each probe, seconds
+    per token of a prompt, and of what is written.
     """
 
     model: str
@@ -506,7 +538,9 @@ class Measurement(Record):
     versions: dict[str, str]
     text_hash: str  # of what was measured on
     lineage: tuple[Ancestor, ...]
-    profiles: tuple[tuple[int, str, GroupProfile], ...]  # with layer and group, if widths by layer were asked for
+    profiles: tuple[
+        tuple[int, str, GroupProfile], ...
+    ]  # with layer and group, if widths by layer were asked for
     files: dict[str, str] = field(default_factory=dict[str, str])  # sha256 by path
 
 
@@ -581,7 +615,11 @@ class _Line:
 def _events(directory: Path, event: str, kind: type[Parsed]) -> tuple[Parsed, ...]:
     where = str(directory / LOG_FILE)
     lines = _read(directory, LOG_FILE).splitlines()
-    return tuple(parse_json(kind, line, where) for line in lines if parse_json(_Line, line, where).event == event)
+    return tuple(
+        parse_json(kind, line, where)
+        for line in lines
+        if parse_json(_Line, line, where).event == event
+    )
 
 
 def _read(directory: Path, name: str) -> str:
@@ -590,5 +628,6 @@ def _read(directory: Path, name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise CheckpointError(
-            f"{directory}: {name} cannot be read ({reason}); give a directory that secateur prune has written."
+            f"{directory}: {name} cannot be read ({reason}); give a directory that secateur prune "
+            "has written."
         ) from None

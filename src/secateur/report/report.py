@@ -1,4 +1,6 @@
-"""What people read of a result: `report.html`, one page that needs no network, and the card. In: its directory."""
+"""What people read of a result: `report.html`, one page that needs no network, and the card. In:
+its directory.
+"""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -7,7 +9,14 @@ from pathlib import Path
 from secateur.data.blocks import NGRAM_TOKENS
 from secateur.files import write_text
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
-from secateur.report.card import CARD_FILE, card_data, model_card, recovered_card, source_text, with_metadata
+from secateur.report.card import (
+    CARD_FILE,
+    card_data,
+    model_card,
+    recovered_card,
+    source_text,
+    with_metadata,
+)
 from secateur.report.page import Page, Section, Table, render
 from secateur.report.records import (
     GroupStep,
@@ -40,7 +49,9 @@ from secateur.result_directory import PAGE_FILE, RESULT_FILE, write_summary
 
 
 def quality_section(files: ResultFiles) -> Section | None:
-    """Loss by domain, before and after; what training won back; what `secateur evaluate` measured."""
+    """Loss by domain, before and after; what training won back; what `secateur evaluate`
+    measured.
+    """
     summary, changes = files.summary, loss_changes(files.summary)
     text, tables = list[str](), list[Table]()
     if changes:
@@ -49,18 +60,24 @@ def quality_section(files: ResultFiles) -> Section | None:
         if not any(change.standard_error for change in changes.values()):
             about = "unknown, as there is one document alone"
         text.append(f"In {unit}; lower is better. ± is {about}.")
-        rises = [change.nats_per_token for change in (*changes.values(), mean_change(changes.values()))]
+        rises = [
+            change.nats_per_token for change in (*changes.values(), mean_change(changes.values()))
+        ]
         bars = [[max(0.0, rise) / max(*rises, 1e-9)] for rise in rises]
         caption = f"{unit.capitalize()} (perplexity); bars: the difference"
         rows = list(quality_rows(summary))
         # The domains and their mean, which have bars, are the last rows.
-        tables.append(Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(rows) - len(bars))), *bars]))
+        tables.append(
+            Table(caption, ("", *SIDES), rows, bars=[*([[]] * (len(rows) - len(bars))), *bars])
+        )
     if summary.polish is not None:
-        tables.append(verdict_table(summary.polish, "The polish, on the text that guards it", "polished"))
+        tables.append(
+            verdict_table(summary.polish, "The polish, on the text that guards it", "polished")
+        )
     if files.recovery is not None:
         text.append(
-            f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page are of the model "
-            "before recovery, unless measured later."
+            f"{files.recovery.pruned}: {files.recovery.headline}. Figures elsewhere on this page "
+            "are of the model before recovery, unless measured later."
         )
         tables.append(judged_table(files.recovery))
         tables.append(verdict_table(files.recovery, "The recovery, on the text that guards it"))
@@ -87,12 +104,16 @@ def _printable(text: str) -> str:
 
 def speed_section(files: ResultFiles) -> Section:
     """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
-    bench, sizes = files.bench, Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
+    bench, sizes = (
+        files.bench,
+        Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary))),
+    )
     if bench is None or not bench.speed_ups:
         return Section("speed", "Size", tables=(sizes,))
     how = (
-        f"secateur bench: transformers on {bench.device}, {bench.workload.repeats} repeats in turns. "
-        "Ideal: operations per prompt token and bytes read per decoded token, dense over pruned."
+        f"secateur bench: transformers on {bench.device}, {bench.workload.repeats} repeats in "
+        "turns. Ideal: operations per prompt token and bytes read per decoded token, dense over "
+        "pruned."
     )
     return Section("speed", "Speed and memory", (how, *bench.notes), (*bench_tables(bench), sizes))
 
@@ -102,20 +123,35 @@ def removed_section(files: ResultFiles) -> Section | None:
     text, tables = list[str](), list[Table]()
     if files.removed_layers:
         before, after = files.summary.num_layers
-        text.append(f"{before} layers → {after}; their table numbers layers as the dense model did.")
+        text.append(
+            f"{before} layers → {after}; their table numbers layers as the dense model did."
+        )
         tables.append(_layer_table(files.removed_layers))
     if files.steps:
         groups = _counts(files.steps)
-        sums = {group: [sum(column) for column in zip(*units.values(), strict=True)] for group, units in groups.items()}
-        shares = ", ".join(f"{kept / before:.1%} of {name}" for name, (before, kept) in sums.items())
+        sums = {
+            group: [sum(column) for column in zip(*units.values(), strict=True)]
+            for group, units in groups.items()
+        }
+        shares = ", ".join(
+            f"{kept / before:.1%} of {name}" for name, (before, kept) in sums.items()
+        )
         text.append(f"Kept: {shares} units.")
         rows, bars = list[tuple[str, ...]](), list[list[float]]()
         # Layers may have different groups: experts in some, an MLP in others.
         for layer in sorted({layer for units in groups.values() for layer in units}):
-            cells = ["{:,} → {:,}".format(*units[layer]) if layer in units else "" for units in groups.values()]
+            cells = [
+                "{:,} → {:,}".format(*units[layer]) if layer in units else ""
+                for units in groups.values()
+            ]
             rows.append((f"layer {layer}", *cells))
             bars.append(
-                [kept / before for before, kept in (units[layer] for units in groups.values() if layer in units)]
+                [
+                    kept / before
+                    for before, kept in (
+                        units[layer] for units in groups.values() if layer in units
+                    )
+                ]
             )
         caption = "Units by layer, before → kept; bars: the share that stays"
         tables.append(Table(caption, ("", *groups), rows, bars=bars))
@@ -149,10 +185,12 @@ def text_section(files: ResultFiles) -> Section:
     """Which text, how much, and whether calibration saw held-out text."""
     text, domains = files.summary.calibration, files.recipe.calibration.domains
     about = (
-        f"{sum(text.num_tokens.values()):,} tokens to measure on, {sum(text.num_held_out_tokens.values()):,} that "
-        f"guard the run and {sum(text.num_judged_tokens.values()):,} that judge it, in blocks of "
-        f"{text.sequence_length}. A text too short for both judges by what guards. Overlap: the share of the judging "
-        f"text's {NGRAM_TOKENS}-grams of tokens that the calibration text has too; boilerplate counts.",
+        f"{sum(text.num_tokens.values()):,} tokens to measure on, "
+        f"{sum(text.num_held_out_tokens.values()):,} that guard the run and "
+        f"{sum(text.num_judged_tokens.values()):,} that judge it, in blocks of "
+        f"{text.sequence_length}. A text too short for both judges by what guards. Overlap: the "
+        f"share of the judging text's {NGRAM_TOKENS}-grams of tokens that the calibration text has "
+        "too; boilerplate counts.",
         f"SHA-256 of all token blocks: {text.content_hash}",
     )
     rows = []
@@ -160,7 +198,9 @@ def text_section(files: ResultFiles) -> Section:
         counts = (num, text.num_held_out_tokens[name], text.num_judged_tokens[name])
         share = text.held_out_overlap[name]
         overlap = "blocks too short" if share is None else f"{share:.2%}"
-        rows.append((name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name])))
+        rows.append(
+            (name, *(f"{count:,}" for count in counts), overlap, source_text(domains[name]))
+        )
     header = ("domain", "tokens", "guard", "judge", "overlap", "source")
     return Section("text", "Text", about, (Table("Text by domain", header, rows),))
 
@@ -168,21 +208,36 @@ def text_section(files: ResultFiles) -> Section:
 def repeat_section(files: ResultFiles) -> Section:
     """The commands and the recipe that make the result again, and what the run was made with."""
     summary = files.summary
-    lines = [f"pip install secateur=={summary.versions['secateur']} torch=={summary.versions['torch'].split('+')[0]}"]
+    lines = [
+        f"pip install secateur=={summary.versions['secateur']} "
+        f"torch=={summary.versions['torch'].split('+')[0]}"
+    ]
     lines += [f"pip install transformers=={summary.versions['transformers']}"]
-    how = "--recipe recipe.yaml" if summary.like is None else f"--like {shlex.quote(summary.like.name)}"
+    how = (
+        "--recipe recipe.yaml"
+        if summary.like is None
+        else f"--like {shlex.quote(summary.like.name)}"
+    )
     if summary.measured is not None:
         how = f"--from {shlex.quote(summary.measured)} {how}"
     lines += [f"secateur prune {shlex.quote(summary.model)} OUT {how}"]
     if files.recovery is not None:  # whose settings a prune refuses
         lines += [files.recovery.command or "# then, from Python, secateur.recover"]
     recipe = files.recipe.model_copy(update={"recover": None})
-    lines += ["", "# recipe.yaml, every default filled in", dump_recipe(recipe, places=False).strip()]
-    made = f"This run: {summary.command}" if summary.command else "This run: secateur.prune, from Python"
+    lines += [
+        "",
+        "# recipe.yaml, every default filled in",
+        dump_recipe(recipe, places=False).strip(),
+    ]
+    made = (
+        f"This run: {summary.command}"
+        if summary.command
+        else "This run: secateur.prune, from Python"
+    )
     about = (
         made,
-        "On the same machine with the same versions the weights come out the same to the byte; the calibration hash "
-        "tells whether the text is the same.",
+        "On the same machine with the same versions the weights come out the same to the byte; the "
+        "calibration hash tells whether the text is the same.",
     )
     rows = [*note_rows(summary), *summary.versions.items()]
     table = Table("Cost, proof of reload, versions", (), rows, numbers=False, folded=True)
@@ -201,17 +256,23 @@ SECTIONS: tuple[Callable[[ResultFiles], Section | None], ...] = (
 
 
 def write_pages(directory: Path, summary: Summary, recipe: Recipe) -> Summary:
-    """Write card, `result.json` and page of a finished run; return the summary as it was written."""
+    """Write card, `result.json` and page of a finished run; return the summary as it was
+    written.
+    """
     (directory / CARD_FILE).write_text(model_card(summary, recipe), encoding="utf-8")
     return _complete(directory, summary)
 
 
 def write_recovered_pages(directory: Path, record: RecoveryRecord) -> None:
-    """Add a recovery to the card of the directory, if it has one; write digests and page if it is a result."""
+    """Add a recovery to the card of the directory, if it has one; write digests and page if it is a
+    result.
+    """
     path, is_result = directory / CARD_FILE, (directory / RESULT_FILE).is_file()
     text = recovered_card(path.read_text(encoding="utf-8") if path.is_file() else None, record)
     if is_result:
-        text = with_metadata(text, card_data(read_summary(directory), as_recipe(directory / RECIPE_FILE)))
+        text = with_metadata(
+            text, card_data(read_summary(directory), as_recipe(directory / RECIPE_FILE))
+        )
     path.write_text(text, encoding="utf-8")
     if is_result:
         _complete(directory, read_summary(directory))
@@ -225,14 +286,18 @@ def _complete(directory: Path, summary: Summary) -> Summary:
 
 
 def add_figures(directory: Path, name: str, figures: str) -> None:
-    """Write what was measured of a model into a directory, and the page anew if that is a result."""
+    """Write what was measured of a model into a directory, and the page anew if that is a
+    result.
+    """
     write_text(directory / name, figures)
     if (directory / RESULT_FILE).is_file():
         write_page(directory)
 
 
 def write_page(directory: Path) -> None:
-    """Write `report.html` into a result directory. Raises CheckpointError for files that cannot be read or written."""
+    """Write `report.html` into a result directory. Raises CheckpointError for files that cannot be
+    read or written.
+    """
     write_text(directory / PAGE_FILE, render(report_page(read_result(directory))))
 
 

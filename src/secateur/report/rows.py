@@ -1,4 +1,6 @@
-"""Numbers for people, as rows of terminal, card and page: of a run, an inspection, what was measured after."""
+"""Numbers for people, as rows of terminal, card and page: of a run, an inspection, what was
+measured after.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -45,9 +47,13 @@ MUCH_OVERLAP = 0.1
 
 
 def summary_table(summary: Summary) -> Tables:
-    """Return what a run ends with: quality by domain and size, dense and pruned, and the verdict."""
+    """Return what a run ends with: quality by domain and size, dense and pruned, and the
+    verdict.
+    """
     caption = f"{summary.model}: {headline(summary)}"
-    shown = terminal([quality_and_size(summary, caption)], note_rows(summary), warnings=summary.warnings)
+    shown = terminal(
+        [quality_and_size(summary, caption)], note_rows(summary), warnings=summary.warnings
+    )
     return Tables(shown, Text(f"{verdict(summary)}.\n{beside_verdict(summary)}"))
 
 
@@ -90,18 +96,29 @@ def beside_verdict(
 ) -> str:
     """Say what other text cost, how much faster the model is, and what was not measured.
 
-    `speed_ups`: by phase, if `secateur bench` has measured them. `asked_tasks`: whether `evaluate` has.
+    `speed_ups`: by phase, if `secateur bench` has measured them. `asked_tasks`: whether `evaluate`
+    has.
     """
     sentences, others = list[str](), list[str]()
     if summary.own_answers is not None and summary.other_text is not None:
         others.append(f"{_times(change(*summary.other_text).nats_per_token)} on {OTHER_SOURCES}")
     if changes := loss_changes(summary):
-        others.append(f"{_times(mean_change(changes.values()).nats_per_token)} on text like what it was trained on")
+        others.append(
+            f"{_times(mean_change(changes.values()).nats_per_token)} on text like what it was "
+            "trained on"
+        )
     if others:
         sentences.append(f"Perplexity: {', '.join(others)}.")
     if speed_ups:
-        sentences.append(f"{' and '.join(faster(*pair) for pair in speed_ups.items()).capitalize()}.")
-    unknown = [*([] if asked_tasks else ["tasks"]), "other languages", "long text", *([] if speed_ups else ["speed"])]
+        sentences.append(
+            f"{' and '.join(faster(*pair) for pair in speed_ups.items()).capitalize()}."
+        )
+    unknown = [
+        *([] if asked_tasks else ["tasks"]),
+        "other languages",
+        "long text",
+        *([] if speed_ups else ["speed"]),
+    ]
     return " ".join([*sentences, f"Not measured: {', '.join(unknown)}."])
 
 
@@ -117,11 +134,13 @@ def caveats(summary: Summary) -> list[str]:
     """Return what a reader must know about the numbers: the run's notes, overlap of texts."""
     notes = list(summary.warnings)
     overlap = summary.calibration.held_out_overlap.items()
-    much = {domain: share for domain, share in overlap if share is not None and share > MUCH_OVERLAP}
+    much = {
+        domain: share for domain, share in overlap if share is not None and share > MUCH_OVERLAP
+    }
     if much:
         notes.append(
-            f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text ({listed(much, '.0%')}), "
-            "so the quality there is flattered."
+            f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text "
+            f"({listed(much, '.0%')}), so the quality there is flattered."
         )
     return notes
 
@@ -136,7 +155,8 @@ def _nats(loss: Loss) -> str:
 
 
 def quality_rows(summary: Summary) -> Iterator[Cells]:
-    """Yield (label, dense, pruned, difference) on own answers, on other text, and on domains, whose mean comes last.
+    """Yield (label, dense, pruned, difference) on own answers, on other text, and on domains, whose
+    mean comes last.
 
     The difference is over the same documents and has its error; a model's own error would be mostly
     that documents differ, in which both models agree.
@@ -152,24 +172,35 @@ def quality_rows(summary: Summary) -> Iterator[Cells]:
         yield _compared(domain, *(losses[domain] for losses in both))
     means = map(geometric_mean_perplexity, both)
     mean = mean_change(changes.values()).text()
-    yield "mean (geometric mean)", *(f"{math.log(perplexity):.3f} ({perplexity:.2f})" for perplexity in means), mean
+    yield (
+        "mean (geometric mean)",
+        *(f"{math.log(perplexity):.3f} ({perplexity:.2f})" for perplexity in means),
+        mean,
+    )
 
 
 def _compared(label: str, *losses: Loss) -> Cells:
-    """Return the nats per token and the perplexity of one model, or of two with their difference."""
+    """Return the nats per token and the perplexity of one model, or of two with their
+    difference.
+    """
     differences = [change(*losses).text()] if len(losses) > 1 else []
     return label, *map(_nats, losses), *differences
 
 
 def loss_changes(summary: Summary) -> dict[str, Change]:
     """Return pruned minus dense by domain, over the same documents."""
-    return {domain: change(dense, summary.pruned_losses[domain]) for domain, dense in summary.dense_losses.items()}
+    return {
+        domain: change(dense, summary.pruned_losses[domain])
+        for domain, dense in summary.dense_losses.items()
+    }
 
 
 def figure_rows(summary: Summary) -> Iterator[Cells]:
     """Yield (label, dense, pruned, difference): parameters, bytes, widths."""
 
-    def row(label: str, before: int, after: int, show: Callable[[int], str] = "{:,}".format) -> Cells:
+    def row(
+        label: str, before: int, after: int, show: Callable[[int], str] = "{:,}".format
+    ) -> Cells:
         return label, show(before), show(after), f"{after / before - 1:+.1%}"
 
     dense, pruned = summary.dense_size, summary.pruned_size
@@ -181,7 +212,11 @@ def figure_rows(summary: Summary) -> Iterator[Cells]:
         yield row("layers", *summary.num_layers)
     for group, (before, least, most) in summary.widths.items():
         label = f"{group} units per layer"
-        yield row(label, before, least) if least == most else (label, f"{before:,}", f"{least:,} to {most:,}", "")
+        yield (
+            row(label, before, least)
+            if least == most
+            else (label, f"{before:,}", f"{least:,} to {most:,}", "")
+        )
 
 
 def note_rows(summary: Summary) -> Iterator[Note]:
@@ -199,14 +234,15 @@ def note_rows(summary: Summary) -> Iterator[Note]:
         loss = summary.other_text[0]
         yield (
             "other text",
-            f"{loss.num_tokens:,} tokens of {len(loss.document_nats)} documents of prose that come with secateur, such "
-            "as news, letters, law and stories; no domain holds them",
+            f"{loss.num_tokens:,} tokens of {len(loss.document_nats)} documents of prose that come "
+            "with secateur, such as news, letters, law and stories; no domain holds them",
         )
     if (answers := summary.own_answers) is not None:
         yield (
             "own answers",
-            f"the dense model's, greedy, up to {ANSWER_TOKENS} tokens, {answers.num_tokens:,} in all, to "
-            f"{answers.num_prompts} prompts that come with secateur; ± is one standard error over prompts",
+            f"the dense model's, greedy, up to {ANSWER_TOKENS} tokens, {answers.num_tokens:,} in "
+            f"all, to {answers.num_prompts} prompts that come with secateur; ± is one standard "
+            "error over prompts",
         )
     if summary.vocabulary is not None:
         yield from vocabulary_notes(summary.vocabulary)
@@ -231,17 +267,30 @@ def lineage_rows(summary: Summary) -> Iterator[Note]:
     if earlier:
         first, names = earlier[0], " → ".join(checkpoint.name for checkpoint in summary.lineage)
         share = 1 - summary.pruned_size.num_params / first.num_params
-        yield "lineage", f"{names} → this; {share:.1%} of all {first.num_params:,} parameters of {first.name} removed"
+        yield (
+            "lineage",
+            f"{names} → this; {share:.1%} of all {first.num_params:,} parameters of {first.name} "
+            "removed",
+        )
 
 
 def inspection_table(inspection: Inspection) -> Tables:
     """Return what `secateur inspect` shows: what goes, by kind of group, and what that takes."""
     size, rows = inspection.size, []
     for group in inspection.groups:
-        numbers = (group.num_layers, group.num_units, group.num_keep, group.params_per_unit, group.num_params)
+        numbers = (
+            group.num_layers,
+            group.num_units,
+            group.num_keep,
+            group.params_per_unit,
+            group.num_params,
+        )
         share = f"{group.num_params / size.num_params:.1%}"
         rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
-    caption = f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, {inspection.dtype}"
+    caption = (
+        f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, "
+        f"{inspection.dtype}"
+    )
     header = ("group (unit)", "layers", "units", "after", "per unit", "parameters", "share")
     # Without column rules a 70B model's numbers fit 80 characters.
     return terminal([Table(caption, header, rows)], _inspection_notes(inspection), SIMPLE_HEAD)
@@ -251,19 +300,24 @@ def _inspection_notes(inspection: Inspection) -> Iterator[Note]:
     size, memory = inspection.size, inspection.memory
     yield (
         "removing",
-        f"asked {inspection.remove_asked:.1%}, reached {inspection.remove_reached:.1%} of total parameters (tied "
-        f"weights once), widths in multiples of {inspection.align}; at most {inspection.largest_remove:.1%}",
+        f"asked {inspection.remove_asked:.1%}, reached {inspection.remove_reached:.1%} of total "
+        f"parameters (tied weights once), widths in multiples of {inspection.align}; at most "
+        f"{inspection.largest_remove:.1%}",
     )
     if len(set(inspection.num_layers)) > 1:
         yield "layers", "{} -> {}; a run measures which".format(*inspection.num_layers)
     yield "parameters", f"{size.num_params:,} -> {inspection.num_params_after:,}"
     yield "bytes", f"{human_bytes(size.num_bytes)} -> {human_bytes(inspection.num_bytes_after)}"
-    weights = f"weights {human_bytes(memory.weights)}{' (they stay on disk)' * inspection.weights_on_disk}"
+    weights = (
+        "weights "
+        f"{human_bytes(memory.weights)}{' (they stay on disk)' * inspection.weights_on_disk}"
+    )
     polish = f", the polish {human_bytes(memory.polish)}" if memory.polish else ""
     yield (
         "memory",
-        f"about {human_bytes(memory.peak)} at the peak of a run with {inspection.num_calibration_tokens:,} calibration "
-        f"tokens ({weights}{polish}); the interpreter comes on top",
+        f"about {human_bytes(memory.peak)} at the peak of a run with "
+        f"{inspection.num_calibration_tokens:,} calibration tokens ({weights}{polish}); the "
+        "interpreter comes on top",
     )
     yield "disk", f"at most {human_bytes(inspection.disk_bytes)} while it runs"
     of_tokens = f"{inspection.num_token_params / size.num_params:.1%} of all parameters"
@@ -271,14 +325,19 @@ def _inspection_notes(inspection: Inspection) -> Iterator[Note]:
     yield from _possible_groups(inspection)
     for warning in inspection.warnings:
         yield "note", warning
-    sizes = ", ".join(f"{kind} {' -> '.join(map(human_bytes, pair))}" for kind, pair in inspection.files.items())
+    sizes = ", ".join(
+        f"{kind} {' -> '.join(map(human_bytes, pair))}" for kind, pair in inspection.files.items()
+    )
     yield "GGUF files", "; ".join(text for text in (sizes, inspection.files_problem) if text)
 
 
 def _possible_groups(inspection: Inspection) -> Iterator[Note]:
     shown = {group.name for group in inspection.groups}
     for group in (group for group in inspection.possible if group.name not in shown):
-        size = f"{group.num_units:,} in each of {group.num_layers} layers, {group.num_params:,} parameters"
+        size = (
+            f"{group.num_units:,} in each of {group.num_layers} layers, {group.num_params:,} "
+            "parameters"
+        )
         yield "could also go", f"{group.name} ({group.unit}): {size}"
     for name, reason in inspection.impossible.items():
         yield "cannot go", f"{name}: {reason}"
@@ -293,9 +352,17 @@ def answer_rows(answers: OwnAnswers | None) -> Iterator[Cells]:
     """Yield (label, dense, pruned, difference) on the dense model's own answers."""
     if answers is None:
         return
-    yield "own answers, nats/token", f"{answers.dense_nats:.3f}", f"{answers.nats:.3f}", lost_cell(answers)
+    yield (
+        "own answers, nats/token",
+        f"{answers.dense_nats:.3f}",
+        f"{answers.nats:.3f}",
+        lost_cell(answers),
+    )
     yield "same first choice there", "all", f"{answers.same_first:.1%}", ""
-    for label, (before, after) in (("answers that end", answers.ended), ("repeats itself", answers.repeated)):
+    for label, (before, after) in (
+        ("answers that end", answers.ended),
+        ("repeats itself", answers.repeated),
+    ):
         yield label, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
 
 
@@ -314,24 +381,38 @@ def of_dense(summary: Summary) -> str:
 
 
 def who_suffers(trim: VocabularyFacts) -> str:
-    """Say what the trim costs the run's own domains, and which scripts lose most of their tokens."""
+    """Say what the trim costs the run's own domains, and which scripts lose most of their
+    tokens.
+    """
     before, after = (sum(column) for column in zip(*trim.by_domain.values(), strict=True))
     lost = [cut - dense for dense, cut in trim.nats.values()]
     own = f"takes {growth(before, after):.1%} more tokens"
     if lost:
         own += f" and loses {sum(lost) / len(lost):.2f} nats per token by it"
-    scripts = ", ".join(f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(trim))
-    worse = f" What is written in these scripts is predicted worse: {scripts} stay." if scripts else ""
+    scripts = ", ".join(
+        f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(trim)
+    )
+    worse = (
+        f" What is written in these scripts is predicted worse: {scripts} stay." if scripts else ""
+    )
     return (
-        f"The vocabulary was trimmed from {trim.num_before:,} to {trim.num_after:,} tokens. Held-out text of "
-        f"the run's own domains {own}.{worse}"
+        f"The vocabulary was trimmed from {trim.num_before:,} to {trim.num_after:,} tokens. "
+        f"Held-out text of the run's own domains {own}.{worse}"
     )
 
 
 def _worst(trim: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
-    """Return the scripts that lose the largest share of their tokens, and these before and behind it."""
-    lost = sorted((-growth(*counts), script) for script, counts in trim.scripts.items() if counts[0] >= LEAST_TOKENS)
-    return [(script, trim.scripts[script]) for share, script in reversed(lost) if share > 0][:MOST_SCRIPTS]
+    """Return the scripts that lose the largest share of their tokens, and these before and behind
+    it.
+    """
+    lost = sorted(
+        (-growth(*counts), script)
+        for script, counts in trim.scripts.items()
+        if counts[0] >= LEAST_TOKENS
+    )
+    return [(script, trim.scripts[script]) for share, script in reversed(lost) if share > 0][
+        :MOST_SCRIPTS
+    ]
 
 
 def vocabulary_notes(trim: VocabularyFacts) -> Iterator[Note]:
@@ -341,7 +422,10 @@ def vocabulary_notes(trim: VocabularyFacts) -> Iterator[Note]:
     if trim.nats:
         more = {name: after - before for name, (before, after) in trim.nats.items()}
         foretold = "" if trim.foretold is None else f"; {trim.foretold:.3f} were foretold"
-        yield "trim alone", f"{listed(more, '+.3f')} nats per token of the dense tokenizer{foretold}"
+        yield (
+            "trim alone",
+            f"{listed(more, '+.3f')} nats per token of the dense tokenizer{foretold}",
+        )
 
 
 def evaluation_table(evaluation: Evaluation) -> Tables:
@@ -353,13 +437,20 @@ def evaluation_table(evaluation: Evaluation) -> Tables:
 def text_tables(evaluation: Evaluation) -> list[Table]:
     """Return nats per token, bits per byte and KL by domain."""
     models = evaluation.models.values()
-    by_domain = {name: [model.domains[name] for model in models] for name in evaluation.pruned.domains}
+    by_domain = {
+        name: [model.domains[name] for model in models] for name in evaluation.pruned.domains
+    }
     other = _compared(OTHER_SOURCES, *(model.other_text for model in models))
     nats = [other, *(_compared(name, *qualities) for name, qualities in by_domain.items())]
     bits = [_bits_row(name, qualities) for name, qualities in by_domain.items()]
-    kl_rows = [(domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}") for domain, kl in (evaluation.kl or {}).items()]
+    kl_rows = [
+        (domain, _kl_cell(kl), f"{kl.top1_agreement:.1%}")
+        for domain, kl in (evaluation.kl or {}).items()
+    ]
     return [
-        Table("the dense model's own answers", ("", *SIDES), list(answer_rows(evaluation.own_answers))),
+        Table(
+            "the dense model's own answers", ("", *SIDES), list(answer_rows(evaluation.own_answers))
+        ),
         Table("nats/token (perplexity)", ("domain", *_columns(evaluation)), nats),
         Table("bits/byte", ("domain", *_columns(evaluation)), bits),
         Table("KL(dense || pruned), nats/token", ("domain", "mean", "same token first"), kl_rows),
@@ -386,7 +477,9 @@ def task_table(evaluation: Evaluation) -> Table:
             cells = [of[task][metric].text() for of in scores]
             if changes is not None:
                 cells.append(changes[task][metric].text("+"))
-            rows.append((f"{task}, {metric.removesuffix(',none')}", *cells))  # with the harness's filter, if any
+            rows.append(
+                (f"{task}, {metric.removesuffix(',none')}", *cells)
+            )  # with the harness's filter, if any
     return Table("score ± standard error", ("task", *_columns(evaluation)), rows)
 
 
@@ -394,10 +487,16 @@ def _legend(evaluation: Evaluation) -> Iterator[str]:
     pruned = evaluation.pruned
     if pruned.domains:
         num_tokens = sum(part.num_tokens for part in pruned.domains.values())
-        yield f"domains: {num_tokens:,} predicted tokens; KL in nats per token, over all tokens that both models have."
+        yield (
+            f"domains: {num_tokens:,} predicted tokens; KL in nats per token, over all tokens that "
+            "both models have."
+        )
     if pruned.tasks is not None:
         sources = sorted(set(pruned.tasks.sources.values())) or ["the hub"]
-        yield f"tasks: lm-evaluation-harness {pruned.tasks.lm_eval_version}, rows from {', '.join(sources)}."
+        yield (
+            f"tasks: lm-evaluation-harness {pruned.tasks.lm_eval_version}, rows from "
+            f"{', '.join(sources)}."
+        )
     yield "± is one standard error, of a difference over the same documents or questions."
 
 
@@ -409,9 +508,13 @@ def bench_table(result: BenchResult) -> Tables:
 def bench_tables(result: BenchResult) -> list[Table]:
     """Return each model's figures, and the speed-up beside the ideal, if there are two models."""
     work = result.workload
-    caption = f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
+    caption = (
+        f"batch {work.batch}, {work.prompt_tokens} prompt tokens, {work.new_tokens} new tokens"
+    )
     models = result.models
-    figures = [(label, *(cell(timed) for timed in models.values())) for label, cell in _ROWS.items()]
+    figures = [
+        (label, *(cell(timed) for timed in models.values())) for label, cell in _ROWS.items()
+    ]
     speed_ups = []
     for label, speed_up in result.speed_ups.items():
         measured, ideal = speed_up.measured, speed_up.ideal
@@ -419,13 +522,19 @@ def bench_tables(result: BenchResult) -> list[Table]:
         speed_ups.append((label, measured.ratio_text(), f"{ideal:.2f}x", share))
     return [
         Table(caption, ("median (lowest to highest)", *models), figures),
-        Table("speed-up, median and range of the repeats' ratios", ("", "measured", "ideal", "of ideal"), speed_ups),
+        Table(
+            "speed-up, median and range of the repeats' ratios",
+            ("", "measured", "ideal", "of ideal"),
+            speed_ups,
+        ),
     ]
 
 
 def _spread(figure: Spread) -> str:
     digits = 0 if figure.median >= 100 else 1  # or two models' numbers are wider than 80 columns
-    low, middle, high = (f"{value:,.{digits}f}" for value in (figure.lowest, figure.median, figure.highest))
+    low, middle, high = (
+        f"{value:,.{digits}f}" for value in (figure.lowest, figure.median, figure.highest)
+    )
     return f"{middle} ({low} to {high})"
 
 
@@ -447,7 +556,11 @@ def _notes(result: BenchResult) -> Iterator[Note]:
     yield "run", f"transformers on {result.device}{threads}"
     if result.speed_ups:
         yield "speed-up", "median of the ratios within each repeat, in which the models take turns"
-        yield "ideal", "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt token"
+        yield (
+            "ideal",
+            "decode: ratio of bytes read per new token; prefill: ratio of operations per prompt "
+            "token",
+        )
 
 
 def recovery_table(record: RecoveryRecord) -> Tables:
@@ -460,15 +573,31 @@ GUARDED = "On the text that guards the training"
 
 
 def judged_table(record: RecoveryRecord) -> Table:
-    """Return what judges the models: nats per token of the dense one, and how many more the others have."""
+    """Return what judges the models: nats per token of the dense one, and how many more the others
+    have.
+    """
     if not record.judged:
         return Table("", (), [])
     rows: list[Cells] = []
     if answers := [model.answers for model in record.judged.values() if model.answers is not None]:
-        rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *(lost_cell(answers_of) for answers_of in answers)))
-    texts = ([(OTHER_SOURCES, model.other), *model.domains.items()] for model in record.judged.values())
+        rows.append(
+            (
+                "own answers",
+                f"{answers[0].dense_nats:.3f}",
+                *(lost_cell(answers_of) for answers_of in answers),
+            )
+        )
+    texts = (
+        [(OTHER_SOURCES, model.other), *model.domains.items()] for model in record.judged.values()
+    )
     for (name, dense), *others in zip(*texts, strict=True):
-        rows.append((name, f"{dense.nats_per_token:.3f}", *(change(dense, loss).text() for _, loss in others)))
+        rows.append(
+            (
+                name,
+                f"{dense.nats_per_token:.3f}",
+                *(change(dense, loss).text() for _, loss in others),
+            )
+        )
     return Table(f"{record.pruned}: nats/token on what judges", ("", *record.judged), rows)
 
 
@@ -477,7 +606,13 @@ def verdict_table(record: Trained, caption: str = "", name: str = "recovered") -
     name += "" if record.training.held else " (undone)"
     columns = {"dense": record.dense, "pruned": record.before, name: record.training.after}
     rows = [
-        (domain, *(f"{of[domain].nats_per_token:.3f}, {_kl_cell(of[domain])}" for of in columns.values()))
+        (
+            domain,
+            *(
+                f"{of[domain].nats_per_token:.3f}, {_kl_cell(of[domain])}"
+                for of in columns.values()
+            ),
+        )
         for domain in record.dense
     ]
     rows.append(("mean", *(f"{mean_nats(of):.3f}, {mean_kl(of):.3f}" for of in columns.values())))
@@ -501,7 +636,10 @@ def cost_rows(record: RecoveryRecord) -> Iterator[Note]:
 
 def recovery_card(record: RecoveryRecord) -> str:
     """Return the model card's section on the recovery, in Markdown."""
-    about = f"{record.pruned}: {record.headline}. Figures elsewhere on this card are of the model before recovery."
+    about = (
+        f"{record.pruned}: {record.headline}. Figures elsewhere on this card are of the model "
+        "before recovery."
+    )
     judged = [*markdown(judged_table(record)), "", f"{GUARDED}:", ""] if record.judged else []
     lines = ["## Recovery", "", escaped(about), "", *judged, *markdown(verdict_table(record)), ""]
     lines += [f"- teacher: {escaped(record.teacher)}"]

@@ -1,4 +1,6 @@
-"""What sizes of a model cost, for people. In: a `Measurement`. Out: tables, and a page with its picture."""
+"""What sizes of a model cost, for people. In: a `Measurement`. Out: tables, and a page with its
+picture.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ from secateur.report.page import Chart, Page, Section, Table, Tables, render, te
 from secateur.report.records import Measurement, SizeCost, nats_at
 from secateur.result_directory import PAGE_FILE, write_summary
 
-# Marks on the curve: nats per token lost on the model's own answers, or on text of other sources without these.
+# Marks on the curve: nats per token lost on the model's own answers, or on text of other sources
+# without these.
 TOO_FAR = "too far"
 MARKS = {"hardly noticed": 0.05, "with a polish": 0.5, TOO_FAR: 1.0}
 # Of the texts that judge, the first one of these that is there is what marks go by.
@@ -34,24 +37,42 @@ def measurement_table(measurement: Measurement) -> Tables:
 def measurement_page(measurement: Measurement) -> Page:
     """Return the page: the picture first, then the tables, and what was cut to foretell from."""
     judged = *_first(measurement.sizes), "mean of domains"
-    lines = {name: [(cost.removed, cost.lost.get(name, _mean(cost))) for cost in measurement.sizes] for name in judged}
+    lines = {
+        name: [(cost.removed, cost.lost.get(name, _mean(cost))) for cost in measurement.sizes]
+        for name in judged
+    }
     chart = Chart(
-        "Nats per token lost, by the share of all parameters that goes", lines, marked(measurement), MOST_NATS
+        "Nats per token lost, by the share of all parameters that goes",
+        lines,
+        marked(measurement),
+        MOST_NATS,
     )
     probes = _table(measurement, "Cut and judged", measurement.probes)
     sections = [
-        Section("curve", "How much can go", [f"{name}: {text}" for name, text in _notes(measurement)], chart=chart),
+        Section(
+            "curve",
+            "How much can go",
+            [f"{name}: {text}" for name, text in _notes(measurement)],
+            chart=chart,
+        ),
         Section("sizes", "Size by size", tables=[_sizes(measurement)]),
         Section("probes", "What this rests on", tables=[probes], code=measurement.command),
     ]
     title = f"{measurement.model}: what smaller costs, by secateur"
-    verdict = ", ".join(f"{name} {bound}" for name, bound in _bounds(measurement).items()).capitalize()
+    verdict = ", ".join(
+        f"{name} {bound}" for name, bound in _bounds(measurement).items()
+    ).capitalize()
     return Page(title, f"{verdict}.", measurement.warnings, sections)
 
 
 def marked(measurement: Measurement) -> dict[str, float]:
-    """Return the largest share at which each mark is kept, in thousandths; no size may be too far."""
-    first, shares = _first(measurement.sizes)[0], range(1, int(1000 * measurement.sizes[-1].removed) + 1)
+    """Return the largest share at which each mark is kept, in thousandths; no size may be too
+    far.
+    """
+    first, shares = (
+        _first(measurement.sizes)[0],
+        range(1, int(1000 * measurement.sizes[-1].removed) + 1),
+    )
     lost = [nats_at(measurement.probes, first, share / 1000, measurement.units) for share in shares]
     kept = {name: bisect_right(lost, nats) for name, nats in MARKS.items()}
     return {name: num / 1000 for name, num in kept.items() if name != TOO_FAR or num < len(lost)}
@@ -63,7 +84,9 @@ def _bounds(measurement: Measurement) -> dict[str, str]:
 
 
 def _first(costs: Sequence[SizeCost]) -> list[str]:
-    """Return what is told first of what judged: other text, and before it the model's own answers, if it gives any."""
+    """Return what is told first of what judged: other text, and before it the model's own answers,
+    if it gives any.
+    """
     return [name for name in FIRST if name in costs[0].lost]
 
 
@@ -78,7 +101,9 @@ def _mean(cost: SizeCost) -> float:
 def _sizes(measurement: Measurement) -> Table:
     # Every second one is shown.
     return _table(
-        measurement, f"{measurement.model}: nats per token lost", measurement.sizes[1::2] or measurement.sizes
+        measurement,
+        f"{measurement.model}: nats per token lost",
+        measurement.sizes[1::2] or measurement.sizes,
     )
 
 
@@ -93,15 +118,29 @@ def _table(measurement: Measurement, caption: str, shown: Sequence[SizeCost]) ->
         line = linear_regression(probed, seconds)
         rates = (1 / (line.intercept + line.slope * cost.removed) for cost in shown)
         rows.append([f"tokens/s {name}", *(f"{rate:,.1f}" for rate in rates)])
-    rows += [[kind, *(human_bytes(cost.num_bytes[kind]) for cost in shown)] for kind in shown[0].num_bytes]
+    rows += [
+        [kind, *(human_bytes(cost.num_bytes[kind]) for cost in shown)]
+        for kind in shown[0].num_bytes
+    ]
     return Table(caption, ("goes", *(f"{cost.removed:.1%}" for cost in shown)), rows)
 
 
 def _notes(measurement: Measurement) -> list[tuple[str, str]]:
     first = _first(measurement.sizes)[0]
     bounds = _bounds(measurement).items()
-    marks = [(name, f"{bound}, {MARKS[name]:g} nats per token on {first}") for name, bound in bounds]
+    marks = [
+        (name, f"{bound}, {MARKS[name]:g} nats per token on {first}") for name, bound in bounds
+    ]
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
-    note = f"without a polish, from models cut to {probes} and judged; the middle one is {measurement.band:.0%} off"
-    pace = "of one prompt, here: a line through the seconds per token of these models, timed by turns"
-    return [*marks, ("foretold", f"{note}, as a mean over texts, where the others foretell it"), ("tokens/s", pace)]
+    note = (
+        f"without a polish, from models cut to {probes} and judged; the middle one is "
+        f"{measurement.band:.0%} off"
+    )
+    pace = (
+        "of one prompt, here: a line through the seconds per token of these models, timed by turns"
+    )
+    return [
+        *marks,
+        ("foretold", f"{note}, as a mean over texts, where the others foretell it"),
+        ("tokens/s", pace),
+    ]

@@ -1,7 +1,7 @@
 """The device that a run computes on: its memory and that of this process, and threads.
 
-Products are shared out over threads, so that another number of them may change the last bits of a result; with the
-same number they are the same.
+Products are shared out over threads, so that another number of them may change the last bits of a
+result; with the same number they are the same.
 """
 
 import ctypes
@@ -50,7 +50,9 @@ def keeping_freed() -> Iterator[None]:
 
 
 def _set_thresholds(mapped: int, trimmed: int) -> None:
-    """Set the bytes from which a block is mapped by itself, and those free at the heap's end that go back."""
+    """Set the bytes from which a block is mapped by itself, and those free at the heap's end that
+    go back.
+    """
     set_option = _of_glibc("mallopt")
     if set_option is not None:
         set_option(-3, mapped)  # M_MMAP_THRESHOLD
@@ -83,7 +85,11 @@ def free_bytes(device: torch.device) -> int | None:
 def peak_bytes_on(device: torch.device) -> int | None:
     """Return the peak allocation on the device; None for the CPU and if torch does not count."""
     module: Any = None if device.type == "cpu" else torch.get_device_module(device)
-    return int(module.max_memory_allocated(device)) if hasattr(module, "max_memory_allocated") else None
+    return (
+        int(module.max_memory_allocated(device))
+        if hasattr(module, "max_memory_allocated")
+        else None
+    )
 
 
 def multiplies_in_software(device: torch.device, dtype: torch.dtype) -> bool:
@@ -120,7 +126,8 @@ def bring(
 ) -> None:
     """Move all weights and buffers to the device, except those of the modules `but`; ties stay.
 
-    `in_float32`: half precision becomes float32 there. `dtypes`: else the parameters' dtypes there, by module and name.
+    `in_float32`: half precision becomes float32 there. `dtypes`: else the parameters' dtypes there,
+    by module and name.
     """
     left = {id(module) for root in but for module in root.modules()}
     moved: dict[int, nn.Parameter] = {}
@@ -130,7 +137,11 @@ def bring(
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            wanted = raised(parameter.dtype) if in_float32 else (dtypes or {}).get((module, name), parameter.dtype)
+            wanted = (
+                raised(parameter.dtype)
+                if in_float32
+                else (dtypes or {}).get((module, name), parameter.dtype)
+            )
             if (parameter.device, parameter.dtype) != (device, wanted):
                 if id(parameter) not in moved:
                     moved[id(parameter)] = parameter_on(device, parameter, wanted)
@@ -152,7 +163,9 @@ def raised(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW else dtype
 
 
-def parameter_on(device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+def parameter_on(
+    device: torch.device, parameter: nn.Parameter, dtype: torch.dtype | None
+) -> nn.Parameter:
     """Return the parameter as a new one on the device, in this dtype if given."""
     # Parameters made in inference mode could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
@@ -174,7 +187,8 @@ SLOWER = 1.2
 
 
 def fastest_threads(compute: Callable[[], object]) -> int:
-    """Return with how many threads `compute` takes least: all that torch has, a half, a quarter, ... or one.
+    """Return with how many threads `compute` takes least: all that torch has, a half, a quarter,
+    ... or one.
 
     On cores that others use, threads that wait for each other are slower than fewer ones.
     """

@@ -1,9 +1,10 @@
 """What judges models: the one judge of `prune`, `evaluate` and `recover`.
 
-In: text by domain, prompts that no run learns by; the dense model, then what was pruned from it. Out: the
-`Judgement` on each: on the dense model's own answers, on text of other sources, and by domain on text
-like what a run learnt by. The dense model answers greedily, so each token of an answer is also its first
-choice there: where the pruned model's first choice is the same token, both would go on alike.
+In: text by domain, prompts that no run learns by; the dense model, then what was pruned from it.
+Out: the `Judgement` on each: on the dense model's own answers, on text of other sources, and by
+domain on text like what a run learnt by. The dense model answers greedily, so each token of an
+answer is also its first choice there: where the pruned model's first choice is the same token, both
+would go on alike.
 
 P prompts, A tokens of an answer, T tokens of a conversation, D hidden size.
 """
@@ -40,7 +41,9 @@ PAIRS_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class AnswerSheet:
-    """The dense model's answers, and its nats for each of them. `ids`: of a prompt and its answer."""
+    """The dense model's answers, and its nats for each of them. `ids`: of a prompt and its
+    answer.
+    """
 
     prompts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
@@ -59,7 +62,9 @@ def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress) -> AnswerS
 
     All ranks call this, and the first one writes. Raises NumericsError if a logit is not finite.
     """
-    conversations = from_first(lambda: greedy_answers(speaker, prompts, ANSWER_TOKENS, "ask the dense model", progress))
+    conversations = from_first(
+        lambda: greedy_answers(speaker, prompts, ANSWER_TOKENS, "ask the dense model", progress)
+    )
     nats_P, _ = _nats(speaker, conversations, "dense on its answers", progress)
     return AnswerSheet(
         prompts=tuple(prompts),
@@ -79,13 +84,13 @@ def judge(
 ) -> OwnAnswers:
     """Return how the pruned model, `speaker`, stands to the dense one on the sheet's answers.
 
-    With nats n_p and m_p of prompt p's answer by the pruned and by the dense model, and a_p tokens of
-    it, nats lost are r = sum_p (n_p - m_p) / sum_p a_p. Their variance is that of a ratio,
-    P / (P - 1) sum_p (n_p - m_p - r a_p)^2 / (sum_p a_p)^2.
+    With nats n_p and m_p of prompt p's answer by the pruned and by the dense model, and a_p tokens
+    of it, nats lost are r = sum_p (n_p - m_p) / sum_p a_p. Their variance is that of a ratio, P /
+    (P - 1) sum_p (n_p - m_p - r a_p)^2 / (sum_p a_p)^2.
 
-    Unless it `speaks` it is not asked what it answers by itself, and counts as if it answered alike.
-    `dense_tokenizer`: the sheet's, of which the speaker's may be a trim; nats are then of the same
-    text in the trimmed tokens, per token of the dense tokenizer.
+    Unless it `speaks` it is not asked what it answers by itself, and counts as if it answered
+    alike. `dense_tokenizer`: the sheet's, of which the speaker's may be a trim; nats are then of
+    the same text in the trimmed tokens, per token of the dense tokenizer.
 
     Raises NumericsError if a logit is not finite.
     """
@@ -105,7 +110,11 @@ def judge(
 
     # What the pruned model answers by itself.
     written = (
-        from_first(lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress))
+        from_first(
+            lambda: greedy_answers(
+                speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress
+            )
+        )
         if speaks
         else conversations
     )
@@ -120,7 +129,11 @@ def judge(
         ended=(_ended(conversations), _ended(written)),
         repeated=(_repeated(conversations), _repeated(written)),
         shown=tuple(
-            AnswerPair(prompt=prompt, dense=_text(dense, dense_tokenizer), pruned=_text(pruned, speaker.tokenizer))
+            AnswerPair(
+                prompt=prompt,
+                dense=_text(dense, dense_tokenizer),
+                pruned=_text(pruned, speaker.tokenizer),
+            )
             for prompt, dense, pruned in pairs
         ),
     )
@@ -129,10 +142,15 @@ def judge(
 def _nats(
     speaker: Speaker, conversations: Sequence[Conversation], stage: str, progress: Progress
 ) -> tuple[Float[Tensor, " P"], float]:
-    """Return the nats of each answer, and the share of all their tokens that are the model's first choice."""
+    """Return the nats of each answer, and the share of all their tokens that are the model's first
+    choice.
+    """
     model, arch, num_words = speaker.model, speaker.arch, len(speaker.tokenizer)
     head, nats, num_same, num_tokens = head_of(model, arch), list[float](), 0, 0
-    text = [Block(conversation.ids_T, torch.zeros_like(conversation.ids_T)) for conversation in conversations]
+    text = [
+        Block(conversation.ids_T, torch.zeros_like(conversation.ids_T))
+        for conversation in conversations
+    ]
     states = head_inputs(model, arch, text, progress, stage)
     for states_PD, each in zip(states, conversations, strict=True):
         # State t predicts token t + 1.
@@ -148,14 +166,18 @@ def _nats(
 
 
 @torch.inference_mode()
-def _losses(states_AD: Tensor, head: nn.Module, answer_A: Int64[Tensor, " A"], num_words: int) -> tuple[Tensor, Tensor]:
+def _losses(
+    states_AD: Tensor, head: nn.Module, answer_A: Int64[Tensor, " A"], num_words: int
+) -> tuple[Tensor, Tensor]:
     """Return -log p of each token, and whether it is the first choice, a slice of logits at a time.
 
     `num_words`: of the tokenizer, in which an answer is written; a model may have rows beyond them.
     """
     device = next(head.parameters()).device
     losses, same = [], []
-    for states_SD, ids_S in zip(states_AD.split(HEAD_POSITIONS), answer_A.split(HEAD_POSITIONS), strict=True):
+    for states_SD, ids_S in zip(
+        states_AD.split(HEAD_POSITIONS), answer_A.split(HEAD_POSITIONS), strict=True
+    ):
         logits_SV = head(states_SD.to(device)).float()
         ids_S = ids_S.to(device)
         losses.append(nn.functional.cross_entropy(logits_SV, ids_S, reduction="none"))
@@ -164,17 +186,24 @@ def _losses(states_AD: Tensor, head: nn.Module, answer_A: Int64[Tensor, " A"], n
 
 
 def _ended(conversations: Sequence[Conversation]) -> float:
-    """Return the share of answers that are shorter than they might be: these ended by themselves."""
+    """Return the share of answers that are shorter than they might be: these ended by
+    themselves.
+    """
     num_ended = sum(len(conversation.answer_T) < ANSWER_TOKENS for conversation in conversations)
     return num_ended / len(conversations)
 
 
 def _repeated(conversations: Sequence[Conversation]) -> float:
-    """Return the share of the answers' runs of `REPEATED_TOKENS` tokens that the answer had before."""
+    """Return the share of the answers' runs of `REPEATED_TOKENS` tokens that the answer had
+    before.
+    """
     num_runs = num_repeated = 0
     for conversation in conversations:
         ids = conversation.answer_T.tolist()
-        runs = [tuple(ids[start : start + REPEATED_TOKENS]) for start in range(len(ids) - REPEATED_TOKENS + 1)]
+        runs = [
+            tuple(ids[start : start + REPEATED_TOKENS])
+            for start in range(len(ids) - REPEATED_TOKENS + 1)
+        ]
         num_runs += len(runs)
         num_repeated += len(runs) - len(set(runs))
     return num_repeated / max(num_runs, 1)
@@ -215,9 +244,9 @@ class ToJudge:
 class Judge:
     """Judges models by the same text and answers; ranks share the work, and all get the figures.
 
-    `text`: by domain, in tokens of `tokenizer`, the pruned model's. `trim`: what took tokens from the
-    dense one's. `config`: of a model, for the most tokens that it reads. `share`: of the documents and
-    prompts that come with the package. The store keeps the figures.
+    `text`: by domain, in tokens of `tokenizer`, the pruned model's. `trim`: what took tokens from
+    the dense one's. `config`: of a model, for the most tokens that it reads. `share`: of the
+    documents and prompts that come with the package. The store keeps the figures.
     """
 
     def __init__(
@@ -242,7 +271,8 @@ class Judge:
         self._sheet: AnswerSheet | None = None
 
     def dense(self, model: ToJudge, *, asks: bool) -> Judgement:
-        """Judge the dense model, before any other. `asks`: it answers prompts, if it has a chat template.
+        """Judge the dense model, before any other. `asks`: it answers prompts, if it has a chat
+        template.
 
         Raises NumericsError if a loss is not finite.
         """
@@ -259,14 +289,20 @@ class Judge:
         return Judgement(losses, losses.pop(OTHER))
 
     def pruned(self, model: ToJudge, *, speaks: bool = True) -> Judgement:
-        """Judge a model that was pruned from the dense one, see `judge`. Raises NumericsError for NaN or infinity."""
+        """Judge a model that was pruned from the dense one, see `judge`. Raises NumericsError for
+        NaN or infinity.
+        """
         losses = self._losses(model, self.text, self.num_tokens)
         answers, sheet = None, self._sheet
         if sheet is not None:
             answers = self._kept(
                 f"own answers, {model.which}",
                 lambda: judge(
-                    model.speaker(self.tokenizer), sheet, self.dense_tokenizer, self._progress, speaks=speaks
+                    model.speaker(self.tokenizer),
+                    sheet,
+                    self.dense_tokenizer,
+                    self._progress,
+                    speaks=speaks,
                 ),
                 model,
                 {"sheet": sheet},
@@ -282,17 +318,27 @@ class Judge:
         def measured() -> dict[str, Loss]:
             return domain_losses(*model.load(), text, self._progress, stage, num_tokens)
 
-        depends_on = {"text": {name: digest_of(blocks) for name, blocks in text.items()}, "per": num_tokens}
+        depends_on = {
+            "text": {name: digest_of(blocks) for name, blocks in text.items()},
+            "per": num_tokens,
+        }
         return self._kept(stage, measured, model, depends_on, kind=dict[str, Loss])
 
     def _kept(
-        self, name: str, compute: Callable[[], Any], model: ToJudge, depends_on: Mapping[str, Any], kind: Any
+        self,
+        name: str,
+        compute: Callable[[], Any],
+        model: ToJudge,
+        depends_on: Mapping[str, Any],
+        kind: Any,
     ) -> Any:
         """Return the value from the store, or compute and keep it."""
         if model.depends_on is None:
             return self._store.value(name, compute, kind=kind)
         digest = hashlib.sha256(str(depends_on).encode()).hexdigest()
-        return self._store.value(name, compute, kind=kind, depends_on={**model.depends_on, "judged by": digest})
+        return self._store.value(
+            name, compute, kind=kind, depends_on={**model.depends_on, "judged by": digest}
+        )
 
 
 def _first(texts: tuple[str, ...], share: float, *, least: int) -> tuple[str, ...]:
@@ -304,5 +350,9 @@ def digest_of(text: Text) -> str:
     digest = hashlib.sha256()
     for block in text:
         for part in block:
-            digest.update(b"" if part is None else f"{len(part)} ".encode() + part.numpy().astype("<i8").tobytes())
+            digest.update(
+                b""
+                if part is None
+                else f"{len(part)} ".encode() + part.numpy().astype("<i8").tobytes()
+            )
     return digest.hexdigest()

@@ -40,8 +40,9 @@ def domain_losses(
 ) -> dict[str, Loss]:
     """Return each domain's loss; ranks share the blocks, and all get the numbers of one process.
 
-    `num_tokens`: by domain and document, in nats per which the losses are, if not the text's own, such
-    as those of the dense tokenizer. Raises NumericsError naming the domain if a loss is not finite.
+    `num_tokens`: by domain and document, in nats per which the losses are, if not the text's own,
+    such as those of the dense tokenizer. Raises NumericsError naming the domain if a loss is not
+    finite.
     """
     losses: dict[str, Loss] = {}
     by_domain = {domain: list(blocks) for domain, blocks in text.items()}
@@ -49,24 +50,40 @@ def domain_losses(
 
     def sums(piece: list[Block], states: Iterator[Tensor]) -> list[Sums]:
         pairs = zip(states, piece, strict=True)
-        return [sums_of(_position_losses(model, arch, states_PD, block.ids_T), block) for states_PD, block in pairs]
+        return [
+            sums_of(_position_losses(model, arch, states_PD, block.ids_T), block)
+            for states_PD, block in pairs
+        ]
 
     in_head = sum(weight.numel() for weight in head_of(model, arch).parameters())
     as_layers = max(1, round(in_head * arch.num_layers / max(1, sum(arch.params_per_layer))))
-    all_sums = chain.from_iterable(_by_layers(model, arch, blocks, sums, progress, stage, as_layers))
+    all_sums = chain.from_iterable(
+        _by_layers(model, arch, blocks, sums, progress, stage, as_layers)
+    )
     for domain, domain_blocks in by_domain.items():
         counts = None if num_tokens is None else num_tokens[domain]
-        losses[domain] = loss_of(islice(all_sums, len(domain_blocks)), f"{stage}, domain {domain}", counts)
+        losses[domain] = loss_of(
+            islice(all_sums, len(domain_blocks)), f"{stage}, domain {domain}", counts
+        )
     release_freed()
     return losses
 
 
 def sums_of(values_P: Float[Tensor, " P"], block: Block) -> Sums:
-    """Return what the counted tokens of each document add up to; P = T - 1 predicted tokens of a block."""
-    values_K, document_K = block.counted(values_P).cpu().double(), block.counted(block.document_T[1:])
-    documents_D, index_K, counts_D = document_K.cpu().unique(return_inverse=True, return_counts=True)
+    """Return what the counted tokens of each document add up to; P = T - 1 predicted tokens of a
+    block.
+    """
+    values_K, document_K = (
+        block.counted(values_P).cpu().double(),
+        block.counted(block.document_T[1:]),
+    )
+    documents_D, index_K, counts_D = document_K.cpu().unique(
+        return_inverse=True, return_counts=True
+    )
     sums_D = torch.zeros(len(documents_D), dtype=values_K.dtype).index_add(0, index_K, values_K)
-    return dict(zip(documents_D.tolist(), zip(sums_D.tolist(), counts_D.tolist(), strict=True), strict=True))
+    return dict(
+        zip(documents_D.tolist(), zip(sums_D.tolist(), counts_D.tolist(), strict=True), strict=True)
+    )
 
 
 def merged(sums: Iterable[Sums]) -> Sums:
@@ -80,16 +97,22 @@ def merged(sums: Iterable[Sums]) -> Sums:
 
 
 def loss_of(sums: Iterable[Sums], where: str, num_tokens: Mapping[int, int] | None = None) -> Loss:
-    """Return the loss of blocks, whose `sums` are nats. Raises NumericsError, naming `where`, if it is not finite.
+    """Return the loss of blocks, whose `sums` are nats. Raises NumericsError, naming `where`, if it
+    is not finite.
 
     `num_tokens`: of each document, if they are to be other ones than those predicted.
     """
     by_document = merged(sums)
     nats_D = [nats for nats, _ in by_document.values()]
     if not math.isfinite(math.fsum(nats_D)):
-        raise NumericsError(f"{where}: the loss is {sum(nats_D)}; the model gives no finite logits.")
+        raise NumericsError(
+            f"{where}: the loss is {sum(nats_D)}; the model gives no finite logits."
+        )
     counts = [count for _, count in by_document.values()]
-    return Loss.of(nats_D, counts if num_tokens is None else [num_tokens.get(document, 0) for document in by_document])
+    return Loss.of(
+        nats_D,
+        counts if num_tokens is None else [num_tokens.get(document, 0) for document in by_document],
+    )
 
 
 def predicted_tokens(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:
@@ -106,7 +129,9 @@ def head_inputs(
 ) -> Iterator[Float[Tensor, "P D"]]:
     """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
     blocks = list(text)
-    by_block = _by_layers(model, arch, blocks, lambda _, states: [state.cpu() for state in states], progress, stage)
+    by_block = _by_layers(
+        model, arch, blocks, lambda _, states: [state.cpu() for state in states], progress, stage
+    )
     return chain.from_iterable(by_block)
 
 
@@ -125,7 +150,10 @@ def _by_layers(
     of the progress in `finish`, where a layer is one.
     """
     # Every rank should get some.
-    at_once = min(max(1, TOKENS_AT_ONCE // max(len(block.ids_T) for block in blocks)), -(-len(blocks) // size()))
+    at_once = min(
+        max(1, TOKENS_AT_ONCE // max(len(block.ids_T) for block in blocks)),
+        -(-len(blocks) // size()),
+    )
     pieces = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
     done, steps = 0, len(pieces) * (arch.num_layers + head_steps)
     progress(stage, 0, steps)
@@ -138,7 +166,9 @@ def _by_layers(
     def head_read(walk: Walk) -> Iterator[Tensor]:
         for number, pair in enumerate(zip(walk.batches, walk.hidden_BTD, strict=True)):
             yield states_for_head(model, arch, *pair)
-            before, after = (head_steps * step // len(walk.batches) for step in (number, number + 1))
+            before, after = (
+                head_steps * step // len(walk.batches) for step in (number, number + 1)
+            )
             if after > before:
                 moved(after - before)
 
@@ -156,7 +186,10 @@ def _by_layers(
 
 @torch.inference_mode()
 def block_losses(
-    model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"], among_K: Int64[Tensor, " K"] | None = None
+    model: nn.Module,
+    arch: Arch,
+    ids_1T: Int64[Tensor, "1 T"],
+    among_K: Int64[Tensor, " K"] | None = None,
 ) -> Float[Tensor, " P"]:
     """Return -log p(token t+1 | tokens 0..t) in nats for every position of a block; P = T - 1.
 
@@ -175,17 +208,26 @@ def _position_losses(
         targets_P = torch.searchsorted(among, targets_P)
     pieces = zip(states_PD.split(HEAD_POSITIONS), targets_P.split(HEAD_POSITIONS), strict=True)
     logits = ((head(x_SD)[:, among].float(), y_S) for x_SD, y_S in pieces)
-    return torch.cat([nn.functional.cross_entropy(x_SV, y_S, reduction="none") for x_SV, y_S in logits])
+    return torch.cat(
+        [nn.functional.cross_entropy(x_SV, y_S, reduction="none") for x_SV, y_S in logits]
+    )
 
 
 @torch.inference_mode()
-def states_for_head(model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor) -> Float[Tensor, "P D"]:
-    """Return the head's input where a token is predicted that counts, from a stream that has left the layers.
+def states_for_head(
+    model: nn.Module, arch: Arch, batch: Batch, hidden_BTD: Tensor
+) -> Float[Tensor, "P D"]:
+    """Return the head's input where a token is predicted that counts, from a stream that has left
+    the layers.
 
     The layers are bypassed.
     """
-    with forwards_replaced(decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)):
-        final_BTD = model.get_submodule(arch.backbone)(batch.ids_BT, use_cache=False).last_hidden_state
+    with forwards_replaced(
+        decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)
+    ):
+        final_BTD = model.get_submodule(arch.backbone)(
+            batch.ids_BT, use_cache=False
+        ).last_hidden_state
     if batch.counted_BT is None:
         return final_BTD[:, :-1].flatten(0, 1)
     return final_BTD[:, :-1][batch.counted_BT[:, 1:].to(final_BTD.device)]
@@ -198,7 +240,9 @@ CACHED_ROWS = 8
 
 
 @torch.inference_mode()
-def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> Float[Tensor, "P D"]:
+def final_states(
+    model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]
+) -> Float[Tensor, "P D"]:
     """Return the head's input at every position that predicts a token of the block; P = T - 1."""
     ids_1T = ids_1T.to(next(model.parameters()).device)
     return model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0, :-1]
@@ -206,34 +250,58 @@ def final_states(model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]) -> 
 
 @torch.inference_mode()
 def token_divergences(
-    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, pruned_PD: Float[Tensor, "P E"], pruned_head: nn.Module
+    dense_PD: Float[Tensor, "P D"],
+    dense_head: nn.Module,
+    pruned_PD: Float[Tensor, "P E"],
+    pruned_head: nn.Module,
 ) -> Float[Tensor, " P"]:
     """Return sum_v p(v) (log p(v) - log q(v)) per position, p: the dense model, q: the pruned one.
 
     The softmax runs in float32 on the models' logits. A model against itself gives 0 everywhere.
     """
     divergences: list[Tensor] = []
-    for dense_SD, pruned_SD in zip(dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True):
-        rows = zip(dense_head(dense_SD).split(CACHED_ROWS), pruned_head(pruned_SD).split(CACHED_ROWS), strict=True)
-        divergences += [_kl(*(logits_RV.float().log_softmax(-1) for logits_RV in pair)) for pair in rows]
+    for dense_SD, pruned_SD in zip(
+        dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True
+    ):
+        rows = zip(
+            dense_head(dense_SD).split(CACHED_ROWS),
+            pruned_head(pruned_SD).split(CACHED_ROWS),
+            strict=True,
+        )
+        divergences += [
+            _kl(*(logits_RV.float().log_softmax(-1) for logits_RV in pair)) for pair in rows
+        ]
     return torch.cat(divergences)
 
 
 @torch.inference_mode()
 def compare_tokens(
-    dense_PD: Float[Tensor, "P D"], dense_head: nn.Module, logits_PV: Float[Tensor, "P V"], next_P: Int64[Tensor, " P"]
+    dense_PD: Float[Tensor, "P D"],
+    dense_head: nn.Module,
+    logits_PV: Float[Tensor, "P V"],
+    next_P: Int64[Tensor, " P"],
 ) -> tuple[Tensor, ...]:
-    """Return, by position, KL(p || q), KL(q || p), whether both models rank the same token first, and -log q(next).
+    """Return, by position, KL(p || q), KL(q || p), whether both models rank the same token first,
+    and -log q(next).
 
-    p: the dense model, of which `dense_PD` is what its head reads; q: the model that gives the logits.
+    p: the dense model, of which `dense_PD` is what its head reads; q: the model that gives the
+    logits.
     """
     figures: list[tuple[Tensor, ...]] = []
-    pieces = zip(*(values.split(KL_POSITIONS) for values in (dense_PD, logits_PV, next_P)), strict=True)
+    pieces = zip(
+        *(values.split(KL_POSITIONS) for values in (dense_PD, logits_PV, next_P)), strict=True
+    )
     for dense_SD, logits_SV, next_S in pieces:
-        rows = zip(*(values.split(CACHED_ROWS) for values in (dense_head(dense_SD), logits_SV, next_S)), strict=True)
+        rows = zip(
+            *(values.split(CACHED_ROWS) for values in (dense_head(dense_SD), logits_SV, next_S)),
+            strict=True,
+        )
         for dense_RV, logits_RV, next_R in rows:
             log_p, log_q = dense_RV.float().log_softmax(-1), logits_RV.float().log_softmax(-1)
-            same_R, nats_R = dense_RV.argmax(-1) == logits_RV.argmax(-1), -log_q.gather(1, next_R[:, None])[:, 0]
+            same_R, nats_R = (
+                dense_RV.argmax(-1) == logits_RV.argmax(-1),
+                -log_q.gather(1, next_R[:, None])[:, 0],
+            )
             figures.append((_kl(log_p, log_q), _kl(log_q, log_p), same_R, nats_R))
     return tuple(map(torch.cat, zip(*figures, strict=True)))
 

@@ -55,7 +55,9 @@ def minimax_weights(
     Source: multiplicative weights for a minimax game, as in group DRO, arXiv 1911.08731, alg. 1.
     """
     floor = FLOOR / len(by_domain)
-    weights_D = _at_least(torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor)
+    weights_D = _at_least(
+        torch.tensor([shares[name] for name in by_domain], dtype=torch.float64), floor
+    )
     tried: list[tuple[float, dict[str, float]]] = []
     for _ in range(MINIMAX_STEPS):
         named = dict(zip(by_domain, weights_D.tolist(), strict=True))
@@ -90,7 +92,9 @@ def removal_damage(
     rows_CF = inverse[removed]
     del inverse
     change_HF = (
-        (reader_HF[:, removed].to(rows_CF) @ torch.linalg.solve(rows_CF[:, removed], rows_CF)).float().to(device)
+        (reader_HF[:, removed].to(rows_CF) @ torch.linalg.solve(rows_CF[:, removed], rows_CF))
+        .float()
+        .to(device)
     )
     errors = []
     for statistics in by_domain.values():
@@ -147,10 +151,16 @@ def measure(
         seen.append((inputs[0], output))
 
     energy, by_domain = dict[str, float](), dict[str, Statistics]()
-    held_out, held_out_drift = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
+    held_out, held_out_drift = (
+        defaultdict[str, list[Tensor]](list),
+        defaultdict[str, list[Tensor]](list),
+    )
     with walk.layer(group.layer) as layer:
         reader = linear(layer, group.reader.module)
-        sizes: Any = {"gram": gram or weighting in BY_DOMAIN, "drift_size": reader.out_features if drift else 0}
+        sizes: Any = {
+            "gram": gram or weighting in BY_DOMAIN,
+            "drift_size": reader.out_features if drift else 0,
+        }
         empty = partial(Statistics.empty, reader.in_features, reader.weight.device, **sizes)
         pooled, current = empty(dtype=torch.float32), empty()
 
@@ -159,8 +169,9 @@ def measure(
             current.sum_over_ranks()
             if not current.is_finite():
                 raise NumericsError(
-                    f"layer {group.layer}, {group.reader.module}, domain {domain}: the input holds NaN or infinite "
-                    "numbers; use the model in bfloat16 or float32 and check its weights."
+                    f"layer {group.layer}, {group.reader.module}, domain {domain}: the input holds "
+                    "NaN or infinite numbers; use the model in bfloat16 or float32 and check its "
+                    "weights."
                 )
             energy[domain] = float(current.energy)
             pooled.merge(current, domain_weight(weighting, shares[domain], energy[domain]))
@@ -169,16 +180,21 @@ def measure(
                 by_domain[domain].merge(current)
             current.clear()
 
-        # A domain's statistics are of the tokens that count; of held-out text the inputs themselves are kept.
+        # A domain's statistics are of the tokens that count; of held-out text the inputs themselves
+        # are kept.
         domains = InOrder(shares, fold)
         with reader.register_forward_hook(note):
-            for position, (batch, output) in enumerate(walk.run(group.layer, to_middle=to_middle, to_end=to_end)):
+            for position, (batch, output) in enumerate(
+                walk.run(group.layer, to_middle=to_middle, to_end=to_end)
+            ):
                 x_TF, y_TH = map(batch.counted, seen.pop())
                 # Both streams have their dtype's precision, so their difference needs no more.
                 drift_TH = batch.counted(walk.dense_BTD[position] - output) if drift else None
                 if not batch.held_out:
                     domains.begin(batch.domain)
-                    current.update(x_TF, y_TH if reader.bias is None else y_TH - reader.bias, drift_TH)
+                    current.update(
+                        x_TF, y_TH if reader.bias is None else y_TH - reader.bias, drift_TH
+                    )
                     continue
                 held_out[batch.domain].append(x_TF)
                 if drift_TH is not None:
@@ -189,5 +205,7 @@ def measure(
 
         # One domain at a time, to bound peak memory.
         both = held_out, held_out_drift
-        held_out_TF, drift_TH = ({name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both)
+        held_out_TF, drift_TH = (
+            {name: torch.cat(pieces.pop(name)) for name in list(pieces)} for pieces in both
+        )
         return GroupStatistics(pooled, energy, held_out_TF, drift_TH, by_domain)

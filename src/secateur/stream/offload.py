@@ -48,12 +48,17 @@ class _Copy:
 class LayersOnDevice:
     """Onloads `layers` to `device`, one at a time, from its construction until `end`.
 
-    `in_float32`: they compute in float32 there, whatever dtype they are stored in. `keeps`: a layer that
-    came stays, since text that is generated reads each of them at every token.
+    `in_float32`: they compute in float32 there, whatever dtype they are stored in. `keeps`: a layer
+    that came stays, since text that is generated reads each of them at every token.
     """
 
     def __init__(
-        self, layers: list[nn.Module], device: torch.device, *, in_float32: bool = False, keeps: bool = False
+        self,
+        layers: list[nn.Module],
+        device: torch.device,
+        *,
+        in_float32: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.layers, self.in_float32, self.keeps = layers, in_float32, keeps
         self.device = torch.empty(1, device=device).device  # with its index, as tensors report it
@@ -63,7 +68,9 @@ class LayersOnDevice:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="secateur-layer")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.handles = [
-            layer.register_forward_pre_hook(lambda *_, index=index: self.onload(index), prepend=True)
+            layer.register_forward_pre_hook(
+                lambda *_, index=index: self.onload(index), prepend=True
+            )
             for index, layer in enumerate(layers)
         ]
         for layer in layers:
@@ -93,7 +100,9 @@ class LayersOnDevice:
                     module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     def settle(self, layer: nn.Module) -> None:
-        """Round the layer's changed parameters to the dtypes in which they are stored; drop what they were before."""
+        """Round the layer's changed parameters to the dtypes in which they are stored; drop what
+        they were before.
+        """
         copies = self.onloaded.get(self.layers.index(layer), {})
         with torch.no_grad():
             for key, parameter in _parameters(layer):
@@ -130,7 +139,9 @@ class LayersOnDevice:
         return prefetched[1].result() if prefetched is not None and prefetched[0] == index else {}
 
     def _copies(self, index: int, known: dict[_Key, _Copy]) -> dict[_Key, _Copy]:
-        """Copy the layer's parameters that are elsewhere, unless `known` has it; also runs in the prefetch thread."""
+        """Copy the layer's parameters that are elsewhere, unless `known` has it; also runs in the
+        prefetch thread.
+        """
         context = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
         copies: dict[_Key, _Copy] = {}
         with context, torch.no_grad():
@@ -174,8 +185,8 @@ def offload(layer: nn.Module) -> None:
 class Placement:
     """Moves a model to a device and back: whole, or with its layers onloaded one at a time.
 
-    `in_float32`: it computes in float32, one layer at a time, of which those that came stay if it `keeps`
-    them. Otherwise a CPU run moves nothing.
+    `in_float32`: it computes in float32, one layer at a time, of which those that came stay if it
+    `keeps` them. Otherwise a CPU run moves nothing.
     """
 
     def __init__(
@@ -193,7 +204,9 @@ class Placement:
         self.one_at_a_time = one_at_a_time
         # A model that stays is not referenced, so that removed layers are freed.
         self.layers = [] if self.stays else layers
-        self.dtypes = {} if self.stays else {key: parameter.dtype for key, parameter in _parameters(root)}
+        self.dtypes = (
+            {} if self.stays else {key: parameter.dtype for key, parameter in _parameters(root)}
+        )
         self.layers_on_device: LayersOnDevice | None = None
 
     def onload(self) -> None:
@@ -201,7 +214,9 @@ class Placement:
         if self.stays:
             return
         by_layer = self.one_at_a_time or self.in_float32
-        bring(self.root, self.device, but=self.layers if by_layer else (), in_float32=self.in_float32)
+        bring(
+            self.root, self.device, but=self.layers if by_layer else (), in_float32=self.in_float32
+        )
         if by_layer:
             self.layers_on_device = LayersOnDevice(
                 self.layers, self.device, in_float32=self.in_float32, keeps=self.keeps
@@ -232,7 +247,9 @@ def _parameters(root: nn.Module) -> Iterator[tuple[_Key, nn.Parameter]]:
 
 
 @contextmanager
-def embeddings_on_disk(model: CausalLM, directory: Path, *, are_there: bool) -> Iterator[Callable[[], None]]:
+def embeddings_on_disk(
+    model: CausalLM, directory: Path, *, are_there: bool
+) -> Iterator[Callable[[], None]]:
     """Map embedding and head from a file inside the context, so that only their use costs memory.
 
     Yields a function that frees the memory after use. Does nothing on devices other than the CPU,
@@ -243,7 +260,9 @@ def embeddings_on_disk(model: CausalLM, directory: Path, *, are_there: bool) -> 
         return
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = {id(p): p for module in modules if module is not None for p in module.parameters()}
-    held = {str(number): p for number, p in enumerate(parameters.values()) if p.device.type == "cpu"}
+    held = {
+        str(number): p for number, p in enumerate(parameters.values()) if p.device.type == "cpu"
+    }
     path = directory / "embeddings.safetensors"
     save_file({name: p.detach().contiguous() for name, p in held.items()}, path)
 
@@ -276,22 +295,31 @@ class LayersOnDisk:
         """Save the layer as it is now."""
         # Unlinked first: a file that is still mapped keeps its content.
         self._path(index).unlink(missing_ok=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}, self._path(index))
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()},
+            self._path(index),
+        )
         names = (name for group in groups for name in (*group.counts, *group.tensors(layer)))
         held = {name: attribute_of(layer, name) for name in names}
-        self.counts[index] = {name: each for name, each in held.items() if not isinstance(each, nn.Parameter)}
+        self.counts[index] = {
+            name: each for name, each in held.items() if not isinstance(each, nn.Parameter)
+        }
 
     def restore(self, index: int, layer: nn.Module) -> None:
         """Make the layer what it was when it was saved."""
         device, saved = next(layer.parameters()).device, load_file(self._path(index)).items()
-        parameters = {name: nn.Parameter(tensor.to(device), requires_grad=False) for name, tensor in saved}
+        parameters = {
+            name: nn.Parameter(tensor.to(device), requires_grad=False) for name, tensor in saved
+        }
         for name, value in (parameters | self.counts[index]).items():
             put(layer, name, value)
 
     @contextmanager
     def restored(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Have the layer as it was saved inside the context; afterwards as it was before."""
-        own = dict(layer.named_parameters()) | {name: attribute_of(layer, name) for name in self.counts[index]}
+        own = dict(layer.named_parameters()) | {
+            name: attribute_of(layer, name) for name in self.counts[index]
+        }
         try:
             self.restore(index, layer)
             yield

@@ -61,9 +61,13 @@ class Gram:
 
     def diagonal(self) -> Float[Tensor, " F"]:
         """Return sum x_j^2 for each input j."""
-        return torch.cat([block.diagonal(start) for start, block in zip(self.starts, self.blocks, strict=True)])
+        return torch.cat(
+            [block.diagonal(start) for start, block in zip(self.starts, self.blocks, strict=True)]
+        )
 
-    def part(self, rows_R: Int64[Tensor, " R"], columns_C: Int64[Tensor, " C"]) -> Float[Tensor, "R C"]:
+    def part(
+        self, rows_R: Int64[Tensor, " R"], columns_C: Int64[Tensor, " C"]
+    ) -> Float[Tensor, "R C"]:
         """Return a new float64 matrix of these rows and columns (both sorted), on `float64_device`.
 
         Only half is stored, so entries are mirrored. First returns freed memory to the system.
@@ -72,7 +76,9 @@ class Gram:
         device = float64_device(self.device)
         result_RC = torch.empty(len(rows_R), len(columns_C), dtype=torch.float64, device=device)
         edges = torch.tensor([*self.starts, self.size], device=rows_R.device)
-        row_bounds, column_bounds = (torch.searchsorted(index, edges).tolist() for index in (rows_R, columns_C))
+        row_bounds, column_bounds = (
+            torch.searchsorted(index, edges).tolist() for index in (rows_R, columns_C)
+        )
         for b, (start, block) in enumerate(zip(self.starts, self.blocks, strict=True)):
             (row, row_end), (column, column_end) = row_bounds[b : b + 2], column_bounds[b : b + 2]
             # This block's rows with columns up to its end; then its strictly left part, transposed.
@@ -89,7 +95,9 @@ class Gram:
 
 def pieces(tensor_TX: Float[Tensor, "T X"]) -> tuple[Tensor, ...]:
     """Return the tokens in pieces that are multiplied at a time."""
-    return tensor_TX.split(CPU_PIECE_TOKENS if tensor_TX.device.type == "cpu" else DEVICE_PIECE_TOKENS)
+    return tensor_TX.split(
+        CPU_PIECE_TOKENS if tensor_TX.device.type == "cpu" else DEVICE_PIECE_TOKENS
+    )
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -101,8 +109,9 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def exact_product_precision(dtype: torch.dtype) -> Iterator[None]:
     """Multiply float32 copies of bfloat16 values on bfloat16 units, accumulating in float32.
 
-    The conversion loses nothing, so only the order of float32 additions differs. On a processor without AMX
-    oneDNN has a float32 kernel for this, which is hardly faster. Other dtypes multiply in full float32.
+    The conversion loses nothing, so only the order of float32 additions differs. On a processor
+    without AMX oneDNN has a float32 kernel for this, which is hardly faster. Other dtypes multiply
+    in full float32.
     """
     if dtype != torch.bfloat16:
         yield
@@ -147,25 +156,39 @@ class Statistics:
 
     @classmethod
     def empty(
-        cls, num_inputs: int, device: torch.device, *, gram: bool, drift_size: int = 0, dtype: torch.dtype | None = None
+        cls,
+        num_inputs: int,
+        device: torch.device,
+        *,
+        gram: bool,
+        drift_size: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> "Statistics":
         """Return statistics of no tokens. `drift_size`: the outputs of the reader, or 0: no drift.
 
         `dtype`: of all but the energy; float32 for finished sums only, None for `sum_dtype`.
         """
         options: Any = {"device": device, "dtype": dtype or sum_dtype(device)}
-        zeros, square = torch.zeros(num_inputs, **options), Gram(num_inputs, **options) if gram else None
+        zeros, square = (
+            torch.zeros(num_inputs, **options),
+            Gram(num_inputs, **options) if gram else None,
+        )
         cross_FH = torch.zeros(num_inputs, drift_size, **options) if drift_size else None
         energy = torch.zeros((), device=device, dtype=sum_dtype(device))
         return cls(0.0, zeros, zeros.clone(), energy, square, cross_FH)
 
     def update(
-        self, x_TF: Float[Tensor, "T F"], y_TH: Float[Tensor, "T H"], drift_TH: Float[Tensor, "T H"] | None = None
+        self,
+        x_TF: Float[Tensor, "T F"],
+        y_TH: Float[Tensor, "T H"],
+        drift_TH: Float[Tensor, "T H"] | None = None,
     ) -> None:
         """Add a batch of reader inputs, outputs (without bias) and, if used, the drift."""
         self.mass += len(x_TF)
         self.sum_F += x_TF.sum(dim=0, dtype=torch.float32)
-        self.energy += torch.linalg.vector_norm(y_TH, dtype=torch.promote_types(y_TH.dtype, torch.float32)).square()
+        self.energy += torch.linalg.vector_norm(
+            y_TH, dtype=torch.promote_types(y_TH.dtype, torch.float32)
+        ).square()
         if self.any_gram is None:
             self.sum_squares_F += x_TF.float().square().sum(dim=0)
         else:
@@ -175,7 +198,11 @@ class Statistics:
             assert drift_TH is not None
             with exact_product_precision(x_TF.dtype):
                 for x_PF, drift_PH in zip(pieces(x_TF), pieces(drift_TH), strict=True):
-                    rows = zip(self.cross_FH.split(PRODUCT_ROWS), x_PF.split(PRODUCT_ROWS, dim=1), strict=True)
+                    rows = zip(
+                        self.cross_FH.split(PRODUCT_ROWS),
+                        x_PF.split(PRODUCT_ROWS, dim=1),
+                        strict=True,
+                    )
                     for cross_RH, x_PR in rows:
                         cross_RH += x_PR.float().T @ drift_PH.float()
 
@@ -210,7 +237,9 @@ class Statistics:
 
     @property
     def mean_F(self) -> Float[Tensor, " F"]:
-        """Mean input per channel; 0 if no token counts, as where every domain's output is silent."""
+        """Mean input per channel; 0 if no token counts, as where every domain's output is
+        silent.
+        """
         return self.sum_F / (self.mass or 1.0)
 
     @property
@@ -248,7 +277,9 @@ def pool(by_domain: dict[str, Statistics], weights: dict[str, float]) -> Statist
 
 
 def decided(compute: Callable[[], T], /) -> T:
-    """Return on every rank what the first one computes, bit for bit, and give freed memory back to the system."""
+    """Return on every rank what the first one computes, bit for bit, and give freed memory back to
+    the system.
+    """
     value = from_first(compute)
     release_freed()
     return value
@@ -256,7 +287,9 @@ def decided(compute: Callable[[], T], /) -> T:
 
 def sum_over_ranks(*parts: Tensor | Gram) -> None:
     """Make every part the sum over all ranks, in place; a Gram matrix sends its stored triangle."""
-    sum_tensors([tensor for part in parts for tensor in (part.blocks if isinstance(part, Gram) else [part])])
+    sum_tensors(
+        [tensor for part in parts for tensor in (part.blocks if isinstance(part, Gram) else [part])]
+    )
 
 
 def totals(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,14 +349,17 @@ def damped_gram(gram: Gram, damping: float) -> Float[Tensor, "F F"]:
 
 
 def ridge_of(gram: Gram, damping: float) -> Float[Tensor, " F"]:
-    """Return damping * G_jj for each channel j, as if all were first scaled to one size, see `Gram.part`.
+    """Return damping * G_jj for each channel j, as if all were first scaled to one size, see
+    `Gram.part`.
 
     So a loud channel does not damp the others. A channel that is silent, or nearly, gets a trace of
     the mean, so that the system is solvable. 1 if all are silent and removal costs nothing.
     """
     diagonal_F = gram.diagonal().to(float64_device(gram.device)).to(torch.float64)
     mean = float(diagonal_F.mean())
-    return damping * diagonal_F.clamp_min(SILENT * mean) if mean > 0 else torch.ones_like(diagonal_F)
+    return (
+        damping * diagonal_F.clamp_min(SILENT * mean) if mean > 0 else torch.ones_like(diagonal_F)
+    )
 
 
 def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
@@ -335,12 +371,16 @@ def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
     failed = torch.zeros((), dtype=torch.int32, device=hessian_FF.device)
     factor, _ = torch.linalg.cholesky_ex(hessian_FF.mT, out=(hessian_FF.mT, failed))
     if failed:
-        raise NumericsError("obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens.")
+        raise NumericsError(
+            "obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens."
+        )
     return torch.cholesky_inverse(factor, out=hessian_FF.mT)
 
 
 def removal_errors(
-    weight_HF: Float[Tensor, "H F"], inverse_FF: Float[Tensor, "F F"], columns_UW: Int64[Tensor, "U w"]
+    weight_HF: Float[Tensor, "H F"],
+    inverse_FF: Float[Tensor, "F F"],
+    columns_UW: Int64[Tensor, "U w"],
 ) -> Float[Tensor, " U"]:
     """Return tr(W_M ([H^-1]_MM)^-1 W_M') for each unit's columns M.
 

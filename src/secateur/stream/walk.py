@@ -56,7 +56,11 @@ class Batch:
     @property
     def num_predicted(self) -> int:
         """The predicted tokens that count: without a mask all but each block's first."""
-        return self.ids_BT[:, 1:].numel() if self.counted_BT is None else int(self.counted_BT[:, 1:].sum())
+        return (
+            self.ids_BT[:, 1:].numel()
+            if self.counted_BT is None
+            else int(self.counted_BT[:, 1:].sum())
+        )
 
 
 def make_batches(
@@ -87,11 +91,15 @@ class Walk:
     With `dense`, `advance_dense` moves a second stream through the layers before any cut.
     """
 
-    def __init__(self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, arch: Arch, batches: list[Batch], *, dense: bool = False
+    ) -> None:
         self.batches, self.arch = batches, arch
         self.layers = decoder_layers(model, arch)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        self.hidden_BTD = [self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches]
+        self.hidden_BTD = [
+            self._embed(model.get_submodule(arch.backbone), batch.ids_BT) for batch in batches
+        ]
         self.dense_BTD = list(self.hidden_BTD) if dense else []
         self._in_middle = False
 
@@ -99,7 +107,9 @@ class Walk:
         """Have layer `index` at hand inside the context, see `at_hand`."""
         return at_hand(self.layers[index])
 
-    def run(self, index: int, *, to_middle: bool = False, to_end: bool = False) -> Iterator[tuple[Batch, Tensor]]:
+    def run(
+        self, index: int, *, to_middle: bool = False, to_end: bool = False
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """Run layer `index` on every batch and yield (batch, the layer's output).
 
         The stream stays, with two exceptions. `to_middle` moves it through the attention, if the

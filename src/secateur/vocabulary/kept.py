@@ -1,6 +1,8 @@
-"""Tokens of the dense model that stay in a result: the map between both (`tokens.json`), and the model's own side.
+"""Tokens of the dense model that stay in a result: the map between both (`tokens.json`), and the
+model's own side.
 
-That is rows of embedding and head, and ids in the configs; the tokenizer's side is `vocabulary.tokenizer`.
+That is rows of embedding and head, and ids in the configs; the tokenizer's side is
+`vocabulary.tokenizer`.
 """
 
 import json
@@ -52,7 +54,8 @@ class KeptTokens:
 class Trim:
     """A trim of the vocabulary: the dense tokens that stay, and both models' tokenizers.
 
-    `foretold`: nats per dense token of text that it costs by the counts; None if nothing was counted.
+    `foretold`: nats per dense token of text that it costs by the counts; None if nothing was
+    counted.
     """
 
     kept: KeptTokens
@@ -62,7 +65,9 @@ class Trim:
 
 
 def kept_tokens_of(directory: Path) -> KeptTokens | None:
-    """Return the map that `directory` holds; None without one. Raises CheckpointError if damaged."""
+    """Return the map that `directory` holds; None without one. Raises CheckpointError if
+    damaged.
+    """
     path = directory / TOKENS_FILE
     if not path.is_file():
         return None
@@ -72,14 +77,20 @@ def kept_tokens_of(directory: Path) -> KeptTokens | None:
         if [new for new in new_ids if new is not None] != list(range(len(dense_ids))):
             raise ValueError("its new ids do not count up")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use the file that secateur wrote.") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); use the file that secateur wrote."
+        ) from None
     return KeptTokens(dense_ids, len(new_ids))
 
 
 def trim_between(
-    pruned: Checkpoint, dense: Checkpoint, option: str, instead: str = "give the model that was pruned"
+    pruned: Checkpoint,
+    dense: Checkpoint,
+    option: str,
+    instead: str = "give the model that was pruned",
 ) -> Trim | None:
-    """Return the trim that made the pruned model's tokens of the dense one's; None if both have the same.
+    """Return the trim that made the pruned model's tokens of the dense one's; None if both have the
+    same.
 
     `option`: how the dense model was given. `instead`: advice. Raises CheckpointError if the
     tokens are others and no `tokens.json` of the pruned model explains it, or the numbers of
@@ -93,24 +104,28 @@ def trim_between(
     kept = kept_tokens_of(pruned.directory)
     if kept is not None and (kept.num_kept, kept.num_dense) == (num_logits, num_dense):
         # Some multimodal families have special tokens without a row.
-        new_ids = {text: kept.new_ids[index] for text, index in dense_ids.items() if index < num_dense}
+        new_ids = {
+            text: kept.new_ids[index] for text, index in dense_ids.items() if index < num_dense
+        }
         stayed = {text: new for text, new in new_ids.items() if new is not None}
         if stayed == {text: index for text, index in ids.items() if index < num_logits}:
             return Trim(kept, other, tokenizer)
     if ids != dense_ids:
         raise CheckpointError(
-            f"{option} {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of {pruned.reference} "
-            f"({len(tokenizer):,} tokens), so both would read different text; {instead}."
+            f"{option} {dense.reference}: its tokenizer ({len(other):,} tokens) is not that of "
+            f"{pruned.reference} ({len(tokenizer):,} tokens), so both would read different text; "
+            f"{instead}."
         )
     raise CheckpointError(
-        f"{option} {dense.reference}: it gives {num_dense:,} logits and {pruned.reference} {num_logits:,}, so "
-        "their predictions cannot be compared; give the model that was pruned."
+        f"{option} {dense.reference}: it gives {num_dense:,} logits and {pruned.reference} "
+        f"{num_logits:,}, so their predictions cannot be compared; give the model that was pruned."
     )
 
 
 @torch.no_grad()
 def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
-    """Leave the kept tokens' rows in embedding and head, and give the configs the new ids, in place.
+    """Leave the kept tokens' rows in embedding and head, and give the configs the new ids, in
+    place.
 
     Tied weights stay tied; a model on the meta device works too. Raises CheckpointError, before
     anything is changed, if the model has other weights by token, its rows are not those that
@@ -125,7 +140,11 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
     head.weight = embedding.weight if was_tied else _rows_of(head.weight, index)
     if head.bias is not None:
         head.bias = _rows_of(head.bias, index)
-    sized: list[Any] = [module for module in model.modules() if getattr(module, "vocab_size", None) == kept.num_dense]
+    sized: list[Any] = [
+        module
+        for module in model.modules()
+        if getattr(module, "vocab_size", None) == kept.num_dense
+    ]
     for module in sized:
         module.vocab_size = kept.num_kept
     for module in (embedding, *sized):
@@ -138,11 +157,15 @@ def keep_tokens(model: CausalLM, kept: KeptTokens) -> None:
 
 
 def _rows_of(parameter: Tensor, index: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.index_select(0, index.to(parameter.device)), requires_grad=parameter.requires_grad)
+    return nn.Parameter(
+        parameter.index_select(0, index.to(parameter.device)), requires_grad=parameter.requires_grad
+    )
 
 
 def check_weights_by_token(model: CausalLM) -> tuple[nn.Embedding, nn.Linear]:
-    """Return embedding and head. Raises CheckpointError if the model has other weights by token than these."""
+    """Return embedding and head. Raises CheckpointError if the model has other weights by token
+    than these.
+    """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     num_rows, known = embedding.num_embeddings, {embedding.weight, *head.parameters()}
@@ -153,8 +176,8 @@ def check_weights_by_token(model: CausalLM) -> tuple[nn.Embedding, nn.Linear]:
     others += [key for key in vars(model.config.get_text_config()) if key.startswith("vocab_size_")]
     if others:
         raise CheckpointError(
-            f"vocabulary: the model has other weights by token than embedding and head ({others[0]}), so tokens "
-            "cannot go; leave vocabulary out."
+            "vocabulary: the model has other weights by token than embedding and head "
+            f"({others[0]}), so tokens cannot go; leave vocabulary out."
         )
     return embedding, head
 
@@ -162,12 +185,13 @@ def check_weights_by_token(model: CausalLM) -> tuple[nn.Embedding, nn.Linear]:
 def _check_ids(model: CausalLM, num_rows: int, kept: KeptTokens) -> None:
     if num_rows != kept.num_dense:
         raise CheckpointError(
-            f"{TOKENS_FILE}: is of a model with {kept.num_dense:,} tokens, and this one has {num_rows:,}; give the "
-            "model that was pruned."
+            f"{TOKENS_FILE}: is of a model with {kept.num_dense:,} tokens, and this one has "
+            f"{num_rows:,}; give the model that was pruned."
         )
     if lost := sorted(ids_named_by(model) & set(range(num_rows)) - set(kept.dense_ids)):
         raise CheckpointError(
-            f"vocabulary: the model's config or generation config names token {lost[0]}, which is not kept; keep it."
+            f"vocabulary: the model's config or generation config names token {lost[0]}, which is "
+            "not kept; keep it."
         )
 
 
@@ -186,12 +210,13 @@ def _configs(model: CausalLM) -> list[Any]:
     return [model.config, *([] if model.generation_config is None else [model.generation_config])]
 
 
-# Token ids in configs: keys that end so, and single keys of transformers' families and of generation.
+# Token ids in configs: keys that end so, and single keys of transformers' families and of
+# generation.
 _ENDINGS = ("_token_id", "_token_ids", "_token_index", "_tokens_ids")
 _KEYS = """
 suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids sequence_bias forced_decoder_ids
-im_start_id im_end_id im_newline_id image_start_id image_end_id image_patch_id slice_start_id slice_end_id newline_id
-bos_index eos_index pad_index unk_index mask_index
+im_start_id im_end_id im_newline_id image_start_id image_end_id image_patch_id slice_start_id
+slice_end_id newline_id bos_index eos_index pad_index unk_index mask_index
 """.split()
 
 
@@ -204,7 +229,9 @@ def _change(config: Any, new: Callable[[int], Any]) -> None:
             if key == "sequence_bias" and isinstance(value, list):
                 setattr(config, key, [[_changed(ids, new), bias] for ids, bias in value])
             elif key == "forced_decoder_ids" and isinstance(value, list):
-                setattr(config, key, [[position, _changed(index, new)] for position, index in value])
+                setattr(
+                    config, key, [[position, _changed(index, new)] for position, index in value]
+                )
             elif value is not None:
                 setattr(config, key, _changed(value, new))
 

@@ -1,8 +1,8 @@
 """Which tokens go: what each one is worth, the order in which they go, and how many go.
 
 In: documents by domain, a `Vocabulary`, what the model was found to pay for pieces and for trims.
-Out: ids in the order in which they go, and what a text then costs. V: rows of the embedding, R: tokens
-that may go.
+Out: ids in the order in which they go, and what a text then costs. V: rows of the embedding, R:
+tokens that may go.
 
 What a token costs is the nats of what replaces it. Further tokens are alike to that, wherever they
 are tokens that the model has often read. The bytes of a character are not.
@@ -42,8 +42,13 @@ class TokenCounts:
 
 
 def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
-    """Return the counts of the ids in the documents, a tensor each. V: `num_rows`, of the embedding."""
-    tokens_V, damped_V = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.float64)
+    """Return the counts of the ids in the documents, a tensor each. V: `num_rows`, of the
+    embedding.
+    """
+    tokens_V, damped_V = (
+        torch.zeros(num_rows, dtype=torch.int64),
+        torch.zeros(num_rows, dtype=torch.float64),
+    )
     for ids_T in documents:
         ids_U, counts_U = ids_T.unique(return_counts=True)
         tokens_V[ids_U] += counts_U
@@ -52,37 +57,49 @@ def count_tokens(documents: Iterable[Tensor], num_rows: int) -> TokenCounts:
 
 
 def counts_of(
-    documents: Mapping[str, Iterable[Tensor]], num_rows: int, progress: Progress, answers: Mapping[str, TokenCounts]
+    documents: Mapping[str, Iterable[Tensor]],
+    num_rows: int,
+    progress: Progress,
+    answers: Mapping[str, TokenCounts],
 ) -> dict[str, TokenCounts]:
-    """Return each domain's counts: of `answers` what the model says, of the others the ids in their `documents`.
+    """Return each domain's counts: of `answers` what the model says, of the others the ids in their
+    `documents`.
 
     Raises CalibrationError if there is no domain of either.
     """
     if not (documents or answers):
         raise CalibrationError(
-            "remove.vocabulary: every domain is of the model's answers, so there is no text to count tokens of; "
-            "add a domain of files or installed text."
+            "remove.vocabulary: every domain is of the model's answers, so there is no text to "
+            "count tokens of; add a domain of files or installed text."
         )
     of_text = steps(progress, "count tokens", documents.items())
     return {**answers, **{name: count_tokens(ids, num_rows) for name, ids in of_text}}
 
 
 def token_use(
-    counts: Mapping[str, TokenCounts], shares: Mapping[str, float], *, minimax: bool = False, damped: bool = False
+    counts: Mapping[str, TokenCounts],
+    shares: Mapping[str, float],
+    *,
+    minimax: bool = False,
+    damped: bool = False,
 ) -> Float[Tensor, " V"]:
     """Return how often a token is used, per token of text.
 
     use = sum_d share_d counts_d / total_d over the counted domains; with `minimax` the largest of
     counts_d / total_d. `damped`: documents count as the square root of their occurrences.
     """
-    used = [(count.damped_V if damped else count.tokens_V.double()) / count.tokens_V.sum() for count in counts.values()]
+    used = [
+        (count.damped_V if damped else count.tokens_V.double()) / count.tokens_V.sum()
+        for count in counts.values()
+    ]
     used_DV = torch.stack(used)
     shares_D = used_DV.new_tensor([shares[name] for name in counts])
     return used_DV.amax(0) if minimax else shares_D @ used_DV / shares_D.sum()
 
 
 def with_prior(use_V: Float[Tensor, " V"], ids: list[int]) -> Float[Tensor, " V"]:
-    """Return the use with `PRIOR_SHARE` of it taken from the mean of each token's neighbours among `ids`.
+    """Return the use with `PRIOR_SHARE` of it taken from the mean of each token's neighbours among
+    `ids`.
 
     Tokenizers number tokens in the order in which they were learnt, so neighbours are about as
     frequent in the text that the tokenizer was made for.
@@ -92,14 +109,17 @@ def with_prior(use_V: Float[Tensor, " V"], ids: list[int]) -> Float[Tensor, " V"
     first = (torch.arange(len(index)) - NEIGHBOURS // 2).clamp(min=0)
     last = (first + NEIGHBOURS).clamp(max=len(index))
     mixed_V = use_V.clone()
-    mixed_V[index] = (1 - PRIOR_SHARE) * use_V[index] + PRIOR_SHARE * (sums[last] - sums[first]) / (last - first)
+    mixed_V[index] = (1 - PRIOR_SHARE) * use_V[index] + PRIOR_SHARE * (sums[last] - sums[first]) / (
+        last - first
+    )
     return mixed_V
 
 
 def with_prior_by_script(
     use_V: Float[Tensor, " V"], scripts: Mapping[int, frozenset[str]], written: Set[str]
 ) -> Float[Tensor, " V"]:
-    """Return `with_prior` among tokens with letters of other scripts than the `written` ones, and among the rest.
+    """Return `with_prior` among tokens with letters of other scripts than the `written` ones, and
+    among the rest.
 
     Else words of the text's own scripts would have the use of neighbours that it cannot have.
     """
@@ -121,9 +141,9 @@ class PieceNats:
     def weights(self, vocabulary: Vocabulary) -> Float[Tensor, " V"]:
         """Return how many further tokens each token counts as where it is a piece of another.
 
-        A spelling costs the sum of its weights less 1, the token that it replaces. An ordinary piece
-        weighs 1. The first byte of a character carries the cost of all its bytes, and the others weigh
-        nothing.
+        A spelling costs the sum of its weights less 1, the token that it replaces. An ordinary
+        piece weighs 1. The first byte of a character carries the cost of all its bytes, and the
+        others weigh nothing.
         """
         weights_V = torch.ones(vocabulary.num_rows, dtype=torch.float64)
         for index, byte in vocabulary.bytes.items():
@@ -136,8 +156,8 @@ class PieceNats:
 class Removal:
     """The order in which tokens go.
 
-    `ids`: in that order. `cost_R`: as many further tokens per token of text cost the model what these do.
-    `num_rows`: of the embedding, before any goes.
+    `ids`: in that order. `cost_R`: as many further tokens per token of text cost the model what
+    these do. `num_rows`: of the embedding, before any goes.
     """
 
     ids: list[int]
@@ -151,7 +171,9 @@ class Removal:
     def kept(self, num_gone: int) -> KeptTokens:
         """Return the tokens that stay once the first `num_gone` are gone."""
         removed = set(self.ids[:num_gone])
-        return KeptTokens(tuple(index for index in range(self.num_rows) if index not in removed), self.num_rows)
+        return KeptTokens(
+            tuple(index for index in range(self.num_rows) if index not in removed), self.num_rows
+        )
 
 
 def removal_by_counts(
@@ -163,7 +185,8 @@ def removal_by_counts(
     nats: PieceNats,
     minimax: bool = False,
 ) -> Removal:
-    """Return the order in which tokens go by the counts of each domain's text, and what text then costs.
+    """Return the order in which tokens go by the counts of each domain's text, and what text then
+    costs.
 
     A word that one document repeats is foreseen after its first use, and other text may never have
     it: so the order is that of damped counts. The growth of text is that of plain ones. Characters
@@ -171,9 +194,15 @@ def removal_by_counts(
     """
     scripts = vocabulary.scripts()
     written = written_scripts(scripts, counts)
-    characters = {index for index, text in vocabulary.texts.items() if len(text) == 1 and scripts[index] & written}
+    characters = {
+        index
+        for index, text in vocabulary.texts.items()
+        if len(text) == 1 and scripts[index] & written
+    }
     may_go = {index: scripts[index] for index in vocabulary.texts.keys() - vocabulary.fixed}
-    plain, damped = (token_use(counts, shares, minimax=minimax, damped=is_damped) for is_damped in (False, True))
+    plain, damped = (
+        token_use(counts, shares, minimax=minimax, damped=is_damped) for is_damped in (False, True)
+    )
     return removal_order(
         vocabulary,
         with_prior_by_script(plain, may_go, written),
@@ -193,21 +222,31 @@ def removal_order(
 ) -> Removal:
     """Return all tokens that may go, each time the one that costs least.
 
-    A token of use u that is spelt in pieces of the weights w costs u (sum w - 1), and its use becomes
-    theirs. Rows without a token go first. `stay`: tokens that never go, beside the vocabulary's own;
-    nor does what any of them is merged from. `order_by_V`: the use that decides which one is next,
-    `use_V` without it. `weights_V`: see `PieceNats.weights`, 1 without them.
+    A token of use u that is spelt in pieces of the weights w costs u (sum w - 1), and its use
+    becomes theirs. Rows without a token go first. `stay`: tokens that never go, beside the
+    vocabulary's own; nor does what any of them is merged from. `order_by_V`: the use that decides
+    which one is next, `use_V` without it. `weights_V`: see `PieceNats.weights`, 1 without them.
     """
     # Rows without a token go first; the others wait for those that are merged from them.
     fixed = with_parts(vocabulary, stay)
-    padding = [index for index in range(vocabulary.num_rows) if index not in vocabulary.texts and index not in fixed]
-    use, order_by, removed = use_V.tolist(), (use_V if order_by_V is None else order_by_V).tolist(), set(padding)
+    padding = [
+        index
+        for index in range(vocabulary.num_rows)
+        if index not in vocabulary.texts and index not in fixed
+    ]
+    use, order_by, removed = (
+        use_V.tolist(),
+        (use_V if order_by_V is None else order_by_V).tolist(),
+        set(padding),
+    )
     weights = [1.0] * vocabulary.num_rows if weights_V is None else weights_V.tolist()
     needed_by = [0] * vocabulary.num_rows
     for parts in vocabulary.parts.values() if vocabulary.needs_parts else ():
         for part in set(parts):
             needed_by[part] += 1
-    free = {index for index in vocabulary.texts if index not in fixed and vocabulary.parts.get(index)}
+    free = {
+        index for index in vocabulary.texts if index not in fixed and vocabulary.parts.get(index)
+    }
 
     def spelt(index: int) -> list[int]:
         parts = vocabulary.parts[index]
@@ -256,8 +295,8 @@ def count_for_size(removal: Removal, size: int) -> int:
     least = -(-(num_rows - len(removal.ids)) // ALIGN_TOKENS) * ALIGN_TOKENS
     if size < num_rows <= least:
         raise RecipeError(
-            f"remove.vocabulary: none of the model's {num_rows:,} rows can go, in steps of {ALIGN_TOKENS}, without "
-            "text that could not be read any more; leave it out."
+            f"remove.vocabulary: none of the model's {num_rows:,} rows can go, in steps of "
+            f"{ALIGN_TOKENS}, without text that could not be read any more; leave it out."
         )
     if size != num_rows and (size % ALIGN_TOKENS or not least <= size <= num_rows):
         below = size // ALIGN_TOKENS * ALIGN_TOKENS
@@ -268,8 +307,9 @@ def count_for_size(removal: Removal, size: int) -> int:
         ]
         nearest = f" (such as {' or '.join(f'{size:,}' for size in near)})" if near else ""
         raise RecipeError(
-            f"remove.vocabulary: {size:,} of the model's {num_rows:,} rows cannot stay; give a multiple of "
-            f"{ALIGN_TOKENS}{nearest} from {least:,}, without which some text could not be read, to {num_rows:,}."
+            f"remove.vocabulary: {size:,} of the model's {num_rows:,} rows cannot stay; give a "
+            f"multiple of {ALIGN_TOKENS}{nearest} from {least:,}, without which some text could "
+            f"not be read, to {num_rows:,}."
         )
     return num_rows - size
 
@@ -299,25 +339,33 @@ def nats_of_trims(
     return nats_P[line_N] + slopes[line_N] * (more_N - more_P[line_N])
 
 
-def written_scripts(scripts: Mapping[int, frozenset[str]], counts: Mapping[str, TokenCounts]) -> set[str]:
-    """Return the scripts in which at least `WRITTEN_SHARE` of the tokens with letters of some domain are."""
+def written_scripts(
+    scripts: Mapping[int, frozenset[str]], counts: Mapping[str, TokenCounts]
+) -> set[str]:
+    """Return the scripts in which at least `WRITTEN_SHARE` of the tokens with letters of some
+    domain are.
+    """
     written: set[str] = set()
     for domain in counts.values():
         tokens: Counter[str] = Counter()
         for index in domain.tokens_V.nonzero().flatten().tolist():
             for script in scripts.get(index, ()):
                 tokens[script] += int(domain.tokens_V[index])
-        written |= {script for script, count in tokens.items() if count >= WRITTEN_SHARE * tokens.total()}
+        written |= {
+            script for script, count in tokens.items() if count >= WRITTEN_SHARE * tokens.total()
+        }
     return written
 
 
 def of_scripts(vocabulary: Vocabulary, scripts: Iterable[str]) -> set[int]:
-    """Return the tokens with letters of these scripts. Raises RecipeError for one that no token has."""
+    """Return the tokens with letters of these scripts. Raises RecipeError for one that no token
+    has.
+    """
     known = vocabulary.scripts()
     for script in (wanted := set(scripts)):
         if not any(script in of_token for of_token in known.values()):
             raise RecipeError(
-                f"remove.keep_scripts: no token of the model has a letter of {script}; its scripts are "
-                f"{', '.join(sorted(set().union(*known.values())))}."
+                f"remove.keep_scripts: no token of the model has a letter of {script}; its scripts "
+                f"are {', '.join(sorted(set().union(*known.values())))}."
             )
     return {index for index, of_token in known.items() if of_token & wanted}

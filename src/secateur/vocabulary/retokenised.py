@@ -1,6 +1,7 @@
 """The same text in another tokenizer, so that a model and its trimmed one can be asked the same.
 
-In: blocks of token ids, or conversations. Out: those of the other tokenizer's ids, of as many tokens as it takes.
+In: blocks of token ids, or conversations. Out: those of the other tokenizer's ids, of as many
+tokens as it takes.
 """
 
 from collections.abc import Mapping
@@ -17,10 +18,14 @@ from secateur.model.stock import Tokenizer
 from secateur.vocabulary.tokenizer import decoder_steps
 
 HALF = "\N{REPLACEMENT CHARACTER}"
-CHARACTERS = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # spaces stay as pieces spell them
+CHARACTERS = decoders.Sequence(
+    [decoders.ByteFallback(), decoders.Fuse()]
+)  # spaces stay as pieces spell them
 
 
-def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) -> dict[str, list[Block]]:
+def retokenised(
+    text: Mapping[str, Text], source: Tokenizer, target: Tokenizer
+) -> dict[str, list[Block]]:
     """Return every domain's blocks in tokens of `target`; one tokenizer is a trim of the other.
 
     A model predicts the same bytes of a block in either: those behind its first token, which is
@@ -39,17 +44,28 @@ def retokenised(text: Mapping[str, Text], source: Tokenizer, target: Tokenizer) 
 
     def by_mark(pieces: list[str], marks: list[Mark]) -> list[tuple[int, Mark]]:
         runs = groupby(zip(pieces, marks, strict=True), key=itemgetter(1))
-        return [(index, mark) for mark, run in runs for index in ids_of([piece for piece, _ in run])]
+        return [
+            (index, mark) for mark, run in runs for index in ids_of([piece for piece, _ in run])
+        ]
 
     def retold(block: Block) -> Block:
         pieces = reader.convert_ids_to_tokens(block.ids_T.tolist())
         marks = list(zip(block.document_T.tolist(), block.mask_T.tolist(), strict=True))
-        first, ids = [(index, marks[0]) for index in splitter.spelt(pieces[:1])], by_mark(pieces, marks)
-        if ids[: len(first)] != first:  # a token of the target spells the end of the first one and more
+        first, ids = (
+            [(index, marks[0]) for index in splitter.spelt(pieces[:1])],
+            by_mark(pieces, marks),
+        )
+        if (
+            ids[: len(first)] != first
+        ):  # a token of the target spells the end of the first one and more
             ids = first + by_mark(pieces[1:], marks[1:])
         ids = ids[len(first) - 1 :]
         counted_T = None if block.counted_T is None else torch.tensor([mark[1] for _, mark in ids])
-        return Block(torch.tensor([index for index, _ in ids]), torch.tensor([mark[0] for _, mark in ids]), counted_T)
+        return Block(
+            torch.tensor([index for index, _ in ids]),
+            torch.tensor([mark[0] for _, mark in ids]),
+            counted_T,
+        )
 
     return {domain: [retold(block) for block in blocks] for domain, blocks in text.items()}
 
@@ -76,13 +92,18 @@ class _Splitter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.backend: Any = tokenizer.backend_tokenizer
-        self.ids, self.is_byte_level = tokenizer.get_vocab(), "ByteLevel" in decoder_steps(tokenizer)
+        self.ids, self.is_byte_level = (
+            tokenizer.get_vocab(),
+            "ByteLevel" in decoder_steps(tokenizer),
+        )
 
     def spelt(self, pieces: list[str]) -> list[int]:
         """Return the ids of the pieces one by one; a piece that is not there is split."""
         model = self.backend.model
         parts = (
-            [self.ids[piece]] if piece in self.ids else [token.id for token in model.tokenize(piece)]
+            [self.ids[piece]]
+            if piece in self.ids
+            else [token.id for token in model.tokenize(piece)]
             for piece in pieces
         )
         return list(chain.from_iterable(parts))
@@ -97,12 +118,16 @@ class _Splitter:
         text = self._text(pieces[start:end])
         # Words of SentencePiece begin with the sign for a space, which no piece has inside.
         words = (
-            [word for word, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)] if self.is_byte_level else [text]
+            [word for word, _ in self.backend.pre_tokenizer.pre_tokenize_str(text)]
+            if self.is_byte_level
+            else [text]
         )
         tokens = [token for word in words for token in self.backend.model.tokenize(word)]
         if HALF in text or self._text([token.value for token in tokens]) != text:
             return self.spelt(pieces)
-        return self.spelt(pieces[:start]) + [token.id for token in tokens] + self.spelt(pieces[end:])
+        return (
+            self.spelt(pieces[:start]) + [token.id for token in tokens] + self.spelt(pieces[end:])
+        )
 
     def _text(self, pieces: list[str]) -> str:
         """Return the normalised text; `HALF` for bytes that are no whole character."""

@@ -1,4 +1,5 @@
-"""A tokenizer's tokens: which may go, what they are merged from, the tokenizer of those that stay, and bytes.
+"""A tokenizer's tokens: which may go, what they are merged from, the tokenizer of those that stay,
+and bytes.
 
 All of it is read from the backend's JSON; texts are split by the `tokenizers` library alone. The
 model's own side, rows and configs, is `vocabulary.kept`.
@@ -38,11 +39,11 @@ Parsed = dict[str, Any]
 class Vocabulary:
     """A model's tokens; rows of the embedding that are in none of the dicts are padding rows.
 
-    `num_rows`: rows of the embedding. `texts`: each token's text; half characters are shown as U+FFFD.
-    `parts`: what a token is merged from, or becomes without it (Unigram); bytes and single characters
-    have none. `needs_parts`: whether a token that stays needs its parts, as merges do. `fixed`: ids that
-    never go; of padding rows only those that a config names. `bytes`: which byte each token of a byte
-    fallback is.
+    `num_rows`: rows of the embedding. `texts`: each token's text; half characters are shown as
+    U+FFFD. `parts`: what a token is merged from, or becomes without it (Unigram); bytes and single
+    characters have none. `needs_parts`: whether a token that stays needs its parts, as merges do.
+    `fixed`: ids that never go; of padding rows only those that a config names. `bytes`: which byte
+    each token of a byte fallback is.
     """
 
     num_rows: int
@@ -74,12 +75,22 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     byte_tokens = {byte: pieces[byte_piece(byte)] for byte in values if byte_piece(byte) in pieces}
     parts = _merged_from(rules, pieces) if is_bpe else _best_without(rules, pieces, byte_tokens)
     symbols = [text for text in pieces if len(text) == 1]
-    parts |= {pieces[symbol]: spelt for symbol in symbols if (spelt := _in_bytes(symbol, byte_tokens))}
+    parts |= {
+        pieces[symbol]: spelt for symbol in symbols if (spelt := _in_bytes(symbol, byte_tokens))
+    }
     texts = _texts(parsed, ids, is_byte_level=is_byte_level)
     fixed = {pieces[symbol] for symbol in symbols if pieces[symbol] not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
-    fixed |= {index for index, text in texts.items() if len(text) == 1 and (text.isascii() or text.isdecimal())}
-    fixed |= {*byte_tokens.values()} | _told_apart(backend, pieces, parts) | _without_cover(pieces, byte_tokens)
+    fixed |= {
+        index
+        for index, text in texts.items()
+        if len(text) == 1 and (text.isascii() or text.isdecimal())
+    }
+    fixed |= (
+        {*byte_tokens.values()}
+        | _told_apart(backend, pieces, parts)
+        | _without_cover(pieces, byte_tokens)
+    )
     fixed |= _named(tokenizer, backend, parsed) | ids_named_by(model)
     return Vocabulary(
         num_rows=num_rows,
@@ -103,18 +114,31 @@ def with_parts(vocabulary: Vocabulary, ids: Iterable[int]) -> set[int]:
 
 
 # Words in the Unicode names of letters; the first word is the script, if it is none of these.
-_LETTERS, _NO_SCRIPTS = {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"}, {"MODIFIER", "FULLWIDTH", "HALFWIDTH"}
+_LETTERS, _NO_SCRIPTS = (
+    {"LETTER", "IDEOGRAPH", "SYLLABLE", "CHARACTER"},
+    {"MODIFIER", "FULLWIDTH", "HALFWIDTH"},
+)
 
 
 def scripts_of(text: str) -> frozenset[str]:
     """Return the scripts of the text's letters, as `latin`, `cyrillic` or `cjk`."""
-    names = ([*unicodedata.name(letter, "?").replace("-", " ").split()] for letter in text if letter.isalpha())
-    found = (words[0].lower() for words in names if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words))
+    names = (
+        [*unicodedata.name(letter, "?").replace("-", " ").split()]
+        for letter in text
+        if letter.isalpha()
+    )
+    found = (
+        words[0].lower()
+        for words in names
+        if words[0] not in _NO_SCRIPTS and not _LETTERS.isdisjoint(words)
+    )
     return frozenset(found)
 
 
 def scripts_left(tokenizer: Tokenizer, kept: KeptTokens) -> dict[str, tuple[int, int]]:
-    """Return how many of the tokenizer's tokens have letters of each script: of all, and of the kept ones."""
+    """Return how many of the tokenizer's tokens have letters of each script: of all, and of the
+    kept ones.
+    """
     backend: Any = tokenizer.backend_tokenizer
     ids = sorted(index for index in backend.get_vocab().values() if index < kept.num_dense)
     texts = backend.decode_batch([[index] for index in ids], skip_special_tokens=False)
@@ -129,20 +153,24 @@ def _backend_of(tokenizer: Tokenizer) -> tuple[Any, Parsed]:
     backend, name = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__name__
     if not isinstance(backend, Backend):
         raise CheckpointError(
-            f"vocabulary: the model's tokenizer ({name}) has no tokenizer.json, so its tokens cannot go; save it as a "
-            "fast tokenizer first, or leave vocabulary out."
+            f"vocabulary: the model's tokenizer ({name}) has no tokenizer.json, so its tokens "
+            "cannot go; save it as a fast tokenizer first, or leave vocabulary out."
         )
     parsed = json.loads(backend.to_str())
     model = parsed["model"]
     if model["type"] not in ("BPE", "Unigram"):
         raise CheckpointError(
-            f"vocabulary: the model's tokenizer is {model['type']}, and tokens of BPE or Unigram alone can go; leave "
-            "vocabulary out."
+            f"vocabulary: the model's tokenizer is {model['type']}, and tokens of BPE or Unigram "
+            "alone can go; leave vocabulary out."
         )
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or backend.decoder is None:
+    if (
+        model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+        or backend.decoder is None
+    ):
         raise CheckpointError(
-            "vocabulary: the model's tokenizer marks the parts of words by a prefix or suffix, or has no decoder, so "
-            "its tokens cannot go; leave vocabulary out."
+            "vocabulary: the model's tokenizer marks the parts of words by a prefix or suffix, or "
+            "has no decoder, so its tokens cannot go; leave vocabulary out."
         )
     return backend, parsed
 
@@ -156,7 +184,9 @@ def _model_ids(parsed: Parsed) -> dict[str, int]:
 
 
 def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
-    """Return every token's id. Those without a row are left out: added ones, as `check_rows` refuses others."""
+    """Return every token's id. Those without a row are left out: added ones, as `check_rows`
+    refuses others.
+    """
     ids = _model_ids(parsed) | {token["content"]: token["id"] for token in parsed["added_tokens"]}
     return {text: index for text, index in ids.items() if index < num_rows}
 
@@ -165,7 +195,11 @@ def _texts(parsed: Parsed, ids: dict[str, int], *, is_byte_level: bool) -> dict[
     added = {token["content"] for token in parsed["added_tokens"]}
     decode = decoders.ByteLevel().decode
     return {
-        index: text if text in added else decode([text]) if is_byte_level else text.replace(SPACE, " ")
+        index: text
+        if text in added
+        else decode([text])
+        if is_byte_level
+        else text.replace(SPACE, " ")
         for text, index in ids.items()
     }
 
@@ -199,8 +233,11 @@ def _in_bytes(symbol: str, byte_tokens: dict[int, int]) -> tuple[int, ...] | Non
     return tuple(byte_tokens[byte] for byte in symbol.encode()) if is_covered else None
 
 
-def _best_without(model: Parsed, pieces: dict[str, int], byte_tokens: dict[int, int]) -> dict[int, tuple[int, ...]]:
-    """Return how a Unigram tokenizer would split each piece if it were not there; characters without a piece in bytes.
+def _best_without(
+    model: Parsed, pieces: dict[str, int], byte_tokens: dict[int, int]
+) -> dict[int, tuple[int, ...]]:
+    """Return how a Unigram tokenizer would split each piece if it were not there; characters
+    without a piece in bytes.
 
     Where the byte fallback does not cover a character, it is left out.
     """
@@ -216,26 +253,38 @@ def _best_without(model: Parsed, pieces: dict[str, int], byte_tokens: dict[int, 
             if token.value in known:
                 parts.append(pieces[token.value])
             else:
-                parts += [byte for symbol in token.value for byte in _in_bytes(symbol, byte_tokens) or ()]
+                parts += [
+                    byte for symbol in token.value for byte in _in_bytes(symbol, byte_tokens) or ()
+                ]
         parts_of[pieces[piece]] = tuple(parts)
     return parts_of
 
 
 def _within(text: str, pieces: dict[str, int]) -> set[str]:
     """Return the pieces that are parts of the text, without itself."""
-    parts = {text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)}
+    parts = {
+        text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1)
+    }
     return (parts - {text}) & pieces.keys()
 
 
 def _without_cover(pieces: dict[str, int], byte_tokens: dict[int, int]) -> set[int]:
-    """Return the tokens that hold a character which neither a token nor the byte fallback spells."""
+    """Return the tokens that hold a character which neither a token nor the byte fallback
+    spells.
+    """
     symbols = set().union(*pieces)
-    unspelt = {symbol for symbol in symbols if symbol not in pieces and not _in_bytes(symbol, byte_tokens)}
+    unspelt = {
+        symbol for symbol in symbols if symbol not in pieces and not _in_bytes(symbol, byte_tokens)
+    }
     return {index for text, index in pieces.items() if not unspelt.isdisjoint(text)}
 
 
-def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int, ...]]) -> set[int]:
-    """Return the tokens whose parts do not decode to the same text, at the start of a text or within it."""
+def _told_apart(
+    backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int, ...]]
+) -> set[int]:
+    """Return the tokens whose parts do not decode to the same text, at the start of a text or
+    within it.
+    """
     text_of = {index: text for text, index in pieces.items()}
     decode, differing = backend.decoder.decode, set[int]()
     for index, those in parts.items():
@@ -246,7 +295,9 @@ def _told_apart(backend: Any, pieces: dict[str, int], parts: dict[int, tuple[int
 
 
 def _named(tokenizer: Tokenizer, backend: Any, parsed: Parsed) -> set[int]:
-    """Return special and added tokens, those of the post-processor and of the chat template's own text."""
+    """Return special and added tokens, those of the post-processor and of the chat template's own
+    text.
+    """
     special: Any = tokenizer.all_special_ids
     named = {token["id"] for token in parsed["added_tokens"]} | set(special)
     _renumbered(parsed["post_processor"], named.add)
@@ -260,9 +311,13 @@ def _named(tokenizer: Tokenizer, backend: Any, parsed: Parsed) -> set[int]:
 
 
 def _template_texts(template: Any) -> set[str]:
-    """Return the text that chat templates write themselves: what is outside of tags, and strings in them."""
+    """Return the text that chat templates write themselves: what is outside of tags, and strings in
+    them.
+    """
     texts = set()
-    for source in template.values() if isinstance(template, dict) else [template] if template else []:
+    for source in (
+        template.values() if isinstance(template, dict) else [template] if template else []
+    ):
         try:
             tokens = list(Environment(trim_blocks=True, lstrip_blocks=True).lex(source))
         except TemplateSyntaxError:
@@ -282,7 +337,9 @@ def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens, config: Any = None
     """
     _, parsed = _backend_of(tokenizer)
     ids = _ids(parsed, kept.num_dense)
-    expected = {text: new for text, index in ids.items() if (new := kept.new_ids[index]) is not None}
+    expected = {
+        text: new for text, index in ids.items() if (new := kept.new_ids[index]) is not None
+    }
     with tempfile.TemporaryDirectory(prefix="secateur-tokenizer-") as scratch, quiet_transformers():
         tokenizer.save_pretrained(scratch)
         for file in Path(scratch).iterdir():
@@ -295,16 +352,22 @@ def trimmed_tokenizer(tokenizer: Tokenizer, kept: KeptTokens, config: Any = None
         trimmed: Any = type(tokenizer).from_pretrained(scratch)
         _check_tokens(trimmed, expected)
         if config is not None:
-            _check_tokens(AutoTokenizer.from_pretrained(scratch, config=config, trust_remote_code=False), expected)
+            _check_tokens(
+                AutoTokenizer.from_pretrained(scratch, config=config, trust_remote_code=False),
+                expected,
+            )
     trimmed.name_or_path = trimmed.init_kwargs["name_or_path"] = tokenizer.name_or_path
     return trimmed
 
 
-def trim_like(there: Checkpoint, kept: KeptTokens, tokenizer: Tokenizer, model: CausalLM, name: str) -> Trim:
-    """Return the trim to the tokens that stayed in another result, `there`, which has them in its files.
+def trim_like(
+    there: Checkpoint, kept: KeptTokens, tokenizer: Tokenizer, model: CausalLM, name: str
+) -> Trim:
+    """Return the trim to the tokens that stayed in another result, `there`, which has them in its
+    files.
 
-    `name`: of the model. Raises CheckpointError if they are not the same tokens here, or if one goes that is needed
-    here.
+    `name`: of the model. Raises CheckpointError if they are not the same tokens here, or if one
+    goes that is needed here.
     """
     vocabulary, expected = read_vocabulary(tokenizer, model), load_tokenizer(there).get_vocab()
     new = trimmed_tokenizer(tokenizer, kept, model.config)
@@ -313,8 +376,8 @@ def trim_like(there: Checkpoint, kept: KeptTokens, tokenizer: Tokenizer, model: 
     if lost or differ:
         odd = vocabulary.texts.get(lost[0], lost[0]) if lost else differ[0][0]
         raise CheckpointError(
-            f"like {there.reference}: token {odd!r} is not the same in the tokenizer of {name}, so the tokens that "
-            "stayed there cannot stay here; leave like out to choose them anew."
+            f"like {there.reference}: token {odd!r} is not the same in the tokenizer of {name}, so "
+            "the tokens that stayed there cannot stay here; leave like out to choose them anew."
         )
     return Trim(kept, tokenizer, new)
 
@@ -323,9 +386,14 @@ def _check_tokens(loaded: Any, expected: dict[str, int]) -> None:
     name, ids = type(loaded).__name__, loaded.get_vocab()
     if ids != expected:
         added = sorted(ids.keys() - expected.keys())
-        does = f"adds {added[0]}, which then has no row" if added else "gives the kept tokens other ids"
+        does = (
+            f"adds {added[0]}, which then has no row"
+            if added
+            else "gives the kept tokens other ids"
+        )
         raise CheckpointError(
-            f"vocabulary: {name}, as which transformers loads the trimmed tokenizer, {does}; leave vocabulary out."
+            f"vocabulary: {name}, as which transformers loads the trimmed tokenizer, {does}; leave "
+            "vocabulary out."
         )
 
 
@@ -336,7 +404,9 @@ def _write_json(file: Path, content: Any) -> None:
 def _without(value: Any, removed: set[str]) -> Any:
     """Return the tokenizer's config without tokens that are gone."""
     if isinstance(value, dict):
-        return {key: _without(item, removed) for key, item in value.items() if not _names(item, removed)}
+        return {
+            key: _without(item, removed) for key, item in value.items() if not _names(item, removed)
+        }
     if isinstance(value, list):
         return [_without(item, removed) for item in value if not _names(item, removed)]
     return value
@@ -355,14 +425,24 @@ def _trimmed(parsed: Parsed, kept: KeptTokens) -> Parsed:
         return new_ids[index] if index < kept.num_dense else None
 
     if model["type"] == "BPE":
-        model["vocab"] = {text: new(index) for text, index in model["vocab"].items() if new(index) is not None}
+        model["vocab"] = {
+            text: new(index) for text, index in model["vocab"].items() if new(index) is not None
+        }
         model["merges"] = [
-            [left, right] for left, right in model["merges"] if model["vocab"].keys() >= {left, right, left + right}
+            [left, right]
+            for left, right in model["merges"]
+            if model["vocab"].keys() >= {left, right, left + right}
         ]
     else:
-        model["vocab"] = [piece for index, piece in enumerate(model["vocab"]) if new(index) is not None]
+        model["vocab"] = [
+            piece for index, piece in enumerate(model["vocab"]) if new(index) is not None
+        ]
         model["unk_id"] = None if model["unk_id"] is None else new(model["unk_id"])
-    added = [{**token, "id": new(token["id"])} for token in parsed["added_tokens"] if new(token["id"]) is not None]
+    added = [
+        {**token, "id": new(token["id"])}
+        for token in parsed["added_tokens"]
+        if new(token["id"]) is not None
+    ]
     trimmed = {**parsed, "model": model, "added_tokens": added}
     trimmed["post_processor"] = _renumbered(parsed["post_processor"], new)
     if trimmed["padding"]:
@@ -421,7 +501,11 @@ def num_bytes(tokenizer: Tokenizer, blocks_NT: Iterable[Tensor]) -> int:
             return 0
         if "ByteLevel" in steps:
             return len(piece(index).encode() if index in added else piece(index))
-        is_byte = "ByteFallback" in steps and piece(index).startswith("<0x") and len(piece(index)) == len("<0x00>")
+        is_byte = (
+            "ByteFallback" in steps
+            and piece(index).startswith("<0x")
+            and len(piece(index)) == len("<0x00>")
+        )
         return 1 if is_byte else len(piece(index).replace(SPACE, " ").encode())
 
     total = 0
@@ -438,7 +522,10 @@ def decoder_steps(reader: Any) -> set[str]:
     backend = getattr(reader, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return set()
-    if any(getattr(backend.model, key, None) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
+    if any(
+        getattr(backend.model, key, None)
+        for key in ("continuing_subword_prefix", "end_of_word_suffix")
+    ):
         return set()
     decoder = json.loads(backend.decoder.__getstate__())
     kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
