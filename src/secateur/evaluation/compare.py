@@ -57,7 +57,7 @@ class _Shared:
 
     def asking(self, cell: Cell) -> Opened:
         """Return the model with a cell's recipe."""
-        return with_share_of_answers(checked(self.opened.asking(cell.recipe)))
+        return with_share_of_answers(self.opened.asking(cell.recipe))
 
 
 @joined()

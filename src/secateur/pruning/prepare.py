@@ -50,14 +50,14 @@ def begun_run(
     """Yield the services of a run, see `begun`; a model in memory cannot go on, because a run cuts
     it in place.
 
-    Inside it freed memory is kept, and a run may choose how many threads torch has; behind it all
-    is as before.
+    Inside it a model in memory is in eval mode, as loaded ones are, freed memory is kept, and a run
+    may choose how many threads torch has; behind it all is as before.
     """
     inputs = None if opened.checkpoint is None else partial(inputs_of, opened, opened.checkpoint)
     job = begun(
         out, inputs, overwrite=overwrite, protected=opened.directory, progress=progress, tell=tell
     )
-    with keeping_freed(), threads_kept(), job as services:
+    with keeping_freed(), threads_kept(), eval_mode(opened.model), job as services:
         yield services
 
 
@@ -127,8 +127,7 @@ def prepared(
         if opened.device.type == "cpu" and size() == 1:
             choose_threads(opened, services)
         services.progress("load", 1, 1)
-    model = opened.model
-    with log.time("calibration"), eval_mode(model):
+    with log.time("calibration"):
         if any(blocks.is_meta for blocks in drawn.learning.held_out.values()):
             drawn = drawn.written(opened, text.answers(opened, services))
         services.store.check_input(
@@ -136,7 +135,7 @@ def prepared(
         )
 
     run = Run(
-        model=model,
+        model=opened.model,
         arch=opened.arch,
         resolved=resolved,
         text=drawn.learning,

@@ -43,6 +43,24 @@ NUM_CUTS, NEAR = 3, 0.9
 GUESSED_NATS = 2.0
 
 
+def check_asked(
+    given: Recipe, like: Path | str | None, from_: Path | str | None, max_loss: float | None
+) -> None:
+    """Raise RecipeError for what a prune does not take, or not together. Arguments: of `prune`."""
+    if given.recover is not None:
+        raise RecipeError(
+            "recover: is what secateur recover reads, once a model is pruned; leave it out of a "
+            "prune."
+        )
+    if max_loss is not None and not 0 < max_loss < math.inf:
+        raise RecipeError(f"max_loss: give a number of nats per token above 0, got {max_loss}.")
+    for name, other in (("max_loss", max_loss), ("from", from_)):
+        if like is not None and other is not None:
+            raise RecipeError(
+                f"{name}: does not go with like, which says what goes; leave out one of them."
+            )
+
+
 def at_size(opened: Opened, remove: dict[str, Any]) -> Opened:
     """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
     return checked(opened.filled(remove=remove))

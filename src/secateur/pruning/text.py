@@ -13,7 +13,7 @@ from secateur.data.pool import Allotted, Amounts, Learning, Split, TextPool, jud
 from secateur.errors import CalibrationError, RecipeError
 from secateur.log import Progress
 from secateur.pruning.open import Opened, tokenizer_of
-from secateur.pruning.resolve import Resolved, text_for
+from secateur.pruning.resolve import Resolved, checked, text_for
 from secateur.recipe import SHARE_OF_ANSWERS, Domain, Recipe
 from secateur.recovery.text import answers_of
 from secateur.report.records import CalibrationFacts
@@ -147,13 +147,15 @@ def run_text(
 
 
 def with_share_of_answers(opened: Opened) -> Opened:
-    """Return `opened` with domains of which `calibration.answers` are answers; the others share the
-    rest.
+    """Return `opened`, checked, with domains of which `calibration.answers` are answers; the others
+    share the rest.
 
     Where none of them has answers, one is added, to prompts that come with secateur. The same again
-    changes nothing. Raises CalibrationError for a chat template that fails, RecipeError without one
-    for answers, and for a share of 0 beside prompts that are to be answered.
+    changes nothing. Raises what `checked` does, CalibrationError for a chat template that fails,
+    RecipeError without one for answers, and for a share of 0 beside prompts that are to be
+    answered.
     """
+    opened = checked(opened)
     calibration, share = opened.recipe.calibration, opened.recipe.calibration.answers
     answers, text = calibration.answered, calibration.of_text
     is_default = "domains" not in calibration.model_fields_set

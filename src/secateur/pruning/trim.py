@@ -16,7 +16,7 @@ import secateur.methods.tokens as methods
 from secateur.data.blocks import Blocks
 from secateur.methods.budget import least_step, params_of, prices_of, token_prices
 from secateur.model.bind import Arch
-from secateur.model.stock import CausalLM, Tokenizer, eval_mode
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cost import memory_for
 from secateur.pruning.open import Opened, loaded, onload, tokenizer_of
 from secateur.pruning.resolve import align_for, groups_of, layers_to_expect, resolve
@@ -280,20 +280,17 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
     written = {domain.name: domain.calibration for domain in read}
     held_out = {domain.name: domain.held_out for domain in read}
     answers: dict[str, Blocks] = {}
-    with eval_mode(opened.model):
-        if len(written) < len(domains) and not (plan.weights_on_disk or plan.one_layer_at_a_time):
-            speaker = text.answers(opened, dense.services)
-            for domain in domains:
-                if domain.blocks.is_meta:
-                    sizes = len(domain.held_out), domain.num_calibration
-                    blocks = speaker.blocks(
-                        domain.name, {"held-out": sizes[0], "learning": sizes[1]}
-                    )
-                    held_out[domain.name], answers[domain.name] = (
-                        blocks["held-out"],
-                        blocks["learning"],
-                    )
-        yield _Hand(opened, written | answers, answers, held_out, resolved.damping)
+    if len(written) < len(domains) and not (plan.weights_on_disk or plan.one_layer_at_a_time):
+        speaker = text.answers(opened, dense.services)
+        for domain in domains:
+            if domain.blocks.is_meta:
+                sizes = len(domain.held_out), domain.num_calibration
+                blocks = speaker.blocks(domain.name, {"held-out": sizes[0], "learning": sizes[1]})
+                held_out[domain.name], answers[domain.name] = (
+                    blocks["held-out"],
+                    blocks["learning"],
+                )
+    yield _Hand(opened, written | answers, answers, held_out, resolved.damping)
     placement.offload()
 
 
