@@ -102,27 +102,21 @@ def model_card(summary: Summary, recipe: Recipe) -> str:
         "",
         *_loading(summary),
         "",
-    ]
-    lines += [
         *markdown(quality_and_size(summary)),
         "",
         *_calibrated_on(summary, recipe),
         "",
         "## How it was made",
         "",
-    ]
-    lines += [
         f"- command: {code(summary.command)}"
         if summary.command
-        else "- from Python: `secateur.prune`"
-    ]
-    lines += [f"- {label}: {escaped(text)}" for label, text in note_rows(summary)]
-    lines += [f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}"]
-    lines += [
+        else "- from Python: `secateur.prune`",
+        *(f"- {label}: {escaped(text)}" for label, text in note_rows(summary)),
+        f"- versions: {escaped(', '.join(map(' '.join, summary.versions.items())))}",
         "- all options: `recipe.yaml`; kept units: `keep.json`; every step: `run.jsonl`; all "
-        "figures: `result.json`"
+        "figures: `result.json`",
+        *(f"- note: {escaped(note)}" for note in caveats(summary)),
     ]
-    lines += [f"- note: {escaped(note)}" for note in caveats(summary)]
     return with_metadata("\n".join(lines) + "\n", card_data(summary, recipe))
 
 
@@ -132,13 +126,11 @@ def _calibrated_on(summary: Summary, recipe: Recipe) -> Iterator[str]:
     for name, num_tokens in summary.calibration.num_tokens.items():
         source = source_text(recipe.calibration.domains[name])
         yield f"- {escaped(f'{name}: {num_tokens:,} tokens ({source})')}"
-    losses = (
-        (name, summary.pruned_losses[name], loss) for name, loss in summary.dense_losses.items()
-    )
-    ratios = sorted(
-        ((pruned.perplexity / dense.perplexity, name) for name, pruned, dense in losses),
-        reverse=True,
-    )
+    ratios = [
+        (summary.pruned_losses[name].perplexity / dense.perplexity, name)
+        for name, dense in summary.dense_losses.items()
+    ]
+    ratios.sort(reverse=True)
     lost = [
         f"{name} ({ratio:.2f} times the dense model's perplexity)"
         for ratio, name in ratios

@@ -104,10 +104,8 @@ def _printable(text: str) -> str:
 
 def speed_section(files: ResultFiles) -> Section:
     """Size, and if `secateur bench` has measured them, speed and memory beside the ideal."""
-    bench, sizes = (
-        files.bench,
-        Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary))),
-    )
+    bench = files.bench
+    sizes = Table("Parameters, bytes, widths", ("", *SIDES), list(figure_rows(files.summary)))
     if bench is None or not bench.speed_ups:
         return Section("speed", "Size", tables=(sizes,))
     how = (
@@ -140,19 +138,10 @@ def removed_section(files: ResultFiles) -> Section | None:
         rows, bars = list[tuple[str, ...]](), list[list[float]]()
         # Layers may have different groups: experts in some, an MLP in others.
         for layer in sorted({layer for units in groups.values() for layer in units}):
-            cells = [
-                "{:,} → {:,}".format(*units[layer]) if layer in units else ""
-                for units in groups.values()
-            ]
+            counts = [units.get(layer) for units in groups.values()]
+            cells = ["{:,} → {:,}".format(*pair) if pair else "" for pair in counts]
             rows.append((f"layer {layer}", *cells))
-            bars.append(
-                [
-                    kept / before
-                    for before, kept in (
-                        units[layer] for units in groups.values() if layer in units
-                    )
-                ]
-            )
+            bars.append([kept / before for before, kept in filter(None, counts)])
         caption = "Units by layer, before → kept; bars: the share that stays"
         tables.append(Table(caption, ("", *groups), rows, bars=bars))
     if (vocabulary := files.summary.vocabulary) is not None:
@@ -208,34 +197,24 @@ def text_section(files: ResultFiles) -> Section:
 def repeat_section(files: ResultFiles) -> Section:
     """The commands and the recipe that make the result again, and what the run was made with."""
     summary = files.summary
-    lines = [
-        f"pip install secateur=={summary.versions['secateur']} "
-        f"torch=={summary.versions['torch'].split('+')[0]}"
-    ]
-    lines += [f"pip install transformers=={summary.versions['transformers']}"]
-    how = (
-        "--recipe recipe.yaml"
-        if summary.like is None
-        else f"--like {shlex.quote(summary.like.name)}"
-    )
+    how = "--recipe recipe.yaml"
+    if summary.like is not None:
+        how = f"--like {shlex.quote(summary.like.name)}"
     if summary.measured is not None:
         how = f"--from {shlex.quote(summary.measured)} {how}"
-    lines += [f"secateur prune {shlex.quote(summary.model)} OUT {how}"]
+    lines = [
+        f"pip install secateur=={summary.versions['secateur']} "
+        f"torch=={summary.versions['torch'].split('+')[0]}",
+        f"pip install transformers=={summary.versions['transformers']}",
+        f"secateur prune {shlex.quote(summary.model)} OUT {how}",
+    ]
     if files.recovery is not None:  # whose settings a prune refuses
         lines += [files.recovery.command or "# then, from Python, secateur.recover"]
     recipe = files.recipe.model_copy(update={"recover": None})
-    lines += [
-        "",
-        "# recipe.yaml, every default filled in",
-        dump_recipe(recipe, places=False).strip(),
-    ]
-    made = (
-        f"This run: {summary.command}"
-        if summary.command
-        else "This run: secateur.prune, from Python"
-    )
+    lines += ["", "# recipe.yaml, every default filled in"]
+    lines += [dump_recipe(recipe, places=False).strip()]
     about = (
-        made,
+        f"This run: {summary.command or 'secateur.prune, from Python'}",
         "On the same machine with the same versions the weights come out the same to the byte; the "
         "calibration hash tells whether the text is the same.",
     )

@@ -278,15 +278,16 @@ def inspection_table(inspection: Inspection) -> Tables:
     """Return what `secateur inspect` shows: what goes, by kind of group, and what that takes."""
     size, rows = inspection.size, []
     for group in inspection.groups:
-        numbers = (
-            group.num_layers,
-            group.num_units,
-            group.num_keep,
-            group.params_per_unit,
-            group.num_params,
+        cells = (
+            f"{group.name} ({group.unit})",
+            f"{group.num_layers:,}",
+            f"{group.num_units:,}",
+            f"{group.num_keep:,}",
+            f"{group.params_per_unit:,}",
+            f"{group.num_params:,}",
+            f"{group.num_params / size.num_params:.1%}",
         )
-        share = f"{group.num_params / size.num_params:.1%}"
-        rows.append((f"{group.name} ({group.unit})", *(f"{number:,}" for number in numbers), share))
+        rows.append(cells)
     caption = (
         f"{inspection.model}: family {inspection.family}, {size.num_params:,} parameters, "
         f"{inspection.dtype}"
@@ -477,9 +478,8 @@ def task_table(evaluation: Evaluation) -> Table:
             cells = [of[task][metric].text() for of in scores]
             if changes is not None:
                 cells.append(changes[task][metric].text("+"))
-            rows.append(
-                (f"{task}, {metric.removesuffix(',none')}", *cells)
-            )  # with the harness's filter, if any
+            # With the harness's filter, if any.
+            rows.append((f"{task}, {metric.removesuffix(',none')}", *cells))
     return Table("score ± standard error", ("task", *_columns(evaluation)), rows)
 
 
@@ -580,24 +580,13 @@ def judged_table(record: RecoveryRecord) -> Table:
         return Table("", (), [])
     rows: list[Cells] = []
     if answers := [model.answers for model in record.judged.values() if model.answers is not None]:
-        rows.append(
-            (
-                "own answers",
-                f"{answers[0].dense_nats:.3f}",
-                *(lost_cell(answers_of) for answers_of in answers),
-            )
-        )
+        rows.append(("own answers", f"{answers[0].dense_nats:.3f}", *map(lost_cell, answers)))
     texts = (
         [(OTHER_SOURCES, model.other), *model.domains.items()] for model in record.judged.values()
     )
     for (name, dense), *others in zip(*texts, strict=True):
-        rows.append(
-            (
-                name,
-                f"{dense.nats_per_token:.3f}",
-                *(change(dense, loss).text() for _, loss in others),
-            )
-        )
+        differences = (change(dense, loss).text() for _, loss in others)
+        rows.append((name, f"{dense.nats_per_token:.3f}", *differences))
     return Table(f"{record.pruned}: nats/token on what judges", ("", *record.judged), rows)
 
 

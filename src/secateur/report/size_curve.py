@@ -69,10 +69,8 @@ def marked(measurement: Measurement) -> dict[str, float]:
     """Return the largest share at which each mark is kept, in thousandths; no size may be too
     far.
     """
-    first, shares = (
-        _first(measurement.sizes)[0],
-        range(1, int(1000 * measurement.sizes[-1].removed) + 1),
-    )
+    first = _first(measurement.sizes)[0]
+    shares = range(1, int(1000 * measurement.sizes[-1].removed) + 1)
     lost = [nats_at(measurement.probes, first, share / 1000, measurement.units) for share in shares]
     kept = {name: bisect_right(lost, nats) for name, nats in MARKS.items()}
     return {name: num / 1000 for name, num in kept.items() if name != TOO_FAR or num < len(lost)}
@@ -128,19 +126,17 @@ def _table(measurement: Measurement, caption: str, shown: Sequence[SizeCost]) ->
 def _notes(measurement: Measurement) -> list[tuple[str, str]]:
     first = _first(measurement.sizes)[0]
     bounds = _bounds(measurement).items()
-    marks = [
-        (name, f"{bound}, {MARKS[name]:g} nats per token on {first}") for name, bound in bounds
-    ]
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
     note = (
         f"without a polish, from models cut to {probes} and judged; the middle one is "
         f"{measurement.band:.0%} off"
     )
-    pace = (
-        "of one prompt, here: a line through the seconds per token of these models, timed by turns"
-    )
     return [
-        *marks,
+        *((name, f"{bound}, {MARKS[name]:g} nats per token on {first}") for name, bound in bounds),
         ("foretold", f"{note}, as a mean over texts, where the others foretell it"),
-        ("tokens/s", pace),
+        (
+            "tokens/s",
+            "of one prompt, here: a line through the seconds per token of these models, timed by "
+            "turns",
+        ),
     ]
