@@ -48,8 +48,9 @@ def shown_split(split: Split) -> str:
         lines.append(f"  counted of {name}: {int(counts.tokens_V.sum())}, {counts.damped_V.sum():.3f}")
     lines += [f"  {note}" for note in (*text.notes, *split.judged.notes, *split.notes)]
     num_tokens = sum(domain.calibration.num_tokens for domain in text.domains)
+    num_held_out_tokens = sum(blocks.num_tokens for blocks in text.held_out.values())
     hashes = [each.content_hash[:8] for each in (text, split.judged)]
-    return "\n".join([*lines, f"  {num_tokens} and {text.num_held_out_tokens} tokens, {', '.join(hashes)}"])
+    return "\n".join([*lines, f"  {num_tokens} and {num_held_out_tokens} tokens, {', '.join(hashes)}"])
 
 
 SHORT, AGAIN, LONG = {"short": ("short.jsonl",)}, {"again": ("again.csv",)}, {"long": ("p.txt", "q.txt")}

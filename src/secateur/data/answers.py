@@ -46,10 +46,7 @@ TEMPERATURE = 0.7
 PATIENCE, LEAST_FRESH = 100, 1 / 20
 # What a step costs beside its rows, in tokens, as measured on a processor: so progress is even.
 STEP_TOKENS = 32
-NOT_FINITE = (
-    "answers: the model gives no finite logits; use it in bfloat16 or float32 and check its "
-    "weights."
-)
+
 # A gap at a block's end is filled with a part of a conversation if it is longer than this share of
 # it.
 LARGEST_GAP = 1 / 8
@@ -230,7 +227,11 @@ class Answers:
         places = [len(requests) * batch // num_batches for batch in range(num_batches + 1)]
         batches = [requests[start:end] for start, end in pairwise(places)]
         steps = [
-            (_name(batch[0], batch[-1]), partial(_batch, self.speaker, batch, tell))
+            (
+                f"answers-{batch[0].domain}-{batch[0].part}-{batch[0].number}"
+                f"-{batch[-1].part}-{batch[-1].number}",
+                partial(_batch, self.speaker, batch, tell),
+            )
             for batch in batches
         ]
         for batch, tensors in zip(batches, self.do(steps), strict=True):
@@ -263,10 +264,6 @@ class Answers:
 
 def _num_tokens(conversations: Sequence[Conversation]) -> int:
     return sum(len(conversation.ids_T) for conversation in conversations)
-
-
-def _name(first: Request, last: Request) -> str:
-    return f"answers-{first.domain}-{first.part}-{first.number}-{last.part}-{last.number}"
 
 
 def with_answers(
@@ -399,11 +396,13 @@ def _continued(
             logits_BV = head(output.last_hidden_state[:, -1])[:, : len(speaker.tokenizer)]
             highest_B, next_B = logits_BV.max(dim=-1)
             if not bool(highest_B.isfinite().all()):
-                raise NumericsError(NOT_FINITE)
-            if draws is not None:
-                next_B = _draw(
-                    logits_BV / TEMPERATURE, torch.tensor([draws[row].random() for row in rows])
+                raise NumericsError(
+                    "answers: the model gives no finite logits; use it in bfloat16 or float32 and "
+                    "check its weights."
                 )
+            if draws is not None:
+                uniform_B = torch.tensor([draws[row].random() for row in rows])
+                next_B = _draw(logits_BV / TEMPERATURE, uniform_B)
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 if not is_over(drawn[row]):
                     drawn[row].append(token)
@@ -411,21 +410,17 @@ def _continued(
             tell(num_read + STEP_TOKENS + len(open_rows))
             num_read = 0
             if not open_rows:
-                both = zip(prompts, drawn, strict=True)
                 return [
                     Conversation(torch.tensor([*prompt, *answer]), len(prompt))
-                    for prompt, answer in both
+                    for prompt, answer in zip(prompts, drawn, strict=True)
                 ]
 
             # Drop what is finished, then append what was drawn.
             if len(rows) - len(open_rows) >= FINISHED_SHARE * len(rows):
                 stay_B = torch.tensor(open_rows, device=model.device)
                 output[name].batch_select_indices(stay_B)
-                mask_BT, next_B, rows = (
-                    mask_BT[stay_B],
-                    next_B[stay_B],
-                    [rows[place] for place in open_rows],
-                )
+                mask_BT, next_B = mask_BT[stay_B], next_B[stay_B]
+                rows = [rows[place] for place in open_rows]
             fed_BT, cache = next_B[:, None], {name: _with_room(output[name])}
             mask_BT = torch.cat([mask_BT, torch.ones_like(fed_BT)], dim=1)
 
@@ -492,7 +487,7 @@ def packed(conversations: Sequence[Conversation], length: int, filler: int) -> B
     """
     left, number = list(conversations), 0
     empty = torch.zeros(0, length, dtype=torch.int64)
-    ids, documents, answers = [empty], [empty], [empty.bool()]
+    rows = [empty], [empty], [empty.bool()]
     while left:
         block = [left.pop(0)]
         while (gap := length - _num_tokens(block)) > 0:
@@ -511,24 +506,16 @@ def packed(conversations: Sequence[Conversation], length: int, filler: int) -> B
             block.append(left.pop(cut))
         if not left and gap > LARGEST_GAP * length:
             break
-        # A gap is filled, and what is too long is cut.
-        ids.append(
-            pad(torch.cat([conversation.ids_T for conversation in block]), (0, gap), value=filler)
-        )
-        answers.append(
-            pad(
-                torch.cat([conversation.is_answer_T for conversation in block]),
-                (0, gap),
-                value=False,
-            )
-        )
-        numbers = [
-            torch.full_like(conversation.ids_T, number + place)
-            for place, conversation in enumerate(block)
+        parts = [
+            (each.ids_T, torch.full_like(each.ids_T, place), each.is_answer_T)
+            for place, each in enumerate(block, start=number)
         ]
         number += len(block)
-        documents.append(pad(torch.cat(numbers), (0, gap), value=number - 1))
-    return Blocks(torch.vstack(ids), torch.vstack(documents), torch.vstack(answers))
+        # A gap is filled, and what is too long is cut.
+        fillers = filler, number - 1, False
+        for column, tensors, value in zip(rows, zip(*parts, strict=True), fillers, strict=True):
+            column.append(pad(torch.cat(tensors), (0, gap), value=value))
+    return Blocks(*map(torch.vstack, rows))
 
 
 def _once(conversations: list[Conversation]) -> list[Conversation]:

@@ -89,8 +89,8 @@ Text = Blocks | Sequence[Block]
 class LearningDomain:
     """One domain's text to learn by. `share`: of the calibration tokens; shares sum to 1.
 
-    `blocks`: the first `num_calibration` are for calibration; a training begins at
-    the first, too, and may go on behind them. Of answers it has others: the same twice are worse.
+    `blocks`: the first `num_calibration` are for calibration; a training begins at the first, too,
+    and may go on behind them. Of answers it has others: the same twice are worse.
     `held_out`: what guards the run, from other documents.
     """
 
@@ -105,10 +105,14 @@ class LearningDomain:
         """The blocks that units are measured on."""
         return self.blocks[: self.num_calibration]
 
+    @property
+    def first_to_train(self) -> int:
+        """The number of the block that a training begins at."""
+        return 0 if self.blocks.counted_NT is None else self.num_calibration
+
     def training(self, num_blocks: int) -> Blocks:
         """Return the first blocks of a training, as many as there are."""
-        first = 0 if self.blocks.counted_NT is None else self.num_calibration
-        return self.blocks[first : first + num_blocks]
+        return self.blocks[self.first_to_train :][:num_blocks]
 
 
 def num_blocks_of(share: float, num_tokens: int, length: int) -> int:
@@ -130,12 +134,11 @@ class LearningText:
     @property
     def content_hash(self) -> str:
         """The hash of all blocks, see `text_hash`."""
-        parts = (
+        return text_hash(
             (domain.name, domain.share, part)
             for domain in self.domains
             for part in (domain.blocks, domain.held_out)
         )
-        return text_hash(parts)
 
     @property
     def measured_hash(self) -> str:
@@ -148,11 +151,6 @@ class LearningText:
             for domain in text
             for part in (domain.calibration, domain.held_out)
         )
-
-    @property
-    def num_held_out_tokens(self) -> int:
-        """Held-out tokens of all domains."""
-        return sum(domain.held_out.num_tokens for domain in self.domains)
 
     @property
     def held_out(self) -> dict[str, Blocks]:

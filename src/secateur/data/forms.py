@@ -124,7 +124,7 @@ def content_of(
         return _text(first, where)
     messages = _messages(first, where, note)
     if answer:
-        is_needed = not answered or _are_turns(answer[0])
+        is_needed = not answered or _are_objects(answer[0])
         given = _messages(answer[0], where, note, "assistant") if is_needed else []
         messages = _pair(row, messages, given)
     system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
@@ -194,22 +194,21 @@ def _messages(value: Any, where: str, note: Note, role: str = "user") -> Message
     """Return a list of turns, or a text of the given role, as messages."""
     if not isinstance(value, list):
         return [{"role": role, "content": _text(value, where)}]
-    if not _are_turns(value):
+    if not _are_objects(value):
         raise CalibrationError(f"{where}: {NO_MESSAGES}")
     return [_message(turn, where, note) for turn in value]
 
 
-def _are_turns(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _message(turn: Message, where: str, note: Note) -> Message:
     """Return a turn with a role that templates know, its content as text, and its calls as
     objects.
     """
-    rest = {
-        key: value for key, value in turn.items() if value is not None
-    }  # tables fill fields up with null
+    # Tables fill fields up with null.
+    rest = {key: value for key, value in turn.items() if value is not None}
     role = rest.pop("role", rest.pop("from", None))
     content = rest.pop("content", rest.pop("value", None))
     if role is None:
@@ -219,7 +218,7 @@ def _message(turn: Message, where: str, note: Note) -> Message:
     ]
     if role == "function_call" and (parsed := _parsed(content)) is not content:
         calls, content = parsed if isinstance(parsed, list) else [parsed], None
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not _are_objects(calls):
         raise CalibrationError(f"{where}: tool_calls must be a list of objects with a function.")
     message = {
         "role": ROLES.get(str(role).lower(), role),
@@ -255,7 +254,7 @@ def _tools(value: Any, where: str) -> Messages | None:
     tools = _parsed(value) or None
     if tools is None:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not _are_objects(tools):
         raise CalibrationError(f"{where}: tools must be a list of objects.")
     return [
         tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
@@ -337,16 +336,15 @@ def _rendered(
     from jinja2 import TemplateError
 
     try:
-        how: dict[str, Any] = (
-            {"add_generation_prompt": True, "enable_thinking": True} if answered else {}
-        )
+        how: dict[str, Any] = {"tools": tools, "add_generation_prompt": answered}
+        if answered:
+            how["enable_thinking"] = True
         with replaced(vars(chat_template_utils), CLOCK, SimpleNamespace(now=lambda: TODAY)):
-            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how))
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
     except (TemplateError, NameError, *BAD_VALUE) as error:  # a program may raise any of these
         reason = f"{error}" or type(error).__name__
         sentence = f"{where}: the tokenizer's chat template refuses it ({reason}); correct it."
-        if (
-            type(error) is TemplateError
-        ):  # by its own `raise_exception`, which says what it does not take
+        # By its own `raise_exception`, which says what it does not take.
+        if type(error) is TemplateError:
             raise NoText(sentence, REFUSED_CHATS) from None
         raise CalibrationError(sentence) from None

@@ -195,11 +195,8 @@ class _Packing:
         """Begin with what `_Tokens.fresh` yields."""
         self.begun: list[_Rest] = []
         self.begun_late: list[_Rest] = []
-        self._tokens, self._fresh, self._late = (
-            tokens,
-            tokens.fresh(first, last, owners, late),
-            late,
-        )
+        self._tokens, self._late = tokens, late
+        self._fresh = tokens.fresh(first, last, owners, late)
         self._length = tokens.texts.length
         self._waiting: deque[_Rest] = deque()
         self._last: int | None = None
@@ -315,7 +312,7 @@ class _Domain:
         """
         packing = self.pack(num_blocks, last)
         begun = [rest.document for rest in packing.begun]
-        self.first = max([self.first, *(number + 1 for number in begun)]) if last is None else last
+        self.first = max(begun, default=self.first - 1) + 1 if last is None else last
         self.late = deque([*packing.rests(num_blocks), *self.late])
         self.allotted.append(self.first)
         self.owners |= dict.fromkeys(
@@ -558,10 +555,8 @@ class TextPool:
             domain.draw(domain.sizes.judged, domain.given.judged)
         for domain in domains.values():
             domain.draw(domain.sizes.held_out, domain.given.held_out)
-        num_done, num_all = (
-            0,
-            sum(sizes[name].held_out + sizes[name].calibration for name in domains),
-        )
+        num_done = 0
+        num_all = sum(sizes[name].held_out + sizes[name].calibration for name in domains)
         self._progress("calibration", num_done, num_all)
         for domain in domains.values():
             domain.pack(domain.sizes.calibration)
@@ -572,16 +567,15 @@ class TextPool:
 
 def _learning(name: str, sizes: _Sizes, domain: _Domain | None, length: int) -> LearningDomain:
     """Return what is learnt by; without a domain that is read, on the meta device."""
-    if domain is not None:
-        blocks, held_out = (
-            domain.parts[LEARNING].blocks(sizes.learning),
-            domain.parts[HELD_OUT].blocks(sizes.held_out),
-        )
-    else:
-        shapes = (sizes.learning, length), (sizes.held_out, length)
-        empty = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in shapes)
-        blocks, held_out = (Blocks(ids_NT, ids_NT) for ids_NT in empty)
-    return LearningDomain(name, sizes.share, blocks, sizes.calibration, held_out)
+
+    def blocks(part: int, num_blocks: int) -> Blocks:
+        if domain is not None:
+            return domain.parts[part].blocks(num_blocks)
+        ids_NT = torch.empty(num_blocks, length, dtype=torch.int64, device="meta")
+        return Blocks(ids_NT, ids_NT)
+
+    learning, held_out = blocks(LEARNING, sizes.learning), blocks(HELD_OUT, sizes.held_out)
+    return LearningDomain(name, sizes.share, learning, sizes.calibration, held_out)
 
 
 GUARD_SHARES = "guards the run and what it learns by"

@@ -124,21 +124,17 @@ def _lines(path: Path, where: str) -> Iterator[str]:
 
 
 def _txt_rows(path: Path, where: str) -> Iterator[Row]:
-    lines: list[str] = []
-    num_characters = 0
+    return (Row(where, text) for text in _documents(path, where) if text.strip())
+
+
+def _documents(path: Path, where: str) -> Iterator[str]:
+    document = ""
     for line in _lines(path, where):
-        lines.append(line)
-        num_characters += len(line)
-        if num_characters >= MIN_TXT_DOCUMENT_CHARACTERS:
-            yield from _document(lines, where)
-            lines, num_characters = [], 0
-    yield from _document(lines, where)
-
-
-def _document(lines: list[str], where: str) -> Iterator[Row]:
-    document = "".join(lines)
-    if document.strip():
-        yield Row(where, document)
+        document += line
+        if len(document) >= MIN_TXT_DOCUMENT_CHARACTERS:
+            yield document
+            document = ""
+    yield document
 
 
 def _jsonl_rows(path: Path, where: str) -> Iterator[Row]:

@@ -39,16 +39,11 @@ MIN_SOURCE_BYTES = 2000
 MIN_DOCSTRING_CHARACTERS = 200
 MIN_GENERAL_CHARACTERS = 200
 
+_TESTS = {"test", "tests"}
 # Not ordinary code: character tables, documentation and build settings in Python syntax.
-_SKIPPED_LIBRARY = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-}
+_SKIPPED_LIBRARY = _TESTS.union(
+    ("idlelib", "site-packages", "dist-packages", "encodings", "pydoc_data")
+)
 _ARTICLE_TAG = re.compile(r"<doc [^>]*>")
 
 # A document, or a function that reads it.
@@ -118,12 +113,11 @@ def _conversation(turns: list[list[dict[str, Any]]]) -> str:
 
 def _docstring_files(folders: dict[str, str]) -> list[_Document]:
     """`folders`: distribution name -> installed folder of its package."""
-    listed = (
-        (file, folder) for name, folder in folders.items() for file in installed_files(name) or ()
-    )
-    files = [file for file, folder in listed if file.parts[0] == folder]
     sources = [
-        file for file in files if file.suffix == ".py" and not {"test", "tests"} & set(file.parts)
+        file
+        for name, folder in folders.items()
+        for file in installed_files(name) or ()
+        if file.parts[0] == folder and file.suffix == ".py" and not _TESTS & set(file.parts)
     ]
     return [partial(_docstrings, file) for file in sorted(sources)]
 
@@ -234,7 +228,7 @@ class DomainText(Protocol):
 
 # From a domain and a random order (by seed and domain) to documents or rows; the note gets what is
 # left out.
-Source = Callable[[DomainText, Random, Note], Iterable[str | dict[str, Any] | Row]]
+Source = Callable[[DomainText, Random, Note], Iterable[str | Row]]
 # So many rows without text at the beginning, and there will be none.
 ROWS_TRIED = 200
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -179,13 +178,9 @@ def seconds_per_token(
     """
     new_tokens = min(WRITTEN, length // 2)
     workload = Workload(prompt_tokens=min(PROMPT, length - new_tokens), new_tokens=new_tokens)
-    all_runs = take_turns(
-        [runner_of(model, workload) for model in models], workload.repeats, progress
-    )
-    return [
-        (1 / median(prefill_rates(runs, workload)), 1 / median(decode_rates(runs, workload)))
-        for runs in all_runs
-    ]
+    runs = take_turns([runner_of(model, workload) for model in models], workload.repeats, progress)
+    speeds = [speed(of_model, workload) for of_model in runs]
+    return [(1 / timed.prefill.median, 1 / timed.decode.median) for timed in speeds]
 
 
 def take_turns(runners: list[Runner], repeats: int, progress: Progress) -> list[list[list[float]]]:
@@ -225,14 +220,10 @@ def runner_of(model: PreTrainedModel, workload: Workload) -> Runner:
     """Return a runner of `generate`. Prompts are numbers, the same for all models; timing needs no
     real text.
     """
-    row_T = (
-        torch.arange(workload.prompt_tokens, device=model.device)
-        * 7919
-        % model.config.get_text_config().vocab_size
-    )
-    return partial(
-        _generate, model, row_T.expand(workload.batch, -1).contiguous(), workload.new_tokens
-    )
+    place_T = torch.arange(workload.prompt_tokens, device=model.device)
+    row_T = place_T * 7919 % model.config.get_text_config().vocab_size
+    ids_BT = row_T.expand(workload.batch, -1).contiguous()
+    return partial(_generate, model, ids_BT, workload.new_tokens)
 
 
 class _Clock(StoppingCriteria):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import RecipeError, SecateurError
-from secateur.evaluation.parts import Subject, subject_of
+from secateur.evaluation.parts import Subject
 from secateur.evaluation.study import (
     DENSE,
     Cell,
@@ -133,7 +133,7 @@ def _shared(study: Study, out: Path, progress: Progress, tell: Tell) -> _Shared:
     return _Shared(
         study=study,
         opened=replace(opened, tokenizer=tokenizer_of(opened)),
-        dense=subject_of(DENSE, opened.checkpoint, opened.arch, opened.device),
+        dense=Subject(DENSE, opened.checkpoint, opened.arch, opened.device),
         tasks=load_tasks(evaluation.tasks, options, evaluation.tasks_data),
         store=Store.lasting(out / CELLS_FOLDER, tell),
         progress=progress,
@@ -163,39 +163,26 @@ def _finished(shared: _Shared, cell: Cell, judged: Judged) -> FoundCell:
     """Return a cell, from the store if it is there."""
 
     def compute() -> dict[str, Any]:
-        place = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
+        figures: dict[str, Any] = {"remove_reached": 0.0, "seconds": 0.0}
         if cell.is_dense:
-            figures = {"remove_reached": 0.0, "seconds": 0.0}
-            return (
-                place
-                | figures
-                | _judge(shared, replace(shared.opened, model=shared.dense.load()), judged)
+            opened = replace(shared.opened, model=shared.dense.load())
+        else:
+            start, num_blocks = time.perf_counter(), shared.study.evaluation.num_blocks
+            ready = prepared(shared.asking(cell), shared.services, num_judged_blocks=num_blocks)
+            run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
+            figures["seconds"] = time.perf_counter() - start
+            figures["remove_reached"] = 1 - (
+                run.model.num_parameters() / shared.opened.size.num_params
             )
-        start = time.perf_counter()
-        ready = prepared(
-            shared.asking(cell),
-            shared.services,
-            num_judged_blocks=shared.study.evaluation.num_blocks,
-        )
-        run = next(cut_and_polish(ready.run, force=True, cut=cell.ratio > 0)).run
-        seconds = time.perf_counter() - start
-        figures = {
-            "remove_reached": 1 - run.model.num_parameters() / shared.opened.size.num_params,
-            "seconds": seconds,
-            "num_tokens": {
+            figures["num_tokens"] = {
                 domain.name: domain.calibration.num_tokens for domain in run.text.domains
-            },
-        }
-        return (
-            place
-            | figures
-            | _judge(shared, replace(ready.opened, model=run.model, arch=run.arch), judged)
-        )
+            }
+            opened = replace(ready.opened, model=run.model, arch=run.arch)
+        place = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
+        return place | figures | _judge(shared, opened, judged)
 
-    name, depends_on = (
-        f"{cell.method}-{cell.ratio:g}-{cell.seed}",
-        _depends_on(shared, cell, judged),
-    )
+    name = f"{cell.method}-{cell.ratio:g}-{cell.seed}"
+    depends_on = _depends_on(shared, cell, judged)
     return shared.store.value(name, compute, kind=FoundCell, depends_on=depends_on)
 
 

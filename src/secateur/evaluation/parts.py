@@ -52,7 +52,6 @@ from secateur.stream.judge import OTHER, ToJudge, digest_of
 from secateur.vocabulary.kept import KeptTokens, keep_tokens
 from secateur.vocabulary.tokenizer import num_bytes
 
-KL = Callable[[], Verdicts]
 # What a conversation may have; how many are asked at a time follows from it.
 SPEAKER_TOKENS = 512
 
@@ -68,13 +67,13 @@ def measured_by(
     sizes = {name: num_bytes(tokenizer, [block.ids_T for block in text[name]]) for name in losses}
     qualities = {name: Quality.on(sizes[name], loss) for name, loss in losses.items()}
     other = qualities.pop(OTHER)
-    if not harness:
-        return Measured(qualities, other)
-    # The parts save the thousands of scores by question; evaluation.json leaves them out.
-    more = {key: value for key, value in harness.items() if key != "item_scores"}
-    results = TaskResults(
-        more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more
-    )
+    results = None
+    if harness:
+        # The parts save the thousands of scores by question; evaluation.json leaves them out.
+        more = {key: value for key, value in harness.items() if key != "item_scores"}
+        results = TaskResults(
+            more.pop("results"), more.pop("sources"), more.pop("lm_eval_version"), more
+        )
     return Measured(qualities, other, results)
 
 
@@ -101,38 +100,37 @@ def _task_change(
 ) -> TaskScore:
     before, after = dense["results"][name][metric], pruned["results"][name][metric]
     old, new = (side["item_scores"].get(name, {}).get(metric, []) for side in (dense, pruned))
-    paired = _is_mean(old, before) and _is_mean(new, after)
-    error = (
-        standard_error([b - a for a, b in zip(old, new, strict=True)], [1] * len(old))
-        if paired
-        else None
-    )
+    error = None
+    if _is_mean(old, before) and _is_mean(new, after):
+        gains = [b - a for a, b in zip(old, new, strict=True)]
+        error = standard_error(gains, [1] * len(gains))
     return TaskScore(after - before, error)
 
 
 def _is_mean(scores: list[Any], value: float) -> bool:
-    numbers = all(isinstance(score, int | float) for score in scores)
-    return (
-        bool(scores)
-        and numbers
-        and math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
-    )
+    if not scores or not all(isinstance(score, int | float) for score in scores):
+        return False
+    return math.isclose(sum(scores) / len(scores), value, rel_tol=1e-9, abs_tol=1e-12)
 
 
 @dataclass(slots=True)
 class Subject:
     """A model to judge. `which`: its name in progress bars. `device`: where it is loaded.
 
-    `kept`: the only tokens that it has once it is loaded; None for all of its own.
+    `kept`: the only tokens that it has once it is loaded; None for all of its own. `fingerprint`:
+    of its files, if it is known.
     """
 
     which: str
     checkpoint: Checkpoint
     arch: Arch
-    fingerprint: str
     device: torch.device
     loaded: PreTrainedModel | None = None
     kept: KeptTokens | None = None
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        self.fingerprint = self.fingerprint or fingerprint(self.checkpoint)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -174,12 +172,7 @@ class Subject:
 def open_subject(which: str, reference: Any, device: str | None) -> Subject:
     """Check a model without its weights. Raises CheckpointError, ArchError or RecipeError."""
     checkpoint = open_checkpoint(reference)
-    return subject_of(which, checkpoint, bind(meta_model(checkpoint.config)), device_called(device))
-
-
-def subject_of(which: str, checkpoint: Checkpoint, arch: Arch, device: torch.device) -> Subject:
-    """Return the subject of a checkpoint whose architecture is bound."""
-    return Subject(which, checkpoint, arch, fingerprint(checkpoint), device)
+    return Subject(which, checkpoint, bind(meta_model(checkpoint.config)), device_called(device))
 
 
 def task_parts(
@@ -233,7 +226,7 @@ def task_parts(
 
 def judge_of_kl(
     store: Store, dense: Subject, pruned: Subject, text: Mapping[str, Blocks], progress: Progress
-) -> KL:
+) -> Callable[[], Verdicts]:
     """Return what gives KL(dense || pruned) by domain when the dense model, which is asked here, is
     gone.
     """
@@ -242,11 +235,9 @@ def judge_of_kl(
         "pruned": pruned.facts,
         "text": [digest_of(blocks) for blocks in text.values()],
     }
-    judge = (
-        None
-        if not text or store.has("kl", depends_on)
-        else Judge(dense.model(), dense.arch, text, progress)
-    )
+    judge = None
+    if text and not store.has("kl", depends_on):
+        judge = Judge(dense.model(), dense.arch, text, progress)
 
     def logits(ids_BT: Tensor) -> Tensor:
         model = pruned.model()

@@ -26,8 +26,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.errors import RecipeError, advice, one_line
 from secateur.model.stock import quiet_transformers, replaced
 
-DEFAULT_CONFIG = "default"
-
 
 def saved_rows(folder: Path) -> dict[str, Any] | None:
     """Return the splits that `save_to_disk` of datasets wrote to a folder; None if there is
@@ -251,7 +249,7 @@ def _rows(
     """
     from datasets.exceptions import DatasetsError
 
-    where = f"{path}/{name or DEFAULT_CONFIG}"
+    where = f"{path}/{name or 'default'}"
     splits = None if directory is None else saved_rows(directory / where)
     if splits is not None:
         used[path, name] = f"{where} in --tasks-data"
@@ -387,19 +385,12 @@ def _code_found(task: Any) -> Iterator[None]:
     It takes the first word there, mostly `def`, for the name of a language, so that nothing passes:
     EleutherAI/lm-evaluation-harness#3447.
     """
-    filters = [
-        step.get("filter_fn")
+    modules = [
+        getattr(step.get("filter_fn"), "__globals__", {})
         for pipeline in task.config.filter_list or ()
         for step in pipeline["filter"]
     ]
-    names = next(
-        (
-            function.__globals__
-            for function in filters
-            if FINDER in getattr(function, "__globals__", ())
-        ),
-        None,
-    )
+    names = next((names for names in modules if FINDER in names), None)
     if names is None:
         yield
         return

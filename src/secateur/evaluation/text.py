@@ -123,7 +123,7 @@ def named_blocks(
     if learning is None:
         return pool.draw(domains, num_blocks), pool.notes
     text, used = learning
-    blocks = pool.draw(domains, num_blocks, used)
+    blocks, notes = pool.draw(domains, num_blocks, used), pool.notes
     overlap = ngram_overlap(
         {domain.name: domain.blocks.ids_NT for domain in text.domains if not domain.blocks.is_meta},
         {name: part.ids_NT for name, part in blocks.items()},
@@ -131,11 +131,12 @@ def named_blocks(
     shares = ", ".join(
         f"{name} {share:.0%}" for name, share in overlap.items() if share and share > TOLD_OVERLAP
     )
-    note = (
-        f"the run learnt by text that has {NGRAM_TOKENS}-grams of this one ({shares}), which "
-        "flatters the model."
-    )
-    return blocks, (*pool.notes, *((note,) if shares else ()))
+    if shares:
+        notes += (
+            f"the run learnt by text that has {NGRAM_TOKENS}-grams of this one ({shares}), which "
+            "flatters the model.",
+        )
+    return blocks, notes
 
 
 def _run_learnt(
@@ -181,8 +182,8 @@ def losses_of_dense_tokens(
 
     `trim`: what the model lacks of the dense vocabulary; None if it has all.
     """
-    if not text or trim is None:
-        return domain_losses(model, arch, text, progress) if text else {}
+    if trim is None:
+        return domain_losses(model, arch, text, progress)
     own = retokenised(text, trim.dense_tokenizer, trim.tokenizer)
     return domain_losses(model, arch, own, progress, num_tokens=predicted_tokens(text))
 

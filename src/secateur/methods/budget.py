@@ -154,13 +154,10 @@ def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> P
         raise out_of_reach(remove, prices, largest)
     plan = plan_of(groups, prices, kept)
     if plan.cost_after == prices.total:
-        step = sum(steps[names[-1]] for group in groups if group.name == names[-1])
+        last = by_name(groups)[names[-1]]
+        step = len(last) * steps[names[-1]]
         smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4
-        finer = (
-            f", or set align below {align}"
-            if align_of(by_name(groups)[names[-1]][0], align) > 1
-            else ""
-        )
+        finer = f", or set align below {align}" if align_of(last[0], align) > 1 else ""
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} is less than half of the least step of "
             f"{names[-1]}, so nothing would go; ask for at least {smallest:.4f}{finer}."

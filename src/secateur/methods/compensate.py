@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from secateur.errors import NumericsError
 from secateur.facts import PerDomain
 from secateur.model.stock import replaced
 from secateur.stream.device import float64_device
 from secateur.stream.statistics import (
     Gram,
     GroupStatistics,
+    cholesky_of,
     complement,
     decided,
     exact_product_precision,
@@ -92,19 +92,17 @@ def least_squares(
     right_SH = (reader_HF[:, removed].to(device).to(torch.float64) @ gram.part(removed, keep)).mT
     if cross_FH is not None and mix:
         right_SH.add_(cross_FH[keep].to(device), alpha=mix)
-    block = gram.part(keep, keep).mT  # column-major, to work in place
-    block.diagonal().add_(ridge_of(gram, damping)[keep.to(device)])
-    failed = torch.zeros((), dtype=torch.int32, device=block.device)
-    factor, _ = torch.linalg.cholesky_ex(block, out=(block, failed))
-    if failed:
-        raise NumericsError(
-            f"repair.damping: least squares has no solution with {damping:g}; raise it, or use "
-            "more calibration tokens."
-        )
+    block_SS = gram.part(keep, keep)
+    block_SS.diagonal().add_(ridge_of(gram, damping)[keep.to(device)])
+    factor_SS = cholesky_of(
+        block_SS,
+        f"repair.damping: least squares has no solution with {damping:g}; raise it, or use more "
+        "calibration tokens.",
+    )
     # cholesky_solve cannot work in place.
-    torch.linalg.solve_triangular(factor, right_SH, upper=False, out=right_SH)
-    torch.linalg.solve_triangular(factor.mT, right_SH, upper=True, out=right_SH)
-    del block, factor
+    torch.linalg.solve_triangular(factor_SS, right_SH, upper=False, out=right_SH)
+    torch.linalg.solve_triangular(factor_SS.mT, right_SH, upper=True, out=right_SH)
+    del block_SS, factor_SS
     return reader_HF[:, keep].add_(right_SH.T.float().to(reader_HF.device))
 
 
@@ -115,14 +113,9 @@ def held_out_sums(
 
     `lost_TH` = x_C W_C': what the cut takes from the output. `correction_TH`: what the fit returns.
     """
-    dots = [
-        torch.linalg.vecdot(left.flatten(), right.flatten()).item()
-        for left, right in (
-            (lost_TH, lost_TH),
-            (lost_TH, correction_TH),
-            (correction_TH, correction_TH),
-        )
-    ]
+    lost, correction = lost_TH.flatten(), correction_TH.flatten()
+    pairs = (lost, lost), (lost, correction), (correction, correction)
+    dots = [torch.linalg.vecdot(*pair).item() for pair in pairs]
     return torch.tensor([*dots, output_energy], dtype=torch.float64)
 
 

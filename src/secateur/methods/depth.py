@@ -58,9 +58,8 @@ def remove_layers(model: nn.Module, arch: Arch, layers: Collection[int]) -> Arch
 
     # Give the config the layers that stay.
     new, known = {index: number for number, index in enumerate(kept)}, config.to_dict()
-    if (
-        step := known.get("decoder_sparse_step", 1)
-    ) > 1:  # experts in each `step`-th layer, dense ones between
+    # Experts in each `step`-th layer, dense ones between.
+    if (step := known.get("decoder_sparse_step", 1)) > 1:
         between = {index for index in range(arch.num_layers) if (index + 1) % step}
         known["mlp_only_layers"] = sorted(between.union(known["mlp_only_layers"]))
         config.decoder_sparse_step = 1
@@ -101,10 +100,8 @@ def fold_patch(
         for index in range(layer - 1):
             walk.advance(index)
         x_TF, between_BTD = _reader_inputs(walk, layer - 1, walk.hidden_BTD[0])
-        x_TF, added_TD = (
-            batch.counted(x_TF),
-            batch.counted(walk.through(layer, between_BTD).float() - between_BTD.float()),
-        )
+        x_TF = batch.counted(x_TF)
+        added_TD = batch.counted(walk.through(layer, between_BTD).float() - between_BTD.float())
         if batch.held_out:
             held_out.setdefault(batch.domain, []).append((x_TF, added_TD))
         else:
@@ -209,13 +206,11 @@ def _narrow(
 ) -> Float[Tensor, "D F"]:
     scores_F = weight_DF.float().abs().sum(dim=0) * gram.diagonal().sqrt()
     keep = keep_highest(scores_F, max(1, round(share * len(scores_F))))
+    kept_DS = weight_DF[:, keep]
+    if damping is not None:
+        kept_DS = least_squares(weight_DF.float(), gram, keep, damping).to(weight_DF.dtype)
     narrow_DF = torch.zeros_like(weight_DF)
-    kept = (
-        weight_DF[:, keep]
-        if damping is None
-        else least_squares(weight_DF.float(), gram, keep, damping)
-    )
-    narrow_DF[:, keep] = kept.to(weight_DF.dtype)
+    narrow_DF[:, keep] = kept_DS
     return narrow_DF
 
 
@@ -261,8 +256,8 @@ def layer_kl(
     sums_C = torch.zeros(len(candidates), dtype=torch.float64)
     num_tokens = 0
     for batch in (batch for batch in batches if not batch.held_out):
-        num_tokens += batch.num_predicted
-        divergences = _divergences(model, arch, batch, removed, candidates, readers)
+        divergences = [*_divergences(model, arch, batch, removed, candidates, readers)]
+        num_tokens += len(divergences[0])
         for place, (index, divergence_P) in enumerate(zip(candidates, divergences, strict=True)):
             if not torch.isfinite(divergence_P).all():
                 raise NumericsError(
@@ -323,11 +318,8 @@ def _divergences(
         if index in removed:
             continue
         # The last stream has skipped no candidate; a layer's input is the stream without it.
-        streams, skipping, is_last = (
-            pruned.hidden_BTD,
-            pruned.hidden_BTD[-1],
-            index == candidates[-1],
-        )
+        streams, is_last = pruned.hidden_BTD, index == candidates[-1]
+        skipping = streams[-1]
         if is_last:
             streams.pop()
         _advance(pruned, index, readers)

@@ -75,12 +75,7 @@ def expert_calls(walk: Walk, group: Group) -> Iterator[tuple[Batch, Tensor, Any,
     with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
         for batch, behind_BTD in walk.run(group.layer, to_middle=True):
             call, output = seen.pop()
-            yield (
-                batch,
-                behind_BTD,
-                tuple(batch.counted(part) for part in call),
-                batch.counted(output),
-            )
+            yield batch, behind_BTD, tuple(map(batch.counted, call)), batch.counted(output)
 
 
 class HeldOut(NamedTuple):
@@ -221,13 +216,8 @@ def _refit(
         for domain, (hidden_TD, chosen_Tk, weights_Tk, left_TD) in tokens.items():
             routed = torch.where(chosen_Tk == expert)
             for rows, places in zip(*(index.split(PIECE_TOKENS) for index in routed), strict=True):
-                inputs_TF = experts.inputs(expert, hidden_TD[rows])
-                yield (
-                    domain,
-                    left_TD,
-                    rows,
-                    inputs_TF.float() * weights_Tk[rows, places, None].float(),
-                )
+                inputs_TF = experts.inputs(expert, hidden_TD[rows]).float()
+                yield domain, left_TD, rows, inputs_TF * weights_Tk[rows, places, None].float()
 
     for domain, left_TD, rows, x_TF in pieces():
         num_tokens += len(rows)
@@ -450,9 +440,8 @@ def _narrower(
     if task.keep is not None:
         keep_K = task.keep[expert].to(weight_DF.device)
     elif method.score == "random":
-        order = torch.randperm(
-            gram.size, generator=torch.Generator().manual_seed(task.seed + expert)
-        )
+        generator = torch.Generator().manual_seed(task.seed + expert)
+        order = torch.randperm(gram.size, generator=generator)
         keep_K = order[: task.num_keep].sort().values.to(weight_DF.device)
     else:
         columns_U1 = torch.arange(gram.size, device=weight_DF.device)[:, None]
@@ -520,10 +509,8 @@ def _add_tokens(call: ExpertCall, current: list[Gram], seen: _Observed) -> float
         tokens, places = torch.where(chosen_Tk == expert)
         # Routers of some families give float32 weights beside bfloat16 experts, so both become
         # float32.
-        x_TF = (
-            seen.experts.inputs(expert, hidden_TD[tokens]).float()
-            * weights_Tk[tokens, places, None]
-        )
+        inputs_TF = seen.experts.inputs(expert, hidden_TD[tokens]).float()
+        x_TF = inputs_TF * weights_Tk[tokens, places, None]
         current[expert].add_product(x_TF)
         seen.num_tokens_E[expert] += len(tokens)
         energy += float((x_TF @ seen.experts.reader(expert).T).square().sum())

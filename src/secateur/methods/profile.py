@@ -71,9 +71,9 @@ class Probe:
         standing = list(self._walk.hidden_BTD)
         for index in range(self.position, self.arch.num_layers):
             self._walk.advance(index)
-        pairs = zip(self._walk.batches, self._walk.hidden_BTD, strict=True)
         states = [
-            states_for_head(self.model, self.arch, batch, hidden_BTD) for batch, hidden_BTD in pairs
+            states_for_head(self.model, self.arch, batch, hidden_BTD)
+            for batch, hidden_BTD in zip(self._walk.batches, self._walk.hidden_BTD, strict=True)
         ]
         self._walk.hidden_BTD = standing
         return states

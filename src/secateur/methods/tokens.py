@@ -132,10 +132,8 @@ def nats_with(
     dense_text = {name: list(blocks)[:TOKEN_BLOCKS] for name, blocks in text.items()}
     kept_K, own_text = None, dense_text
     if trim is not None:
-        kept_K, own_text = (
-            torch.tensor(trim.kept.dense_ids),
-            retokenised(dense_text, trim.dense_tokenizer, trim.tokenizer),
-        )
+        kept_K = torch.tensor(trim.kept.dense_ids)
+        own_text = retokenised(dense_text, trim.dense_tokenizer, trim.tokenizer)
 
     def nats_of(block: Block) -> float:
         ids_T = block.ids_T if kept_K is None else kept_K[block.ids_T]
@@ -173,10 +171,8 @@ def channel_law(
     ffns, length = arch.select(("ffn",)), batches[0].ids_BT.shape[1]
     widest, layers = max(group.num_inputs for group in ffns), [group.layer for group in ffns]
     num_fit = -(-NARROW_TOKENS_PER_INPUT * widest // (len(shares) * length))
-    fitted, judged = (
-        first_blocks(batches, num_fit, after=NARROW_BLOCKS),
-        first_blocks(batches, NARROW_BLOCKS),
-    )
+    fitted = first_blocks(batches, num_fit, after=NARROW_BLOCKS)
+    judged = first_blocks(batches, NARROW_BLOCKS)
     widths = [dict.fromkeys(layers, 1 - share) for share in (most, most / 2)]
     both = narrow_readers(model, arch, fitted, widths, damping, progress)
     divergences = narrow_kl(model, arch, judged, both, shares, progress)

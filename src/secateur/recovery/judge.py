@@ -40,10 +40,8 @@ class Judge:
         """
         self.text = {domain: list(blocks) for domain, blocks in text.items()}
         self.head = head_of(dense, arch)  # moves with the dense model
-        all_blocks = [*chain.from_iterable(self.text.values())]
-        states = (
-            head_inputs(dense, arch, all_blocks, progress, "judge dense") if asked else iter(())
-        )
+        all_blocks = [*chain.from_iterable(self.text.values())] if asked else []
+        states = head_inputs(dense, arch, all_blocks, progress, "judge dense")
         self.states = {
             domain: list(islice(states, len(blocks))) for domain, blocks in self.text.items()
         }
@@ -79,10 +77,8 @@ class Judge:
             figures = list[tuple[Tensor, ...]]()
             for block, states in zip(blocks, self.states[domain], strict=True):
                 states_PD = states.to(device)
-                logits_PV, next_P = (
-                    logits_of(block.ids_T, states_PD).to(device),
-                    block.ids_T[1:].to(device),
-                )
+                logits_PV = logits_of(block.ids_T, states_PD).to(device)
+                next_P = block.ids_T[1:].to(device)
                 figures.append(compare_tokens(states_PD, self.head, logits_PV, next_P))
             verdicts[domain] = verdict_of(domain, blocks, figures)
         return verdicts

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from secateur.model.bind import Arch, head_of
 from secateur.model.modules import forwards_replaced
+from secateur.stream.losses import states_of
 
 HEAD_POSITIONS = 256  # of which both models' logits are there at a time
 CACHED_POSITIONS = 8  # at a time in float32 on a processor; more do not fit the cache of a core
@@ -59,10 +60,8 @@ class _Distillation(torch.autograd.Function):
     ) -> Tensor:
         """Return the loss; compute its gradients on the way, slice by slice."""
         trained = [weight for weight in weights if weight.requires_grad]
-        of_states_PD, of_weights = (
-            torch.empty_like(states_PD),
-            [torch.zeros_like(weight) for weight in trained],
-        )
+        of_states_PD = torch.empty_like(states_PD)
+        of_weights = [torch.zeros_like(weight) for weight in trained]
         total = states_PD.new_zeros((), dtype=torch.float64)
         for start in range(0, len(states_PD), HEAD_POSITIONS):
             part = slice(start, start + HEAD_POSITIONS)
@@ -118,9 +117,8 @@ def _loss_and_gradient(
             dense = dense_SV[part].float()
             p, dense_log_sum = _softmax(dense)
             if reverse:
-                log_ratio = (dense - logits).add_(
-                    (log_sum - dense_log_sum)[:, None]
-                )  # log p - log q
+                # log p - log q
+                log_ratio = (dense - logits).add_((log_sum - dense_log_sum)[:, None])
                 divergence_R = -torch.linalg.vecdot(gradient, log_ratio)
                 # The slope of KL(q || p) is q (log q - log p - KL), that of the cross-entropy q -
                 # next.
@@ -139,15 +137,6 @@ def _softmax(logits_PV: Tensor) -> tuple[Tensor, Tensor]:
     """Return softmax(logits) and log sum_v exp(logits), from one exponential of each logit."""
     softmax_PV = logits_PV.softmax(-1)
     return softmax_PV, logits_PV.amax(-1) - softmax_PV.amax(-1).log()
-
-
-def states_of(model: nn.Module, arch: Arch, ids_BT: Tensor) -> Float[Tensor, "P D"]:
-    """Return what the head reads at the P = B * (T - 1) predicting positions."""
-    return (
-        model.get_submodule(arch.backbone)(ids_BT, use_cache=False)
-        .last_hidden_state[:, :-1]
-        .flatten(0, 1)
-    )
 
 
 def masked_loss(
@@ -242,9 +231,8 @@ def _reader(model: nn.Module, arch: Arch, *, in_shards: bool) -> Callable[[Tenso
 
     def read(input_ids: Tensor) -> Teacher:
         if in_shards:
-            return plain(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(
-                0, 1
-            ), nn.Identity()
+            logits_BTV = plain(input_ids=input_ids, use_cache=False).logits
+            return logits_BTV[:, :-1].flatten(0, 1), nn.Identity()
         return states_of(model, arch, input_ids), head_of(model, arch)
 
     return read

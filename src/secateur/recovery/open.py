@@ -34,11 +34,11 @@ from secateur.vocabulary.kept import Trim, keep_tokens, trim_between
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A recovery before any weight is read: both checkpoints, their shapes, the whole recipe, its
-    part on recovery.
+    """A recovery before any weight is read: both checkpoints, the shape of the one that is trained,
+    the whole recipe, its part on recovery.
 
-    The teacher's shape is without the tokens that the pruned model lacks. `trim`: what took them;
-    None if both have the same. `notes`: on which model the teacher is.
+    `trim`: what took tokens from the teacher's; None if both have the same. `notes`: sentences on
+    the teacher and on steps.
     """
 
     pruned: Checkpoint
@@ -79,16 +79,14 @@ def open_job(
     wants_shards()  # a launcher's mistake is told before all else
     student, dense = open_checkpoint(pruned), open_checkpoint(teacher)
     notes = check_dense(student, dense, "--teacher", other=other_dense)
-    shapes = (
-        meta_model(student.config),
-        meta_model(copy.deepcopy(dense.config)),
-    )  # whose tokens may go
+    student_shape = meta_model(student.config)
+    dense_shape = meta_model(copy.deepcopy(dense.config))  # whose tokens may go
     trim = trim_between(student, dense, "--teacher")
-    for checkpoint, shape in zip((student, dense), shapes, strict=True):
-        check_weights(checkpoint, shape)
-    bind(shapes[1])  # a teacher of an unknown family is told before its weights are read
+    check_weights(student, student_shape)
+    check_weights(dense, dense_shape)
+    bind(dense_shape)  # a teacher of an unknown family is told before its weights are read
     if trim is not None:
-        keep_tokens(shapes[1], trim.kept)
+        keep_tokens(dense_shape, trim.kept)  # or it is told that it cannot be trimmed
 
     # How to train, and on which text.
     path = student.directory / RECIPE_FILE
@@ -103,7 +101,7 @@ def open_job(
             "recover."
         )
     recipe = recipe_over(load_recipe(path) if path.is_file() else {}, changes)
-    length = block_length(recipe.calibration.sequence_length, shapes[0].config.get_text_config())
+    length = block_length(recipe.calibration.sequence_length, student_shape.config)
     asked, num_ranks = recipe.recover or RecoverySettings(), launched_size()
     check_training(asked, "recover")
     settings = shared_out(asked, length, num_ranks)
@@ -112,10 +110,15 @@ def open_job(
             f"recover.batch_tokens: {settings.batch_tokens:,} in place of {asked.batch_tokens:,}, "
             f"so that each of {num_ranks} processes has whole blocks of {length} tokens.",
         )
+    if trim is not None:
+        notes += (
+            f"recover: the teacher predicts {trim.kept.num_kept:,} of its "
+            f"{trim.kept.num_dense:,} tokens, those that the model has.",
+        )
     return Job(
         pruned=student,
         teacher=dense,
-        pruned_shape=shapes[0],
+        pruned_shape=student_shape,
         tokenizer=load_tokenizer(student) if trim is None else trim.tokenizer,
         recipe=recipe.filled(calibration={"sequence_length": length}).model_copy(
             update={"recover": settings}

@@ -94,9 +94,7 @@ def learn(
         judge = Judge(dense, arch, text.held_out, progress, asked=not walked)
         judge.own_head()  # the model's own is trained, or cut
         asked = [block for place, block in enumerate(blocks) if place not in in_walk]
-        dense_states = (
-            head_inputs(dense, arch, asked, progress, "ask for the polish") if asked else iter(())
-        )
+        dense_states = head_inputs(dense, arch, asked, progress, "ask for the polish")
         states = [
             torch.empty(0) if place in in_walk else next(dense_states)
             for place in range(len(blocks))
@@ -110,13 +108,9 @@ def _to_train_on(text: LearningText, num_tokens: int) -> list[tuple[Block, tuple
     """
     blocks = []
     for domain, of_domain in zip(text.domains, text.training(num_tokens).values(), strict=True):
-        first = (
-            0 if of_domain.counted_NT is None else domain.num_calibration
-        )  # see `LearningDomain.training`
-        for number, block in enumerate(of_domain, start=first):
-            blocks.append(
-                (block, (domain.name, number) if number < domain.num_calibration else None)
-            )
+        for number, block in enumerate(of_domain, start=domain.first_to_train):
+            place = (domain.name, number) if number < domain.num_calibration else None
+            blocks.append((block, place))
     return blocks
 
 

@@ -55,9 +55,8 @@ def recover(
         with training_folder(services, job.settings, "recover") as folder:
             work = prepare(job, folder, services)
             judge, judged = judged_first(job, work)
-            services.store.value(
-                "training begun", lambda: True
-            )  # or a store of a training alone would count as empty
+            # Or a store of a training alone would count as empty.
+            services.store.value("training begun", lambda: True)
             with services.log.time("recover"):
                 before, training = train_guarded(work)
         meet("trained")  # nobody reads any more what is removed in the end
@@ -88,10 +87,11 @@ def write_result(
     `before`: the verdicts before the training. `judged`: models, by their names. `finish`: writes
     what people read.
     """
-    with work.services.log.time("save"):
+    log, text = work.services.log, work.text
+    with log.time("save"):
         _save(work, job, directory)
-    with work.services.log.time("verify"):
-        ids_NT = next(iter(work.text.held_out.values())).ids_NT
+    with log.time("verify"):
+        ids_NT = next(iter(text.held_out.values())).ids_NT
         proof = prove_reload(work.pruned, directory, ids_NT, work.services.progress)
     record = RecoveryRecord(
         pruned=name_of(job.pruned),
@@ -102,16 +102,16 @@ def write_result(
         ),
         settings=work.settings.model_dump(mode="json"),
         seed=work.seed,
-        content_hash=work.text.content_hash,
-        sequence_length=work.text.sequence_length,
-        num_held_out_tokens=work.text.num_held_out_tokens,
+        content_hash=text.content_hash,
+        sequence_length=text.sequence_length,
+        num_held_out_tokens=text.num_held_out_tokens,
         dense=work.judge.dense(),
         before=before,
         training=training,
-        seconds={stage: round(seconds, 2) for stage, seconds in work.services.log.seconds.items()},
+        seconds={stage: round(seconds, 2) for stage, seconds in log.seconds.items()},
         peak_bytes=peak_bytes(),
         reload_max_abs_difference=proof.max_abs_difference,
-        notes=work.services.log.notes,
+        notes=log.notes,
         versions=versions(),
         judged=judged,
     )
@@ -120,7 +120,7 @@ def write_result(
     # The run log goes on where that of the pruning ends.
     source = job.pruned.directory / LOG_FILE
     earlier = source.read_text(encoding="utf-8") if has_own(job.pruned.directory, LOG_FILE) else ""
-    added = "".join(json.dumps(line) + "\n" for line in work.services.log.lines)
+    added = "".join(json.dumps(line) + "\n" for line in log.lines)
     (directory / LOG_FILE).write_text(earlier + added, encoding="utf-8")
     finish(directory, record)
     return record

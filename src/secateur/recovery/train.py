@@ -192,19 +192,6 @@ class Listener(TrainerCallback):
         )
 
 
-def log_lines(
-    name: str, history: list[dict[str, float]], tokens_per_step: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the run log's line of every step. `history`: of the Trainer, an interrupted run's
-    first.
-    """
-    for logs in history:
-        if "loss" in logs:
-            step = int(logs["step"])
-            line = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-            yield {"event": f"{name}_step", "step": step, "tokens": step * tokens_per_step, **line}
-
-
 @dataclass
 class Work:
     """A pruned model that is ready to train. `directory`: for what an interrupted run leaves.
@@ -245,9 +232,8 @@ def train_guarded(work: Work) -> tuple[Verdicts, TrainingRecord]:
     would undo trainings that win on text of every kind: LOG, 2026-11-27, evening.
     """
     before = judged(work)
-    old = {
-        name: parameter.data for name, parameter in work.pruned.named_parameters()
-    }  # replaced, never changed
+    # Replaced, never changed.
+    old = {name: parameter.data for name, parameter in work.pruned.named_parameters()}
     cost = _train(work)
     try:
         after = judged(work)
@@ -320,19 +306,20 @@ def recover_logits(work: Work) -> int:
     """
     if work.settings.kl_share == 0:
         work.teacher = work.states = None
-    dtypes = {name: parameter.dtype for name, parameter in work.pruned.named_parameters()}
-    settings, dtype, length = work.settings, work.pruned.dtype, work.text.sequence_length
-    use_cache = getattr(work.pruned.config, "use_cache", None)
+    pruned = work.pruned
+    dtypes = {name: parameter.dtype for name, parameter in pruned.named_parameters()}
+    settings, dtype, length = work.settings, pruned.dtype, work.text.sequence_length
+    use_cache = getattr(pruned.config, "use_cache", None)
     size = settings.blocks_per_step(length)
     num_steps = len(work.text.blocks) // size
     faster = FASTER_IN_LORA if settings.train == "lora" else 1
-    rate = settings.learning_rate or faster * RELATIVE_RATE * weight_size(work.pruned)
+    rate = settings.learning_rate or faster * RELATIVE_RATE * weight_size(pruned)
     in_shards = wants_shards()
     prepare_weights(
-        work.pruned, settings.train, float_all=in_shards or not autocasts(dtype, on_cpu=work.on_cpu)
+        pruned, settings.train, float_all=in_shards or not autocasts(dtype, on_cpu=work.on_cpu)
     )
     torch.manual_seed(work.seed)
-    model = handed_over(work.pruned) if in_shards else work.pruned
+    model = handed_over(pruned) if in_shards else pruned
     with ExitStack() as inside:
         inside.enter_context(quiet_transformers())
         inside.enter_context(
@@ -351,14 +338,13 @@ def recover_logits(work: Work) -> int:
         with checkpoints.errors_told():
             trainer.train(resume_from_checkpoint=last and str(last))
         _take_back(work, trained, trainer, dtypes)
-    for line in log_lines(work.name, trainer.state.log_history, size * length):
-        work.services.log.write(line)
+    _log_steps(work, trainer.state.log_history, size * length)
     if use_cache is not None:
-        work.pruned.config.use_cache = use_cache  # the Trainer turned it off
-    work.pruned.requires_grad_(False)
-    for name, parameter in work.pruned.named_parameters():
+        pruned.config.use_cache = use_cache  # the Trainer turned it off
+    pruned.requires_grad_(False)
+    for name, parameter in pruned.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-    work.pruned.eval()
+    pruned.eval()
     return trainer.state.global_step * size * length
 
 
@@ -371,13 +357,14 @@ def _trainer(
     tokens_per_step: int,
 ) -> Distiller:
     listener = Listener(work.name, checkpoints, tokens_per_step, work.services.progress)
-    items: list[dict[str, Any]] = [{"input_ids": block.ids_T} for block in work.text.blocks]
-    if any(block.counted_T is not None for block in work.text.blocks):
-        for item, block in zip(items, work.text.blocks, strict=True):
-            item |= {"counted": block.mask_T, "answers": block.counted_T is not None}
-    if work.states is not None:
-        for item, states_PD in zip(items, work.states, strict=True):
-            item["states"] = states_PD
+    items, blocks = list[dict[str, Any]](), work.text.blocks
+    are_masked = any(block.counted_T is not None for block in blocks)
+    for place, block in enumerate(blocks):
+        items.append({"input_ids": block.ids_T})
+        if are_masked:
+            items[-1] |= {"counted": block.mask_T, "answers": block.counted_T is not None}
+        if work.states is not None:
+            items[-1]["states"] = work.states[place]
     data: dict[str, Any] = {"data_collator": default_collate, "train_dataset": items}
     trainer = Distiller(model=trained, args=arguments, callbacks=[listener], **data)
     trainer.remove_callback(PrinterCallback)
@@ -441,6 +428,18 @@ def _arguments(
     return arguments
 
 
+def _log_steps(work: Work, history: list[dict[str, float]], tokens_per_step: int) -> None:
+    """Write the run log's line of every step. `history`: of the Trainer, an interrupted run's
+    first.
+    """
+    for logs in history:
+        if "loss" in logs:
+            step = int(logs["step"])
+            line = {"event": f"{work.name}_step", "step": step, "tokens": step * tokens_per_step}
+            line |= {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
+            work.services.log.write(line)
+
+
 def _take_back(
     work: Work, trained: nn.Module, trainer: Distiller, dtypes: dict[str, torch.dtype]
 ) -> None:
@@ -450,9 +449,8 @@ def _take_back(
         whole = with_lora(work.pruned) if work.settings.train == "lora" else work.pruned
         places = dict(whole.named_parameters())
         for name, tensor in whole_parameters(trained):
-            places[name].data = tensor.to(
-                dtypes.get(name, tensor.dtype)
-            )  # additions are merged in float32
+            # Additions are merged in float32.
+            places[name].data = tensor.to(dtypes.get(name, tensor.dtype))
         trained = whole
     if trained is not work.pruned:
         merge(trained)

@@ -34,21 +34,15 @@ LORA_RANK = 16
 def weight_size(model: Any) -> float:
     """Return the root mean square of the weights in matrices, embedding and head left out."""
     words = words_of(model)
-    matrices = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.dim() > 1 and parameter not in words
-    ]
+    matrices = [each for each in model.parameters() if each.dim() > 1 and each not in words]
     squares = sum(matrix.double().square().sum().item() for matrix in matrices)
     return math.sqrt(squares / sum(matrix.numel() for matrix in matrices))
 
 
 def wants_shards() -> bool:
     """Say whether the launcher asked for FSDP. Raises RecipeError if it asked for version 1."""
-    if (
-        os.environ.get(FSDP_SWITCH, "false").lower() != "true"
-        or os.environ.get("WORLD_SIZE", "1") == "1"
-    ):
+    asked = os.environ.get(FSDP_SWITCH, "false").lower() == "true"
+    if not asked or os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -116,9 +110,8 @@ def prepare_weights(model: PreTrainedModel, train: str, *, float_all: bool) -> N
     for parameter in model.parameters():
         parameter.requires_grad_(parameter not in frozen)
         if float_all or parameter not in frozen:  # not .float(): buffers keep their dtype
-            parameter.data = parameter.data.to(
-                torch.float32, copy=True
-            )  # a copy: the old weights may be put back
+            # A copy: the old weights may be put back.
+            parameter.data = parameter.data.to(torch.float32, copy=True)
 
 
 def check_training(settings: Training, key: str) -> None:
@@ -210,25 +203,17 @@ def training_bytes(
     item, low = model.dtype.itemsize, autocasts(model.dtype, on_cpu=on_cpu)
     tokens = min(settings.blocks_per_device, settings.blocks_per_step(length)) * length
     layers = 1 if settings.gradient_checkpointing else config.num_hidden_layers
+    hidden_size, width = config.hidden_size, _ffn_width(config)
     step = trained * (4 + (item if low else 0))
-    step += (
-        tokens
-        * layers
-        * (4 * STREAM_WIDTHS * config.hidden_size + item * FFN_WIDTHS * _ffn_width(config))
-    )
+    step += tokens * layers * (4 * STREAM_WIDTHS * hidden_size + item * FFN_WIDTHS * width)
     step += min(tokens, HEAD_POSITIONS) * (item * 3 + (0 if on_cpu else 4 * 4)) * config.vocab_size
-    if (
-        settings.train == "lora"
-    ):  # float32 copies of what linears read; additions, gradients, moments
-        hidden_size, width = config.hidden_size, _ffn_width(config)
+    weights = read = 4 * trained + (item if low else 4) * (num_params - trained)
+    if settings.train == "lora":
+        # Float32 copies of what linears read; additions, gradients, moments.
         step += 4 * tokens * layers * (6 * hidden_size + width)
         step += 16 * LORA_RANK * config.num_hidden_layers * (11 * hidden_size + 3 * width)
-    weights = 4 * trained + (item if low else 4) * (num_params - trained)
-    return (
-        weights
-        + 8 * trained
-        + max(step, item * num_params if settings.train == "lora" else weights)
-    )
+        read = item * num_params
+    return weights + 8 * trained + max(step, read)
 
 
 def _ffn_width(config: Any) -> int:
@@ -237,6 +222,5 @@ def _ffn_width(config: Any) -> int:
     """
     sizes = config.to_dict()  # attributes that vary over layers cannot be read
     layers = [sizes, *(sizes.get("per_layer_config") or {}).values()]
-    return (
-        max(of_layer.get("intermediate_size") or 0 for of_layer in layers) or 4 * config.hidden_size
-    )
+    widest = max(of_layer.get("intermediate_size") or 0 for of_layer in layers)
+    return widest or 4 * config.hidden_size

@@ -37,15 +37,8 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
     text = recovery_text(job.pruned.directory, job.recipe, settings, job.tokenizer, dense, progress)
     services.store.check_input("text", text.content_hash)
     services.check_space(scratch_bytes(job.pruned_shape, settings))
-    for note in job.notes:
+    for note in (*job.notes, *text.notes):
         log.note(note)
-    if job.trim is not None:
-        log.note(
-            f"recover: the teacher predicts {job.trim.kept.num_kept:,} of its "
-            f"{job.trim.kept.num_dense:,} tokens, those that the model has."
-        )
-    for sentence in text.notes:
-        log.note(sentence)
     with log.time("judge"):
         judge = Judge(dense, bind(dense), text.held_out, progress)
     return Work(
@@ -125,11 +118,8 @@ def judged_first(job: Job, work: Work) -> tuple[stream_judge.Judge | None, dict[
     )
     dense = teacher if job.trim is None else job.load_teacher(whole=True)
     with services.log.time("judge"):
-        judged = {
-            "dense": judge.dense(
-                stream_judge.ToJudge.of(dense, "dense", length), asks=bind(dense).caches
-            )
-        }
+        first = stream_judge.ToJudge.of(dense, "dense", length)
+        judged = {"dense": judge.dense(first, asks=bind(dense).caches)}
         judged["pruned"] = judge.pruned(stream_judge.ToJudge.of(work.pruned, "pruned", length))
     return judge, judged
 

@@ -18,7 +18,8 @@ from rich.text import Text
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text. `numbers`: right-aligned. `folded`: closed until the reader opens it.
+    """Rows of text; below a header of numbers, right-aligned. `folded`: closed until the reader
+    opens it.
 
     `bars`: for each row the lengths, from 0 to 1, of bars that the page draws behind it.
     """
@@ -26,7 +27,6 @@ class Table:
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    numbers: bool = True
     folded: bool = False
     bars: Sequence[Sequence[float]] = ()
 

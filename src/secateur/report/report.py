@@ -93,7 +93,7 @@ def samples_section(files: ResultFiles) -> Section | None:
     answers, tables = files.summary.own_answers, list[Table]()
     for pair in answers.shown if answers else ():
         rows = [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))]
-        tables.append(Table(pair.prompt, (), rows, numbers=False))
+        tables.append(Table(pair.prompt, (), rows))
     text = "Both models answer the same prompts, always by the likeliest token."
     return Section("samples", "Answers of both", (text,), tables) if tables else None
 
@@ -219,7 +219,7 @@ def repeat_section(files: ResultFiles) -> Section:
         "calibration hash tells whether the text is the same.",
     )
     rows = [*note_rows(summary), *summary.versions.items()]
-    table = Table("Cost, proof of reload, versions", (), rows, numbers=False, folded=True)
+    table = Table("Cost, proof of reload, versions", (), rows, folded=True)
     return Section("repeat", "How to repeat it", about, tables=(table,), code="\n".join(lines))
 
 

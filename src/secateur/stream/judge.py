@@ -54,7 +54,7 @@ class AnswerSheet:
     def conversations(self) -> list[Conversation]:
         """Prompts and answers."""
         pairs = zip(self.ids, self.num_prompt, strict=True)
-        return [Conversation(ids_T=torch.tensor(ids), num_prompt=number) for ids, number in pairs]
+        return [Conversation(torch.tensor(ids), num_prompt) for ids, num_prompt in pairs]
 
 
 def ask(speaker: Speaker, prompts: Sequence[str], progress: Progress) -> AnswerSheet:
@@ -109,15 +109,11 @@ def judge(
     num_prompts = len(sheet.prompts)
 
     # What the pruned model answers by itself.
-    written = (
-        from_first(
-            lambda: greedy_answers(
-                speaker, sheet.prompts, ANSWER_TOKENS, "ask the pruned model", progress
-            )
+    written, stage = conversations, "ask the pruned model"
+    if speaks:
+        written = from_first(
+            lambda: greedy_answers(speaker, sheet.prompts, ANSWER_TOKENS, stage, progress)
         )
-        if speaks
-        else conversations
-    )
     pairs = list(zip(sheet.prompts, conversations, written, strict=True))[:PAIRS_SHOWN]
     return OwnAnswers(
         num_prompts=num_prompts,
@@ -333,12 +329,11 @@ class Judge:
         kind: Any,
     ) -> Any:
         """Return the value from the store, or compute and keep it."""
-        if model.depends_on is None:
-            return self._store.value(name, compute, kind=kind)
-        digest = hashlib.sha256(str(depends_on).encode()).hexdigest()
-        return self._store.value(
-            name, compute, kind=kind, depends_on={**model.depends_on, "judged by": digest}
-        )
+        facts = model.depends_on
+        if facts is not None:
+            digest = hashlib.sha256(str(depends_on).encode()).hexdigest()
+            facts = {**facts, "judged by": digest}
+        return self._store.value(name, compute, kind=kind, depends_on=facts)
 
 
 def _first(texts: tuple[str, ...], share: float, *, least: int) -> tuple[str, ...]:
@@ -350,9 +345,6 @@ def digest_of(text: Text) -> str:
     digest = hashlib.sha256()
     for block in text:
         for part in block:
-            digest.update(
-                b""
-                if part is None
-                else f"{len(part)} ".encode() + part.numpy().astype("<i8").tobytes()
-            )
+            if part is not None:
+                digest.update(f"{len(part)} ".encode() + part.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

@@ -49,17 +49,14 @@ def domain_losses(
     blocks = [block for domain_blocks in by_domain.values() for block in domain_blocks]
 
     def sums(piece: list[Block], states: Iterator[Tensor]) -> list[Sums]:
-        pairs = zip(states, piece, strict=True)
         return [
             sums_of(_position_losses(model, arch, states_PD, block.ids_T), block)
-            for states_PD, block in pairs
+            for states_PD, block in zip(states, piece, strict=True)
         ]
 
     in_head = sum(weight.numel() for weight in head_of(model, arch).parameters())
     as_layers = max(1, round(in_head * arch.num_layers / max(1, sum(arch.params_per_layer))))
-    all_sums = chain.from_iterable(
-        _by_layers(model, arch, blocks, sums, progress, stage, as_layers)
-    )
+    all_sums = _by_layers(model, arch, blocks, sums, progress, stage, as_layers)
     for domain, domain_blocks in by_domain.items():
         counts = None if num_tokens is None else num_tokens[domain]
         losses[domain] = loss_of(
@@ -73,13 +70,9 @@ def sums_of(values_P: Float[Tensor, " P"], block: Block) -> Sums:
     """Return what the counted tokens of each document add up to; P = T - 1 predicted tokens of a
     block.
     """
-    values_K, document_K = (
-        block.counted(values_P).cpu().double(),
-        block.counted(block.document_T[1:]),
-    )
-    documents_D, index_K, counts_D = document_K.cpu().unique(
-        return_inverse=True, return_counts=True
-    )
+    values_K = block.counted(values_P).cpu().double()
+    document_K = block.counted(block.document_T[1:]).cpu()
+    documents_D, index_K, counts_D = document_K.unique(return_inverse=True, return_counts=True)
     sums_D = torch.zeros(len(documents_D), dtype=values_K.dtype).index_add(0, index_K, values_K)
     return dict(
         zip(documents_D.tolist(), zip(sums_D.tolist(), counts_D.tolist(), strict=True), strict=True)
@@ -109,10 +102,9 @@ def loss_of(sums: Iterable[Sums], where: str, num_tokens: Mapping[int, int] | No
             f"{where}: the loss is {sum(nats_D)}; the model gives no finite logits."
         )
     counts = [count for _, count in by_document.values()]
-    return Loss.of(
-        nats_D,
-        counts if num_tokens is None else [num_tokens.get(document, 0) for document in by_document],
-    )
+    if num_tokens is not None:
+        counts = [num_tokens.get(document, 0) for document in by_document]
+    return Loss.of(nats_D, counts)
 
 
 def predicted_tokens(text: Mapping[str, Text]) -> dict[str, dict[int, int]]:
@@ -128,11 +120,11 @@ def head_inputs(
     model: nn.Module, arch: Arch, text: Text, progress: Progress, stage: str
 ) -> Iterator[Float[Tensor, "P D"]]:
     """Yield `final_states` of each block, on the CPU; ranks share the blocks, and all get all."""
-    blocks = list(text)
-    by_block = _by_layers(
-        model, arch, blocks, lambda _, states: [state.cpu() for state in states], progress, stage
-    )
-    return chain.from_iterable(by_block)
+
+    def on_cpu(_: list[Block], states: Iterator[Tensor]) -> list[Tensor]:
+        return [states_PD.cpu() for states_PD in states]
+
+    return _by_layers(model, arch, list(text), on_cpu, progress, stage)
 
 
 def _by_layers(
@@ -143,12 +135,15 @@ def _by_layers(
     progress: Progress,
     stage: str,
     head_steps: int = 0,
-) -> list[list[T]]:
-    """Return what `finish` makes of blocks and what the head reads of each, for pieces of the text.
+) -> Iterator[T]:
+    """Yield what `finish` makes of each block and what the head reads of it, for pieces of the
+    text.
 
     The blocks of a piece all pass one layer before the next, each block separately. `head_steps`:
     of the progress in `finish`, where a layer is one.
     """
+    if not blocks:
+        return iter(())
     # Every rank should get some.
     at_once = min(
         max(1, TOKENS_AT_ONCE // max(len(block.ids_T) for block in blocks)),
@@ -181,7 +176,7 @@ def _by_layers(
             moved(1)
         return finish(piece, head_read(walk))
 
-    return spread(passed, pieces)
+    return chain.from_iterable(spread(passed, pieces))
 
 
 @torch.inference_mode()
@@ -225,12 +220,16 @@ def states_for_head(
     with forwards_replaced(
         decoder_layers(model, arch), lambda *_, **__: arch.layer_output(hidden_BTD)
     ):
-        final_BTD = model.get_submodule(arch.backbone)(
-            batch.ids_BT, use_cache=False
-        ).last_hidden_state
+        states_PD = states_of(model, arch, batch.ids_BT)
     if batch.counted_BT is None:
-        return final_BTD[:, :-1].flatten(0, 1)
-    return final_BTD[:, :-1][batch.counted_BT[:, 1:].to(final_BTD.device)]
+        return states_PD
+    return states_PD[batch.counted_BT[:, 1:].flatten().to(states_PD.device)]
+
+
+def states_of(model: nn.Module, arch: Arch, ids_BT: Int64[Tensor, "B T"]) -> Float[Tensor, "P D"]:
+    """Return what the head reads at the P = B * (T - 1) positions that predict a token."""
+    backbone = model.get_submodule(arch.backbone)
+    return backbone(ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
 
 # Positions per slice of logits: 2 models x 64 x 150k words x float32 is 77 MB.
@@ -244,8 +243,7 @@ def final_states(
     model: nn.Module, arch: Arch, ids_1T: Int64[Tensor, "1 T"]
 ) -> Float[Tensor, "P D"]:
     """Return the head's input at every position that predicts a token of the block; P = T - 1."""
-    ids_1T = ids_1T.to(next(model.parameters()).device)
-    return model.get_submodule(arch.backbone)(ids_1T, use_cache=False).last_hidden_state[0, :-1]
+    return states_of(model, arch, ids_1T.to(next(model.parameters()).device))
 
 
 @torch.inference_mode()
@@ -259,19 +257,10 @@ def token_divergences(
 
     The softmax runs in float32 on the models' logits. A model against itself gives 0 everywhere.
     """
-    divergences: list[Tensor] = []
-    for dense_SD, pruned_SD in zip(
-        dense_PD.split(KL_POSITIONS), pruned_PD.split(KL_POSITIONS), strict=True
-    ):
-        rows = zip(
-            dense_head(dense_SD).split(CACHED_ROWS),
-            pruned_head(pruned_SD).split(CACHED_ROWS),
-            strict=True,
-        )
-        divergences += [
-            _kl(*(logits_RV.float().log_softmax(-1) for logits_RV in pair)) for pair in rows
-        ]
-    return torch.cat(divergences)
+    rows = _rows((dense_PD, dense_head), (pruned_PD, pruned_head))
+    return torch.cat(
+        [_kl(*(logits_RV.float().log_softmax(-1) for logits_RV in pair)) for pair in rows]
+    )
 
 
 @torch.inference_mode()
@@ -287,23 +276,21 @@ def compare_tokens(
     p: the dense model, of which `dense_PD` is what its head reads; q: the model that gives the
     logits.
     """
-    figures: list[tuple[Tensor, ...]] = []
-    pieces = zip(
-        *(values.split(KL_POSITIONS) for values in (dense_PD, logits_PV, next_P)), strict=True
-    )
-    for dense_SD, logits_SV, next_S in pieces:
-        rows = zip(
-            *(values.split(CACHED_ROWS) for values in (dense_head(dense_SD), logits_SV, next_S)),
-            strict=True,
-        )
-        for dense_RV, logits_RV, next_R in rows:
-            log_p, log_q = dense_RV.float().log_softmax(-1), logits_RV.float().log_softmax(-1)
-            same_R, nats_R = (
-                dense_RV.argmax(-1) == logits_RV.argmax(-1),
-                -log_q.gather(1, next_R[:, None])[:, 0],
-            )
-            figures.append((_kl(log_p, log_q), _kl(log_q, log_p), same_R, nats_R))
+    figures, as_it_is = list[tuple[Tensor, ...]](), nn.Identity()
+    rows = _rows((dense_PD, dense_head), (logits_PV, as_it_is), (next_P, as_it_is))
+    for dense_RV, logits_RV, next_R in rows:
+        log_p, log_q = dense_RV.float().log_softmax(-1), logits_RV.float().log_softmax(-1)
+        same_R = dense_RV.argmax(-1) == logits_RV.argmax(-1)
+        nats_R = -log_q.gather(1, next_R[:, None])[:, 0]
+        figures.append((_kl(log_p, log_q), _kl(log_q, log_p), same_R, nats_R))
     return tuple(map(torch.cat, zip(*figures, strict=True)))
+
+
+def _rows(*columns: tuple[Tensor, nn.Module]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what each head makes of its values, `CACHED_ROWS` of `KL_POSITIONS` at a time."""
+    for pieces in zip(*(values.split(KL_POSITIONS) for values, _ in columns), strict=True):
+        made = (head(piece) for (_, head), piece in zip(columns, pieces, strict=True))
+        yield from zip(*(piece.split(CACHED_ROWS) for piece in made), strict=True)
 
 
 def _kl(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:

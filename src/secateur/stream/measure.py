@@ -91,11 +91,8 @@ def removal_damage(
     removed = columns_UW[complement(keep, len(columns_UW))].flatten()
     rows_CF = inverse[removed]
     del inverse
-    change_HF = (
-        (reader_HF[:, removed].to(rows_CF) @ torch.linalg.solve(rows_CF[:, removed], rows_CF))
-        .float()
-        .to(device)
-    )
+    solved_CF = torch.linalg.solve(rows_CF[:, removed], rows_CF)
+    change_HF = (reader_HF[:, removed].to(rows_CF) @ solved_CF).float().to(device)
     errors = []
     for statistics in by_domain.values():
         energy = float(statistics.energy)
@@ -151,10 +148,8 @@ def measure(
         seen.append((inputs[0], output))
 
     energy, by_domain = dict[str, float](), dict[str, Statistics]()
-    held_out, held_out_drift = (
-        defaultdict[str, list[Tensor]](list),
-        defaultdict[str, list[Tensor]](list),
-    )
+    held_out = defaultdict[str, list[Tensor]](list)
+    held_out_drift = defaultdict[str, list[Tensor]](list)
     with walk.layer(group.layer) as layer:
         reader = linear(layer, group.reader.module)
         sizes: Any = {

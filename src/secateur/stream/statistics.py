@@ -169,10 +169,8 @@ class Statistics:
         `dtype`: of all but the energy; float32 for finished sums only, None for `sum_dtype`.
         """
         options: Any = {"device": device, "dtype": dtype or sum_dtype(device)}
-        zeros, square = (
-            torch.zeros(num_inputs, **options),
-            Gram(num_inputs, **options) if gram else None,
-        )
+        zeros = torch.zeros(num_inputs, **options)
+        square = Gram(num_inputs, **options) if gram else None
         cross_FH = torch.zeros(num_inputs, drift_size, **options) if drift_size else None
         energy = torch.zeros((), device=device, dtype=sum_dtype(device))
         return cls(0.0, zeros, zeros.clone(), energy, square, cross_FH)
@@ -367,14 +365,24 @@ def inverse_of(hessian_FF: Float[Tensor, "F F"]) -> Float[Tensor, "F F"]:
 
     Raises NumericsError if it is not: few tokens and little damping leave rounding below zero.
     """
-    # The transposed view is column-major as LAPACK needs, so both steps work in place.
-    failed = torch.zeros((), dtype=torch.int32, device=hessian_FF.device)
-    factor, _ = torch.linalg.cholesky_ex(hessian_FF.mT, out=(hessian_FF.mT, failed))
+    factor_FF = cholesky_of(
+        hessian_FF,
+        "obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens.",
+    )
+    return torch.cholesky_inverse(factor_FF, out=hessian_FF.mT)
+
+
+def cholesky_of(matrix_FF: Float[Tensor, "F F"], refusal: str) -> Float[Tensor, "F F"]:
+    """Return the lower Cholesky factor of a symmetric matrix, in its memory, column-major.
+
+    Raises NumericsError, which says `refusal`, if the matrix is not positive definite.
+    """
+    # The transposed view is column-major, as LAPACK needs to work in place.
+    failed = torch.zeros((), dtype=torch.int32, device=matrix_FF.device)
+    factor_FF, _ = torch.linalg.cholesky_ex(matrix_FF.mT, out=(matrix_FF.mT, failed))
     if failed:
-        raise NumericsError(
-            "obs: a damped Gram matrix has no inverse; raise repair.damping or use more tokens."
-        )
-    return torch.cholesky_inverse(factor, out=hessian_FF.mT)
+        raise NumericsError(refusal)
+    return factor_FF
 
 
 def removal_errors(

@@ -53,15 +53,6 @@ class Batch:
         counted_T = predicts_BT.flatten().to(rows_TX.device)
         return rows_TX[counted_T.repeat(len(rows_TX) // len(counted_T))]
 
-    @property
-    def num_predicted(self) -> int:
-        """The predicted tokens that count: without a mask all but each block's first."""
-        return (
-            self.ids_BT[:, 1:].numel()
-            if self.counted_BT is None
-            else int(self.counted_BT[:, 1:].sum())
-        )
-
 
 def make_batches(
     domain: str,
