@@ -13,10 +13,11 @@ import torch
 from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
 from models import shards_of, tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from run_cli import run_cli
+from shown import assert_shown
 from transformers import AutoModelForCausalLM, GgufConfig, HunYuanDenseV1Config, LlamaConfig, OPTConfig, OPTForCausalLM
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 
-from secateur.errors import ArchError, CheckpointError, NumericsError, RecipeError
+from secateur.errors import SecateurError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_families import rotary
 from secateur.formats.gguf_tensors import interleave_rotary
@@ -305,72 +306,58 @@ def test_the_command(llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
-def test_types_and_places_that_cannot_be(llama, tmp_path):
-    with pytest.raises(RecipeError, match=r"unknown type 'q4_k'; allowed: f32, f16, bf16, .*; did you mean 'q4_k"):
-        export(llama, tmp_path / "model.gguf", type_name="q4_k")
-    with pytest.raises(CheckpointError, match="there is no directory"):
-        export(llama, tmp_path / "missing" / "model.gguf")
-    with pytest.raises(CheckpointError, match="is a directory; give the name of a file"):
-        export(llama, tmp_path)
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        export(tmp_path, tmp_path / "model.gguf")
-    export(llama, tmp_path / "model.gguf", check=False)
-    with pytest.raises(CheckpointError, match="is GGUF already"):
-        export(tmp_path / "model.gguf", tmp_path / "again.gguf")
+def told(source: Path, file: str = "model.gguf", type_name: str = "f32", **options: Any) -> str:
+    """Return the sentence by which an export is refused, which leaves no file."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SecateurError) as refused:
+        export(source, Path(file), type_name=type_name, **options)
+    assert sorted(Path().rglob("*")) == before
+    return f"{source} to {file} as {type_name}: {type(refused.value).__name__}: {refused.value}"
 
 
-def refused(place: Path, model: Any, message: str, type_name: str = "f32") -> None:
-    error = ArchError if type_name == "f32" else CheckpointError
-    source = save(place / str(len(list(place.iterdir()))), model)
-    with pytest.raises(error, match=message):
-        export(source, place / "model.gguf", type_name=type_name)
-    assert not (place / "model.gguf").exists()
+def test_types_and_places_that_cannot_be(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, others = Path("llama"), Path("others")
+    shutil.copytree(llama, source)
+    shutil.copytree(llama, others)
+    tokenizer = bpe_tokenizer()
+    tokenizer.add_tokens([f"<extra{index}>" for index in range(50)])
+    tokenizer.save_pretrained(others)
+    lines = [told(source, type_name="q4_k"), told(source, "missing/model.gguf"), told(source, "."), told(Path())]
+    export(source, Path("model.gguf"), check=False)
+    lines += [told(Path("model.gguf"), "again.gguf"), told(others, "again.gguf", check=False)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lines += [told(source, "again.gguf"), told(source, "again.gguf", check=True)]
+    assert_shown("gguf/places", "\n".join(lines))
 
 
-def test_structures_that_llama_cpp_does_not_run(tmp_path):
-    other = OPTForCausalLM(OPTConfig(hidden_size=24, ffn_dim=32, num_hidden_layers=1))
-    refused(tmp_path, other, r"knows the families cohere, .* qwen3, .* starcoder2, not 'opt'")
-    heads = tiny_qwen2(**SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=16)
-    refused(tmp_path, heads, "to be the hidden size 64, got 32")
-    refused(tmp_path, tiny_llama(hidden_act="gelu"), "hidden_act to be silu, the config says gelu")
-    silu = MODELS["gemma-tied"](hidden_act="silu")
-    refused(tmp_path, silu, "hidden_activation to be gelu_pytorch_tanh, the config says silu")
-    refused(tmp_path, tiny_gemma(tied=False), "tie_word_embeddings to be True, the config says False")
-    refused(tmp_path, MODELS["qwen3"](attention_bias=True), "attention_bias to be False, the config says True")
+def test_structures_that_llama_cpp_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}
-    refused(tmp_path, tiny_llama(rope_parameters=rope), "rope_type 'dynamic' has no counterpart")
-    refused(tmp_path, tiny_llama(), r"has rows of 48, which q8_0 stores in blocks of 32; .* bf16\.$", "q8_0")
-    narrow_mlp = tiny_llama(hidden_size=64, head_dim=16)
-    refused(tmp_path, narrow_mlp, r"has rows of 112, .*, or prune with align: 32\.$", "q8_0")
-
-
-def test_gemma3_other_than_llama_cpp_knows_it(tmp_path):
-    def refused_with(message: str, **change: Any) -> None:
-        refused(tmp_path, MODELS["gemma3-tied"](**change), f"takes {message}")
-
-    full = "'sliding_attention', " * 3
-    refused_with(rf"layer_types to be \[{full}", sliding_window_pattern=2)
-    refused_with("query_pre_attn_scalar to be 16, the config says 99", query_pre_attn_scalar=99)
-    refused_with("rope_parameters.sliding_attention to be", rope_local_base_freq=5000.0)
-    refused_with("final_logit_softcapping to be None, the config says 30", final_logit_softcapping=30.0)
-    refused_with("use_bidirectional_attention to be None, the config says True", use_bidirectional_attention=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "type_name", "message"),
-    [
-        (1e6, "f16", "reaches 1e\\+06, beyond f16's 65504; export as bf16"),
-        (float("nan"), "f32", "holds NaN or infinity"),
-    ],
-)
-def test_a_weight_that_does_not_fit_leaves_no_file(value, type_name, message, tmp_path):
-    model = MODELS["llama"]()
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight[3, 5] = value
-    source = save(tmp_path / "source", model)
-    with pytest.raises(NumericsError, match=message):
-        export(source, tmp_path / "model.gguf", type_name=type_name, check=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    fewer_heads = SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    models = {
+        "opt": OPTForCausalLM(OPTConfig(hidden_size=24, ffn_dim=32, num_hidden_layers=1)),
+        "qwen2-fewer-heads": tiny_qwen2(**fewer_heads, head_dim=16),
+        "llama-gelu": tiny_llama(hidden_act="gelu"),
+        "llama-dynamic-rope": tiny_llama(rope_parameters=rope),
+        "gemma-silu": MODELS["gemma-tied"](hidden_act="silu"),
+        "gemma-untied": tiny_gemma(tied=False),
+        "qwen3-biases": MODELS["qwen3"](attention_bias=True),
+        "gemma3-pattern": MODELS["gemma3-tied"](sliding_window_pattern=2),
+        "gemma3-scalar": MODELS["gemma3-tied"](query_pre_attn_scalar=99),
+        "gemma3-local-rope": MODELS["gemma3-tied"](rope_local_base_freq=5000.0),
+        "gemma3-capped": MODELS["gemma3-tied"](final_logit_softcapping=30.0),
+        "gemma3-both-ways": MODELS["gemma3-tied"](use_bidirectional_attention=True),
+    }
+    lines = [told(save(Path(name), model)) for name, model in models.items()]
+    narrow = {"llama-narrow": tiny_llama(), "llama-narrow-mlp": tiny_llama(hidden_size=64, head_dim=16)}
+    lines += [told(save(Path(name), model), type_name="q8_0") for name, model in narrow.items()]
+    for name, value, type_name in (("llama-large", 1e6, "f16"), ("llama-nan", float("nan"), "f32")):
+        model = MODELS["llama"]()
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight[3, 5] = value
+        lines.append(told(save(Path(name), model), type_name=type_name, check=False))
+    assert_shown("gguf/structures", "\n".join(lines))
 
 
 def hasten_a_merge(parsed: dict[str, Any]) -> None:
@@ -380,50 +367,28 @@ def hasten_a_merge(parsed: dict[str, Any]) -> None:
     merges.insert(0, merges.pop(second))
 
 
-UNKNOWN = "that GGUF export does not know"
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("llama", {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}}, "this one is Unigram"),
-        ("llama", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "has no merges"),
-        ("llama", {"pre_tokenizer": {"type": "Whitespace"}}, rf"a rule {UNKNOWN} \('Whitespace' 'unusual'\)"),
-        ("llama", {"normalizer": {"type": "Lowercase"}}, f"a rule {UNKNOWN}"),
-        ("mistral", {"normalizer": {"type": "NFKC"}}, rf"in a way {UNKNOWN} \('NFKC'"),
-        ("mistral", lambda parsed: parsed["model"].update(ignore_merges=True), f"in a way {UNKNOWN}"),
-        ("mistral", lambda parsed: parsed["model"]["merges"].pop(), "cannot say how its tokenizer merges"),
-        ("mistral", hasten_a_merge, "cannot say how its tokenizer merges"),
-        *(
-            ("mistral", lambda parsed, piece=piece: parsed["model"]["vocab"].pop(piece), f"has no piece {piece}")
-            for piece in ("<0xE2>", "<0xFF>", "<0x00>")
-        ),
-    ],
-)
-def test_tokenizers_that_cannot_be_written(name, change, message, tmp_path):
-    source = save(tmp_path / "source", MODELS[name]())
-    parsed = json.loads((source / "tokenizer.json").read_text())
-    change(parsed) if callable(change) else parsed.update(change)
-    (source / "tokenizer.json").write_text(json.dumps(parsed))
-    with pytest.raises(CheckpointError, match=message):
-        export(source, tmp_path / "model.gguf")
-
-
-def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
-    shutil.copytree(llama, tmp_path / "source")
-    tokenizer = bpe_tokenizer()
-    tokenizer.add_tokens([f"<extra{index}>" for index in range(50)])
-    tokenizer.save_pretrained(tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"tokenizer has id 3\d\d, its model only 320 rows"):
-        export(tmp_path / "source", tmp_path / "model.gguf", check=False)
-
-
-def test_the_gguf_package_missing_is_one_sentence(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r'needs the gguf package; run: pip install "secateur\[gguf\]"'):
-        export(llama, tmp_path / "model.gguf")
-    with pytest.raises(CheckpointError, match=r"export --check needs llama-cpp-python"):
-        export(llama, tmp_path / "model.gguf", check=True)
+def test_tokenizers_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes: dict[str, Any] = {
+        "llama-unigram": {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}},
+        "llama-no-merges": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}},
+        "llama-other-words": {"pre_tokenizer": {"type": "Whitespace"}},
+        "llama-lowercase": {"normalizer": {"type": "Lowercase"}},
+        "mistral-nfkc": {"normalizer": {"type": "NFKC"}},
+        "mistral-ignores-merges": lambda parsed: parsed["model"].update(ignore_merges=True),
+        "mistral-a-merge-less": lambda parsed: parsed["model"]["merges"].pop(),
+        "mistral-another-order": hasten_a_merge,
+    }
+    for byte in ("<0xE2>", "<0xFF>", "<0x00>"):
+        changes[f"mistral-without-{byte}"] = lambda parsed, byte=byte: parsed["model"]["vocab"].pop(byte)
+    lines = []
+    for name, change in changes.items():
+        source = save(Path(name), MODELS[name.partition("-")[0]]())
+        parsed = json.loads((source / "tokenizer.json").read_text())
+        change(parsed) if callable(change) else parsed.update(change)
+        (source / "tokenizer.json").write_text(json.dumps(parsed))
+        lines.append(told(source))
+    assert_shown("gguf/other-tokenizers", "\n".join(lines))
 
 
 @pytest.mark.slow
