@@ -5,7 +5,6 @@ All that can be checked without weights is checked before a weight is read.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
@@ -14,7 +13,7 @@ from secateur.model.stock import CausalLM, Tokenizer
 from secateur.pruning.cut import Cut, cut_and_polish
 from secateur.pruning.like import opened_like, recipe_like, write_keeps
 from secateur.pruning.open import Opened, open_model, tokenizer_of
-from secateur.pruning.prepare import Prepared, begun_run, judge_of, judged, judged_dense, prepared
+from secateur.pruning.prepare import Prepared, begun_run, judged, judged_dense, prepared
 from secateur.pruning.result import Result, summary_of
 from secateur.pruning.sizes import (
     MeasuredSizes,
@@ -206,25 +205,23 @@ def _results(
         pairs = zip(members.values(), cuts, strict=True)
         if max_loss is not None:
             pairs = cut_within(ready, measured, max_loss)
-        results = list(_pruned(ready, zip(members, pairs, strict=True), command))
-    return [
-        replace(result, out=out and Path(out) / name)
-        for name, result in zip(members, results, strict=True)
-    ]
+        return list(_pruned(ready, zip(members, pairs, strict=True), command, out))
 
 
 def _pruned(
-    ready: Prepared, cuts: Iterable[tuple[str, tuple[Prepared, Cut]]], command: str
+    ready: Prepared,
+    cuts: Iterable[tuple[str, tuple[Prepared, Cut]]],
+    command: str,
+    out: Path | str | None,
 ) -> Iterator[Result]:
     """Yield the result of each cut, once it is judged and written to its run's directory, if there
     is one.
 
-    `cuts`: the name of each size, what it was cut from, and the cut.
+    `cuts`: the name of each size, what it was cut from, and the cut. `out`: where all go.
     """
     services, judge, dense = ready.run.services, None, None
     if ready.run.resolved.recipe.output.evaluate:
-        judge = judge_of(ready)
-        dense = judged_dense(ready, judge)
+        judge, dense = judged_dense(ready)
     for name, (member, cut) in cuts:
         opened, run, directory = member.opened, cut.run, cut.run.services.scratch
 
@@ -244,6 +241,7 @@ def _pruned(
             cut.keeps,
             run.resolved.layers,
             summary,
+            None if out is None else Path(out) / name,
         )
 
 
@@ -258,7 +256,7 @@ def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
             run.model,
             tokenizer_of(opened),
             directory,
-            kept=None if opened.trim is None else opened.trim.kept,
+            kept=opened.trim and opened.trim.kept,
             carry_from=opened.directory,
         )
         (directory / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")

@@ -97,17 +97,10 @@ def meet(name: str) -> None:
         group = _groups[0]
         group.store.add(f"meet-{name}", 1)
         # Polls, so that signals are handled.
-        while not _asked(lambda: group.store.add(f"meet-{name}", 0) >= group.size):
+        while not _call(lambda: group.store.add(f"meet-{name}", 0) >= group.size):
             time.sleep(LOOK_SECONDS)
-            if _asked(lambda: bool(lost_ranks())):
+            if _call(lost_ranks):
                 raise RankError(lost_text())
-
-
-def _asked(is_so: Callable[[], bool]) -> bool:
-    try:
-        return is_so()
-    except RuntimeError as error:
-        raise RankError(lost_text(_first_line(error))) from None
 
 
 def is_alive(process: int) -> bool:
@@ -313,9 +306,10 @@ def check_same(values: Mapping[str, str]) -> None:
                 )
 
 
-def _call(collective: Callable[[], Any]) -> None:
+def _call(collective: Callable[[], T]) -> T:
+    """Return what a collective, or a question to the store, gives."""
     try:
-        collective()
+        return collective()
     except RuntimeError as error:  # gloo raises it plain, nccl as a DistBackendError
         raise RankError(lost_text(_first_line(error))) from error
 

@@ -374,7 +374,9 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
             f"{{'preset': {got!r}, ...}}."
         )
     if kind == "extra_forbidden":
-        elsewhere = [name for name in grouped_keys(model) if name.partition(".")[2] == key]
+        fields = model.model_fields.items()
+        parts = ((group, part) for group, field in fields for part in _groups_in(field.annotation))
+        elsewhere = [f"{group}.{key}" for group, part in parts if key in part.model_fields]
         if elsewhere:
             return f"unknown key '{key}'; did you mean {' or '.join(elsewhere)}?"
         allowed = _allowed_keys(location[:-1], model)
@@ -387,21 +389,9 @@ def sentence(error: ValidationError, model: type[BaseModel]) -> str:
         "must be a list" if kind == "tuple_type" else first["msg"].removeprefix("Value error, ")
     )
     if location[:2] == ["remove", "vocabulary"]:  # a number or a name, so pydantic says two things
-        key, message = (
-            "remove.vocabulary",
-            "must be auto, or how many tokens stay, a multiple of 64",
-        )
+        key = "remove.vocabulary"
+        message = "must be auto, or how many tokens stay, a multiple of 64"
     return f"{key}: {message}, got {shown(got)}."
-
-
-def grouped_keys(model: type[BaseModel]) -> list[str]:
-    """Return the keys of a recipe's groups, as group.key."""
-    fields = (
-        (group, part)
-        for group, field in model.model_fields.items()
-        for part in _groups_in(field.annotation)
-    )
-    return [f"{group}.{key}" for group, part in fields for key in part.model_fields]
 
 
 def _groups_in(annotation: Any) -> list[type[BaseModel]]:
@@ -426,16 +416,21 @@ def parse_recipe(data: Any, where: str = "recipe") -> Recipe:
 
     Raises RecipeError: the key, what it got, what is allowed, the nearest known name.
     """
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}."
-        )
+    data = _mapping(data, where)
     if "preset" in data:
         data = over_preset(data, where)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {sentence(error, Recipe)}") from None
+
+
+def _mapping(data: Any, where: str) -> Keys:
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{where}: a recipe is a mapping of keys to values, got {type(data).__name__}."
+        )
+    return data
 
 
 # Keys of `remove`, and the key below that says the same otherwise.
@@ -518,13 +513,7 @@ def load_recipe(path: Path) -> Keys:
         raise RecipeError(
             f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8."
         ) from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"recipe {path}: a recipe is a mapping of keys to values, got {type(data).__name__}."
-        )
-    return data
+    return {} if data is None else _mapping(data, f"recipe {path}")
 
 
 def dump_recipe(recipe: Recipe, *, places: bool = True) -> str:

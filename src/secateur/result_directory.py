@@ -140,7 +140,6 @@ def staging(
     made = missing_parents(out)
     staged = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(staged, ignore_errors=True)  # from a killed process with this id
-    done = False
     try:
         make_directory(staged, out)
         with disk_errors(out):
@@ -152,11 +151,10 @@ def staging(
                 out, overwrite=overwrite, protected=protected
             )  # it may have changed meanwhile
             _swap(staged, out)
-        done = True
-    finally:
-        if not done:
-            shutil.rmtree(staged, ignore_errors=True)
-            remove_empty(made)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        remove_empty(made)
+        raise
 
 
 def check_replaceable(out: Path, *, overwrite: bool, protected: Path | None) -> None:
@@ -236,10 +234,8 @@ def _of_the_user(directory: Path, digests: Mapping[str, str]) -> list[str]:
         # Links to folders are not followed.
         links = [name for name in folders if Path(root, name).is_symlink()]
         for path in (Path(root, name) for name in (*files, *links)):
-            name, is_file = (
-                path.relative_to(directory).as_posix(),
-                path.is_file() and not path.is_symlink(),
-            )
+            name = path.relative_to(directory).as_posix()
+            is_file = path.is_file() and not path.is_symlink()
             is_later = name in LATER_FILES or _PART.fullmatch(name) is not None
             if is_file and digests and (is_later or name == RESULT_FILE):
                 continue

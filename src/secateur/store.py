@@ -19,14 +19,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
@@ -119,11 +118,9 @@ class Store:
         check_replaceable(out, overwrite=overwrite, protected=protected)
         if not os.path.isdir(directory):  # where Path raises if a name is too long
             make_directory(directory, out)
-        lock, store, ours = (
-            _lock(directory, out),
-            cls(directory, log=log, label=str(out), tell=tell),
-            False,
-        )
+        lock = _lock(directory, out)
+        store = cls(directory, log=log, label=str(out), tell=tell)
+        ours = False
         try:
             with disk_errors(out):
                 store._begin(directory, json.loads(json.dumps(inputs)))
@@ -178,7 +175,7 @@ class Store:
     def check_input(self, name: str, text: str) -> None:
         """Add an input that becomes known only now. Raises CheckpointError if it has changed."""
         if self.value(name, lambda: text, is_input=True) != text:
-            raise _is_of_others(self.label, f"the {name} has changed")
+            raise self._is_of_others(f"the {name} has changed")
 
     def has(self, name: str, depends_on: Mapping[str, Any] | None = None) -> bool:
         """Whether the step is finished; the caller may then rely on finding it."""
@@ -195,19 +192,11 @@ class Store:
         """Return the tensors and the line of a saved step; None if it is not finished."""
 
         def found() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-            for store in (self, self.before):
-                if (
-                    store is not None
-                    and store.directory is not None
-                    and (record := store._record(name))
-                ):
+            for store in filter(None, (self, self.before)):
+                if store.directory is not None and (record := store._record(name)):
                     # Mapped from the file: a tensor fills memory only once it is used.
-                    with safe_open(
-                        store.directory / f"{name}.safetensors", framework="pt"
-                    ) as opened:
-                        return {key: opened.get_tensor(key) for key in opened.keys()}, record[
-                            "line"
-                        ]
+                    tensors = load_file(store.directory / f"{name}.safetensors")
+                    return tensors, record["line"]
             return None
 
         outcome = from_first(found)
@@ -280,9 +269,16 @@ class Store:
         if record is None:
             return f"{INPUTS}.json"
         if changed := changes_of(record["inputs"], inputs):
-            raise _is_of_others(self.label, ", ".join(changed[:3]))
+            raise self._is_of_others(", ".join(changed[:3]))
         known = sorted(directory.glob(f"{INPUT}*.json"))
         return next((file.name for file in known if _intact(file) is None), "")
+
+    def _is_of_others(self, changes: str) -> CheckpointError:
+        """Return the error for what an interrupted run of other inputs has left."""
+        return CheckpointError(
+            f"OUT {self.label}: an interrupted run had other inputs: {changes}; give those to go "
+            f"on with it, or delete {place_beside(Path(self.label))} to begin anew."
+        )
 
     def _record(self, stem: str) -> Record | None:
         """Return the step's record if it and its tensors are present and undamaged."""
@@ -355,10 +351,8 @@ class Services:
         self.store.value(
             f"part {name}", lambda: True
         )  # or a store of parts alone would count as empty
-        log, folders = (
-            self.log.part(),
-            [folder and folder / name for folder in (self.store.directory, self.scratch)],
-        )
+        log = self.log.part()
+        folders = [folder and folder / name for folder in (self.store.directory, self.scratch)]
         for folder in filter(None, folders):
             folder.mkdir(exist_ok=True)
         if folders[1] is not None:
@@ -384,30 +378,21 @@ def begun(
     on. `protected`: the model that is read. Of several ranks the first one alone is heard.
     """
     place, log = None if out is None else Path(os.path.abspath(out)), RunLog()
-    steps: AbstractContextManager[Store] = nullcontext(Store(log=log, label=str(place)))
-    target: AbstractContextManager[Path | None] = nullcontext()
+    store, directory = Store(log=log, label=str(place)), None
+    if not is_first():
+        progress, tell = silent, mute
     if place is not None and size() > 1:
         # Refuse it on all ranks before they wait for the first one.
         from_first(lambda: check_replaceable(place, overwrite=overwrite, protected=protected))
-    if place is not None and is_first():
-        target = staging(place, overwrite=overwrite, protected=protected, tell=tell)
-        if inputs is not None:
-            steps = Store.open(
-                place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell
-            )
-    told, heard = (tell, progress) if is_first() else (mute, silent)
-    with steps as store, target as directory:
+    with ExitStack() as job:
+        if place is not None and is_first():
+            rules: Any = {"overwrite": overwrite, "protected": protected, "tell": tell}
+            if inputs is not None:
+                store = job.enter_context(Store.open(place, inputs(), log, **rules))
+            directory = job.enter_context(staging(place, **rules))
         yield Services(
-            progress=log.watched(heard), log=log, store=store, scratch=directory, tell=told
+            progress=log.watched(progress), log=log, store=store, scratch=directory, tell=tell
         )
-
-
-def _is_of_others(label: str, changes: str) -> CheckpointError:
-    """Return the error for what an interrupted run of other inputs has left."""
-    return CheckpointError(
-        f"OUT {label}: an interrupted run had other inputs: {changes}; give those to go on with "
-        f"it, or delete {place_beside(Path(label))} to begin anew."
-    )
 
 
 def place_beside(out: Path) -> Path:

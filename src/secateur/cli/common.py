@@ -1,7 +1,6 @@
 """The command line's application: shared options, the progress bar, how a process ends."""
 
 import glob
-import importlib.metadata
 import os
 import re
 import shlex
@@ -156,12 +155,11 @@ def stoppable(patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     Under nohup SIGHUP stays ignored. If the block does not end within `patience_seconds`, the
     process exits with that status.
     """
-    nohup = {
-        number
+    handlers = {
+        number: signal.signal(number, _stop)
         for number in _SIGNALS
-        if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
     }
-    handlers = {number: signal.signal(number, _stop) for number in _SIGNALS if number not in nohup}
     heard, told = socket.socketpair()
     told.setblocking(False)
     before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
@@ -214,7 +212,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> bool:
     if wanted:
-        print(f"secateur {importlib.metadata.version('secateur')}")
+        print(f"secateur {secateur.__version__}")
         raise typer.Exit
     return wanted
 
@@ -262,22 +260,6 @@ Preset = Annotated[
 Remove = Annotated[
     float | None, typer.Option(help="Share of all parameters to remove; tied weights count once.")
 ]
-Removes = Annotated[
-    str | None,
-    typer.Option(
-        "--remove",
-        metavar="SHARE[,...]",
-        help="Share of all parameters that goes; several are cut in one walk.",
-    ),
-]
-From = Annotated[
-    Path | None,
-    typer.Option(
-        "--from",
-        metavar="DIR",
-        help="What measure has written: its recipe, and its curves plan widths.",
-    ),
-]
 Answers = Annotated[
     str | None,
     typer.Option(
@@ -318,26 +300,10 @@ To = Annotated[
         help="What may stay: parameters, as 0.4B, or bytes, as 8GB; not --remove.",
     ),
 ]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa."
-    ),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many questions per task.")]
 OtherDense = Annotated[
     bool,
     typer.Option(
         "--other-dense", help="The dense model is meant to be another than the one that was pruned."
-    ),
-]
-TasksData = Annotated[
-    Path | None,
-    typer.Option(
-        help=(
-            "Read the tasks' rows from DIR/<hub id>/<config>, as written by save_to_disk of "
-            "datasets."
-        )
     ),
 ]
 

@@ -37,8 +37,15 @@ def evaluate(
             min=8, help="Tokens per block of --domain; 512, or the model's positions if fewer."
         ),
     ] = None,
-    tasks: common.Tasks = None,
-    limit: common.Limit = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Also these tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions per task.")
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples in each prompt of the tasks.")
     ] = None,
@@ -49,7 +56,15 @@ def evaluate(
             "--run-code", help="Let tasks run the code that a model writes, without a network."
         ),
     ] = False,
-    tasks_data: common.TasksData = None,
+    tasks_data: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "Read the tasks' rows from DIR/<hub id>/<config>, as written by save_to_disk of "
+                "datasets."
+            )
+        ),
+    ] = None,
     device: common.Device = None,
     other_dense: common.OtherDense = False,
     out: Annotated[

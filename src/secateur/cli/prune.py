@@ -119,11 +119,9 @@ def _comment(text: str, indent: str) -> list[str]:
 
 def plain_value(value: Any) -> str:
     """Return a recipe's value as YAML on one line."""
-    own = isinstance(value, Domain)
-    plain = (
-        value.model_dump(mode="json", exclude_unset=own) if isinstance(value, BaseModel) else value
-    )
-    plain = list(plain) if isinstance(plain, tuple) else plain
+    if isinstance(value, Domain):
+        value = value.model_dump(mode="json", exclude_unset=True)
+    plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
@@ -174,7 +172,13 @@ def measure(
 def prune(
     model: common.Model,
     out: common.Out,
-    remove: common.Removes = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE[,...]",
+            help="Share of all parameters that goes; several are cut in one walk.",
+        ),
+    ] = None,
     to: common.To = None,
     max_loss: Annotated[
         float | None,
@@ -204,7 +208,14 @@ def prune(
             metavar="RESULT", help="Remove what went there, with its recipe; refit on MODEL."
         ),
     ] = None,
-    from_: common.From = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="What measure has written: its recipe, and its curves plan widths.",
+        ),
+    ] = None,
     overwrite: common.Overwrite = False,
     force: common.Force = False,
 ) -> None:
@@ -287,9 +298,7 @@ def _recipe_of(
     data = {} if file is None else load_recipe(file)
     parse_recipe(data, f"recipe {file}")  # or errors in options would name the file
     if preset is not None:
-        data = over_preset(
-            {"preset": preset, **{k: v for k, v in data.items() if k != "preset"}}, "--preset"
-        )
+        data = over_preset({**data, "preset": preset}, "--preset")
     data = merged(data, _without_none(options))
     if domains:
         data = over_preset(data, f"recipe {file}") if "preset" in data else data

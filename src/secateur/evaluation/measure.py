@@ -22,7 +22,6 @@ from secateur.pruning.prepare import (
     Prepared,
     begun_run,
     foretold,
-    judge_of,
     judged,
     judged_dense,
     prepared,
@@ -123,8 +122,8 @@ def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
 def _measured(ready: Prepared, command: str) -> Measurement:
     """Return what sizes cost."""
     opened, run, drawn = ready.opened, ready.run, ready.drawn
-    services, judge = run.services, judge_of(ready)
-    dense = judged_dense(ready, judge)
+    services = run.services
+    judge, dense = judged_dense(ready)
     sizes = {f"probe-{number}": {"share": share} for number, share in enumerate(_probed(opened))}
     even = opened.filled(**EVEN)
     ready = ready._replace(run=replace(run, keeps_statistics=run.can_mix))

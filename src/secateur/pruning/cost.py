@@ -174,18 +174,17 @@ def _layer_choice_bytes(opened: Opened, resolved: Resolved, bytes_per_param: int
     recipe, arch, config = resolved.recipe, opened.arch, text_config(opened.model)
     if not resolved.depth or recipe.remove.layers:
         return 0
-    hidden_size, inputs = (
-        config.hidden_size,
-        [group.num_inputs for group in arch.groups if group.name == "ffn"],
-    )
+    hidden_size = config.hidden_size
+    inputs = [group.num_inputs for group in arch.groups if group.name == "ffn"]
     readers, widest = sum(inputs) * hidden_size * bytes_per_param, max(inputs, default=0)
     fit = _fit_bytes(resolved, hidden_size) if recipe.repair.compensate == "least_squares" else 0
-    fitted, length = (
-        min(NARROW_TOKENS_PER_INPUT * widest, resolved.num_tokens),
-        resolved.sequence_length,
-    )
+    fitted = min(NARROW_TOKENS_PER_INPUT * widest, resolved.num_tokens)
     gram = 8 * _triangle(widest * widest) + _product_bytes(widest)
-    streams = length * (arch.num_layers * hidden_size + config.vocab_size) * bytes_per_param
+    streams = (
+        resolved.sequence_length
+        * (arch.num_layers * hidden_size + config.vocab_size)
+        * bytes_per_param
+    )
     return readers + max(
         (fitted * bytes_per_param + 4 * widest) * hidden_size + gram + fit, streams
     )

@@ -131,10 +131,8 @@ def remove_depth(run: Run) -> Run:
         patch = _patch(run, arch, layer, layer - done, batches)
         arch = remove_layers(run.model, arch, [layer - done])
         choice = {"chosen": order.index(layer) + 1, "kl": costs[layer]} if costs else {}
-        line = {"event": "layer", "layer": layer, **choice, **patch}
-        services.log.write(
-            {**line, "seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()}
-        )
+        took = {"seconds": round(time.perf_counter() - start, 3), "peak_bytes": peak_bytes()}
+        services.log.write({"event": "layer", "layer": layer, **choice, **patch, **took})
         release_freed()
         services.progress("remove layers", done + 1, resolved.depth)
     layers = tuple(index for index in range(dense.num_layers) if index not in removed)
@@ -158,10 +156,9 @@ def _cheapest_layers(run: Run, batches: list[Batch]) -> dict[int, float]:
 
 def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     """Return FFN readers about as narrow as the widths will be; none if none gets narrower."""
-    recipe, plan = run.resolved.recipe, run.resolved.plans[-1]
-    ffns = [
-        group for group in run.resolved.groups if group.name == "ffn" and group.kind == "channels"
-    ]
+    resolved, arch = run.resolved, run.arch
+    recipe, plan = resolved.recipe, resolved.plans[-1]
+    ffns = [group for group in resolved.groups if group.name == "ffn" and group.kind == "channels"]
     kept, total = sum(plan.num_keep[ffn.key] for ffn in ffns), sum(ffn.num_units for ffn in ffns)
     if kept == total:
         return {}
@@ -172,17 +169,17 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     )
     spare = min(len(domain.calibration) for domain in domains) - PROBE_BLOCKS
     after = PROBE_BLOCKS if spare >= num_blocks else 0
-    unprotected = set(range(run.arch.num_layers)) - protected_layers(recipe, run.arch)
-    damping = run.resolved.damping if recipe.repair.compensate == "least_squares" else None
+    unprotected = set(range(arch.num_layers)) - protected_layers(recipe, arch)
+    damping = resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    with_ffn = {group.layer for group in run.arch.ffns}
+    with_ffn = {group.layer for group in arch.ffns}
     shares = dict.fromkeys(unprotected & with_ffn, kept / total)
-    return narrow_readers(run.model, run.arch, blocks, [shares], damping, run.services.progress)[0]
+    return narrow_readers(run.model, arch, blocks, [shares], damping, run.services.progress)[0]
 
 
 def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]) -> dict[str, Any]:
     """Fold `layer`, now at `position`, into the one before if possible; return the verdict."""
-    recipe = run.resolved.recipe
+    recipe, store = run.resolved.recipe, run.services.store
     if position == 0 or recipe.repair.compensate != "least_squares" or not arch.mlp_adds_directly:
         return {}
     ffn = next((group for group in arch.ffns if group.layer == position - 1), None)
@@ -190,12 +187,12 @@ def _patch(run: Run, arch: Arch, layer: int, position: int, batches: list[Batch]
         return {}
     before = decoder_layers(run.model, arch)[position - 1]
     name, weight = f"patch for layer {layer}", linear(before, ffn.reader.module).weight
-    stored = run.services.store.find(name)
+    stored = store.find(name)
     if stored is not None:
         tensors, patch = stored
         with torch.no_grad():
             weight.copy_(tensors["weight"])
         return patch
     patch = dataclasses.asdict(fold_patch(run.model, arch, position, batches, run.resolved.damping))
-    run.services.store.save(name, {"weight": weight}, patch)
+    store.save(name, {"weight": weight}, patch)
     return patch

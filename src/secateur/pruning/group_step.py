@@ -33,17 +33,14 @@ def prune_channels(task: Task) -> StepResult:
     walk, group, method, layer = task.walk, task.group, task.method, task.layer
     is_mlp = group.kind != "heads"
     reader, num_units = linear(layer, group.reader.module), group.num_units_left(layer)
-    gram, drift = (
-        needs_gram(method.score) or method.compensate == "least_squares",
-        is_mlp and bool(walk.dense_BTD),
-    )
+    gram = needs_gram(method.score) or method.compensate == "least_squares"
     measured = measure(
         walk,
         group,
         method.weighting,
         task.shares,
         gram=gram,
-        drift=drift,
+        drift=is_mlp and bool(walk.dense_BTD),
         to_middle=is_mlp,
         hand=task.hand,
     )

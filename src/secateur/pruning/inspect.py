@@ -92,12 +92,8 @@ def inspect(
     resolved = with_polish_that_fits(opened, resolved)
 
     # What it leaves, and takes.
-    arch, size, recipe, memory = (
-        opened.arch,
-        opened.size,
-        opened.recipe,
-        memory_for(opened, resolved),
-    )
+    arch, size, recipe = opened.arch, opened.size, opened.recipe
+    memory = memory_for(opened, resolved)
     plan, bytes_per_param = resolved.plans[-1], size.num_bytes // size.num_params
     num_params = plan.cost_after
     embedding: Any = opened.model.get_input_embeddings()

@@ -54,7 +54,7 @@ def read_keeps(directory: Path, num_layers: int) -> tuple[tuple[int, ...], Keeps
             keep = torch.tensor(entry["keep"])
             ascends = bool((keep >= 0).all() and (keep.diff() > 0).all())
             if keep.dtype != torch.long or not keep.numel() or not ascends:
-                raise bad_keeps(directory)
+                raise ValueError
             if entry["group"] == "layers":
                 layers = tuple(keep.tolist())
             else:
@@ -118,7 +118,7 @@ def opened_like(opened: Opened, directory: Path) -> Opened:
             raise bad_keeps(directory)
     tokens, source = kept_tokens_of(directory), lineage(checkpoint, other.num_parameters())[-1]
     like = Like(checkpoint, source, sha256_of(directory / KEEP_FILE), keeps, tokens)
-    return replace(opened.asking(recipe), like=like)
+    return replace(opened, recipe=recipe, like=like)
 
 
 def _check_shape(opened: Opened, other: CausalLM, summary: Summary, directory: Path) -> None:

@@ -68,10 +68,8 @@ def prune_together(runs: Sequence[Run]) -> list[Keeps]:
         scratch as folder,
         embeddings_on_disk(run.model, Path(folder), are_there=on_disk) as unload,
     ):
-        dense_layers, members = (
-            LayersOnDisk(Path(folder), "dense"),
-            [_Member(sized) for sized in runs],
-        )
+        dense_layers = LayersOnDisk(Path(folder), "dense")
+        members = [_Member(sized) for sized in runs]
         for number in range(1, num_rounds + 1):
             # No width left to remove in this round: skip it.
             if any(sized.resolved.removals[number - 1] > 0 for sized in runs):
@@ -197,13 +195,11 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
     `max_rise`: how much each protected domain's loss may still rise. Raises RecipeError if the
     round's share cannot go within these limits.
     """
-    groups, prices, remove = (
-        run.resolved.groups,
-        run.resolved.prices_left,
-        run.resolved.removals[number - 1],
-    )
-    if run.resolved.kept or run.resolved.is_uniform:
-        return run.resolved.plans[number - 1]
+    resolved = run.resolved
+    if resolved.kept or resolved.is_uniform:
+        return resolved.plans[number - 1]
+    groups, prices = resolved.groups, resolved.prices_left
+    remove = resolved.removals[number - 1]
 
     def planned() -> list[tuple[GroupKey, int]]:
         profiles = run.profiles or profiles_of(run, number, batches)
@@ -222,24 +218,22 @@ def plan_round(run: Run, number: int, batches: list[Batch], max_rise: dict[str, 
 
 def profiles_of(run: Run, number: int, batches: list[Batch]) -> Profiles:
     """Return the profiles of the model as it is now; slopes are those of this round's share."""
-    groups, weighting = run.resolved.groups, run.resolved.recipe.choose.domain_weighting
+    resolved, progress = run.resolved, run.services.progress
+    groups, weighting = resolved.groups, resolved.recipe.choose.domain_weighting
     layers = decoder_layers(run.model, run.arch)
 
     def made() -> list[tuple[GroupKey, GroupProfile]]:
         # Slopes are measured at the width of an equal share for all groups.
         now = sum(g.num_units_left(layers[g.layer]) * g.params_per_unit for g in groups)
-        then = sum(
-            run.resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups
-        )
+        then = sum(resolved.plans[number - 1].num_keep[g.key] * g.params_per_unit for g in groups)
         settings = ProfileSettings(
             # Weights by domain act through the slopes.
             weighting="energy" if weighting in BY_DOMAIN else weighting,
             shares=run.shares,
-            damping=run.resolved.damping,
-            align=run.resolved.align,
+            damping=resolved.damping,
+            align=resolved.align,
             perturbation=1 - then / now,
         )
-        progress = run.services.progress
         return [*profile(run.model, run.arch, groups, batches, settings, progress=progress).items()]
 
     kind = list[tuple[GroupKey, GroupProfile]]

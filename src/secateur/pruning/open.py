@@ -103,12 +103,12 @@ class Opened:
     @property
     def vocabulary_left(self) -> int | None:
         """The tokens that stay; None if all do, or if it is not known yet."""
-        return None if self.trim is None else self.trim.kept.num_kept
+        return self.trim and self.trim.kept.num_kept
 
     @property
     def directory(self) -> Path | None:
         """The directory of the model's files; None for a model in memory."""
-        return None if self.checkpoint is None else self.checkpoint.directory
+        return self.checkpoint and self.checkpoint.directory
 
     def asking(self, recipe: Recipe) -> "Opened":
         """Return the same model with another recipe, not checked yet."""
@@ -230,14 +230,10 @@ def onload(
     """Bring the loaded model to the run's device; a model in memory stays where it is. Arguments:
     of `Placement`.
     """
-    layers, device = (
-        decoder_layers(opened.model, opened.arch),
-        CPU if opened.checkpoint is None else opened.device,
-    )
     placement = Placement(
         opened.model,
-        layers,
-        device,
+        decoder_layers(opened.model, opened.arch),
+        CPU if opened.checkpoint is None else opened.device,
         one_at_a_time=one_at_a_time,
         in_float32=in_float32,
         keeps=keeps,

@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
     """A run whose model is still dense, with its weights. `opened`: with its tokenizer, and the
     trim of it.
 
-    `notes`: for people, on the text, on the weights and on memory.
+    `notes`: for people, on the text, on the weights and on memory, beside what `run` warns of.
     """
 
     opened: Opened
@@ -116,7 +116,6 @@ def prepared(
         services.progress("load", 0, 1)
         opened = loaded(opened, on_disk=plan.weights_on_disk)
         notes = text_notes + opened.notes + _notes(opened, plan)
-        resolved = replace(resolved, warnings=resolved.warnings + notes)
         check_same_run(opened.model, resolved.recipe)
         placement = onload(
             opened,
@@ -208,11 +207,14 @@ def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
     return notes
 
 
-def judge_of(ready: Prepared) -> Judge:
-    """Return what judges the run, by as much text as the recipe says."""
-    opened, run, drawn, *_ = ready
+def judged_dense(ready: Prepared) -> tuple[Judge, Judgement]:
+    """Return what judges the run, by as much text as the recipe says, and its dense judgement.
+
+    That one answers if no token reads all text again or moves weights that are not in memory.
+    """
+    opened, run, drawn, placement, _ = ready
     services, evaluate = run.services, run.resolved.recipe.output.evaluate
-    return Judge(
+    judge = Judge(
         drawn.judged.blocks,
         tokenizer_of(opened),
         run.model.config,
@@ -221,16 +223,8 @@ def judge_of(ready: Prepared) -> Judge:
         trim=opened.trim,
         share=1.0 if evaluate is True else evaluate / TOKENS_BESIDE_ALL,
     )
-
-
-def judged_dense(ready: Prepared, judge: Judge) -> Judgement:
-    """Judge the dense model, which answers if no token reads all text again or moves weights that
-    are not in memory.
-    """
-    asks = ready.run.arch.caches and not (
-        ready.run.weights_on_disk or ready.placement.one_at_a_time
-    )
-    return judged(ready.run, "dense", partial(judge.dense, asks=asks))
+    asks = run.arch.caches and not (run.weights_on_disk or placement.one_at_a_time)
+    return judge, judged(run, "dense", partial(judge.dense, asks=asks))
 
 
 def judged(run: Run, which: str, judged: Callable[[ToJudge], Judgement]) -> Judgement:

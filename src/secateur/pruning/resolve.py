@@ -127,10 +127,8 @@ class Resolved:
     def reaches(self) -> bool:
         """Whether the widths can give the share; equal ones are the nearest to it."""
         room = self.step / 2 if self.is_uniform else 0
-        to_remove, most = (
-            self.recipe.remove.share * self.prices.total,
-            self.largest * self.prices.total + room,
-        )
+        to_remove = self.recipe.remove.share * self.prices.total
+        most = self.largest * self.prices.total + room
         return not self.groups or bool(self.kept) or to_remove <= most
 
     def with_layers(self, layers: tuple[int, ...]) -> "Resolved":
@@ -172,36 +170,30 @@ def checked(opened: Opened) -> Opened:
         )
         opened = opened.filled(remove={"groups": (most,)})
     recipe, arch, config = opened.recipe, opened.arch, opened.model.config
+    remove = recipe.remove
     groups = groups_of(recipe, arch, layers_to_expect(recipe, arch, config))
     check_experts(recipe, groups)
-    if groups and (recipe.choose.budget != "uniform" or recipe.remove.protected_layers):
+    if groups and (recipe.choose.budget != "uniform" or remove.protected_layers):
         why = "it is inside a larger class"
         if config.get_text_config() is config:
-            why = why_not_per_layer(opened.model, arch, recipe.remove.group_names)
+            why = why_not_per_layer(opened.model, arch, remove.group_names)
         if why is not None:
             raise RecipeError(
                 f"choose.budget: {recipe.choose.budget} with protected_layers "
-                f"{list(recipe.remove.protected_layers)} gives layers widths of their own, which a "
+                f"{list(remove.protected_layers)} gives layers widths of their own, which a "
                 f"language model of type {config.model_type} cannot be saved with ({why}); use "
                 "budget uniform without protected_layers."
             )
     block_length(recipe.calibration.sequence_length, config)
-    if (
-        recipe.remove.vocabulary == "auto"
-        and recipe.remove.groups
-        and "ffn" not in recipe.remove.groups
-    ):
+    if remove.vocabulary == "auto" and remove.groups and "ffn" not in remove.groups:
         raise RecipeError(
             "remove.vocabulary: auto weighs tokens against FFN channels, which groups "
-            f"{list(recipe.remove.groups)} do not have; say how many tokens stay, add ffn, or set "
+            f"{list(remove.groups)} do not have; say how many tokens stay, add ffn, or set "
             "vocabulary: null."
         )
-    if (
-        not groups
-        and recipe.remove.vocabulary == opened.model.get_input_embeddings().num_embeddings
-    ):
+    if not groups and remove.vocabulary == opened.model.get_input_embeddings().num_embeddings:
         raise RecipeError(
-            f"remove.vocabulary: {recipe.remove.vocabulary:,} rows are all that the model has, so "
+            f"remove.vocabulary: {remove.vocabulary:,} rows are all that the model has, so "
             "nothing would go; give fewer."
         )
     target_mix_of(recipe, arch)
@@ -315,7 +307,7 @@ def _unplanned(opened: Opened) -> Resolved:
     align = align_for(recipe, groups, prices, prices.taken(layers))
 
     # Text for the widest reader that is fitted; a layer is folded into the FFN reader before it.
-    text, widest = text_for(recipe, groups + (arch.ffns if depth else ()), config)
+    text, widest = text_for(opened, groups + (arch.ffns if depth else ()))
     damping, warnings = damping_for(recipe, text["num_tokens"], widest)
     target_mix = target_mix_of(recipe, arch)
     polish = recipe.polish.num_tokens
@@ -365,10 +357,8 @@ def share_for_widths(run: Resolved) -> float:
         )
     if num_gone > to_remove:
         per_layer = (num_gone - prices.tokens) // depth
-        most, least = (
-            int((to_remove - prices.tokens + step / 2) // per_layer),
-            math.ceil(1e4 * num_gone / prices.total) / 1e4,
-        )
+        most = int((to_remove - prices.tokens + step / 2) // per_layer)
+        least = math.ceil(1e4 * num_gone / prices.total) / 1e4
         raise RecipeError(
             f"remove.depth: {depth} layers of {per_layer:,} parameters each make it "
             f"{num_gone / prices.total:.3f} of all {prices.total_text}, more than remove: "
@@ -384,9 +374,10 @@ def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
 
 def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
     """Return the layers that the recipe names for removal. Raises RecipeError if they cannot go."""
-    named = _layers_named("remove.layers", recipe.remove.layers, arch.num_layers)
-    shown = ", ".join(map(str, recipe.remove.layers))
-    if len(named) < len(recipe.remove.layers):
+    layers, depth = recipe.remove.layers, recipe.remove.depth
+    named = _layers_named("remove.layers", layers, arch.num_layers)
+    shown = ", ".join(map(str, layers))
+    if len(named) < len(layers):
         raise RecipeError(
             f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once."
         )
@@ -395,9 +386,9 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
             f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of "
             "them."
         )
-    if named and recipe.remove.depth not in (None, len(named)):
+    if named and depth not in (None, len(named)):
         raise RecipeError(
-            f"remove.depth: {recipe.remove.depth} is not the number of remove.layers: [{shown}]; "
+            f"remove.depth: {depth} is not the number of remove.layers: [{shown}]; "
             f"leave depth out, or give {len(named)}."
         )
     return named
@@ -455,17 +446,19 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     parameters, 4 at 40%, 8 at 50%. 0 too if the recipe has rounds or cuts no FFN, and if layers
     differ.
     """
-    if recipe.remove.depth is not None or recipe.remove.layers:
-        return len(recipe.remove.layers) if recipe.remove.depth is None else recipe.remove.depth
+    remove, differ = recipe.remove, config.is_heterogeneous or not arch.is_chain
+    if remove.depth is not None:
+        return remove.depth
+    if remove.layers:
+        return len(remove.layers)
     groups = groups_of(recipe, arch, tuple(range(arch.num_layers)))
-    choose, differ = recipe.choose, config.is_heterogeneous or not arch.is_chain
-    plain = choose.rounds == 1 and "ffn" in recipe.remove.group_names
+    plain = recipe.choose.rounds == 1 and "ffn" in remove.group_names
     alike = len(set(arch.params_per_layer)) == 1 and not any(
         group.kind in OF_EXPERTS for group in groups
     )
     if not plain or not alike or not groups or differ:
         return 0
-    of_widths = recipe.remove.share * prices.total - prices.tokens
+    of_widths = remove.share * prices.total - prices.tokens
     units = params_of(groups)
     wanted = round(LAYERS_PER_UNIT * (of_widths / units - UNITS_ALONE) * arch.num_layers)
     free = arch.num_layers - len(protected_layers(recipe, arch))
@@ -486,39 +479,40 @@ def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> Groups:
 
 def check_experts(recipe: Recipe, groups: Sequence[Group]) -> None:
     """Raise RecipeError for what experts do not support, or what only experts support."""
-    have_experts = any(group.kind in OF_EXPERTS for group in groups)
-    if have_experts and recipe.choose.domain_weighting in BY_DOMAIN:
+    choose, have_experts = recipe.choose, any(group.kind in OF_EXPERTS for group in groups)
+    if have_experts and choose.domain_weighting in BY_DOMAIN:
         raise RecipeError(
-            f"choose.domain_weighting: {recipe.choose.domain_weighting} looks at one reader's cut, "
+            f"choose.domain_weighting: {choose.domain_weighting} looks at one reader's cut, "
             "which experts and their channels do not have; use energy or tokens, or leave experts "
             "out of groups."
         )
-    if have_experts and recipe.choose.budget != "uniform":
+    if have_experts and choose.budget != "uniform":
         raise RecipeError(
             "remove.groups: experts and their channels can only go with budget: uniform, got "
-            f"{recipe.choose.budget}; change it or leave experts out."
+            f"{choose.budget}; change it or leave experts out."
         )
-    units = find_score(recipe.choose.score).units
+    units = find_score(choose.score).units
     if have_experts and units == "channels and heads":
         raise RecipeError(
-            f"choose.score: {recipe.choose.score} is of channels and heads, not of experts; "
+            f"choose.score: {choose.score} is of channels and heads, not of experts; "
             "use obs, or leave experts out of groups."
         )
     other = next((group.name for group in groups if group.kind != "experts"), None)
     if other and units == "experts":
         raise RecipeError(
-            f"choose.score: {recipe.choose.score} is of whole experts, groups has {other} too; "
+            f"choose.score: {choose.score} is of whole experts, groups has {other} too; "
             "use obs, or groups: [experts]."
         )
 
 
-def text_for(recipe: Recipe, groups: Sequence[Group], config: Any) -> tuple[dict[str, Any], int]:
+def text_for(opened: Opened, groups: Groups) -> tuple[dict[str, Any], int]:
     """Return `num_tokens` and `sequence_length`, filled, and the widest reader's inputs."""
+    calibration = opened.recipe.calibration
     widest = max((group.num_inputs for group in groups), default=1)
-    num_tokens = recipe.calibration.num_tokens or max(
+    num_tokens = calibration.num_tokens or max(
         MIN_DEFAULT_TOKENS, DEFAULT_TOKENS_PER_INPUT * widest
     )
-    length = block_length(recipe.calibration.sequence_length, config)
+    length = block_length(calibration.sequence_length, opened.model.config)
     return {"num_tokens": num_tokens, "sequence_length": length}, widest
 
 
@@ -553,31 +547,28 @@ def technical_alone(recipe: Recipe) -> tuple[str, ...]:
 
 def target_mix_of(recipe: Recipe, arch: Arch) -> float:
     """Return the recipe's `target_mix`, filled. Raises RecipeError if the family cannot have it."""
-    possible = arch.mlp_adds_directly and recipe.repair.compensate == "least_squares"
-    if recipe.repair.target_mix is None:
-        return DEFAULT_TARGET_MIX if possible else 0.0
-    if recipe.repair.target_mix > 0 and not arch.mlp_adds_directly:
+    mix, refits = recipe.repair.target_mix, recipe.repair.compensate == "least_squares"
+    if mix is None:
+        return DEFAULT_TARGET_MIX if refits and arch.mlp_adds_directly else 0.0
+    if mix > 0 and not arch.mlp_adds_directly:
         raise RecipeError(
             f"repair.target_mix: family {arch.family} normalises what an MLP gives before adding "
-            f"it, so no drift can be made up for; got {recipe.repair.target_mix:g}, set it to 0 or "
+            f"it, so no drift can be made up for; got {mix:g}, set it to 0 or "
             "leave it out."
         )
-    return recipe.repair.target_mix if recipe.repair.compensate == "least_squares" else 0.0
+    return mix if refits else 0.0
 
 
 def damping_for(recipe: Recipe, num_tokens: int, widest: int) -> tuple[float, tuple[str, ...]]:
     """Return the recipe's `damping`, higher for few tokens, and then a warning."""
-    needed = TOKENS_PER_INPUT * widest
+    repair, needed = recipe.repair, TOKENS_PER_INPUT * widest
     raised = Recipe().repair.damping * needed / num_tokens
-    if (
-        recipe.repair.compensate != "least_squares"
-        or num_tokens >= needed
-        or recipe.repair.damping >= raised
-    ):
-        return recipe.repair.damping, ()
+    refits = repair.compensate == "least_squares"
+    if not refits or num_tokens >= needed or repair.damping >= raised:
+        return repair.damping, ()
     warning = (
         f"calibration.num_tokens: {num_tokens:,} tokens are few for least squares over {widest:,} "
-        f"channels (want {needed:,}), so damping rises from {recipe.repair.damping:g} to "
+        f"channels (want {needed:,}), so damping rises from {repair.damping:g} to "
         f"{raised:g}."
     )
     return raised, (warning,)

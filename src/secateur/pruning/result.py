@@ -81,7 +81,7 @@ def summary_of(
         },
         reload_max_abs_difference=proof and proof.max_abs_difference,
         loaded_by=proof and proof.loaded_by,
-        warnings=(*run.resolved.warnings, *notes),
+        warnings=(*run.resolved.warnings, *ready.notes, *notes),
         versions=versions(),
         device=str(opened.device),
         like=opened.like and opened.like.result,

@@ -207,14 +207,14 @@ class LossWatch:
         if not self.now:
             return
         self.now = watched_losses(self.run, f"round {number}")
-        num_params = self.run.model.num_parameters()
-        line = {
-            "event": "round",
-            "round": number,
-            "num_params": num_params,
-            "nats_per_token": self.now,
-        }
-        self.run.services.log.write(line)
+        self.run.services.log.write(
+            {
+                "event": "round",
+                "round": number,
+                "num_params": self.run.model.num_parameters(),
+                "nats_per_token": self.now,
+            }
+        )
 
 
 def watched_losses(run: Run, which: str) -> PerDomain:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.log import Progress, versions
@@ -24,7 +23,7 @@ from secateur.pruning.open import Opened, onload
 from secateur.pruning.prepare import Prepared
 from secateur.pruning.resolve import checked, nearest, resolve
 from secateur.pruning.run import Run, Supports, text_losses
-from secateur.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe, recipe_over
+from secateur.recipe import RECIPE_FILE, Keys, Recipe, load_recipe, parse_recipe, recipe_over
 from secateur.report.records import LEAST_NATS, Measurement, nats_at
 from secateur.result_directory import RESULT_FILE, mismatches, read_digests
 from secateur.store import Store, changes_of
@@ -32,9 +31,9 @@ from secateur.store import Store, changes_of
 # Where a measurement keeps what serves its cuts.
 STEPS = "steps"
 # Keys that a prune by a measurement may have of its own.
-FREE: Any = {"remove": {"share", "to"}, "polish": True, "recover": True, "machine": True}
+FREE: Keys = {"remove": {"share", "to"}, "polish": True, "recover": True, "machine": True}
 # What is to go, by the name of a size: keys of the recipe's `remove`.
-Sizes = Mapping[str, dict[str, Any]]
+Sizes = Mapping[str, Keys]
 # A limit on the loss: how many cuts look for it at most, and the part of it by which one is near
 # enough.
 NUM_CUTS, NEAR = 3, 0.9
@@ -61,7 +60,7 @@ def check_asked(
             )
 
 
-def at_size(opened: Opened, remove: dict[str, Any]) -> Opened:
+def at_size(opened: Opened, remove: Keys) -> Opened:
     """Return the model with these keys of `remove`. Raises RecipeError for what cannot be."""
     return checked(opened.filled(remove=remove))
 
@@ -142,7 +141,6 @@ def of_sizes(
     for (name, remove), model in zip(sizes.items(), models, strict=True):
         member = at_size(replace(opened, model=model, recipe=base), remove)
         resolved = with_polish_that_fits(member, resolve(member))
-        resolved = replace(resolved, warnings=resolved.warnings + notes)
         place = placement
         if model is not opened.model:
             place = onload(member, in_float32=placement.in_float32)
@@ -151,7 +149,7 @@ def of_sizes(
         run = replace(
             dense, model=model, resolved=resolved, services=services, on_host=place.on_host
         )
-        members[name] = Prepared(member, run, drawn, place)
+        members[name] = Prepared(member, run, drawn, place, notes)
     return members
 
 

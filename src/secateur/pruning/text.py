@@ -132,10 +132,7 @@ def run_text(
     `num_judged_blocks`: that each domain must have to judge by; None: by the recipe, if there are
     so many.
     """
-    recipe = opened.recipe
-    calibration, _ = text_for(
-        recipe, opened.arch.select(recipe.remove.group_names), opened.model.config
-    )
+    calibration, _ = text_for(opened, opened.arch.select(opened.recipe.remove.group_names))
     opened = opened.filled(calibration=calibration)
     recipe = opened.recipe
     pool = TextPool(calibration["sequence_length"], tokenizer_of(opened), recipe.seed, progress)
@@ -161,7 +158,8 @@ def with_share_of_answers(opened: Opened) -> Opened:
     is_default = "domains" not in calibration.model_fields_set
     tokenizer = tokenizer_of(opened)
     chats = tokenizer.chat_template is not None
-    if chats and opened.arch.caches and opened.recipe.output.evaluate:
+    can_answer = chats and opened.arch.caches
+    if can_answer and opened.recipe.output.evaluate:
         try:
             closing_of_turn(
                 tokenizer
@@ -169,7 +167,7 @@ def with_share_of_answers(opened: Opened) -> Opened:
         except CalibrationError as error:
             advice = "Or ask it nothing: set calibration.answers to 0 and output.evaluate to false."
             raise CalibrationError(f"{error} {advice}") from None
-    if share is None and not is_default and not answers:
+    if share is None and not answers and not (is_default and can_answer):
         return opened
     if share == 0:
         given = [name for name, domain in answers.items() if domain.source[0] != "answers"]
@@ -179,9 +177,7 @@ def with_share_of_answers(opened: Opened) -> Opened:
                 "answers; leave out one of them."
             )
         return opened.filled(calibration={"domains": text})
-    if not chats or not opened.arch.caches:
-        if share is None and not answers:
-            return opened
+    if not can_answer:
         lack = (
             "the model keeps no keys and values while it writes"
             if chats

@@ -103,7 +103,7 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
                 )
         trim = replace(dense.trim(removal, num_gone), foretold=foretold)
         line = {"event": "vocabulary", "kept": trim.kept.num_kept, "dense": num_rows}
-        log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": trim.foretold})
+        log.write({**line, "nats_of_pieces": dataclasses.asdict(nats), "foretold": foretold})
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
 
 
@@ -156,9 +156,9 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
     cost.
     """
     opened, num_rows = dense.opened, dense.vocabulary.num_rows
-    remove, arch = opened.recipe.remove, opened.arch
-    prices = prices_of(opened.arch, opened.model)
-    layers = layers_to_expect(opened.recipe, arch, opened.model.config)
+    recipe, remove, arch = opened.recipe, opened.recipe.remove, opened.arch
+    prices = prices_of(arch, opened.model)
+    layers = layers_to_expect(recipe, arch, opened.model.config)
     to_remove = max(0.0, remove.share * prices.total - prices.taken(layers))
     per_token = token_prices(opened.model, 1)
     if not remove.group_names or not to_remove:
@@ -167,13 +167,8 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
     # One count more than the share holds, if `resolve` takes it: the least with which no channel
     # need go.
     counts_N = sizes_within(removal, int(to_remove // per_token) + ALIGN_TOKENS)
-    groups, uniform = (
-        groups_of(opened.recipe, arch, layers),
-        opened.recipe.choose.budget == "uniform",
-    )
-    least = least_step(
-        groups, align_for(opened.recipe, groups, prices, int(to_remove)), alike=uniform
-    )
+    groups, uniform = groups_of(recipe, arch, layers), recipe.choose.budget == "uniform"
+    least = least_step(groups, align_for(recipe, groups, prices, int(to_remove)), alike=uniform)
     if per_token * int(counts_N[-1]) - to_remove > least / 2:
         counts_N = counts_N[:-1]
     ffns = tuple(group for group in groups if group.name == "ffn")
@@ -182,12 +177,11 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
         f"{opened.name}: first measures how many of its {num_rows:,} tokens go; what goes is said "
         "after that."
     )
-    shares = {name: opened.recipe.calibration.domains[name].share for name in hand.written}
+    shares = {name: recipe.calibration.domains[name].share for name in hand.written}
     law = _channel_law(dense, hand, shares, min(MOST_CHANNELS, to_remove / channels))
     # Whole steps of the widths, at least what is asked: so tokens make up for the widths' rounding.
     aligns = [
-        align_for(opened.recipe, ffns, prices, int(per_token * num_gone))
-        for num_gone in counts_N.tolist()
+        align_for(recipe, ffns, prices, int(per_token * num_gone)) for num_gone in counts_N.tolist()
     ]
     steps = {align: least_step(ffns, align, alike=True) for align in set(aligns)}
     step_N = torch.tensor([steps[align] for align in aligns], dtype=torch.float64)
@@ -206,12 +200,8 @@ def _count(dense: _Dense, hand: "_Hand", removal: Removal, pieces: PieceNats) ->
             lambda: methods.nats_with(*hand.bound, hand.held_out, shares, trim, progress)
         )
 
-    before, growth_N, measured, num_gone = (
-        nats_with(None),
-        removal.growth(counts_N),
-        dict[float, float](),
-        0,
-    )
+    before, growth_N = nats_with(None), removal.growth(counts_N)
+    measured, num_gone = dict[float, float](), 0
     for number in range(NUM_TRIMS):
         sum_N = cost_N + nats_of_trims(removal, counts_N, measured or {1.0: pieces.token})
         place = len(counts_N) * (number + 1) // 4 if number < 2 else int(sum_N.argmin())
@@ -284,12 +274,12 @@ def _at_hand(dense: _Dense, text: RunText) -> Iterator[_Hand]:
         speaker = text.answers(opened, dense.services)
         for domain in domains:
             if domain.blocks.is_meta:
-                sizes = len(domain.held_out), domain.num_calibration
-                blocks = speaker.blocks(domain.name, {"held-out": sizes[0], "learning": sizes[1]})
-                held_out[domain.name], answers[domain.name] = (
-                    blocks["held-out"],
-                    blocks["learning"],
+                blocks = speaker.blocks(
+                    domain.name,
+                    {"held-out": len(domain.held_out), "learning": domain.num_calibration},
                 )
+                held_out[domain.name] = blocks["held-out"]
+                answers[domain.name] = blocks["learning"]
     yield _Hand(opened, written | answers, answers, held_out, resolved.damping)
     placement.offload()
 

@@ -49,10 +49,8 @@ def too_dear(trimmed: LossPairs, trim: Trim) -> str | None:
     `trimmed`: each domain's losses before and behind it, of the same documents.
     """
     changes = {name: change(before, after) for name, (before, after) in trimmed.items()}
-    mean, worst = (
-        mean_change(changes.values()),
-        max(changes, key=lambda name: changes[name].nats_per_token),
-    )
+    mean = mean_change(changes.values())
+    worst = max(changes, key=lambda name: changes[name].nats_per_token)
     lost, error = mean.nats_per_token, mean.standard_error or 0.0
     foretold = math.inf if trim.foretold is None else trim.foretold
     is_surprise = lost > TOLD_NATS and lost - 2 * error > BEARABLE_TIMES * foretold

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from secateur.model.bind import Arch, head_of
 from secateur.model.modules import forwards_replaced
+from secateur.recovery.weights import HEAD_POSITIONS
 from secateur.stream.losses import states_of
 
-HEAD_POSITIONS = 256  # of which both models' logits are there at a time
 CACHED_POSITIONS = 8  # at a time in float32 on a processor; more do not fit the cache of a core
 
 # What a head reads at the predicting positions, and the head.

@@ -21,10 +21,10 @@ from secateur.errors import RecipeError
 from secateur.facts import Size
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import Recipe, RecoverySettings, Training
-from secateur.recovery.loss import HEAD_POSITIONS
 from secateur.stream.device import CPU, multiplies_in_software
 from secateur.stream.offload import forget_weights
 
+HEAD_POSITIONS = 256  # of which both models' logits are there at a time
 FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP
 # Of low-rank additions. Twice as much was no better than training the layers' own weights (LOG,
 # 2026-11-28, night).
