@@ -383,7 +383,7 @@ def plain(page: Page) -> str:
 
 
 def _plain_table(table: Table) -> list[str]:
-    looks = [name for name in ("numbers", "folded") if getattr(table, name)]
+    looks = [name for name, holds in (("numbers", table.header), ("folded", table.folded)) if holds]
     lines = [f"-- {table.caption} {looks}", " | ".join(table.header), *map(" | ".join, table.rows)]
     return lines + [f"bars {[round(bar, 4) for bar in bars]}" for bars in table.bars if bars]
 
