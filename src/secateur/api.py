@@ -1,5 +1,5 @@
-"""`prune`: one run: open, plan, text, load, cut, polish, save, verify, result, page. `recover`: a
-training of its result.
+"""`prune` is one run: open, plan, text, load, cut, polish, save, verify, result, page. `recover`
+trains its result.
 
 All that can be checked without weights is checked before a weight is read.
 """
@@ -24,14 +24,13 @@ from secateur.pruning.sizes import (
     of_sizes,
     with_most,
 )
-from secateur.pruning.text import with_share_of_answers
+from secateur.pruning.text import completed
 from secateur.ranks import joined
 from secateur.recipe import (
     RECIPE_FILE,
     AnyRecipe,
     Recipe,
     RecoverySettings,
-    Remove,
     as_recipe,
     dump_recipe,
 )
@@ -83,11 +82,9 @@ def prune(
 
     Raises a SecateurError, one sentence, for what a user can correct.
     """
-    given = as_recipe(recipe)
-    check_asked(given, like, from_, max_loss)
     (result,) = _results(
         model,
-        given,
+        as_recipe(recipe),
         out=out,
         like=like,
         from_=from_,
@@ -127,7 +124,10 @@ def prune_sizes(
 
     Raises a SecateurError, one sentence, for what a user can correct.
     """
-    keys = [Remove(to=size) if isinstance(size, str) else Remove(share=size) for size in sizes]
+    keys = [
+        as_recipe({"remove": {"to" if isinstance(size, str) else "share": size}}).remove
+        for size in sizes
+    ]
     named = {
         size_key.to or f"{100 * size_key.share:.4g}": size_key.model_dump(exclude_unset=True)
         for size_key in keys
@@ -167,13 +167,14 @@ def _results(
     `sizes`: each goes into a directory of its name below `out`.
     """
     # The recipe, with those of other directories below it, and the model.
+    check_asked(given, like, from_, max_loss)
     recipe = given if like is None else recipe_like(Path(like), given)
     measured = None if from_ is None else MeasuredSizes.of(Path(from_))
     recipe = recipe if measured is None else measured.recipe_with(recipe)
     opened = open_model(model, recipe, tokenizer)
     if measured is not None:
         measured.check_model(opened)
-    opened = with_share_of_answers(opened if like is None else opened_like(opened, Path(like)))
+    opened = completed(opened if like is None else opened_like(opened, Path(like)))
 
     # What goes at most, and on how many copies.
     base, is_alone = opened, sizes is None and max_loss is None

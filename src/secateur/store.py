@@ -386,10 +386,13 @@ def begun(
         from_first(lambda: check_replaceable(place, overwrite=overwrite, protected=protected))
     with ExitStack() as job:
         if place is not None and is_first():
-            rules: Any = {"overwrite": overwrite, "protected": protected, "tell": tell}
             if inputs is not None:
-                store = job.enter_context(Store.open(place, inputs(), log, **rules))
-            directory = job.enter_context(staging(place, **rules))
+                steps = Store.open(
+                    place, inputs(), log, overwrite=overwrite, protected=protected, tell=tell
+                )
+                store = job.enter_context(steps)
+            target = staging(place, overwrite=overwrite, protected=protected, tell=tell)
+            directory = job.enter_context(target)
         yield Services(
             progress=log.watched(progress), log=log, store=store, scratch=directory, tell=tell
         )

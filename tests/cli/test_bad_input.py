@@ -131,6 +131,7 @@ def test_damaged_model(name, model, prune):
         ("--remove 0.1,0.2 --like it", "--like it: gives one size; leave it out, or --remove and --to."),
         ("--remove 0.1,0.2 --max-loss 0.5", "--max-loss 0.5: gives one size; leave it out"),
         ("--remove 0.1,0.2 --set remove.share=0.3", "--set remove.share: gives one size; leave it out"),
+        ("--remove 0.1,2", "recipe: remove.share: Input should be less than 1, got 2.0."),
         ("--remove=", "--remove : give a share such as 0.2"),
         ("--answers=", "--answers : is no share and no file"),
         ("--vocabulary 320 --set remove.groups=[]", "remove.vocabulary: 320 rows are all that the model has"),
@@ -166,6 +167,12 @@ def test_a_full_disk_behind_the_standard_output():
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-m", "secateur", "recipe"], stdout=full, stderr=-1, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("secateur: standard output: the disk is full; ")
+
+
+def test_a_terminal_without_columns():
+    ask = "from secateur.cli.common import CONSOLE; print(CONSOLE.width)"
+    ended = subprocess.run([sys.executable, "-c", ask], env={**os.environ, "COLUMNS": "0"}, stdout=-1, text=True)
+    assert ended.stdout == "80\n"
 
 
 def test_out_below_links_in_a_circle(prune, tmp_path):

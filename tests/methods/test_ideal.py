@@ -20,7 +20,7 @@ from secateur.evaluation.bench import (
 )
 from secateur.facts import Workload
 from secateur.model.bind import bind
-from secateur.pruning.text import with_share_of_answers
+from secateur.pruning.text import completed
 from secateur.recipe import Recipe
 from tests.families import tiny_family
 
@@ -96,9 +96,9 @@ def test_recurrent_layers_do_not_attend():
 def test_a_model_without_keys_and_values_answers_nothing():
     of = replace(opened(recurrent(), Recipe()), tokenizer=tiny_tokenizer())
     assert not of.arch.caches and bind(tiny_family("qwen3_5")).caches
-    assert with_share_of_answers(of) is of
+    assert completed(of) is of
     with pytest.raises(RecipeError, match="answers nothing, as the model keeps no keys and values while it writes"):
-        with_share_of_answers(of.filled(calibration={"answers": 0.5}))
+        completed(of.filled(calibration={"answers": 0.5}))
     # As `recover` asks, which has no share.
     with pytest.raises(CalibrationError, match="the model keeps no keys and values while it writes; leave them out"):
         _ = Speaker(of.model, of.arch, tiny_tokenizer(), "0", 32).rows

@@ -14,7 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
-from secateur.pruning.text import with_share_of_answers
+from secateur.pruning.text import completed
 from secateur.recipe import Recipe
 from secateur.recovery.text import in_steps
 from secateur.store import Store
@@ -79,7 +79,7 @@ def test_a_polish_that_leads_away_from_the_dense_model_on_its_answers_is_undone(
 def shares(tokenizer: Any, **calibration: Any) -> dict[str, float]:
     """Return the domains' shares of the tokens."""
     of = opened(tiny_llama(), Recipe(calibration=calibration))
-    domains = with_share_of_answers(replace(of, tokenizer=tokenizer)).recipe.calibration.domains
+    domains = completed(replace(of, tokenizer=tokenizer)).recipe.calibration.domains
     total = sum(domain.share for domain in domains.values())
     return {name: domain.share / total for name, domain in domains.items()}
 
@@ -109,10 +109,8 @@ def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
     shipped = {"a": {"files": "a.txt"}, "answers": {"answers": True}}
     assert shares(TOKENIZER, domains=shipped, answers=0) == {"a": 1.0}
     # What is asked for twice changes nothing.
-    once = with_share_of_answers(
-        replace(opened(tiny_llama(), Recipe(calibration={"answers": 0.3})), tokenizer=TOKENIZER)
-    )
-    again = with_share_of_answers(once).recipe.calibration.domains
+    once = completed(replace(opened(tiny_llama(), Recipe(calibration={"answers": 0.3})), tokenizer=TOKENIZER))
+    again = completed(once).recipe.calibration.domains
     for name, domain in once.recipe.calibration.domains.items():
         assert again[name].share == pytest.approx(domain.share)
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,11 @@ def test_frozen_parameters_stay_frozen(asked):
     assert free == {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
 
 
-def test_a_prune_recovers_nothing(checkpoints, asked, tmp_path):
+@pytest.mark.parametrize("prune", [secateur.prune, partial(secateur.prune_sizes, sizes=(0.1, 0.2))])
+def test_a_prune_recovers_nothing(prune, checkpoints, asked, tmp_path):
+    recipe = grouped({**asked, "recover": {"num_tokens": 128}})
     with pytest.raises(secateur.RecipeError, match="recover: is what secateur recover reads"):
-        secateur.prune(checkpoints["llama"], grouped({**asked, "recover": {"num_tokens": 128}}), out=tmp_path / "out")
+        prune(checkpoints["llama"], recipe=recipe, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -231,6 +231,8 @@ def _options(
 
 # Shows paths and generated text as they are, with brackets and colons.
 CONSOLE = Console(markup=False, emoji=False, highlight=False)
+if not CONSOLE.width:  # COLUMNS=0, which some shells without a terminal say
+    CONSOLE.width = 80
 
 Model = Annotated[
     str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")

@@ -46,7 +46,6 @@ TEMPERATURE = 0.7
 PATIENCE, LEAST_FRESH = 100, 1 / 20
 # What a step costs beside its rows, in tokens, as measured on a processor: so progress is even.
 STEP_TOKENS = 32
-
 # A gap at a block's end is filled with a part of a conversation if it is longer than this share of
 # it.
 LARGEST_GAP = 1 / 8

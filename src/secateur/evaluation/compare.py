@@ -30,7 +30,7 @@ from secateur.pruning.cut import cut_and_polish
 from secateur.pruning.open import Opened, open_model, tokenizer_of
 from secateur.pruning.prepare import prepared
 from secateur.pruning.resolve import checked, resolve
-from secateur.pruning.text import run_text, with_share_of_answers
+from secateur.pruning.text import completed, run_text
 from secateur.ranks import in_turns, is_first, joined
 from secateur.result_directory import check_outside_results
 from secateur.store import Services, Store
@@ -57,7 +57,7 @@ class _Shared:
 
     def asking(self, cell: Cell) -> Opened:
         """Return the model with a cell's recipe."""
-        return with_share_of_answers(self.opened.asking(cell.recipe))
+        return completed(self.opened.asking(cell.recipe))
 
 
 @joined()

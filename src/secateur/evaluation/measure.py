@@ -28,7 +28,7 @@ from secateur.pruning.prepare import (
 )
 from secateur.pruning.resolve import nearest, resolve
 from secateur.pruning.sizes import STEPS, at_size, check_apart, of_sizes, with_most
-from secateur.pruning.text import with_share_of_answers
+from secateur.pruning.text import completed
 from secateur.ranks import from_first, joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
@@ -112,9 +112,7 @@ def _opened(model: str | Path, given: Recipe, *, weights: bool) -> Opened:
     plain = given.filled(
         polish={"num_tokens": 0}, output={"evaluate": given.output.evaluate or True}
     )
-    opened = with_share_of_answers(
-        with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100)
-    )
+    opened = completed(with_most(opened.asking(plain), given, "measure", least=PERCENTS[0] / 100))
     check_apart(opened.filled(**EVEN), _probed(opened))
     return opened
 

@@ -143,9 +143,9 @@ def run_text(
     return RunText(opened, pool, calibration["num_tokens"], judged, must_judge)
 
 
-def with_share_of_answers(opened: Opened) -> Opened:
-    """Return `opened`, checked, with domains of which `calibration.answers` are answers; the others
-    share the rest.
+def completed(opened: Opened) -> Opened:
+    """Return `opened`, checked, with what its recipe leaves open: the groups, see `checked`, and
+    domains of which `calibration.answers` are answers; the others share the rest.
 
     Where none of them has answers, one is added, to prompts that come with secateur. The same again
     changes nothing. Raises what `checked` does, CalibrationError for a chat template that fails,
