@@ -170,7 +170,7 @@ class Calibration(Strict):
     least 51,200.
     """
     sequence_length: Annotated[int, Field(ge=8)] | None = None
-    """tokens per block. None: 512, or the model's positions if fewer."""
+    """tokens per block. None: 256, or the model's positions if fewer."""
     answers: Share | None = None
     """the share of the tokens, in calibration and polish, that are answers of the dense model: of
     the domains that have them, else of one named `answers`. None: half where the domains are the

@@ -226,15 +226,22 @@ def _ngrams(blocks_NT: Int64[Tensor, "N T"]) -> Iterator[bytes]:
             yield data[start : start + size]
 
 
-DEFAULT_SEQUENCE_LENGTH = 512
+# Short blocks hold more documents and answers of as many tokens; 128 win no more.
+CALIBRATION_BLOCK = 256
+JUDGED_BLOCK = 512
 
 
-def block_length(asked: int | None, config: Any, key: str = "calibration.sequence_length") -> int:
-    """Return the tokens of a block. Raises RecipeError, naming `key`, if the model has fewer
-    positions.
+def block_length(
+    asked: int | None,
+    config: Any,
+    key: str = "calibration.sequence_length",
+    default: int = CALIBRATION_BLOCK,
+) -> int:
+    """Return the tokens of a block, `default` of them if the model has as many positions. Raises
+    RecipeError, naming `key`, if the model has fewer than `asked`.
     """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = asked or min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+    length = asked or min(default, longest or default)
     if longest is not None and length > longest:
         raise RecipeError(
             f"{key}: {length} is longer than the model's {longest} positions; give at most "
@@ -254,7 +261,7 @@ def other_text(documents: Sequence[str], tokenizer: Tokenizer, config: Any) -> l
     """Return blocks of one document each. `config`: of a model, which may read no more tokens of
     one.
     """
-    length = block_length(None, config)
+    length = block_length(None, config, default=JUDGED_BLOCK)
     blocks: list[Block] = []
     for number, text in enumerate(documents):
         ids_T = torch.tensor(ids_of(text, tokenizer))

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.blocks import (
+    JUDGED_BLOCK,
     NGRAM_TOKENS,
     Blocks,
     JudgedText,
@@ -68,7 +69,9 @@ def text_to_judge(
             if is_needed or has_recipe(directory)
             else ({}, ())
         )
-    sequence_length = block_length(sequence_length, checkpoint.config, "--sequence-length")
+    sequence_length = block_length(
+        sequence_length, checkpoint.config, "--sequence-length", default=JUDGED_BLOCK
+    )
     return named_blocks(domains, num_blocks, sequence_length, tokenizer, progress, directory)
 
 
