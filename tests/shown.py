@@ -4,10 +4,13 @@
 """
 
 import os
+from collections.abc import Callable, Mapping
 from difflib import unified_diff
 from pathlib import Path
 
 import pytest
+
+from secateur.errors import SecateurError
 
 SHOWN = Path(__file__).with_name("shown")
 
@@ -26,3 +29,19 @@ def assert_shown(name: str, text: str) -> None:
         pytest.fail(
             "\n".join([f"{file}; if this is meant, WRITE_SHOWN=1 writes it anew:", *differs[:60]]), pytrace=False
         )
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """Return the one sentence, and its error's class, by which a call is refused."""
+    with pytest.raises(SecateurError) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+    return f"{type(refused.value).__name__}: {refused.value}"
+
+
+def assert_sentences(name: str, sentences: Mapping[str, str], *places: Path) -> None:
+    """Compare sentences, by what each is about, with those that were read; of the places PLACE is said."""
+    text = "\n".join(f"{about}\n    {sentence}" for about, sentence in sentences.items())
+    for place in places:
+        text = text.replace(str(place), "PLACE")
+    assert_shown(name, text)

@@ -22,6 +22,7 @@ from little import BEGUN
 from recipes import grouped
 from run_cli import Outcome, run_cli
 from safetensors.torch import load_file, save_file
+from shown import assert_sentences
 
 from secateur.cli.common import last_word, stoppable
 from secateur.errors import CheckpointError
@@ -57,12 +58,17 @@ def prune(recipe: dict[str, Any], model: Path, tmp_path: Path) -> Callable[..., 
 SAID = re.compile(r"\d+:\d\d:\d\d .+|.*: removes .+ of memory beyond the interpreter\.")
 
 
-def refused(outcome: Outcome, expected: str, longest: int = 400) -> None:
-    """Exit status 2, and nothing said but one sentence (after the lines of the stages that ran) which holds this."""
+def sentence_of(outcome: Outcome) -> str:
+    """Exit status 2, and nothing said but the stages that ran and this one sentence."""
     assert outcome.status == 2 and outcome.stdout == ""
     *lines, sentence = outcome.stderr.splitlines()
     assert all(SAID.fullmatch(line) for line in lines), outcome.stderr
     assert sentence.startswith("secateur: ") and "Traceback" not in outcome.stderr
+    return sentence
+
+
+def refused(outcome: Outcome, expected: str, longest: int = 400) -> None:
+    sentence = sentence_of(outcome)
     assert expected in sentence and len(sentence) < longest, "what is long is not printed whole"
 
 
@@ -80,87 +86,93 @@ def renamed(name: str) -> Callable[[Path], object]:
     return lambda model: (model / "config.json").rename(model / name)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a type that nobody knows": (
-        lambda model: edit_config(model, model_type="xyzzy"),
-        "transformers knows no model_type 'xyzzy'; use a version of transformers that does.",
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a type that nobody knows": lambda model: edit_config(model, model_type="xyzzy"),
+    "two weights more": lambda model: edit_tensors(model, lambda _: {"x.a": torch.ones(2), "x.b": torch.ones(2)}),
+    "quantised by nothing that is said": lambda model: edit_config(model, quantization_config={}),
+    "pickle": lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+    "int8 and no quantization_config": lambda model: edit_tensors(
+        model, lambda tensors: {UP_PROJ: tensors[UP_PROJ].to(torch.int8)}
     ),
-    "two weights more": (
-        lambda model: edit_tensors(model, lambda _: {"x.a": torch.ones(2), "x.b": torch.ones(2)}),
-        "weights and config disagree, unexpected: x.a (and 1 more); use the config.json and the weights of the same",
-    ),
-    "quantised by nothing that is said": (
-        lambda model: edit_config(model, quantization_config={}),
-        "its weights are quantised, and the method that it does not name cannot be read; known are fp8, ",
-    ),
-    "pickle": (
-        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
-        "only pickle files (pytorch_model.bin), which can run code when opened; convert pickle weights",
-    ),
-    "int8 and no quantization_config": (
-        lambda model: edit_tensors(model, lambda tensors: {UP_PROJ: tensors[UP_PROJ].to(torch.int8)}),
-        f"weight {UP_PROJ} is stored as int8, so the weights are quantised, and its config.json has no",
-    ),
-    "an adapter": (
-        renamed("adapter_config.json"),
-        "is a PEFT adapter, not a whole model; merge it into its base model",
-    ),
-    "a pipeline": (renamed("model_index.json"), "is a diffusers pipeline, which makes images and is no language model"),
-    "a part of a pipeline": (
-        lambda model: (model / "config.json").write_text('{"_diffusers_version": "0.30.0"}'),
-        "is a diffusers pipeline",
-    ),
+    "an adapter": renamed("adapter_config.json"),
+    "a pipeline": renamed("model_index.json"),
+    "a part of a pipeline": lambda model: (model / "config.json").write_text('{"_diffusers_version": "0.30.0"}'),
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_model(name, model, prune):
-    damage, expected = DAMAGES[name]
-    damage(model)
-    outcome = prune()
-    refused(outcome, expected, longest=600)
-    assert outcome.stderr.splitlines()[-1].count(str(model)) <= 1, "a sentence is not put into another"
+def test_damaged_models(model, prune, checkpoints, tmp_path):
+    said = dict[str, str]()
+    for name, damage in DAMAGES.items():
+        shutil.rmtree(model)
+        shutil.copytree(checkpoints["llama"], model)
+        damage(model)
+        said[name] = sentence_of(prune())
+    assert_sentences("cli/damaged-models", said, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("--remove abc", "--remove abc: give a share such as 0.2"),
-        ("--to 0.4X", "remove.to: must be parameters, such as 0.4B or 400M, or bytes, such as 250MB, got"),
-        ("--remove 0.2 --to 50K", "share and to each say how much goes; give one of them"),
-        ("--remove 0.1,0.2 --like it", "--like it: gives one size; leave it out, or --remove and --to."),
-        ("--remove 0.1,0.2 --max-loss 0.5", "--max-loss 0.5: gives one size; leave it out"),
-        ("--remove 0.1,0.2 --set remove.share=0.3", "--set remove.share: gives one size; leave it out"),
-        ("--remove 0.1,2", "recipe: remove.share: Input should be less than 1, got 2.0."),
-        ("--remove=", "--remove : give a share such as 0.2"),
-        ("--answers=", "--answers : is no share and no file"),
-        ("--vocabulary 320 --set remove.groups=[]", "remove.vocabulary: 320 rows are all that the model has"),
-        ("--max-loss inf", "max_loss: give a number of nats per token above 0, got inf"),
-        ("--set seed=4294967296", "--set: seed: "),
-        ("--domain klingon", "'klingon'; allowed: web, encyclopedia, dialogue, multilingual, code, mathematics"),
-        ("--domain =file.txt", "--domain =file.txt: give NAME=FILE"),
-        ("--domain code --domain general", "--domain code: given twice"),
-        ("--domain mine=https://a.b/c", "calibration files https://a.b/c: is a web address; download it"),
-        ("--recipe https://a.b/c", "cannot be read (it is a web address); give a YAML file"),
-        ("--device mps", "machine.device: torch finds no 'mps' here (Could not run "),
-    ],
-)
-def test_bad_option(options, expected, prune):
-    refused(prune(*options.split()), expected)
+OPTIONS = """--remove abc
+--to 0.4X
+--remove 0.2 --to 50K
+--remove 0.1,0.2 --like it
+--remove 0.1,0.2 --max-loss 0.5
+--remove 0.1,0.2 --set remove.share=0.3
+--remove 0.1,2
+--remove=
+--answers=
+--vocabulary 320 --set remove.groups=[]
+--max-loss inf
+--set seed=4294967296
+--domain klingon
+--domain =file.txt
+--domain code --domain general
+--domain mine=https://a.b/c
+--recipe https://a.b/c
+--recipe twice.yaml
+--domain mine=rows.csv
+--domain mine=wide.csv
+--set remove.shrae=0.2
+--set align=8
+--set num_tokens=1
+--set repair.target_mix=2
+--set remove.share
+--set .share=1
+--set seed=[
+--set remove.keep_scripts=[latin]
+--vocabulary 0 --set seed=1"""
+DOMAINS: dict[str, Any] = {
+    "an installed domain that is none": {"a": {"installed": "klingon"}},
+    "a file without a name": {"a": {"files": [""]}},
+    "a mixture that is none": "genral",
+    "a long list of domains": [f"domain {n}" for n in range(99)],
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"xyzzy": 1}, "unknown key 'xyzzy'; give one of calibration, choose, machine, output, "),
-        ({"calibration": {"domains": {"a": {"installed": "klingon"}}}}, "calibration.domains.a.installed 'klingon'"),
-        ({"calibration": {"domains": {"a": {"files": [""]}}}}, "files.0: String should have at least 1 character"),
-        ({"calibration": {"domains": "genral"}}, "or a mixture: general, got 'genral'"),
-        ({"calibration": {"domains": [f"domain {n}" for n in range(99)]}}, "got ['domain 0', 'domain 1', 'domain 2'"),
-    ],
-)
-def test_bad_recipe(changes, expected, prune):
-    refused(prune(**changes), expected)
+def test_what_a_prune_is_asked_that_cannot_be(prune, model, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("twice.yaml").write_text("remove: {share: 0.2}\nchoose: {budget: uniform,\n  rounds: 2, budget: curve}\n")
+    line = ",".join(f"{number} lines of text that somebody has written into the first row" for number in range(9))
+    Path("rows.csv").write_text(f"{line}\n{line}\n")
+    names = ",".join(f"c{number}" for number in range(200))
+    Path("wide.csv").write_text(f"{names}\n{names}\n")
+    Path("one").symlink_to("two")
+    Path("two").symlink_to("one")
+    said = {options: sentence_of(prune(*options.split())) for options in OPTIONS.splitlines()}
+    said |= {name: sentence_of(prune(calibration={"domains": each})) for name, each in DOMAINS.items()}
+    said["a key that nobody knows"] = sentence_of(prune(xyzzy=1))
+    mine = f"mine={texts['prose']}"
+    said["an option beside a mistake in the recipe"] = sentence_of(prune("--domain", mine, calibration=3))
+    for out in ("one/out", model / "deep" / "out", "/"):
+        said[f"OUT {out}"] = sentence_of(prune(out=out))
+    address = "https://huggingface.co/Qwen/Qwen2.5-0.5B"
+    said["a web address"] = sentence_of(prune(source=address))
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no questions') }}")
+    said["a chat template that takes no question"] = sentence_of(prune("--answers", 0, evaluate=True))
+    assert max(map(len, said.values())) < 400 + len(str(tmp_path)), "what is long is not printed whole"
+    assert_sentences("cli/refused", said, tmp_path)
+
+
+def test_a_device_that_is_not_there(prune):
+    refused(prune("--device", "mps"), "machine.device: torch finds no 'mps' here (Could not run ")
 
 
 def test_a_full_disk_behind_the_standard_output():
@@ -175,56 +187,15 @@ def test_a_terminal_without_columns():
     assert ended.stdout == "80\n"
 
 
-def test_out_below_links_in_a_circle(prune, tmp_path):
-    (tmp_path / "one").symlink_to(tmp_path / "two")
-    (tmp_path / "two").symlink_to(tmp_path / "one")
-    refused(prune(out=tmp_path / "one" / "out"), "its links lead in a circle; choose another place.")
-
-
-def test_a_chat_template_that_takes_no_question(prune, model):
-    (model / "chat_template.jinja").write_text("{{ raise_exception('no questions') }}")
-    refused(prune("--answers", 0, evaluate=True), "refuses it (no questions); correct it.")
-
-
-def test_an_option_does_not_hide_a_mistake_in_the_recipe(prune, texts):
-    refused(prune("--domain", f"mine={texts['prose']}", calibration=3), "recipe.yaml: calibration: ")
-
-
-def test_a_key_that_stands_twice(prune, tmp_path):
-    (tmp_path / "bad.yaml").write_text("remove: {share: 0.2}\nchoose: {budget: uniform,\n  rounds: 2, budget: curve}\n")
-    outcome = prune("--recipe", tmp_path / "bad.yaml")
-    refused(outcome, "bad.yaml: cannot be read (line 3 gives the key budget a second time); give a YAML file")
-
-
-def test_text_without_names_of_columns_is_not_printed_whole(prune, tmp_path):
-    line = ",".join(f"{number} lines of text that somebody has written into the first row" for number in range(9))
-    (tmp_path / "mine.csv").write_text(f"{line}\n{line}\n")
-    outcome = prune("--domain", f"mine={tmp_path / 'mine.csv'}")
-    refused(outcome, "mine.csv, line 2: no column 'text'; there are: 0 lines of text that somebody has written")
-    assert len(outcome.stderr.splitlines()[-1].split("mine.csv")[1]) < 230
-    names = ",".join(f"c{number}" for number in range(200))
-    (tmp_path / "wide.csv").write_text(f"{names}\n{names}\n")
-    refused(prune("--domain", f"mine={tmp_path / 'wide.csv'}"), " c25, ...; set `column` to one of them.")
-
-
-def test_an_address_of_the_web_is_called_one(prune):
-    address = "https://huggingface.co/Qwen/Qwen2.5-0.5B"
-    refused(prune(source=address), f"model {address}: is a web address; give a hub id (owner/name), or a directory.")
-
-
 def test_a_recipe_is_no_study(recipe_file, tmp_path):
-    outcome = run_cli("compare", recipe_file, tmp_path / "out")
-    refused(outcome, "has no question, so it is no study; give a recipe to secateur prune.")
+    refused(run_cli("compare", recipe_file, tmp_path / "out"), "has no question, so it is no study; give a recipe to")
     long = {"question": "long? " * 99, "recipe": {"remove": 0.2}, "ratios": [0.2]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(long))
-    outcome = run_cli("compare", tmp_path / "study.yaml", tmp_path / "out")
-    refused(outcome, "study.yaml: model: Field required, got {")
+    refused(run_cli("compare", tmp_path / "study.yaml", tmp_path / "out"), "study.yaml: model: Field required, got {")
     assert not (tmp_path / "out").exists()
 
 
-def test_out_that_cannot_be(prune, model, tmp_path):
-    refused(prune(out=model / "deep" / "out"), f"is inside the model's directory {model}; choose one outside of it.")
-    refused(prune(out="/"), "OUT /: is the root of the file system; choose a new directory.")
+def test_out_that_the_system_refuses(prune, tmp_path):
     refused(prune(out="/proc/nowhere/out"), "OUT /proc/nowhere/out: no directory can be made there")
     for name in ("x" * 300, "x" * 300 + "/out"):
         refused(prune(out=tmp_path / name), f"{name}: no directory can be made there (File name too long)", longest=600)
@@ -277,18 +248,15 @@ def test_a_full_disk_is_that_of_the_file_which_was_written(names, said):
         raise OSError(errno.ENOSPC, "No space left on device", *names)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("prune model", "Missing argument"),
-        ("prune model out --remvoe 0.2", "No such option: --remvoe"),
-        ("prnue model out", "No such command 'prnue'"),
-    ],
-)
-def test_usage_errors(arguments, expected):
-    outcome = run_cli(*arguments.split())
-    assert outcome.status == 2 and outcome.stdout == ""
-    assert expected in outcome.stderr and "Traceback" not in outcome.stderr
+def test_usage_errors():
+    for arguments, expected in {
+        "prune model": "Missing argument",
+        "prune model out --remvoe 0.2": "No such option: --remvoe",
+        "prnue model out": "No such command 'prnue'",
+    }.items():
+        outcome = run_cli(*arguments.split())
+        assert outcome.status == 2 and outcome.stdout == ""
+        assert expected in outcome.stderr and "Traceback" not in outcome.stderr
 
 
 def test_inspect_refuses_what_prune_would(model, recipe_file, prune):

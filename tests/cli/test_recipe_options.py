@@ -56,25 +56,6 @@ def test_values_of_set_are_yaml():
     assert parse_sets(None) == {}
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--set remove.shrae=0.2", "--set: unknown key 'remove.shrae'; did you mean 'share'?"),
-        ("--set align=8", "--set: unknown key 'align'; did you mean remove.align?"),
-        ("--set num_tokens=1", "--set: unknown key 'num_tokens'; did you mean calibration.num_tokens or "),
-        ("--set repair.target_mix=2", "--set: repair.target_mix: "),
-        ("--set remove.share", "--set remove.share: give KEY=VALUE, such as calibration.num_tokens=8192."),
-        ("--set .share=1", "--set .share=1: give KEY=VALUE"),
-        ("--set seed=[", "--set seed=[: the value is no YAML"),
-        ("--set remove.keep_scripts=[latin]", "--set: remove: keep_scripts says which tokens stay"),
-        ("--vocabulary 0 --set seed=1", "command line: remove.vocabulary: "),
-    ],
-)
-def test_a_mistake_names_the_flag(options, said):
-    outcome = run_cli("prune", "model", "out", *options.split())
-    assert outcome.status == 2 and outcome.stderr.startswith(f"secateur: {said}"), outcome.stderr
-
-
 def test_a_column_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:name").write_text("")
