@@ -15,20 +15,23 @@ from hypothesis import strategies as st
 from secateur.errors import RecipeError
 from secateur.methods.budget import (
     MAX_LEVELS,
+    GroupProfile,
     Prices,
+    curve_plan,
     default_align,
     least_keep,
+    least_loss,
     least_step,
     levels_of,
     nearest_count,
     params_gone,
     plan_of,
+    predicted_rise,
     round_down,
     round_plans,
     round_shares,
     uniform_plan,
 )
-from secateur.methods.curve import GroupProfile, curve_plan, least_loss, predicted_rise
 from secateur.model.group import Axis, Group, Linears
 
 AXIS = Linears((Axis("writer", (1,)),), Axis("reader", (1,)))

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from secateur.errors import NumericsError
 from secateur.facts import PerDomain
 from secateur.log import Progress, silent
-from secateur.methods.budget import levels_of
+from secateur.methods.budget import GroupProfile, levels_of
 from secateur.methods.compensate import least_squares, weight_replaced
-from secateur.methods.curve import GroupProfile
 from secateur.methods.select import greedy_obs, units_at_once
 from secateur.model.bind import Arch, head_of
 from secateur.model.group import Group, GroupKey, Groups, linear, rows_of, unit_columns

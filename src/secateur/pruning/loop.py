@@ -14,8 +14,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from secateur.methods.budget import Plan, plan_of
-from secateur.methods.curve import GroupProfile, Profiles, curve_plan, predicted_rise
+from secateur.methods.budget import (
+    GroupProfile,
+    Plan,
+    Profiles,
+    curve_plan,
+    plan_of,
+    predicted_rise,
+)
 from secateur.methods.profile import ProfileSettings, profile
 from secateur.methods.select import Task
 from secateur.model.bind import decoder_layers

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Loss, PerDomain
-from secateur.methods.curve import GroupProfile, Profiles
+from secateur.methods.budget import GroupProfile, Profiles
 from secateur.model.bind import Arch
 from secateur.model.group import OF_EXPERTS, GroupKey
 from secateur.model.stock import CausalLM

@@ -15,7 +15,7 @@ from statistics import mean
 
 from secateur.errors import CheckpointError, RecipeError
 from secateur.log import Progress, versions
-from secateur.methods.curve import Profiles
+from secateur.methods.budget import Profiles
 from secateur.pruning.cost import with_polish_that_fits
 from secateur.pruning.cut import Cut, cut_and_polish
 from secateur.pruning.like import KEEP_FILE

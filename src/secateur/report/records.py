@@ -30,7 +30,7 @@ from secateur.facts import (
     standard_error,
 )
 from secateur.log import LOG_FILE
-from secateur.methods.curve import GroupProfile
+from secateur.methods.budget import GroupProfile
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe
 from secateur.result_directory import BENCH_FILE, EVALUATION_FILE, RESULT_FILE
 
