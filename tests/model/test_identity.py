@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from models import tiny_llama
+from shown import assert_shown
 
 from secateur.errors import CheckpointError
 from secateur.facts import Ancestor
@@ -81,32 +82,27 @@ def test_a_name_is_no_path(dense, tmp_path):
     assert (found.name, found.hub_id) == ("tiny", None)
 
 
-def test_licence_and_languages_are_those_of_the_card(dense):
-    card = CARD.format(license="other", link="https://example.org/licence", language="[en, zh-Hant]")
+def of_card(dense: Path) -> list[object]:
+    (found,) = lineage(open_checkpoint(dense), 7)
+    return [found.license, found.license_name, found.license_link, found.languages]
+
+
+def test_licence_and_languages_are_those_of_the_card(dense, tmp_path):
+    link = "https://example.org/licence"
+    card = CARD.format(license="other", link=link, language="[en, zh-Hant]")
     (dense / "README.md").write_text(card)
-    (found,) = lineage(open_checkpoint(dense), 7)
-    assert (found.license, found.license_name) == ("other", "tiny")
-    assert (found.license_link, found.languages) == ("https://example.org/licence", ("en", "zh-Hant"))
-    (dense / "README.md").write_text(card.replace("https://example.org/licence", "LICENSE"))
-    assert lineage(open_checkpoint(dense), 7)[0].license_link is None  # no such file
+    assert of_card(dense) == ["other", "tiny", link, ("en", "zh-Hant")]
+    (dense / "README.md").write_text(card.replace(link, "LICENSE"))
+    assert of_card(dense)[2] is None, "no such file"
     (dense / "LICENSE").write_text("free")
-    assert lineage(open_checkpoint(dense), 7)[0].license_link == "LICENSE"
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["# none", "---\nlicense: [\n---\n", "---\n- a\n---\n", CARD.format(license="'a b'", link="x", language="{a: 1}")],
-)
-def test_a_card_that_says_nothing_usable(text, dense):
-    (dense / "README.md").write_text(text)
-    (found,) = lineage(open_checkpoint(dense), 7)
-    assert (found.license, found.license_name, found.license_link, found.languages) == (None, None, None, ())
-
-
-def test_a_card_that_is_a_link_out_is_not_read(dense, tmp_path):
-    (tmp_path / "private.md").write_text(CARD.format(license="mit", link="x", language="en"))
+    assert of_card(dense)[2] == "LICENSE"
+    odd = CARD.format(license="'a b'", link="x", language="{a: 1}")
+    for text in ("# none", "---\nlicense: [\n---\n", "---\n- a\n---\n", odd):
+        (dense / "README.md").write_text(text)
+        assert of_card(dense) == [None, None, None, ()]
+    (dense / "README.md").rename(tmp_path / "private.md").write_text(card)
     (dense / "README.md").symlink_to(tmp_path / "private.md")
-    assert lineage(open_checkpoint(dense), 7)[0].license is None
+    assert of_card(dense)[0] is None, "a link out is not read"
 
 
 def test_the_model_that_was_pruned_and_its_ancestors_are_dense(dense, other, tmp_path):
@@ -116,46 +112,24 @@ def test_the_model_that_was_pruned_and_its_ancestors_are_dense(dense, other, tmp
     assert [each.name for each in lineage(open_checkpoint(pruned), 500)] == ["other", "dense", "pruned"]
 
 
-def test_another_model_is_refused_by_both_names_unless_it_is_meant(dense, other, tmp_path):
+def test_what_is_said_of_models_that_are_not_the_dense_one(dense, other, tmp_path):
     pruned = made_from(dense, tmp_path / "pruned")
-    prints = [identity(open_checkpoint(each))[:12] for each in (other, dense)]
-    said = (
-        rf"^--against {other}: .* but fingerprint {prints[0]}; give dense \(fingerprint {prints[1]}\), or --other-dense"
-    )
-    with pytest.raises(CheckpointError, match=said):
-        check(pruned, other)
-    (note,) = check(pruned, other, other=True)
-    assert note.startswith(f"dense is here other (fingerprint {prints[0]}), and not dense (fingerprint {prints[1]}), ")
-
-
-def test_swapped_arguments_are_noticed_also_where_another_model_is_meant(dense, other, tmp_path):
-    pruned = made_from(dense, tmp_path / "pruned")
-    for meant in (False, True):
-        with pytest.raises(CheckpointError, match=r"was itself pruned from .* so the two are swapped; give"):
-            check(dense, pruned, other=meant)
-    with pytest.raises(CheckpointError, match=rf"; give {pruned} as the result, and {dense} with --against\.$"):
-        check(dense, pruned)
-    with pytest.raises(CheckpointError, match=r"is itself a result of pruning .* and .* is none; swap the two"):
-        check(other, pruned)
-    assert check(other, pruned, other=True) == check(other, dense) == ()
-
-
-def test_of_a_result_of_a_model_in_memory_nobody_knows_what_is_dense(other, tmp_path):
-    tiny_llama(seed=2, intermediate_size=56).save_pretrained(tmp_path / "pruned")
-    said = {
-        "dense_size": {"num_params": 7, "num_bytes": 28},
-        "lineage": [asdict(each) for each in in_memory("tiny", 7)],
-    }
-    (tmp_path / "pruned" / "result.json").write_text(json.dumps(said))
-    (note,) = check(tmp_path / "pruned", other)
-    assert note.startswith("whether other is the model that pruned was pruned from (tiny) is not known: ")
-
-
-def test_a_result_is_not_its_own_dense_model(dense, tmp_path):
-    pruned = made_from(dense, tmp_path / "pruned")
-    with pytest.raises(CheckpointError, match="was pruned from, but the result itself; give dense"):
-        check(pruned, pruned)
-    assert "the result itself" in check(pruned, pruned, other=True)[0]
+    from_memory = made_from(dense, tmp_path / "of memory")
+    lines = [asdict(each) for each in in_memory("tiny", 7)]
+    (from_memory / "result.json").write_text(json.dumps({"dense_size": {"num_params": 7}, "lineage": lines}))
+    said = dict[str, str]()
+    for first, second in ((pruned, other), (dense, pruned), (other, pruned), (pruned, pruned), (from_memory, other)):
+        for meant in (False, True):
+            about = f"{first.name} against {second.name}{', as is meant' * meant}"
+            try:
+                said[about] = f"notes: {check(first, second, other=meant)}"
+            except CheckpointError as error:
+                said[about] = f"refused: {error}"
+    assert check(other, dense) == ()
+    text = "\n".join(f"{about}\n    {sentence}" for about, sentence in said.items()).replace(str(tmp_path), "PLACE")
+    for name, model in (("OTHER", other), ("DENSE", dense), ("PRUNED", pruned)):
+        text = text.replace(identity(open_checkpoint(model))[:12], f"FINGERPRINT OF {name}")
+    assert_shown("model/not-dense", text)
 
 
 @pytest.mark.parametrize(
