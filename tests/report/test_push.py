@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -14,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from models import saved, tiny_llama
 from recipes import grouped
 from run_cli import run_cli
+from shown import assert_sentences, refusal
 
 import secateur
-from secateur.errors import CheckpointError, RecipeError
 from secateur.report.card import CARD_FILE
 from secateur.report.push import push
 from secateur.report.records import read_result, read_summary
@@ -65,7 +66,7 @@ def names_in(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
 
 
-def test_the_lineage_goes_back_to_the_original(places):
+def test_the_lineage_and_the_licence_go_back_to_the_original(places):
     once, twice = (read_summary(places[name]) for name in ("once", "twice"))
     assert [each.name for each in once.lineage] == ["dense"]
     assert [each.name for each in twice.lineage] == ["dense", "once"] and twice.lineage[0] == once.lineage[0]
@@ -76,13 +77,10 @@ def test_the_lineage_goes_back_to_the_original(places):
     assert said in (places["twice"] / CARD_FILE).read_text()
     notes = dict(note_rows(once))
     assert once.lineage[0].fingerprint[:16] in notes["dense model"] and "lineage" not in notes
-
-
-def test_the_card_has_the_hub_s_metadata(places):
-    found = metadata(places["once"])
-    assert found["license"] == "apache-2.0" and found["language"] == ["en"]
-    assert "base_model" not in found and {"secateur", "pruned"} <= set(found["tags"])
-    assert metadata(places["twice"])["license"] == "apache-2.0"  # read from the card of `once`
+    card = metadata(places["once"])
+    assert (card["license"], card["language"]) == ("apache-2.0", ["en"]) and "base_model" not in card
+    assert {"secateur", "pruned"} <= set(card["tags"])
+    assert metadata(places["twice"])["license"] == "apache-2.0", "read from the card of `once`"
 
 
 def test_what_is_written_names_no_place_of_this_machine_but_the_recipe(judged):
@@ -169,32 +167,22 @@ def hub(monkeypatch, tmp_path) -> Hub:
 
 def test_a_repository_that_is_public_already_gets_nothing_unless_that_is_meant(places, hub, monkeypatch):
     monkeypatch.setattr(hub, "model_info", lambda repo: SimpleNamespace(private=False))
-    with pytest.raises(CheckpointError, match=r"everybody can see this repository; give --public if that is meant"):
-        push(places["once"], "me/tiny-pruned")
+    assert "everybody can see this repository; give --public" in refusal(push, places["once"], "me/tiny-pruned")
     assert not hub.place.exists()
     assert push(places["once"], "me/tiny-pruned", public=True).url == "https://hub/me/tiny-pruned"
     assert hub.place.is_dir()
 
 
-@pytest.mark.parametrize(
-    ("status", "said"),
-    [
-        (401, "the hub refuses with status 401; the token is not valid; run hf auth login."),
-        (403, "the hub refuses with status 403; the token may not write there."),
-        (500, "the hub refuses with status 500; it is down."),
-        (None, "the hub cannot be reached or the upload failed (it is down); run the same command again"),
-    ],
-)
-def test_what_the_hub_answers_is_told(status, said, places, hub, monkeypatch):
-    def refuses(**_: Any) -> None:
-        if status is None:
-            raise OSError("it is down")
+def test_what_the_hub_answers_is_told(places, hub, monkeypatch):
+    answers: dict[str, Exception] = {"cut off": OSError("it is down")}
+    for status in (401, 403, 500):
         answer: Any = SimpleNamespace(status_code=status, headers={}, request=None)
-        raise HfHubHTTPError("it is down", response=answer)
-
-    monkeypatch.setattr(hub, "upload_folder", refuses)
-    with pytest.raises(CheckpointError, match=re.escape(f"push me/tiny-pruned: {said}")):
-        push(places["once"], "me/tiny-pruned")
+        answers[f"status {status}"] = HfHubHTTPError("it is down", response=answer)
+    said = dict[str, str]()
+    for name, error in answers.items():
+        monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=error))
+        said[name] = refusal(push, places["once"], "me/tiny-pruned")
+    assert_sentences("push/hub", said)
 
 
 def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(judged, hub, tmp_path):
@@ -226,31 +214,20 @@ def test_what_is_sent_holds_no_place_and_is_whole(once, hub):
     assert outcome.status == 0, outcome.stdout
 
 
-def test_a_result_that_is_not_whole_is_not_sent(once, tmp_path):
+def test_what_is_not_sent(places, once, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.report.push.get_token", lambda: None)
+    said = {name: refusal(push, once, name, dry_run=True) for name in ("tiny", "a/b/c", "me/ti ny")}
+    said["a model of somebody else's"] = refusal(push, places["dense"], "me/tiny", dry_run=True)
+    said["offline"] = refusal(push, once, "me/tiny")
+    monkeypatch.setattr("secateur.report.push.constants.HF_HUB_OFFLINE", False)
+    said["without a token"] = refusal(push, once, "me/tiny")
     weights = Path(shutil.move(once / "model.safetensors", tmp_path))
-    for link in (False, True):
-        if link:
-            (once / "model.safetensors").symlink_to(weights)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: is gone, or a link to a file outside"):
-            push(once, "me/tiny", dry_run=True)
+    said["without weights"] = refusal(push, once, "me/tiny", dry_run=True)
+    (once / "model.safetensors").symlink_to(weights)
+    said["with a link to weights"] = refusal(push, once, "me/tiny", dry_run=True)
     weights.replace(once / "model.safetensors")
     (once / CARD_FILE).write_text("---\n- a list\n---\n")
-    with pytest.raises(CheckpointError, match=r"README.md: its first lines are no metadata \(.*\); correct them"):
-        push(once, "me/tiny", dry_run=True)
+    said["with a card without metadata"] = refusal(push, once, "me/tiny", dry_run=True)
     (once / "result.json").write_text((once / "result.json").read_text().replace("llama", "mamba"))
-    with pytest.raises(CheckpointError, match=r"its result.json is damaged"):
-        push(once, "me/tiny", dry_run=True)
-
-
-def test_push_says_what_is_wrong(places, monkeypatch):
-    for name in ("tiny", "a/b/c", "me/ti ny"):
-        with pytest.raises(RecipeError, match="is no name on the hub; give OWNER/NAME"):
-            push(places["once"], name, dry_run=True)
-    with pytest.raises(CheckpointError, match=r"has no result.json"):
-        push(places["dense"], "me/tiny", dry_run=True)
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
-        push(places["once"], "me/tiny")
-    monkeypatch.setattr("secateur.report.push.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("secateur.report.push.get_token", lambda: None)
-    with pytest.raises(CheckpointError, match="run hf auth login, or set HF_TOKEN"):
-        push(places["once"], "me/tiny")
+    said["damaged"] = refusal(push, once, "me/tiny", dry_run=True)
+    assert_sentences("push/refused", said, tmp_path, places["dense"].parent)
