@@ -27,8 +27,7 @@ from secateur.pruning import cost as estimate
 from secateur.pruning import prepare as preparation
 from secateur.pruning import trim
 from secateur.stream import walk
-from secateur.stream.device import float64_device
-from secateur.stream.offload import LayersOnDevice, fetch, offload
+from secateur.stream.device import LayersOnDevice, fetch, float64_device, offload
 from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
 pytestmark = pytest.mark.usefixtures("unproved")

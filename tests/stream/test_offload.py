@@ -18,23 +18,21 @@ from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
 from secateur.stream import device as product
 from secateur.stream.device import (
+    LayersOnDevice,
+    LayersOnDisk,
+    Placement,
     bring,
+    embeddings_on_disk,
+    fetch,
     float64_device,
+    forget_weights,
     free_bytes,
     multiplies_in_software,
+    offload,
     on_device,
     parameter_on,
     peak_bytes_on,
     raised,
-)
-from secateur.stream.offload import (
-    LayersOnDevice,
-    LayersOnDisk,
-    Placement,
-    embeddings_on_disk,
-    fetch,
-    forget_weights,
-    offload,
     settle,
 )
 

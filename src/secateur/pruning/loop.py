@@ -30,8 +30,13 @@ from secateur.model.per_layer import record_widths
 from secateur.pruning.group_step import method_of, outcome_of, prune_group, redo_group
 from secateur.pruning.run import LossWatch, Run, keep_statistics
 from secateur.ranks import from_first
-from secateur.stream.device import peak_bytes, release_freed
-from secateur.stream.offload import LayersOnDisk, embeddings_on_disk, offload
+from secateur.stream.device import (
+    LayersOnDisk,
+    embeddings_on_disk,
+    offload,
+    peak_bytes,
+    release_freed,
+)
 from secateur.stream.statistics import BY_DOMAIN
 from secateur.stream.walk import Batch, Walk
 

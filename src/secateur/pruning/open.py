@@ -34,8 +34,7 @@ from secateur.model.identity import in_memory, lineage, name_of
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import check_same, device_called, size
 from secateur.recipe import Keys, Recipe, dump_recipe
-from secateur.stream.device import CPU, LOW, multiplies_in_software
-from secateur.stream.offload import Placement
+from secateur.stream.device import CPU, LOW, Placement, multiplies_in_software
 from secateur.vocabulary.kept import KeptTokens, Trim
 
 # These keys change no byte of the result.

@@ -31,9 +31,8 @@ from secateur.pruning.text import Drawn, run_text, without_answers
 from secateur.pruning.trim import plan_trim
 from secateur.ranks import from_first, size
 from secateur.store import Services, begun
-from secateur.stream.device import fastest_threads, keeping_freed, threads_kept
+from secateur.stream.device import Placement, fastest_threads, keeping_freed, threads_kept
 from secateur.stream.judge import Judge, Judgement, ToJudge
-from secateur.stream.offload import Placement
 from secateur.stream.walk import CPU_BATCH_TOKENS, Batch, Walk
 
 # The user's own number of threads, which stands.

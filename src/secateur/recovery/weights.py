@@ -21,8 +21,7 @@ from secateur.errors import RecipeError
 from secateur.facts import Size
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import Recipe, RecoverySettings, Training
-from secateur.stream.device import CPU, multiplies_in_software
-from secateur.stream.offload import forget_weights
+from secateur.stream.device import CPU, forget_weights, multiplies_in_software
 
 HEAD_POSITIONS = 256  # of which both models' logits are there at a time
 FSDP_SWITCH = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with FSDP

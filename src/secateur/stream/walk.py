@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.modules import forwards_replaced, silent_attention
-from secateur.stream.device import release_freed
-from secateur.stream.offload import fetch, settle
+from secateur.stream.device import fetch, release_freed, settle
 
 # Small batches stay in a CPU's cache; other devices need work for thousands of cores.
 CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 512, 8192
