@@ -1,6 +1,7 @@
 """Experts against the reference: who goes, step by step, the refit of those that stay, channels inside them."""
 
 import copy
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -88,20 +89,25 @@ def group_of(model, name: str, index: int):
     return next(group for group in bind(model).select((name,)) if group.layer == index)
 
 
+@torch.no_grad()
+def prune(model, name: str, num_keep: int, index: int = 1, seed: int = 0, text=TEXT, **changes) -> tuple[Any, Any]:
+    """Prune one layer's group; return what stays and the line of it."""
+    pruned = prune_experts if name == "experts" else prune_expert_channels
+    return pruned(
+        Task(walk_to(model, index, text), group_of(model, name, index), num_keep, method(**changes), SHARES, seed)
+    )
+
+
 @pytest.mark.parametrize("weighting", ["energy", "tokens"])
 @pytest.mark.parametrize("score", ["obs", "reap"])
 @torch.no_grad()
 def test_the_experts_of_least_score_go_and_the_line_says_what_is_left(score: str, weighting: str) -> None:
-    model = tiny_family("mixtral")
-    before = copy.deepcopy(model)
+    model, before = tiny_family("mixtral"), tiny_family("mixtral")
     layer = Layer(before, 1, TEXT)
     routed = {name: layer.routing(name) for name in TEXT}
     scores = reference.expert_scores("energy" if score == "obs" else score, routed, SHARES, weighting)
     expected = sorted(sorted(range(6), key=lambda expert: -scores[expert])[:4])
-    task = Task(
-        walk_to(model, 1), group_of(model, "experts", 1), 4, method(score=score, weighting=weighting), SHARES, 0
-    )
-    keep, line = prune_experts(task)
+    keep, line = prune(model, "experts", 4, score=score, weighting=weighting)
     assert keep.tolist() == expected and (line["kept"], line["total"]) == (4, 6)
     for name, (tokens_E, _, energy_E) in routed.items():
         assert line["routed_share_kept"][name] == pytest.approx(tokens_E[expected].sum() / tokens_E.sum())
@@ -122,11 +128,8 @@ def test_seeds_draw_experts_and_steps_draw_anew() -> None:
     """At random too, each step has a seed of its own: the layer's, plus its number."""
 
     def kept(seed: int, compensate: str = "none") -> list[int]:
-        model = tiny_family("mixtral")
-        settings = method(score="random", compensate=compensate)
-        return prune_experts(Task(walk_to(model, 0), group_of(model, "experts", 0), 3, settings, SHARES, seed))[
-            0
-        ].tolist()
+        settings = {"score": "random", "compensate": compensate}
+        return prune(tiny_family("mixtral"), "experts", 3, 0, seed, **settings)[0].tolist()
 
     def drawn(seed: int, count: int) -> list[float]:
         return torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -143,10 +146,8 @@ def test_seeds_draw_experts_and_steps_draw_anew() -> None:
 
 @torch.no_grad()
 def test_with_a_refit_experts_go_in_steps_measured_on_what_the_last_step_left() -> None:
-    model = tiny_family("mixtral")
-    stepwise = copy.deepcopy(model)
-    settings = method(compensate="least_squares", damping=0.1)
-    keep, line = prune_experts(Task(walk_to(model, 1), group_of(model, "experts", 1), 3, settings, SHARES, 0))
+    model, stepwise = tiny_family("mixtral"), tiny_family("mixtral")
+    keep, line = prune(model, "experts", 3, compensate="least_squares", damping=0.1)
     left, walk = list(range(6)), walk_to(stepwise, 1)
     group = group_of(stepwise, "experts", 1)
     _, wanted = observe_routing(walk, group, keep=True)
@@ -159,9 +160,7 @@ def test_with_a_refit_experts_go_in_steps_measured_on_what_the_last_step_left() 
         cut(stepwise.model.layers[1], group, torch.tensor(stays))
         judged = refit_experts(walk, group, wanted, 0.1, "energy", SHARES)
     assert keep.tolist() == left
-    assert (line["step"], line["error_before"], line["error_after"]) == (
-        judged.step, judged.error_before, judged.error_after,
-    )  # fmt: skip
+    assert {key: line[key] for key in ("step", "error_before", "error_after")} == asdict(judged)
     assert torch.equal(model.model.layers[1].mlp.experts.down_proj, stepwise.model.layers[1].mlp.experts.down_proj)
 
 
@@ -231,11 +230,8 @@ FEW = {name: ids[:1, :2] for name, ids in TEXT.items()}  # four tokens, so that 
 )
 @torch.no_grad()
 def test_channels_of_every_expert_go_as_the_reference_says(weighting: str, compensate: str, text) -> None:
-    model = tiny_family("mixtral")
-    before, group = copy.deepcopy(model), group_of(model, "expert_ffn", 1)
-    settings = method(weighting=weighting, compensate=compensate)
-    keep_EK, line = prune_expert_channels(Task(walk_to(model, 1, text), group, 60, settings, SHARES, 0))
-
+    model, before = tiny_family("mixtral"), tiny_family("mixtral")
+    keep_EK, line = prune(model, "expert_ffn", 60, text=text, weighting=weighting, compensate=compensate)
     own = Layer(before, 1, text)
     energy = {name: float(own.routing(name)[2].sum()) for name in TEXT}
     assert (0 in sum(own.routing(name)[0] for name in TEXT)) == (text is FEW)
@@ -266,18 +262,11 @@ def test_channels_of_every_expert_go_as_the_reference_says(weighting: str, compe
 
 @torch.no_grad()
 def test_at_random_every_expert_draws_its_own_channels() -> None:
-    def kept(seed: int) -> torch.Tensor:
-        model = tiny_family("mixtral")
-        settings = method(score="random")
-        return prune_expert_channels(
-            Task(walk_to(model, 0), group_of(model, "expert_ffn", 0), 60, settings, SHARES, seed)
-        )[0]
-
-    first = kept(7)
+    first, other = (prune(tiny_family("mixtral"), "expert_ffn", 60, 0, seed, score="random")[0] for seed in (7, 8))
     for expert, keep in enumerate(first.tolist()):
         order = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(7 + expert))
         assert keep == sorted(order[:60].tolist())
-    assert not torch.equal(first, kept(8))
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("name", ["experts", "expert_ffn"])
@@ -285,9 +274,8 @@ def test_an_expert_that_gives_no_numbers_is_named(name: str) -> None:
     model = tiny_family("mixtral")
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2, 0, 0] = torch.nan
-    prune = prune_experts if name == "experts" else prune_expert_channels
     with pytest.raises(NumericsError, match=r"layer 1, mlp\.experts, domain a: an expert gives NaN"):
-        prune(Task(walk_to(model, 1), group_of(model, name, 1), 4, method(), SHARES, 0))
+        prune(model, name, 4)
 
 
 @torch.no_grad()

@@ -17,13 +17,7 @@ from secateur.model.group import linear
 from secateur.stream.walk import Batch, make_batches
 
 SHARES = {"prose": 0.6, "code": 0.4}
-SETTINGS = ProfileSettings(
-    weighting="energy",
-    shares=SHARES,
-    damping=1e-6,
-    align=16,
-    perturbation=0.3,
-)
+SETTINGS = ProfileSettings(weighting="energy", shares=SHARES, damping=1e-6, align=16, perturbation=0.3)
 
 
 def ids_of(domain: str) -> torch.Tensor:
@@ -129,21 +123,15 @@ def test_slopes_equal_measured_kl_over_error(case):
 def test_batches_of_other_sizes_and_a_listener_change_nothing():
     model = tiny_llama(num_layers=2)
     arch, steps = bind(model), []
-    found = [
-        profile(
-            model,
-            arch,
-            arch.select(("ffn",)),
-            batches_of(batch_tokens),
-            SETTINGS,
-            progress=lambda *step: steps.append(step),
-        )
-        for batch_tokens in (40, 400)
-    ]
+    groups = arch.select(("ffn",))
+    first, other = (
+        profile(model, arch, groups, batches_of(size), SETTINGS, progress=lambda *step: steps.append(step))
+        for size in (40, 400)
+    )
     assert steps == [("profile", done, 2) for done in (0, 1, 2)] * 2
-    for key in found[0]:
-        assert found[0][key].errors == pytest.approx(found[1][key].errors, rel=1e-4)
-        assert found[0][key].slopes == pytest.approx(found[1][key].slopes, rel=1e-3)
+    for key in first:
+        assert first[key].errors == pytest.approx(other[key].errors, rel=1e-4)
+        assert first[key].slopes == pytest.approx(other[key].slopes, rel=1e-3)
 
 
 def test_a_silent_group_has_no_slope_and_a_broken_one_is_named():

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,6 +43,10 @@ def dense(factory: Any, quiet: tuple[int, ...] = (1, 3)) -> Any:
     return model
 
 
+def cut_down(model: Any, short: dict[str, Any], out: Path | None = None) -> secateur.Result:
+    return secateur.prune(model, grouped(short), tokenizer=TOKENIZER, out=out)
+
+
 def share_of(num_layers: int) -> float:
     """Return the share of all parameters that so many layers have."""
     model = tiny_llama(num_layers=6)
@@ -64,8 +70,7 @@ def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:
 
 def test_layers_and_widths_together_meet_remove_and_keep_json_repeats_them(small, tmp_path):
     asked = {"depth": 2, "remove": 0.4, "budget": "curve", "compensate": "none", "protected_layers": [2, -1]}
-    settings = {**small, **asked}
-    result = secateur.prune(dense(tiny_qwen2), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = cut_down(dense(tiny_qwen2), {**small, **asked}, tmp_path / "out")
     before = num_params(dense(tiny_qwen2))
     assert abs(before - num_params(result.model) - 0.4 * before) <= 8 * 144
     # The dense model's layers 2 and 5 are protected: the second and the last of those left.
@@ -84,8 +89,7 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
         model.model.layers[0].self_attn.o_proj.weight *= 0.01
         model.model.layers[0].mlp.down_proj.weight *= 0.01
     monkeypatch.setattr(depth_step, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
-    settings = {**small, "depth": 3, "remove": share_of(3)}
-    result = secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = cut_down(copy.deepcopy(model), {**small, "depth": 3, "remove": share_of(3)}, tmp_path / "out")
     lines = lines_of(tmp_path / "out", "layer")
     assert lines_of(tmp_path / "out", "group") == [] and {len(keep) for keep in result.keeps.values()} == {112}
     assert num_params(result.model) == num_params(model) - 3 * num_params(model.model.layers[0])
@@ -94,11 +98,9 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
     batches = first_blocks(runs[0].batches(), 1)
     assert sum(len(batch.ids_BT) for batch in batches) == 2
     run = dataclasses.replace(runs[0], model=model, arch=bind(model))
-    readers = _narrow_readers(run, run.batches())
-    # Nothing is left to the widths here.
-    assert readers == {}
+    assert _narrow_readers(run, run.batches()) == {}  # nothing is left to the widths here
     kl_without = partial(layer_kl, model, run.arch, batches, readers={})
-    expected = choose_layers(kl_without, range(run.arch.num_layers), 3, silent)
+    expected = choose_layers(kl_without, range(6), 3, silent)
     by_choice = sorted(lines, key=lambda line: line["chosen"])
     assert [(line["layer"], line["kl"]) for line in by_choice] == list(expected.items())
     # Nothing stands before the first layer, so it is not patched; of two neighbours both are, into the same layer.
@@ -110,9 +112,7 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
 
 def test_layers_that_are_named_go_as_if_they_had_been_chosen(small, tmp_path, monkeypatch):
     places = [tmp_path / "chosen", tmp_path / "named"]
-    measured = secateur.prune(
-        dense(tiny_qwen2), grouped({**small, "depth": 2, "remove": 0.4}), tokenizer=TOKENIZER, out=places[0]
-    )
+    measured = cut_down(dense(tiny_qwen2), {**small, "depth": 2, "remove": 0.4}, places[0])
     assert measured.layers == (0, 2, 4, 5)
     # What `inspect` promises before they are chosen.
     promised = inspect(saved(tmp_path / "dense", dense(tiny_qwen2)), measured.recipe)
@@ -120,8 +120,7 @@ def test_layers_that_are_named_go_as_if_they_had_been_chosen(small, tmp_path, mo
     assert promised.num_params_after == measured.summary.pruned_size.num_params
     assert promised.remove_reached == pytest.approx(measured.summary.remove_reached)
     monkeypatch.setattr(depth_step, "choose_layers", lambda *_, **__: pytest.fail("nothing is left to choose"))
-    asked = {**small, "removed_layers": [-3, 1], "remove": 0.4}
-    named = secateur.prune(dense(tiny_qwen2), grouped(asked), tokenizer=TOKENIZER, out=places[1])
+    named = cut_down(dense(tiny_qwen2), {**small, "removed_layers": [-3, 1], "remove": 0.4}, places[1])
     assert named.layers == measured.layers and named.recipe.remove.depth == 2
     for name in ("model.safetensors", "keep.json"):
         assert (places[0] / name).read_bytes() == (places[1] / name).read_bytes()
@@ -135,34 +134,26 @@ def test_layers_that_are_named_go_as_if_they_had_been_chosen(small, tmp_path, mo
 
 
 def test_layers_are_chosen_in_a_model_as_narrow_as_widths_will_make_it(small, monkeypatch):
-    model, seen = dense(tiny_llama), []
-
-    def spy(*arguments: Any, readers: Any) -> Any:
-        seen.append(readers)
-        return layer_kl(*arguments, readers=readers)
-
+    model, spy = dense(tiny_llama), Mock(wraps=layer_kl)
     monkeypatch.setattr(depth_step, "layer_kl", spy)
-    settings = {**small, "depth": 2, "remove": 0.45, "protected_layers": [0]}
-    result = secateur.prune(copy.deepcopy(model), grouped(settings), tokenizer=TOKENIZER)
-    readers, *again = seen
+    result = cut_down(model, {**small, "depth": 2, "remove": 0.45, "protected_layers": [0]})
+    readers, *again = (call.kwargs["readers"] for call in spy.call_args_list)
     assert all(each is readers for each in again)
     assert sorted(readers) == [1, 2, 3, 4, 5]
-    width = model.config.intermediate_size
     (kept,) = {len(keep) for (layer, _), keep in result.keeps.items()}
     for weight in readers.values():
-        assert int(weight.abs().sum(0).count_nonzero()) == pytest.approx(kept, abs=0.1 * width)
+        assert int(weight.abs().sum(0).count_nonzero()) == pytest.approx(kept, abs=0.1 * 112)
 
 
 def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeypatch):
     after: list[tuple[Run, Any]] = []
+    seen: list[list[torch.Tensor]] = []
+    advance = Walk.advance_dense
 
     def spy_depth(run: Run) -> Run:
         shallow = remove_depth(run)
         after.append((shallow, copy.deepcopy(shallow.model)))
         return shallow
-
-    seen: list[list[torch.Tensor]] = []
-    advance = Walk.advance_dense
 
     def spy_walk(walk: Walk, index: int) -> None:
         advance(walk, index)
@@ -171,8 +162,7 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
 
     monkeypatch.setattr(depth_step, "remove_depth", spy_depth)
     monkeypatch.setattr(Walk, "advance_dense", spy_walk)
-    settings = {**small, "depth": 1, "remove": 0.35, "rounds": 2, "target_mix": 0.5}
-    secateur.prune(dense(tiny_llama, (1,)), grouped(settings), tokenizer=TOKENIZER)
+    cut_down(dense(tiny_llama, (1,)), {**small, "depth": 1, "remove": 0.35, "rounds": 2, "target_mix": 0.5})
     ((run, model),) = after
     patched = model.model.layers[0].mlp.down_proj.weight
     assert run.arch.num_layers == 5 and not torch.equal(
@@ -188,15 +178,12 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
 
 def test_a_layer_behind_experts_is_removed_without_being_folded_into_them(small):
     model = tiny_family("deepseek_v3")  # layer 0 alone has an FFN of channels
-    asked = {**small, "remove": 0.5, "groups": ["ffn", "experts"], "removed_layers": [2]}
-    found = secateur.prune(model, grouped(asked), tokenizer=TOKENIZER)
+    found = cut_down(model, {**small, "remove": 0.5, "groups": ["ffn", "experts"], "removed_layers": [2]})
     assert found.layers == (0, 1) and model.config.num_hidden_layers == 2
 
 
 def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(small, tmp_path):
-    model = tiny_gemma3(num_layers=4)
-    settings = {**small, "depth": 1, "remove": 0.35}
-    result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = cut_down(tiny_gemma3(num_layers=4), {**small, "depth": 1, "remove": 0.35}, tmp_path / "out")
     (line,) = lines_of(tmp_path / "out", "layer")
     assert "error_after" not in line and len(result.layers) == 3
     torch.testing.assert_close(
@@ -208,7 +195,6 @@ def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(smal
 def test_mixtures_with_dense_layers_lose_layers(name, layer, small, tmp_path):
     model = tiny_family(name)
     share = num_params(model.model.layers[layer]) / num_params(model) + 0.02
-    asked = grouped({**small, "removed_layers": [layer], "remove": share})
-    result = secateur.prune(model, asked, tokenizer=TOKENIZER, out=tmp_path / "out")
+    result = cut_down(model, {**small, "removed_layers": [layer], "remove": share}, tmp_path / "out")
     assert result.layers == tuple({0, 1, 2} - {layer}) and result.summary.reload_max_abs_difference == 0
     assert result.summary.remove_reached == pytest.approx(share, abs=0.03)

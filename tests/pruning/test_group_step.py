@@ -1,8 +1,8 @@
 """One group's step: what is measured, what the cut gets, what a later run repeats, and what the summary counts."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,78 +24,60 @@ from secateur.pruning.run import Run
 from secateur.pruning.text import Drawn
 from secateur.stream.statistics import pool
 from secateur.stream.walk import Walk
-from tests.models import opened, tiny_llama
+from tests.models import logits_of, opened, tiny_llama
 from tests.pruning.test_rounds import run_of
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
-def step(run: Run, number: int = 0, num_keep: int = 64) -> tuple[torch.Tensor, dict[str, Any], Walk]:
-    """Prune the run's group of that number."""
-    group = run.resolved.groups[number]
+def step(run: Run, num_keep: int = 64) -> dict[str, Any]:
+    """Prune the run's first group; return the line of it."""
+    group = run.resolved.groups[0]
     walk = Walk(run.model, run.arch, run.batches(), dense=bool(run.resolved.target_mix))
     if run.resolved.target_mix:
         walk.advance_dense(0)
-    keep, line = prune_group(Task(walk, group, num_keep, method_of(run.resolved.recipe), run.shares, 0))
-    return keep, line, walk
+    return prune_group(Task(walk, group, num_keep, method_of(run.resolved.recipe), run.shares, 0))[1]
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, Mock]:
+    """What the step calls, by name: called as ever and noted."""
+    spies = {name: Mock(wraps=getattr(group_step, name)) for name in ("measure", "select")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(group_step, name, spy)
+    return spies
 
 
 @pytest.mark.parametrize(
-    ("asked", "number", "expected"),
+    ("asked", "expected"),
     [
-        ({}, 0, {"gram": True, "drift": True, "to_middle": True}),
-        ({"target_mix": 0.0}, 0, {"gram": True, "drift": False, "to_middle": True}),
-        ({"score": "wanda", "compensate": "none"}, 0, {"gram": False, "drift": False, "to_middle": True}),
-        ({"score": "wanda"}, 0, {"gram": True, "drift": True, "to_middle": True}),
-        ({"score": "obs", "compensate": "none"}, 0, {"gram": True, "drift": False, "to_middle": True}),
-        ({"groups": ["kv_heads", "ffn"]}, 0, {"gram": True, "drift": False, "to_middle": False}),
+        ({}, {"gram": True, "drift": True, "to_middle": True}),
+        ({"target_mix": 0.0}, {"gram": True, "drift": False, "to_middle": True}),
+        ({"score": "wanda", "compensate": "none"}, {"gram": False, "drift": False, "to_middle": True}),
+        ({"score": "wanda"}, {"gram": True, "drift": True, "to_middle": True}),
+        ({"score": "obs", "compensate": "none"}, {"gram": True, "drift": False, "to_middle": True}),
+        ({"groups": ["kv_heads", "ffn"]}, {"gram": True, "drift": False, "to_middle": False}),
     ],
 )
-def test_no_more_is_measured_than_the_step_needs(asked, number, expected, monkeypatch):
-    seen: list[dict[str, Any]] = []
-    original = group_step.measure
-
-    def spy(*arguments: Any, **named: Any) -> Any:
-        seen.append(named)
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(group_step, "measure", spy)
-    run = run_of(tiny_llama(), **asked)
-    step(run, number, num_keep=64 if run.resolved.groups[number].name == "ffn" else 1)
-    assert seen == [{**expected, "hand": None}]
+def test_no_more_is_measured_than_the_step_needs(asked, expected, spied):
+    step(run_of(tiny_llama(), **asked), num_keep=1 if "groups" in asked else 64)
+    (call,) = spied["measure"].call_args_list
+    assert call.kwargs == {**expected, "hand": None}
 
 
-def test_domains_count_by_the_weights_found_for_this_reader(monkeypatch):
+def test_domains_count_by_the_weights_found_for_this_reader(spied, monkeypatch):
     """All weight on one domain: units are chosen as that domain alone would choose them."""
-    chosen: list[Any] = []
-    original = group_step.select
-
-    def spy(task: Any, pooled: Any) -> Any:
-        chosen.append(pooled)
-        return original(task, pooled)
-
-    measured: list[Any] = []
-    original_measure = group_step.measure
-
-    def keep_measured(*arguments: Any, **named: Any) -> Any:
-        measured.append(original_measure(*arguments, **named))
-        return measured[-1]
-
-    monkeypatch.setattr(group_step, "select", spy)
-    monkeypatch.setattr(group_step, "measure", keep_measured)
-    asked: list[Any] = []
-    monkeypatch.setattr(
-        group_step, "minimax_weights", lambda *arguments: asked.append(arguments) or {"d0": 1.0, "d1": 0.0}
-    )
+    weigh = Mock(return_value={"d0": 1.0, "d1": 0.0})
+    monkeypatch.setattr(group_step, "minimax_weights", weigh)
     run = run_of(tiny_llama(), domain_weighting="minimax", damping=0.01)
-    _, line, _ = step(run)
-    assert line["domain_weights"] == {"d0": 1.0, "d1": 0.0}
-    expected = pool(measured[0].by_domain, {"d0": 1.0, "d1": 0.0})
-    torch.testing.assert_close(chosen[0].gram.full(), expected.gram.full(), rtol=0, atol=0)
-    ((by_domain, shares, weight, columns, num_keep, damping),) = asked
+    assert step(run)["domain_weights"] == {"d0": 1.0, "d1": 0.0}
+    by_domain, shares, weight, columns, num_keep, damping = weigh.call_args.args
     assert set(by_domain) == {"d0", "d1"} and shares == run.shares and (num_keep, damping) == (64, 0.01)
     assert weight.shape == (48, 112) and columns.tolist() == [[unit] for unit in range(112)]
+    _, chosen_by = spied["select"].call_args.args
+    expected = pool(by_domain, {"d0": 1.0, "d1": 0.0})
+    torch.testing.assert_close(chosen_by.gram.full(), expected.gram.full(), rtol=0, atol=0)
     whole = run_of(tiny_llama(), domain_weighting="minimax")
-    assert "domain_weights" not in step(whole, num_keep=112)[1] and len(asked) == 1
+    assert "domain_weights" not in step(whole, num_keep=112) and weigh.call_count == 1
 
 
 def test_widths_are_the_least_and_the_most_of_a_kind_and_dense_where_nothing_was_cut():
@@ -149,19 +131,12 @@ def test_keep_json_names_layers_if_some_went_and_then_units(tmp_path):
     assert read_keeps(tmp_path, 3)[0] == (0, 1, 2)
 
 
-def test_a_result_that_does_not_reload_is_not_there(recipe, tmp_path, monkeypatch):
-    seen: list[Any] = []
-
-    def refuse(directory: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
-        seen.append((directory, ids, logits))
-        raise CheckpointError("the directory does not hold this model.")
-
+def test_a_result_that_does_not_reload_is_not_there(small, tmp_path, monkeypatch):
+    refuse = Mock(side_effect=CheckpointError("the directory does not hold this model."))
     monkeypatch.setattr("secateur.formats.save.verify_reload", refuse)
     model = tiny_llama()
-    asked = {**recipe, "evaluate": False}
     with pytest.raises(CheckpointError, match="does not hold this model"):
-        secateur.prune(model, grouped(asked), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+        secateur.prune(model, grouped(small), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    ((_, ids, logits),) = seen
-    with torch.no_grad():
-        assert torch.equal(model(ids, use_cache=False).logits, logits), "the logits are those of the pruned model"
+    _, ids, logits = refuse.call_args.args
+    assert torch.equal(logits_of(model, ids), logits), "the logits are those of the pruned model"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -42,10 +43,10 @@ def test_a_seed_is_of_one_layer_in_one_round_of_one_draw():
 
 
 def test_random_units_are_drawn_anew_in_every_layer_and_round_and_for_every_seed(monkeypatch):
-    seeds, original = [], loop.prune_group
-    monkeypatch.setattr(loop, "prune_group", lambda task: seeds.append(task.seed) or original(task))
+    spy = Mock(wraps=loop.prune_group)
+    monkeypatch.setattr(loop, "prune_group", spy)
     drawn = [prune_together([run_of(tiny_llama(), seed=seed, rounds=2, **RANDOM)])[0] for seed in (0, 1)]
-    assert len(seeds) == len(set(seeds)) == 2 * 6
+    assert len({call.args[0].seed for call in spy.call_args_list}) == spy.call_count == 2 * 6
     chosen = [tuple(keep.tolist()) for keeps in drawn for keep in keeps.values()]
     assert len(chosen) == 6 and len(set(chosen)) == 6
     # Not even by much the same numbers: of 112 channels two draws have about kept^2 / 112 in common.
@@ -55,11 +56,9 @@ def test_random_units_are_drawn_anew_in_every_layer_and_round_and_for_every_seed
 
 def settings_for(run: Run, number: int) -> ProfileSettings:
     """Return the settings that the profiles of a round are measured with."""
-    seen: list[ProfileSettings] = []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "profile", lambda *given, progress: seen.append(given[-1]) or {})
+    with patch.object(loop, "profile", return_value={}) as spy:
         loop.profiles_of(run, number, [])
-    return seen[0]
+    return spy.call_args.args[-1]
 
 
 def settings_of(model: Any, number: int, **short: Any) -> ProfileSettings:
@@ -91,12 +90,9 @@ def test_slopes_are_measured_at_the_share_that_this_round_takes():
 
 
 def test_slopes_are_measured_as_the_recipe_asks():
-    asked = {"damping": 0.25, "domain_weighting": "tokens"}
-    found = settings_of(tiny_llama(), 1, **asked)
+    found = settings_of(tiny_llama(), 1, damping=0.25, domain_weighting="tokens")
     assert (found.damping, found.align) == (0.25, 8)
     assert found.weighting == "tokens" and found.shares == {"d0": 0.5, "d1": 0.5}
-    # Weights that are found domain by domain act through the slopes.
-    assert settings_of(tiny_llama(), 1, domain_weighting="tokens").weighting == "tokens"
 
 
 @pytest.mark.parametrize(
@@ -104,39 +100,20 @@ def test_slopes_are_measured_as_the_recipe_asks():
     [(tiny_llama, {}, True), (tiny_llama, {"target_mix": 0.0}, False), (tiny_gemma3, {}, False)],
 )
 def test_the_dense_stream_runs_beside_where_drift_is_made_up_for(factory, asked, expected, monkeypatch):
-    made: list[bool] = []
-    original = Walk.__init__
-
-    def spy(walk: Walk, *arguments: Any, **named: Any) -> None:
-        original(walk, *arguments, **named)
-        made.append(bool(walk.dense_BTD))
-
-    monkeypatch.setattr(Walk, "__init__", spy)
+    spy = Mock(wraps=Walk)
+    monkeypatch.setattr(loop, "Walk", spy)
     prune_together([run_of(factory(), **asked)])
-    assert made == [expected]
+    assert [call.kwargs["dense"] for call in spy.call_args_list] == [expected]
 
 
 @pytest.mark.parametrize(("rounds", "num_kept"), [(1, 0), (2, 3)])
-def test_layers_as_they_were_are_kept_for_a_round_that_follows(rounds, num_kept, monkeypatch):
-    kept, save = list[int](), loop.LayersOnDisk.save
-    monkeypatch.setattr(loop.LayersOnDisk, "save", lambda layers, *what: kept.append(what[0]) or save(layers, *what))
-    prune_together([run_of(tiny_llama(), rounds=rounds)])
-    assert kept == list(range(num_kept))
+def test_layers_as_they_were_are_kept_for_a_round_that_follows(rounds, num_kept):
+    with patch.object(loop.LayersOnDisk, "save", autospec=True, side_effect=loop.LayersOnDisk.save) as save:
+        prune_together([run_of(tiny_llama(), rounds=rounds)])
+    assert [call.args[1] for call in save.call_args_list] == list(range(num_kept))
 
 
 DENSE = {"d0": 2.0, "d1": 4.0}
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, *losses: dict[str, float]) -> list[str]:
-    """Let the losses come one after the other; return what they were asked for by name."""
-    asked, given = list[str](), iter(losses)
-
-    def next_losses(_: Run, which: str) -> dict[str, float]:
-        asked.append(which)
-        return next(given)
-
-    monkeypatch.setattr(run, "watched_losses", next_losses)
-    return asked
 
 
 def protected(**shares: float) -> dict[str, Any]:
@@ -145,7 +122,8 @@ def protected(**shares: float) -> dict[str, Any]:
 
 
 def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch):
-    scripted(monkeypatch, DENSE, {"d0": 2.25, "d1": 9.0}, {"d0": 3.0, "d1": 4.0})
+    losses = [DENSE, {"d0": 2.25, "d1": 9.0}, {"d0": 3.0, "d1": 4.0}]
+    monkeypatch.setattr(run, "watched_losses", Mock(side_effect=losses))
     watch = LossWatch(run_of(tiny_llama(), budget="curve", rounds=3, **protected(d0=0.5)))
     assert watch.allowed_rise() == {"d0": 1.0}
     watch.after_round(1)
@@ -157,10 +135,12 @@ def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch)
 
 
 def test_what_layers_took_counts_against_the_limits(monkeypatch):
-    asked = scripted(monkeypatch, {"d0": 2.5, "d1": 5.0})
+    losses = Mock(return_value={"d0": 2.5, "d1": 5.0})
+    monkeypatch.setattr(run, "watched_losses", losses)
     found = run_of(tiny_llama(), budget="curve", rounds=3, **protected(d1=0.5))
     watch = LossWatch(dataclasses.replace(found, dense_losses=DENSE))
-    assert watch.allowed_rise() == {"d1": 1.0} and asked == ["without layers"]
+    assert watch.allowed_rise() == {"d1": 1.0}
+    losses.assert_called_once_with(watch.run, "without layers")
 
 
 @pytest.mark.parametrize(
@@ -177,37 +157,28 @@ def test_losses_are_watched_where_the_recipe_asks_for_them(asked, is_watched):
     assert set(found) == ({"d0", "d1"} if is_watched else set())
 
 
-def narrow(monkeypatch: pytest.MonkeyPatch, text: LearningText, **short: Any) -> tuple[list[Any], Any, Any]:
-    """Return the blocks, the shares and the damping that readers are made narrow with."""
-    seen: list[Any] = []
-    monkeypatch.setattr(cutting, "narrow_readers", lambda *arguments: seen.append(arguments) or [{}])
-    found = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, **short)
-    cutting._narrow_readers(found, found.batches())
-    ((_, _, batches, (shares,), damping, *_),) = seen
-    return batches, shares, damping
-
-
-def test_narrow_readers_are_fitted_to_text_that_neither_judges_nor_is_held_out(monkeypatch):
-    """4 x 112 tokens of two domains: 7 blocks of 32 each, after the block that layers are judged on."""
-    text = random_calibration(blocks=12)
-    batches, shares, damping = narrow(monkeypatch, text, protected_layers=[0])
-    assert not any(batch.held_out for batch in batches)
+@pytest.mark.parametrize(
+    ("blocks", "fitted_to", "asked", "damping"),
+    [
+        # 4 x 112 tokens of two domains: 7 blocks of 32 each, after the block that layers are judged on.
+        (12, slice(1, 8), {}, 0.001),
+        (7, slice(7), {"compensate": "none", "score": "wanda"}, None),  # there are no others
+    ],
+)
+def test_narrow_readers_are_fitted_to_text_that_neither_judges_nor_is_held_out(blocks, fitted_to, asked, damping):
+    text = random_calibration(blocks=blocks)
+    run = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, protected_layers=[0], **asked)
+    with patch.object(cutting, "narrow_readers", return_value=[{}]) as spy:
+        cutting._narrow_readers(run, run.batches())
+    _, _, batches, (shares,), found, *_ = spy.call_args.args
+    assert found == damping and not any(batch.held_out for batch in batches)
     for domain in text.domains:
         mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
-        assert torch.equal(mine, domain.calibration.ids_NT[1:8])
-    assert sorted(shares) == [1, 2, 3, 4, 5] and damping == 0.001
+        assert torch.equal(mine, domain.calibration.ids_NT[fitted_to])
     (share,) = set(shares.values())
-    plan = run_of(tiny_llama(num_layers=6), text, depth=2, remove=0.45, protected_layers=[0]).resolved.plans[-1]
-    assert share == pytest.approx(sum(plan.num_keep.values()) / (112 * len(plan.num_keep)), rel=1e-12)
-
-
-def test_narrow_readers_take_the_judging_blocks_too_where_there_are_no_others(monkeypatch):
-    text = random_calibration(blocks=7)
-    batches, _, damping = narrow(monkeypatch, text, compensate="none", score="wanda")
-    for domain in text.domains:
-        mine = torch.cat([batch.ids_BT for batch in batches if batch.domain == domain.name])
-        assert torch.equal(mine, domain.calibration.ids_NT)
-    assert damping is None
+    num_keep = run.resolved.plans[-1].num_keep
+    assert sorted(shares) == [1, 2, 3, 4, 5]
+    assert share == pytest.approx(sum(num_keep.values()) / (112 * len(num_keep)), rel=1e-12)
 
 
 def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_token():
