@@ -10,12 +10,13 @@ import pytest
 import torch
 from models import opened, saved, tiny_llama
 from recipes import grouped
+from run_cli import run_cli
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
 from secateur.errors import CheckpointError, RecipeError
 from secateur.pruning.text import completed
-from secateur.recipe import Recipe
+from secateur.recipe import Domain, Recipe
 from secateur.recovery.text import in_steps
 from secateur.store import Store
 
@@ -54,6 +55,24 @@ def test_a_run_learns_by_answers_and_is_judged_by_them(pruned: tuple[Any, Path])
     assert chat.nats_per_token < result.summary.dense_losses["lines"].nats_per_token
     assert "answers of the dense model" in (out / "report.html").read_text()
     assert result.summary.polish.before["chat"].num_tokens < 64
+
+
+def test_prompts_of_ones_own_judge_but_for_those_that_the_run_had(
+    pruned: tuple[Any, Path], files: Path, tmp_path: Path
+) -> None:
+    saved(tmp_path / "dense", tiny_llama(), TOKENIZER)
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"prompt": f"{word}"}) + "\n" for word in ("new", "a7", "other", "new")))
+    asked = Domain(files=(str(own),), column="prompt", answers=True)
+    found = secateur.evaluate(pruned[1], tmp_path / "dense", prompts=asked, out=tmp_path / "out")
+    assert found.own_answers is not None
+    assert {pair.prompt for pair in found.own_answers.shown} == {"new", "other"} and found.own_answers.num_prompts == 2
+    assert f"own answers are to 2 prompts of {own}; 1 that the run had to ask are left out." in found.notes
+    had = Domain(files=(str(files / "chat.jsonl"),), answers=True)
+    with pytest.raises(RecipeError, match="had all 60 of them"):
+        secateur.evaluate(pruned[1], tmp_path / "dense", prompts=had, out=tmp_path / "out")
+    command = run_cli("evaluate", pruned[1], "--prompts", f"{own}:prompt", "--out", tmp_path / "out")
+    assert command.status == 2 and "--prompts: needs a dense model" in command.stderr
 
 
 def polished(files: Path, out: Path, **polish: Any) -> Any:

@@ -372,7 +372,7 @@ def parse_domains(texts: list[str]) -> dict[str, Keys]:
             raise RecipeError(
                 f"--domain {text}: give NAME=FILE, or one of {', '.join(INSTALLED_DOMAINS)}."
             )
-        new = mixtures().get(text) or {name: _of_file(file) if separator else {"installed": name}}
+        new = mixtures().get(text) or {name: of_file(file) if separator else {"installed": name}}
         if twice := [name for name in new if name in domains]:
             raise RecipeError(
                 f"--domain {twice[0]}: given twice; list several files of one domain in a recipe."
@@ -391,7 +391,7 @@ def with_answers(data: Keys, answers: str | None) -> Keys:
     try:
         calibration["answers"] = float(answers)
     except ValueError:
-        source = _of_file(answers)
+        source = of_file(answers)
         place = Path(source["files"][0]).expanduser()
         if not answers.strip() or not (place.exists() or glob.glob(str(place), recursive=True)):
             raise RecipeError(
@@ -410,7 +410,7 @@ def with_answers(data: Keys, answers: str | None) -> Keys:
     return {**data, "calibration": calibration}
 
 
-def _of_file(text: str) -> Keys:
+def of_file(text: str) -> Keys:
     """Return the source of FILE or FILE:COLUMN; a file whose name has a colon is found first."""
     file, colon, column = text.rpartition(":")
     if not (file and colon and column) or "/" in column or Path(text).expanduser().exists():

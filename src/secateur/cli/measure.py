@@ -37,6 +37,13 @@ def evaluate(
             min=8, help="Tokens per block of --domain; 512, or the model's positions if fewer."
         ),
     ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[:COLUMN]",
+            help="The dense model answers these, not the prompts that come with secateur.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +84,11 @@ def evaluate(
     if domain:
         calibration = {"calibration": {"domains": common.parse_domains(domain)}}
         domains = parse_recipe(calibration, "--domain").calibration.domains
+    asked = None
+    if prompts is not None:
+        domains_of_answers = {"prompts": {**common.of_file(prompts), "answers": True}}
+        calibration = {"calibration": {"domains": domains_of_answers}}
+        asked = parse_recipe(calibration, "--prompts").calibration.domains["prompts"]
     names = common.task_names(tasks, tasks_data)
     with common.progress_bar() as progress:
         result = secateur.evaluate(
@@ -85,6 +97,7 @@ def evaluate(
             domains=domains,
             num_blocks=num_blocks,
             sequence_length=sequence_length,
+            prompts=asked,
             tasks=names,
             limit=limit,
             num_fewshot=num_fewshot,

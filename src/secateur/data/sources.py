@@ -234,12 +234,13 @@ ROWS_TRIED = 200
 
 
 def documents(
-    name: str, domain: DomainText, tokenizer: Tokenizer, seed: int, note: Note = unheard
+    name: str, domain: DomainText, tokenizer: Tokenizer | None, seed: int, note: Note = unheard
 ) -> Iterator[str]:
     """Yield the documents of the domain `name`, shuffled by seed and name, without blank ones.
 
     Of a domain of answers a document is a prompt: a text, or a chat up to its first user's turn, as
-    the chat template writes it up to where the model answers.
+    the chat template writes it up to where the model answers; without a `tokenizer` it is what the
+    user says.
 
     `note`: gets what happened to every row or file that is left out or changed.
 
@@ -406,13 +407,17 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def _row_text(row: Any, domain: DomainText, tokenizer: Tokenizer, where: str, note: Note) -> str:
+def _row_text(
+    row: Any, domain: DomainText, tokenizer: Tokenizer | None, where: str, note: Note
+) -> str:
     answered = domain.answers
     content = content_of(row, domain.column, where, note, answered=answered)
     if answered:
         content = prompt_of(content, where)
     if isinstance(content, str):
         text = content
+    elif tokenizer is None:
+        text = content.messages[-1]["content"]
     else:
         text = chat_text(content.messages, tokenizer, where, content.tools, note, answered=answered)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import RecipeError
 from secateur.evaluation import parts
 from secateur.evaluation.tasks import TaskOptions, is_chat, load_tasks
-from secateur.evaluation.text import text_to_judge
+from secateur.evaluation.text import prompts_to_judge, text_to_judge
 from secateur.log import Progress, Tell, mute, silent, versions
 from secateur.model.identity import check_dense, is_result, name_of
 from secateur.ranks import check_same, is_first, joined
@@ -32,6 +32,7 @@ def evaluate(
     domains: dict[str, Domain] | None = None,
     num_blocks: int = 16,
     sequence_length: int | None = None,
+    prompts: Domain | None = None,
     tasks: tuple[str, ...] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -50,12 +51,13 @@ def evaluate(
     KL by domain and its own answers; `other_dense`: it is meant to be another one than `model` was
     pruned from. `domains`: text by name; None: what judged the run, by the model's own recipe.yaml.
     `num_blocks`, `sequence_length`: of `domains`; None: 512 tokens, or the model's positions if
-    fewer. `tasks`: names of lm-evaluation-harness. `limit`: questions per task. `num_fewshot`:
-    examples in each prompt. `batch_size`: questions at a time. `run_code`: tasks may run code that
-    the models write, in a process without network. `tasks_data`: a directory searched first for
-    rows. `device`: as in a recipe. `out`: a directory, by default `model` if that is a result.
-    `progress`: called with (stage, done, total). `tell`: gets a line about every finished part that
-    is damaged on disk and measured again.
+    fewer. `prompts`: of files, which the dense model answers in place of those that come with
+    secateur; those that the run asked are left out. `tasks`: names of lm-evaluation-harness.
+    `limit`: questions per task. `num_fewshot`: examples in each prompt. `batch_size`: questions at
+    a time. `run_code`: tasks may run code that the models write, in a process without network.
+    `tasks_data`: a directory searched first for rows. `device`: as in a recipe. `out`: a directory,
+    by default `model` if that is a result. `progress`: called with (stage, done, total). `tell`:
+    gets a line about every finished part that is damaged on disk and measured again.
 
     Returns the record. Under torchrun every process calls this and gets it; ranks share blocks and
     tasks, and the first one writes. After an interruption the same call continues.
@@ -80,6 +82,17 @@ def evaluate(
         alone = "evaluate each alone and compare bits per byte"
         trim = trim_between(pruned.checkpoint, dense.checkpoint, "--against", alone)
 
+    # Find the prompts of the user's own, for which a model has to answer.
+    asked, notes_on_prompts = None, ()
+    if prompts is not None:
+        if dense is None or not dense.arch.caches or dense.tokenizer().chat_template is None:
+            raise RecipeError(
+                "--prompts: needs a dense model with a chat template that answers them; give it by "
+                "--against, or leave them out."
+            )
+        asked, note = prompts_to_judge(prompts, pruned.checkpoint)
+        notes_on_prompts = (note,)
+
     # Read what they are asked, in the pruned model's tokens; all ranks have the same.
     tokenizer = pruned.tokenizer()
     text, notes = text_to_judge(
@@ -91,6 +104,7 @@ def evaluate(
         progress,
         is_needed=not tasks,
     )
+    notes += notes_on_prompts
     loaded = load_tasks(tasks, options, tasks_data)
     if names := [name for name, task in loaded.tasks.items() if is_chat(task, tokenizer)]:
         notes += (f"asked through the chat template: {', '.join(names)}.",)
@@ -104,7 +118,7 @@ def evaluate(
     )
 
     store = Store.lasting(directory / PARTS_FOLDER, tell)
-    judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim)
+    judge = Judge(text, tokenizer, pruned.checkpoint.config, store, progress, trim, prompts=asked)
 
     # Measure the dense model, and forget it before the pruned one is loaded.
     before = kl_of = kl = changes = None

@@ -17,6 +17,7 @@ from secateur.data.blocks import (
     ngram_overlap,
 )
 from secateur.data.pool import MOST_COUNTED, TextPool
+from secateur.data.sources import documents, shipped
 from secateur.errors import RecipeError
 from secateur.facts import Loss
 from secateur.formats.run_text import run_text_again, text_facts
@@ -73,6 +74,31 @@ def text_to_judge(
         sequence_length, checkpoint.config, "--sequence-length", default=JUDGED_BLOCK
     )
     return named_blocks(domains, num_blocks, sequence_length, tokenizer, progress, directory)
+
+
+def prompts_to_judge(source: Domain, checkpoint: Checkpoint) -> tuple[tuple[str, ...], str]:
+    """Return prompts of `source` that the run of a model did not ask, and a note that says so.
+
+    As many as come with secateur. Raises CalibrationError for unreadable text, RecipeError if the
+    run asked all of them.
+    """
+    # A run writes its recipe into the directory of its result.
+    asked, directory = set[str](), checkpoint.directory
+    if has_recipe(directory):
+        for domain in as_recipe(directory / RECIPE_FILE).calibration.answered.values():
+            asked.update(documents("answers", domain, None, SEED))
+    given = dict.fromkeys(documents("prompts", source, None, SEED))
+    prompts = tuple(prompt for prompt in given if prompt not in asked)
+    if not prompts:
+        raise RecipeError(
+            f"--prompts: the run that made {directory} had all {len(given)} of them to ask; give "
+            "others."
+        )
+    prompts = prompts[: len(shipped("prompts.yaml"))]
+    note = f"own answers are to {len(prompts)} prompts of {', '.join(source.files or ())}"
+    if num_asked := len(asked & given.keys()):
+        note += f"; {num_asked} that the run had to ask are left out"
+    return prompts, f"{note}."
 
 
 def has_recipe(directory: Path) -> bool:

@@ -242,7 +242,8 @@ class Judge:
 
     `text`: by domain, in tokens of `tokenizer`, the pruned model's. `trim`: what took tokens from
     the dense one's. `config`: of a model, for the most tokens that it reads. `share`: of the
-    documents and prompts that come with the package. The store keeps the figures.
+    documents and prompts that come with the package. `prompts`: in place of these. The store keeps
+    the figures.
     """
 
     def __init__(
@@ -254,6 +255,7 @@ class Judge:
         progress: Progress = silent,
         trim: Trim | None = None,
         share: float = 1.0,
+        prompts: tuple[str, ...] | None = None,
     ) -> None:
         documents = _first(shipped("other_text.yaml"), share, least=2)
         self.text: Mapping[str, Text] = {**text, OTHER: other_text(documents, tokenizer, config)}
@@ -263,7 +265,8 @@ class Judge:
             self.dense_text = retokenised(self.text, trim.tokenizer, trim.dense_tokenizer)
             self.dense_tokenizer = trim.dense_tokenizer
             self.num_tokens = predicted_tokens(self.dense_text)
-        self._store, self._progress, self._share = store, progress, share
+        self._store, self._progress = store, progress
+        self._prompts = prompts or _first(shipped("prompts.yaml"), share, least=1)
         self._sheet: AnswerSheet | None = None
 
     def dense(self, model: ToJudge, *, asks: bool) -> Judgement:
@@ -274,12 +277,11 @@ class Judge:
         """
         losses = self._losses(model, self.dense_text, None)
         if asks and self.dense_tokenizer.chat_template is not None:
-            prompts = _first(shipped("prompts.yaml"), self._share, least=1)
             self._sheet = self._kept(
                 f"answers of {model.which}",
-                lambda: ask(model.speaker(self.dense_tokenizer), prompts, self._progress),
+                lambda: ask(model.speaker(self.dense_tokenizer), self._prompts, self._progress),
                 model,
-                {"prompts": prompts, "tokens": ANSWER_TOKENS},
+                {"prompts": self._prompts, "tokens": ANSWER_TOKENS},
                 kind=AnswerSheet,
             )
         return Judgement(losses, losses.pop(OTHER))
