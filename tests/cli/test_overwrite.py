@@ -1,6 +1,5 @@
 """`--overwrite` replaces results alone: nothing that secateur did not write, or that was changed since, is deleted."""
 
-import json
 import os
 import shutil
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from little import BEGUN
 from run_cli import Outcome, run_cli
+from shown import assert_sentences
 
 QUICK = ("--set", "output.evaluate=false")
 
@@ -46,9 +46,10 @@ def contents(directory: Path) -> dict[str, bytes | str]:
     }
 
 
-def refused(outcome: Outcome, *expected: str) -> None:
+def refused(outcome: Outcome) -> str:
+    """Return the one line that is said."""
     assert outcome.status == 2 and outcome.stdout == "" and outcome.stderr.count("\n") == 1, outcome.stderr
-    assert all(part in outcome.stderr for part in expected), outcome.stderr
+    return outcome.stderr.strip()
 
 
 def write(directory: Path, *names: str) -> None:
@@ -57,52 +58,44 @@ def write(directory: Path, *names: str) -> None:
         (directory / name).write_text(f"my {name}")
 
 
-def test_a_web_project_is_never_deleted(prune, tmp_path):
-    write(tmp_path / "out", "config.json", "package.json", "src/app.ts", ".git/HEAD", ".git/config", "src/a/b.ts")
-    before = contents(tmp_path)
-    refused(
-        prune(),
-        f"OUT {tmp_path / 'out'}: is no result of secateur (it has no result.json with its digest), and --overwrite "
-        "would delete what is not as secateur wrote it: config.json, package.json, src/app.ts, src/a/b.ts and 2 more; "
-        "move it elsewhere, or choose a new directory.",
-    )
-    assert contents(tmp_path) == before
+NAMES = ("notes.md", ".git/HEAD", "rounds/9/x.txt", "evaluation/mine.json", "model.gguf", "README.md")
 
 
-def test_another_models_directory_with_notes_is_never_deleted(prune, checkpoints, result, tmp_path):
-    shutil.copytree(checkpoints["qwen2"], tmp_path / "out")
-    write(tmp_path / "out", "notes.md")
-    # Another program's file of that name, and one of ours that is damaged, are no proof.
-    for text in (None, '{"accuracy": 0.9}', (result / "result.json").read_text().replace("llama", "mamba")):
-        if text is not None:
-            (tmp_path / "out" / "result.json").write_text(text)
+def test_what_is_not_as_secateur_wrote_it_is_never_deleted(prune, checkpoints, result, tmp_path):
+    out, said = tmp_path / "out", dict[str, str]()
+
+    def kept(about: str, place: Path = out) -> None:
         before = contents(tmp_path)
-        refused(prune(), "is no result of secateur", "config.json, ")
+        said[about] = refused(prune(out=place))
         assert contents(tmp_path) == before
 
-
-NAMES = ("notes.md", ".git/HEAD", "rounds/9/x.txt", "evaluation/mine.json", "model.gguf", "README.md (changed since)")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_among_those_of_a_result_is_never_deleted(name, prune, out):
-    write(out, name.split()[0])
-    before = contents(out)
-    refused(prune(), f"--overwrite would delete what is not as secateur wrote it: {name}; move it elsewhere")
-    assert contents(out) == before
-
-
-def test_a_link_is_never_deleted_nor_followed(prune, out, tmp_path):
+    write(out, "config.json", "package.json", "src/app.ts", ".git/HEAD", ".git/config", "src/a/b.ts")
+    kept("a project of the web")
+    shutil.rmtree(out)
+    shutil.copytree(checkpoints["qwen2"], out)
+    write(out, "notes.md")
+    kept("another model with notes")
+    for about, text in (
+        ("another program's result.json", '{"accuracy": 0.9}'),
+        ("a damaged one", (result / "result.json").read_text().replace("llama", "mamba")),
+    ):
+        (out / "result.json").write_text(text)
+        kept(about)
+    for name in NAMES:
+        shutil.rmtree(out)
+        shutil.copytree(result, out)
+        write(out, name)
+        kept(f"a result with {name}")
+    shutil.rmtree(out)
+    shutil.copytree(result, out)
     write(tmp_path, "data/text.txt")
     (out / "data").symlink_to(tmp_path / "data")
     weights = Path(shutil.move(out / "model.safetensors", tmp_path / "weights"))
     (out / "model.safetensors").symlink_to(weights)
-    before = contents(tmp_path)
-    refused(prune(), "wrote it: data, model.safetensors; move it")
-    assert contents(tmp_path) == before
+    kept("links to what is elsewhere")
     (tmp_path / "link").symlink_to(out)
-    refused(prune(out=tmp_path / "link"), "is a symbolic link, which is never replaced")
-    assert contents(out) == {name.removeprefix("out/"): old for name, old in before.items() if name.startswith("out/")}
+    kept("a link to a result", tmp_path / "link")
+    assert_sentences("overwrite/prune", said, tmp_path)
 
 
 def test_a_whole_result_is_replaced_with_all_that_later_commands_wrote(prune, out, checkpoints):
@@ -119,11 +112,26 @@ def test_a_whole_result_is_replaced_with_all_that_later_commands_wrote(prune, ou
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_a_result_is_neither_written_into_another_one_nor_over_the_model_within_it(prune, out, tmp_path):
-    before = contents(tmp_path)
-    refused(prune(out=out / "deep" / "more"), f"is inside the result {out}; choose a directory outside of it.")
-    refused(run_cli("compare", "methods", out / "study"), f"is inside the result {out}; choose a directory outside")
-    refused(run_cli("prune", out, tmp_path, *QUICK, "--overwrite"), "holds the model that is being pruned")
+def test_no_command_replaces_a_file_of_the_user_nor_writes_into_a_result(prune, out, checkpoints, tmp_path):
+    llama = checkpoints["llama"]
+    write(tmp_path, "thesis.docx", "mine/evaluation.json", "mine/report.html", "model/config.json", "model/notes.txt")
+    before, file, mine, model = contents(tmp_path), tmp_path / "thesis.docx", tmp_path / "mine", tmp_path / "model"
+    teacher = ("--teacher", llama, "--tokens", 640, "--overwrite")
+    commands = {
+        "prune into a result": lambda: prune(out=out / "deep" / "more"),
+        "prune over what holds the model": lambda: run_cli("prune", out, tmp_path, *QUICK, "--overwrite"),
+        "compare into a result": lambda: run_cli("compare", "methods", out / "study"),
+        "compare": lambda: run_cli("compare", "methods", mine, "--model", llama, "--small"),
+        "export": lambda: run_cli("export", out, "--no-check", file, "--overwrite"),
+        "evaluate": lambda: run_cli("evaluate", out, "--out", mine),
+        "evaluate into a result": lambda: run_cli("evaluate", llama, "--out", out),
+        "bench": lambda: run_cli("bench", out, "--against", tmp_path / "nowhere"),
+        "recover": lambda: run_cli("recover", out, *teacher, "--out", model),
+        "trim": lambda: run_cli("trim", llama, model, "--vocabulary", 128, "--overwrite"),
+    }
+    assert_sentences("overwrite/others", {name: refused(run()) for name, run in commands.items()}, tmp_path, llama)
+    demo = run_cli("demo", model, "--overwrite")  # says first what it does
+    assert demo.status == 2 and "would delete" in demo.stderr and "notes.txt" in demo.stderr
     assert contents(tmp_path) == before
 
 
@@ -157,30 +165,3 @@ def test_killed_between_the_two_renames_the_old_result_comes_back_and_is_told(
     assert contents(out) == before
     assert prune().status == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_other_commands_replace_no_file_of_the_user(out, checkpoints, tmp_path):
-    write(tmp_path, "thesis.docx", "mine/evaluation.json", "mine/report.html")
-    before = contents(tmp_path)
-    file, place = tmp_path / "thesis.docx", tmp_path / "mine"
-    export = ("export", out, "--no-check")
-    refused(run_cli(*export, file, "--overwrite"), f"{file}: is no GGUF file, so --overwrite does not replace it")
-    refused(run_cli("evaluate", out, "--out", place), "has an evaluation.json that evaluate did not write")
-    refused(run_cli("evaluate", checkpoints["llama"], "--out", out), f"--out {out}: is another result")
-    options = ("--model", checkpoints["llama"], "--small")
-    refused(run_cli("compare", "methods", place, *options), f"compare {place}: holds other files")
-    refused(run_cli("bench", out, "--against", tmp_path / "nowhere"), "nowhere")
-    assert contents(tmp_path) == before
-
-
-def test_recover_and_trim_keep_the_same_rule(out, checkpoints, tmp_path):
-    write(tmp_path / "mine", "config.json", "notes.txt")
-    before = contents(tmp_path)
-    teacher = ("--teacher", checkpoints["llama"], "--tokens", 640, "--overwrite")
-    refused(run_cli("recover", out, *teacher, "--out", tmp_path / "mine"), "would delete", "notes.txt")
-    trim = ("trim", checkpoints["llama"], tmp_path / "mine", "--vocabulary", 128, "--overwrite")
-    refused(run_cli(*trim), "would delete", "notes.txt")
-    demo = run_cli("demo", tmp_path / "mine", "--overwrite")  # says first what it does
-    assert demo.status == 2 and "would delete" in demo.stderr and "notes.txt" in demo.stderr
-    assert contents(tmp_path) == before
-    assert json.loads((out / "result.json").read_text())["files"]
