@@ -17,6 +17,7 @@ import torch
 from models import saved
 from recipes import grouped
 from run_cli import run_cli
+from shown import assert_sentences
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
