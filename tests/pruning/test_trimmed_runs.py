@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import secateur
 from secateur.facts import Loss
 from secateur.formats.gguf import export_gguf
-from secateur.formats.run_text import run_text_again
 from secateur.formats.save import Verification
 from secateur.log import silent
 from secateur.methods.budget import token_prices
@@ -31,6 +30,7 @@ from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
 from secateur.pruning.trimmed import too_dear
 from secateur.recipe import parse_recipe
+from secateur.recovery.text import run_text_again
 from secateur.store import Services
 from secateur.vocabulary.kept import KeptTokens, Trim, kept_tokens_of
 from secateur.vocabulary.order import PieceNats

@@ -28,10 +28,9 @@ from secateur.recipe import RecoverySettings, as_recipe
 from secateur.recovery import open as recovery_open
 from secateur.recovery import train as trainer_module
 from secateur.recovery.judge import objective
-from secateur.recovery.open import open_job
+from secateur.recovery.open import open_job, prepare
 from secateur.recovery.train import Work, train_guarded
 from secateur.recovery.weights import check_training, weight_size
-from secateur.recovery.work import prepare
 from secateur.report.records import RecoveryRecord
 from secateur.result_directory import mismatches, read_digests
 from secateur.store import HOW, Services, Store, place_beside

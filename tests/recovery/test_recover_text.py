@@ -12,8 +12,7 @@ from secateur.data.pool import judging_tokens
 from secateur.errors import CalibrationError
 from secateur.log import silent
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
-from secateur.recovery.text import RecoveryText, shared_out
-from secateur.recovery.work import recovery_text
+from secateur.recovery.text import RecoveryText, recovery_text, shared_out
 
 TOKENIZER = tiny_tokenizer()
 

@@ -20,11 +20,11 @@ from secateur.data.pool import MOST_COUNTED, TextPool
 from secateur.data.sources import documents, shipped
 from secateur.errors import RecipeError
 from secateur.facts import Loss
-from secateur.formats.run_text import run_text_again, text_facts
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.checkpoint import Checkpoint
 from secateur.recipe import RECIPE_FILE, Domain, as_recipe
+from secateur.recovery.text import run_text_again, text_facts
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
 from secateur.vocabulary.kept import Trim

@@ -1,6 +1,7 @@
-"""The two models of a recovery and its recipe, checked before a weight is read.
+"""A recovery until it trains: both models and the recipe checked, then weights mapped, text drawn.
 
-In: references of both models, changes to the recipe. Out: a `Job`.
+In: references of both models, changes to the recipe. Out: a `Job`, before a weight is read; of it a
+`Work` to train, for which the dense model was asked.
 """
 
 import copy
@@ -27,8 +28,11 @@ from secateur.model.checkpoint import (
 from secateur.model.identity import check_dense
 from secateur.ranks import launched_size
 from secateur.recipe import RECIPE_FILE, Recipe, RecoverySettings, load_recipe, recipe_over
-from secateur.recovery.text import shared_out
-from secateur.recovery.weights import check_training, wants_shards
+from secateur.recovery.judge import Judge
+from secateur.recovery.text import recovery_text, shared_out
+from secateur.recovery.train import Work
+from secateur.recovery.weights import check_training, scratch_bytes, wants_shards
+from secateur.store import Services
 from secateur.vocabulary.kept import Trim, keep_tokens, trim_between
 
 
@@ -141,3 +145,32 @@ def inputs_of(job: Job) -> dict[str, Any]:
         "list of tokens": hashlib.sha256(str(kept).encode()).hexdigest(),
         "version of": versions(),
     }
+
+
+def prepare(job: Job, directory: Path, services: Services) -> Work:
+    """Open both models, draw the text and evaluate the dense model. `directory`: for what the
+    training leaves.
+
+    Weights are mapped from disk, so that only those that training changes fill memory.
+
+    Raises CalibrationError for too little text, CheckpointError for too little disk.
+    """
+    settings, log, progress = job.settings, services.log, services.progress
+    dense = job.load_teacher()
+    text = recovery_text(job.pruned.directory, job.recipe, settings, job.tokenizer, dense, progress)
+    services.store.check_input("text", text.content_hash)
+    services.check_space(scratch_bytes(job.pruned_shape, settings))
+    for note in (*job.notes, *text.notes):
+        log.note(note)
+    with log.time("judge"):
+        judge = Judge(dense, bind(dense), text.held_out, progress)
+    return Work(
+        pruned=job.load_pruned(),
+        teacher=dense,
+        text=text,
+        judge=judge,
+        settings=settings,
+        seed=job.recipe.seed,
+        directory=directory,
+        services=services,
+    )

@@ -14,13 +14,13 @@ from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.ranks import alone, meet
 from secateur.recipe import RECIPE_FILE, Recipe, as_recipe, dump_recipe
-from secateur.recovery.open import Job, inputs_of, open_job
+from secateur.recovery.open import Job, inputs_of, open_job, prepare
 from secateur.recovery.train import Work, train_guarded, training_folder
-from secateur.recovery.work import judged_first, judged_last, prepare
 from secateur.report.records import RECOVERY_FILE, RecoveryRecord
 from secateur.result_directory import BENCH_FILE, RESULT_FILE, check_replaceable
 from secateur.store import begun
 from secateur.stream.device import keeping_freed, peak_bytes
+from secateur.stream.judge import Judge, ToJudge
 
 # Files that stay true of the model: which units and tokens it has, how it was pruned, how fast it
 # is.
@@ -63,13 +63,39 @@ def recover(
         if services.scratch is not None:
             with alone():  # the others ask nothing
                 if judge is not None:
-                    judged["recovered"] = judged_last(
-                        work, judge, judged["pruned"], held=training.held
-                    )
+                    judged["recovered"] = judged["pruned"]
+                    if training.held:
+                        written = ToJudge.of(work.pruned, "recovered", work.text.sequence_length)
+                        with services.log.time("judge"):
+                            judged["recovered"] = judge.pruned(written)
                 record = write_result(
                     work, job, before, training, judged, services.scratch, command, finish
                 )
     return record
+
+
+def judged_first(job: Job, work: Work) -> tuple[Judge | None, dict[str, Judgement]]:
+    """Judge the dense and the pruned model by the text that judged the pruning; return what judges,
+    None if nothing.
+    """
+    teacher, length = work.teacher, work.text.sequence_length
+    if not job.recipe.output.evaluate or teacher is None:
+        return None, {}
+    services = work.services
+    judge = Judge(
+        work.text.judged,
+        job.tokenizer,
+        work.pruned.config,
+        services.store,
+        services.progress,
+        trim=job.trim,
+    )
+    dense = teacher if job.trim is None else job.load_teacher(whole=True)
+    with services.log.time("judge"):
+        first = ToJudge.of(dense, "dense", length)
+        judged = {"dense": judge.dense(first, asks=first.load()[1].caches)}
+        judged["pruned"] = judge.pruned(ToJudge.of(work.pruned, "pruned", length))
+    return judge, judged
 
 
 def write_result(

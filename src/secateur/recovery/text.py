@@ -1,28 +1,33 @@
-"""The text of a training: what the dense model answers, blocks in their order, and how many of them
-make a step.
+"""The text of a training: a finished run's, drawn again, and what the dense model answers.
 
-In: the dense model and the recipe. Out: its answers, written as far as they are asked for. In:
-blocks, and settings. Out: a `RecoveryText` of whole steps.
+In: a pruned model's directory, its recipe and tokenizer, and the dense model. Out: the same parts
+of the same documents, and a `RecoveryText` of whole steps.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
-from secateur.data.answers import Answers, Speaker, Steps, Written
+from secateur.data.answers import Answers, Speaker, Steps, Written, with_answers
 from secateur.data.blocks import Block, Blocks
+from secateur.data.pool import Allotted, Amounts, Split, TextPool, judging_tokens
 from secateur.data.sources import documents
 from secateur.errors import RecipeError
+from secateur.facts import parse_json
 from secateur.log import Progress
-from secateur.model.stock import Tokenizer
+from secateur.model.bind import bind
+from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first, size, spread
-from secateur.recipe import Domain, Recipe, RecoverySettings
+from secateur.recipe import RECIPE_FILE, Domain, Recipe, RecoverySettings
+from secateur.result_directory import RESULT_FILE
 from secateur.store import Store
 
 # Prompts that are read for each block; a conversation seldom has fewer than a tenth of its tokens.
@@ -110,6 +115,119 @@ class RecoveryText:
     def num_held_out_tokens(self) -> int:
         """Return the tokens that guard."""
         return sum(blocks.num_tokens for blocks in self.held_out.values())
+
+
+@dataclass(frozen=True, slots=True)
+class TextFacts:
+    """What `result.json` says of a run's text: see `CalibrationFacts`."""
+
+    judged_hash: str = ""
+    allotted: Mapping[str, tuple[int | None, ...]] = field(
+        default_factory=dict[str, tuple[int | None, ...]]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    calibration: TextFacts
+
+
+def text_facts(directory: Path) -> TextFacts | None:
+    """Return what a result says of its text; None for a model that no run made. Raises
+    CheckpointError.
+    """
+    path = directory / RESULT_FILE
+    return parse_json(_Result, path.read_bytes(), str(path)).calibration if path.is_file() else None
+
+
+def run_text_again(
+    directory: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    *,
+    num_training_tokens: int = 0,
+    least_held_out: int = 0,
+    only: Collection[str] | None = None,
+    key: str = "polish.num_tokens",
+) -> Split:
+    """Return the parts of a run's text. `recipe`: the run's, with `num_tokens` and
+    `sequence_length`.
+
+    `num_training_tokens`, `key`: to learn by, if more than the run's calibration, and what asks for
+    them. `least_held_out`: blocks of a domain; more than the run's come from what it learnt by.
+    `only`: the domains to read, None for all. Raises CalibrationError for text that is unreadable
+    or too short, RecipeError for a recipe that no run wrote.
+    """
+    calibration, facts = recipe.calibration, text_facts(directory)
+    if calibration.num_tokens is None:
+        raise RecipeError(
+            f"recipe {directory / RECIPE_FILE}: calibration.num_tokens is missing; use the "
+            "recipe.yaml that the run wrote."
+        )
+    amounts = Amounts(
+        num_tokens=calibration.num_tokens,
+        num_training_tokens=num_training_tokens,
+        num_judged_tokens=judging_tokens(recipe.output.evaluate),
+        least_held_out=least_held_out,
+    )
+    allotted = (
+        {}
+        if facts is None
+        else {name: Allotted(*numbers) for name, numbers in facts.allotted.items()}
+    )
+    if least_held_out:
+        allotted = {name: Allotted(numbers.judged, None) for name, numbers in allotted.items()}
+    assert calibration.sequence_length is not None, "a run writes it"
+    pool = TextPool(calibration.sequence_length, tokenizer, recipe.seed, progress)
+    return pool.split(calibration.domains, amounts, allotted=allotted, only=only, key=key)
+
+
+def recovery_text(
+    directory: Path,
+    recipe: Recipe,
+    settings: RecoverySettings,
+    tokenizer: Tokenizer,
+    teacher: CausalLM,
+    progress: Progress,
+) -> RecoveryText:
+    """Draw the text: domains by their shares, shuffled by the seed, in whole steps.
+
+    `directory`: of the pruned model. What judged its run is left alone, and what guarded it guards.
+
+    Raises CalibrationError if the domains have too little text, RecipeError if `num_tokens` does
+    not fill one step.
+    """
+    recipe = recipe.filled(
+        calibration={"num_tokens": recipe.calibration.num_tokens or settings.num_tokens}
+    )
+    split = run_text_again(
+        directory,
+        recipe,
+        tokenizer,
+        progress,
+        num_training_tokens=settings.num_tokens,
+        least_held_out=settings.held_out_blocks,
+        key="recover.num_tokens",
+    )
+    length = split.learning.text.sequence_length
+    speaker = Speaker(teacher, bind(teacher), tokenizer, str(recipe.seed), length)
+    answers = answers_of(recipe, speaker, settings.num_tokens, Store(), progress, {})
+    # Questions of their own judge answers.
+    judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
+    text, _ = with_answers(split.learning.text, split.judged, answers)
+    blocks = [
+        block for of_domain in text.training(settings.num_tokens).values() for block in of_domain
+    ]
+    random.Random(f"{recipe.seed}:recover").shuffle(blocks)
+    return RecoveryText(
+        tuple(whole_steps(blocks, settings, length, "recover")),
+        {name: part[: settings.held_out_blocks] for name, part in text.held_out.items()},
+        length,
+        text.content_hash,
+        (*text.notes, *split.judged.notes),
+        judged,
+    )
 
 
 def shared_out(
