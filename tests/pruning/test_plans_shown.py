@@ -229,6 +229,22 @@ def test_what_it_decides_once_tokens_are_gone() -> None:
     assert_shown("plans/fewer-tokens", "\n".join(lines))
 
 
+def test_what_it_trains_where_memory_is_just_enough_or_too_little_and_without_peft(monkeypatch) -> None:
+    # Just enough for all of it, for one block at a time, and for low-rank additions; and a kilobyte less.
+    budgets = ("2362052.608", "2362051.608", "2332315.648", "2332314.648", "755585.024", "755584.024")
+    cases = [{"polish": "default", "memory_budget": f"{budget}KB"} for budget in budgets]
+    lines = [f"{short}\n{shown_training(short)}" for short in cases]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lines += [f"{short} without peft\n{shown_training(short)}" for short in cases[2:5]]
+    assert_shown("plans/training", "\n".join(lines))
+
+
+def shown_training(short: dict[str, Any]) -> str:
+    """Return what the plan says of the training and its memory."""
+    lines = shown_plan("large", short).splitlines()
+    return "\n".join(line for line in lines if line.lstrip().startswith(("training", "memory", "polish")))
+
+
 def test_what_it_decides_on_a_gpu() -> None:
     cases = [{}, {"device_budget": "100MB"}, {"device_budget": "500MB", "polish": "default"}]
     cases += [{"polish": {"num_tokens": 4096, "train": train}} for train in ("layers", "lora")]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from transformers import AutoConfig
 import secateur
 from secateur.facts import mean_kl, mean_nats
 from secateur.model.bind import bind
-from secateur.pruning.cost import memory_for, polish_bytes, with_polish_that_fits
 from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.recipe import Recipe, RecoverySettings, parse_recipe
@@ -158,14 +158,10 @@ def test_the_walk_of_a_prune_gives_what_the_dense_model_would_be_asked_for(num_t
 
 @pytest.mark.parametrize("changes", [{"target_mix": 0.0}, {"rounds": 2}, {"depth": 1}], ids=str)
 def test_without_such_a_stream_the_dense_model_is_asked(changes, asked, monkeypatch):
-    walked: list[bool] = []
-
-    def noted(*arguments: Any, **more: bool) -> None:
-        walked.extend(more.values())
-
-    monkeypatch.setattr("secateur.pruning.cut.learn", noted)
+    ask = Mock(return_value=None)
+    monkeypatch.setattr("secateur.pruning.cut.learn", ask)
     secateur.prune(tiny_llama(), grouped({**asked, **changes}), tokenizer=tiny_tokenizer())
-    assert walked == [False]
+    assert [call.kwargs for call in ask.call_args_list] == [{"walked": False}]
 
 
 def test_its_text_is_that_of_the_calibration_in_another_order(asked):
@@ -183,18 +179,14 @@ def test_its_text_is_that_of_the_calibration_in_another_order(asked):
 def test_a_killed_run_goes_on_in_its_training_or_anew_and_ends_with_the_same_bytes(
     checkpoints, uneven, whole, tmp_path
 ):
-    out, seen = tmp_path / "killed" / "out", list[int]()
+    out, watch = tmp_path / "killed" / "out", Mock()
     out.parent.mkdir()
     with pytest.raises(Stopped):
         secateur.prune(checkpoints["llama"], grouped(uneven), out=out, progress=killed_in("polish"))
     assert not out.exists()
     anew = shutil.copytree(out.parent, tmp_path / "anew") / "out"
-
-    def note(stage: str, done: int, total: int) -> None:
-        if stage == "polish":
-            seen.append(done)
-
-    secateur.prune(checkpoints["llama"], grouped(uneven), out=out, progress=note)
+    secateur.prune(checkpoints["llama"], grouped(uneven), out=out, progress=watch)
+    seen = [done for stage, done, _ in (call.args for call in watch.call_args_list) if stage == "polish"]
     assert seen[0] > 0, "it goes on where its last checkpoint is"
     (place,) = place_beside(anew).glob("polish-*")
     assert any(place.rglob("*.safetensors")), "the training had saved something"
@@ -240,36 +232,3 @@ def test_activations_are_counted_by_the_widest_ffn_or_four_hidden_sizes():
         config = model.config
         numbers = config.num_hidden_layers * (10 * config.hidden_size + 4 * ffn) + 3 * config.vocab_size
         assert training_bytes(model, 1, 0, settings, 32, on_cpu=True) == 4 + 4 * 32 * numbers
-
-
-def test_where_memory_is_short_one_block_at_a_time_low_rank_additions_or_nothing_is_trained(
-    checkpoints, asked, monkeypatch
-):
-    monkeypatch.setattr("secateur.recovery.weights.LORA_RANK", 1)  # additions of rank 16 are as large as this model
-
-    def fitted(budget: float) -> Any:
-        wanted = parse_recipe(grouped({**asked, "memory_budget": f"{budget / 1000:.3f}KB"}))
-        opened = checked(open_model(checkpoints["llama"], wanted))
-        return with_polish_that_fits(opened, resolve(opened))
-
-    def needed(**changes: Any) -> int:
-        return polish_bytes(opened, replace(resolved, recipe=resolved.recipe.filled(polish=changes)))
-
-    opened = checked(open_model(checkpoints["llama"], parse_recipe(grouped(asked))))
-    resolved = resolve(opened)
-    whole, narrow = polish_bytes(opened, resolved), needed(blocks_per_device=1)
-    least = needed(blocks_per_device=1, train="lora")
-    assert least < narrow < whole and memory_for(opened, resolved).estimate.polish == whole
-    enough = fitted(whole)
-    assert enough.recipe.polish == resolved.recipe.polish and enough.warnings == resolved.warnings
-    by_block = fitted(narrow)
-    assert by_block.recipe.polish == resolved.recipe.polish.model_copy(update={"blocks_per_device": 1})
-    assert "so one block at a time is trained on, for" in by_block.warnings[-1]
-    low = fitted(least)
-    assert low.recipe.polish.train == "lora" and low.recipe.polish.blocks_per_device == 1
-    assert "so low-rank additions are trained, for" in low.warnings[-1]
-    none = fitted(least - 1000)
-    assert none.recipe.polish.num_tokens == 0 and "at least, so there is none" in none.warnings[-1]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert fitted(narrow).recipe.polish == by_block.recipe.polish
-    assert "pip install 'secateur[recover]'" in fitted(least).warnings[-1]
