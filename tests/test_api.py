@@ -10,7 +10,7 @@ import typer
 from models import tiny_ids, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import secateur
 from secateur.cli import app
@@ -110,6 +110,18 @@ def refused(match, *arguments, **options):
     with pytest.raises(secateur.SecateurError, match=match) as raised:
         secateur.prune(arguments[0], *map(grouped, arguments[1:]), **options)
     assert "\n" not in str(raised.value)
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+
+def test_a_model_type_of_the_users_own_is_refused_at_once_where_a_result_is_written(small, tmp_path):
+    model, said = tiny_llama(), list[str]()
+    model.config.__class__ = MineConfig
+    match = "out: nobody could load the result, as transformers itself has no model of type 'mine'; leave OUT out"
+    refused(match, model, small, tokenizer=TOKENIZER, out=tmp_path / "out", tell=said.append)
+    assert said == [] and list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_are_one_sentence(small):

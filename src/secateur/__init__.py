@@ -3,7 +3,8 @@
 The command line's verbs are functions here: `measure`, `prune`, `inspect`, `evaluate`, `bench`,
 `recover`, `export`, `push`, `verify` and `compare`; `load` opens what they wrote. The errors are
 those that a user can correct. Other packages register a `Score` or an `Exporter` (docs/extend.md).
-What needs torch is imported on first use, so that the command line's help does not wait for it.
+All else is imported on first use: the command line's help does not wait for torch, nor Ctrl-C for
+anything.
 """
 
 import importlib.metadata
@@ -20,7 +21,6 @@ from secateur.errors import (
     SecateurError,
 )
 from secateur.log import bars
-from secateur.recipe import Calibration, Domain, Recipe
 
 if TYPE_CHECKING:
     from secateur.api import Result, prune, prune_sizes, recover
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from secateur.methods.scores import Score
     from secateur.model.checkpoint import load
     from secateur.pruning.inspect import inspect
+    from secateur.recipe import Calibration, Domain, Recipe
     from secateur.report.push import push
 
 __all__ = [
@@ -79,6 +80,7 @@ _MODULES = {
     "formats.gguf": ("Exporter", "export"),
     "methods.scores": ("Score",),
     "model.checkpoint": ("load",),
+    "recipe": ("Calibration", "Domain", "Recipe"),
     "report.push": ("push",),
 }
 

@@ -171,7 +171,7 @@ def _results(
     recipe = given if like is None else recipe_like(Path(like), given)
     measured = None if from_ is None else MeasuredSizes.of(Path(from_))
     recipe = recipe if measured is None else measured.recipe_with(recipe)
-    opened = open_model(model, recipe, tokenizer)
+    opened = open_model(model, recipe, tokenizer, out=out)
     if measured is not None:
         measured.check_model(opened)
     opened = completed(opened if like is None else opened_like(opened, Path(like)))

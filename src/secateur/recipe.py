@@ -190,6 +190,10 @@ class Calibration(Strict):
     @field_validator("domains", mode="before")
     @classmethod
     def _a_mixture_has_a_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and any(
+            str(name).strip() != name or not name.isprintable() for name in value
+        ):
+            raise ValueError("names must be printable text without blanks at their ends")
         return mixture(value) if isinstance(value, str) else value
 
 

@@ -143,6 +143,9 @@ DOMAINS: dict[str, Any] = {
     "an installed domain that is none": {"a": {"installed": "klingon"}},
     "a file without a name": {"a": {"files": [""]}},
     "a mixture that is none": "genral",
+    "a name that ends with a blank, as that of the judge's text": {"other text ": {"answers": True}},
+    "a name that colours the terminal": {"a\x1b[31m": {"answers": True}},
+    "a name that is no text": {1: {"answers": True}},
     "a long list of domains": [f"domain {n}" for n in range(99)],
 }
 
@@ -173,6 +176,35 @@ def test_what_a_prune_is_asked_that_cannot_be(prune, model, texts, tmp_path, mon
 
 def test_a_device_that_is_not_there(prune):
     refused(prune("--device", "mps"), "machine.device: torch finds no 'mps' here (Could not run ")
+
+
+def test_missing_text_is_said_before_what_the_run_would_do(prune):
+    outcome = prune("--domain", "chat=missing.jsonl")
+    refused(outcome, "calibration files missing.jsonl: there is no such file; paths are relative to")
+    assert outcome.stderr.count("\n") == 1
+
+
+INTERRUPTED_WHILE_IMPORTED = """
+import runpy, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("secateur", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet():
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED_WHILE_IMPORTED], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_the_package_alone_imports_nothing_slow():
+    ask = "import sys, secateur; print({'pydantic', 'typer', 'torch'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", ask], stdout=-1, text=True)
+    assert ended.stdout == "set()\n"
 
 
 def test_a_full_disk_behind_the_standard_output():

@@ -83,6 +83,7 @@ def likeliest(model: Any, prompt: list[int], count: int) -> list[int]:
 def test_every_token_follows_from_its_own_prompt_and_all_those_before(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(answers, "ROOM", 4)  # so that keys and values move several times
     model = make()
     with torch.no_grad():
         model.get_output_embeddings().weight *= 1e4  # so certain that a draw is the likeliest
@@ -95,6 +96,15 @@ def test_every_token_follows_from_its_own_prompt_and_all_those_before(
     sizes = [next((size for size, token in enumerate(ids, start=1) if token in ends), 17) for ids in expected]
     assert min(sizes) < max(sizes)
     assert drawn == [ids[:size] for ids, size in zip(expected, sizes, strict=True)]
+
+
+def test_a_step_copies_its_own_keys_and_values_alone() -> None:
+    roomy = answers._Roomy(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+    states = [torch.full((2, 1, 1, 4), float(step)) for step in range(answers.ROOM)]
+    places = {roomy.update(each, -each)[0].untyped_storage().data_ptr() for each in states}
+    assert len(places) == 1
+    assert torch.equal(roomy.keys, torch.cat([torch.ones(2, 1, 3, 4), *states], dim=-2))
+    assert torch.equal(roomy.values[..., 3:, :], -roomy.keys[..., 3:, :])
 
 
 def test_reading_prompts_and_steps_of_few_rows_move_the_progress_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +139,8 @@ def test_an_answer_is_cut_at_half_of_a_block() -> None:
         speaker(tiny_llama(num_layers=1), seed="1"),
         [answers.Request("d", "learning", number, [5, 6, 7]) for number in range(8)],
     )
-    ids_BT = answers._batch(of, requests, unheard)["ids"]
-    assert ids_BT.shape[1] == 3 + LENGTH // 2
+    sizes_B2 = answers._batch(of, requests, unheard)["sizes"]
+    assert (sizes_B2[:, 0] - sizes_B2[:, 1]).max() == LENGTH // 2
 
 
 def test_a_number_between_0_and_1_names_the_token_at_which_the_sum_passes_it() -> None:
@@ -283,7 +293,7 @@ def test_both_parts_are_written_in_few_batches_of_like_size() -> None:
 
     def measuring(steps: Steps) -> list[dict[str, Tensor]]:
         found = at_once(steps)
-        sizes.extend(len(tensors["ids"]) for tensors in found)
+        sizes.extend(len(tensors["sizes"]) for tensors in found)
         return found
 
     alone = written(of, 40)
@@ -297,7 +307,8 @@ def test_what_is_cut_off_at_the_end_of_blocks_is_written_anew_in_few_batches(mon
     """Three conversations of 25 tokens share a block of 64."""
 
     def batch(_: Speaker, requests: list[answers.Request], __: Callable[[int], None]) -> dict[str, Tensor]:
-        return {"ids": torch.tensor([[request.number] * 25 for request in requests])}
+        ids = [torch.full((25,), request.number) for request in requests]
+        return {"ids": torch.cat(ids), "sizes": torch.tensor([[25, 10]] * len(requests))}
 
     monkeypatch.setattr(answers, "_batch", batch)
     monkeypatch.setattr(answers.Speaker, "rows", 1000)
@@ -307,7 +318,7 @@ def test_what_is_cut_off_at_the_end_of_blocks_is_written_anew_in_few_batches(mon
         batches.append(len(steps))
         return at_once(steps)
 
-    asked = Answers(speaker(tiny_llama()), {"answers": [f"a prompt {number:02}" for number in range(30)]}, counted)
+    asked = Answers(speaker(tiny_llama()), {"answers": ASKED}, counted)
     assert len(asked.blocks("answers", {"learning": 90})["learning"]) == 90
     assert len(batches) <= 4
 

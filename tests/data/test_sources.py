@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from huggingface_hub.errors import HTTPError
 from tiny_tokenizer import tiny_tokenizer
 from warm import WarmProcesses
 
+from secateur.data import rows as rows_of_files
 from secateur.data import sources
 from secateur.data.sources import documents
 from secateur.errors import CalibrationError
@@ -108,25 +110,24 @@ def test_chats_need_a_template(tmp_path: Path) -> None:
 def test_missing_and_unknown_files(tmp_path: Path) -> None:
     assert "no such file" in sentence(tmp_path / "none.txt")
     message = sentence(put(tmp_path / "a.docx", "x"))
-    assert "'.docx'" in message and ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, text and code (.txt," in message
-    assert "broken parquet" in sentence(put(tmp_path / "a.parquet.gz", "x"))
+    assert "'.docx'" in message and ".jsonl, .ndjson, .json, .csv, .tsv, text and code (.txt," in message
+    assert message.endswith(".parquet.")
+    assert "'.parquet.gz'" in sentence(put(tmp_path / "a.parquet.gz", "x"))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz"])
-def test_a_domain_of_empty_files_is_one_sentence(tmp_path: Path, suffix: str) -> None:
-    path = put(tmp_path / f"a{suffix}", b"")
+def test_empty_files(tmp_path: Path, suffix: str) -> None:
+    assert "is empty" in sentence(put(tmp_path / f"a{suffix}", b""))
     if suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.table({}), path)  # without a column
-    files = [str(path)] if suffix in (".parquet", ".json") else [str(path), str(put(tmp_path / f"b{suffix}", b" \n"))]
-    with pytest.raises(CalibrationError, match=r"^domain 'mine': it holds no text; name files that do\.$"):
-        list(documents("mine", Domain(files=tuple(files)), TOKENIZER, 0))
-    [other] = documents("mine", Domain(files=(*files, str(put(tmp_path / "c.txt", "text")))), TOKENIZER, 0)
-    assert other == "text"
+        pyarrow.parquet.write_table(pyarrow.table({}), tmp_path / "b.parquet")  # without a column
+        assert "is empty" in sentence(tmp_path / "b.parquet")
+    else:
+        assert "is empty" in sentence(put(tmp_path / f"b{suffix}", b" \n"))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".txt.gz"])
-def test_invalid_utf8_is_one_sentence(tmp_path: Path, suffix: str) -> None:
-    assert "not valid UTF-8 (invalid start byte); convert" in sentence(put(tmp_path / f"a{suffix}", b"abc\xffdef\n"))
+def test_invalid_utf8_names_the_byte(tmp_path: Path, suffix: str) -> None:
+    assert "not valid UTF-8 at byte 3" in sentence(put(tmp_path / f"a{suffix}", b"abc\xffdef\n"))
 
 
 def test_broken_rows_name_the_place(tmp_path: Path) -> None:
@@ -153,10 +154,10 @@ def test_broken_archives(tmp_path: Path) -> None:
     for name, data in {"not": b"text", "cut": packed[:-9], "changed": packed[:12] + b"\0\0\0" + packed[15:]}.items():
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(data)
-        assert "cannot be read (" in sentence(path)
+        assert "broken gzip" in sentence(path)
     path = tmp_path / "code.txt.gz"
     path.write_bytes(packed[:10] + b"\x07" + packed[11:])  # no block of this type
-    assert "cannot be read (Error -3" in sentence(path)
+    assert "broken gzip (Error -3" in sentence(path)
     assert "broken parquet" in sentence(put(tmp_path / "a.parquet", "PAR1 no"))
 
 
@@ -227,7 +228,7 @@ def test_files_are_shuffled_together_and_those_that_do_not_fit_memory_read_in_pa
     whole = list(documents("mine", domain, TOKENIZER, 0))
     assert sorted(whole) == sorted(f"{name}{at:03}" for name, count in counts.items() for at in range(count))
     assert {text[0] for text in whole[:20]} >= {"a", "b"}
-    monkeypatch.setattr(sources, "MAX_BYTES_SHUFFLED", 100 * (sources.BYTES_PER_ROW + len(str({"text": "a000"}))))
+    monkeypatch.setattr(sources, "MAX_BYTES_SHUFFLED", 100 * (2 * sources.BYTES_PER_VALUE + 4))
     found = list(documents("mine", domain, TOKENIZER, 0))
     assert sorted(found) == sorted(whole) and found == list(documents("mine", domain, TOKENIZER, 0)) != whole
     first = [text[0] for text in found[:100]]
@@ -237,8 +238,11 @@ def test_files_are_shuffled_together_and_those_that_do_not_fit_memory_read_in_pa
 
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So little memory that it is full at once."""
+    """Limits so small that they are met at once."""
     monkeypatch.setattr(sources, "MAX_BYTES_SHUFFLED", 2**17)
+    monkeypatch.setattr(rows_of_files, "MAX_LINE_BYTES", 2**14)
+    monkeypatch.setattr(rows_of_files, "MAX_JSON_BYTES", 2**20)
+    monkeypatch.setattr(rows_of_files, "MAX_ROW_GROUP_BYTES", 2**22)
 
 
 def put_bomb(path: Path, part: bytes, times: int) -> Path:
@@ -255,6 +259,22 @@ def peak_of(read_some: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize(
+    ("name", "part", "said"),
+    [
+        ("line.txt.gz", b"x" * 2**20, "line 1: 16.4 kB without a line of text; break it into lines"),
+        ("line.jsonl.gz", b"x" * 2**20, "line 1: 16.4 kB without a line of text; break it into lines"),
+        ("field.csv.gz", b'"' + b"text\n" * 2**18, "not valid CSV (field larger than field limit"),
+        ("list.json.gz", b"[1, " * 2**18, "is longer than 1.0 MB; write it as .jsonl"),
+        ("blank.txt.gz", b"\n" * 2**20, ": 16.4 kB without a line of text; break it into lines"),
+    ],
+)
+def test_what_must_be_read_whole_is_not_without_bounds(tmp_path: Path, name: str, part: bytes, said: str) -> None:
+    path = put_bomb(tmp_path / name, part, 2**11)  # some 2 GB
+    assert peak_of(lambda: said in sentence(path) or pytest.fail(sentence(path))) < 2**24
 
 
 @pytest.mark.usefixtures("tight")
@@ -282,6 +302,14 @@ def test_rows_of_parquet_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
             seen.append(pyarrow.total_allocated_bytes() - before)
 
     assert peak_of(read_some) < 2**24 and max(seen) < 2**24
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("column", [["x" * 100 + str(number) for number in range(10**5)], [[None] * 10**6]])
+def test_a_row_group_that_is_too_large_is_one_sentence(tmp_path: Path, column: list[Any]) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, use_dictionary=False)
+    assert re.search(r"row group 1: holds \d+\.\d MB, more than 4\.2 MB; write the file with smaller", sentence(path))
 
 
 DIGESTS = """

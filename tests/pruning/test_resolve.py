@@ -54,6 +54,17 @@ def test_layers_that_take_the_share_alone_leave_the_widths_whole():
     assert f"at least {math.ceil(1e4 * share) / 1e4:.4f}." in str(caught.value)
 
 
+def test_the_least_share_that_is_named_can_be_where_heads_are_coarse():
+    """Of four KV heads three cannot stay, so the least step is two."""
+    model = wide(112, hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+    with pytest.raises(RecipeError, match=r"nothing would go; .*or name a group of smaller units\.") as caught:
+        resolved(model, remove=0.01, groups=["kv_heads"])
+    named = re.search(r"at least (0\.\d+)", str(caught.value))
+    assert named is not None
+    found = resolved(model, remove=float(named[1]), groups=["kv_heads"])
+    assert set(kept(found.plans[0]).values()) == {2}
+
+
 @pytest.mark.parametrize("budget", ["uniform", "curve"])
 def test_the_largest_share_that_is_named_can_be_with_the_layers_that_then_go(budget):
     """More to remove lets more layers go by default: each share has its own limit, and theirs is named."""

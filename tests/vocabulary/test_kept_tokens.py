@@ -57,11 +57,11 @@ def test_logits_are_the_dense_ones_of_the_kept_tokens(name):
 def test_ids_and_rows(tied):
     model = tiny_qwen2(tied=tied, vocab_size=NUM_ROWS, pad_token_id=9)
     ids = {"bos_token_id": 1, "eos_token_id": [2, 30], "suppress_tokens": [40, -1], "begin_suppress_tokens": [41]}
-    ids |= {"forced_eos_token_id": [42], "bad_words_ids": [[50, 51]]}
+    ids |= {"forced_eos_token_id": [42], "forced_decoder_ids": [[1, 43]], "bad_words_ids": [[50, 51]]}
     ids |= {"sequence_bias": [[[60], 61], [[62, 63], -2.0]], "max_length": 70}
     model.generation_config = GenerationConfig(**ids)
     model.config.image_token_id, model.config.vision_start_token_id = 90, NUM_ROWS + 5
-    assert ids_named_by(model) == {1, 2, 9, 30, 40, -1, 41, 42, 50, 51, 60, 62, 63, 90, NUM_ROWS + 5}
+    assert ids_named_by(model) == {1, 2, 9, 30, 40, -1, 41, 42, 43, 50, 51, 60, 62, 63, 90, NUM_ROWS + 5}
     kept = KeptTokens((1, 2, 9, 30, 40, 41, 42, 43, 50, 51, 60, 62, 63, 90, 100), NUM_ROWS)
     embedding, head = model.get_input_embeddings().weight.clone(), model.get_output_embeddings().weight.clone()
     keep_tokens(model, kept)
@@ -73,7 +73,7 @@ def test_ids_and_rows(tied):
     assert (config.bos_token_id, config.eos_token_id, config.image_token_id) == (0, 1, 13)
     assert config.vision_start_token_id == NUM_ROWS + 5
     new = {"bos_token_id": 0, "eos_token_id": [1, 3], "suppress_tokens": [4, -1], "begin_suppress_tokens": [5]}
-    new |= {"forced_eos_token_id": [6], "bad_words_ids": [[8, 9]]}
+    new |= {"forced_eos_token_id": [6], "forced_decoder_ids": [[1, 7]], "bad_words_ids": [[8, 9]]}
     new |= {"sequence_bias": [[[10], 61], [[11, 12], -2.0]], "max_length": 70}
     assert {key: getattr(model.generation_config, key) for key in new} == new
 

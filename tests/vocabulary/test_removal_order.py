@@ -1,6 +1,7 @@
 """Which tokens go: against brute force, and against independent computations in plain torch."""
 
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -210,8 +211,11 @@ def test_sizes_are_multiples_and_leave_what_must_stay():
     assert sizes_within(REMOVAL, 181).tolist() == [0, 54, 118]
     assert sizes_within(replace(REMOVAL, num_rows=320), 500).tolist() == [0, 64, 128, 192]
     assert sizes_within(REMOVAL, 0).tolist() == [0]  # fewer than the rows beyond a multiple of 64
-    for size in (12, 64, 100, 200, 384):
-        with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* of 64 from 128, .* to 310"):
+    for size in (64, 100, 384):
+        with pytest.raises(RecipeError, match=r"remove\.vocabulary: .* from 128, .* to 310"):
+            count_for_size(REMOVAL, size)
+    for size, advice in ((100, " (such as 128) from"), (200, " (such as 192 or 256) from"), (12, " of 64 from")):
+        with pytest.raises(RecipeError, match=re.escape(advice)):
             count_for_size(REMOVAL, size)
 
 

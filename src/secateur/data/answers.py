@@ -8,7 +8,6 @@ B conversations at a time, T tokens of a block, N blocks, V tokens of the vocabu
 """
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import DynamicLayer
 
 from secateur.data.blocks import Blocks, JudgedText, LearningText, ids_of
 from secateur.data.forms import chat_text, closing_of_turn
@@ -37,13 +37,13 @@ CPU_ROWS, DEVICE_ROWS, LEAST_ROWS = 64, 256, 4
 CACHE_BYTES = 1_000_000_000
 # Rows leave the batch together once this share of it is finished: each time the cache is copied.
 FINISHED_SHARE = 1 / 8
+# Tokens that a layer's keys and values have room for, before they are copied to a larger place.
+ROOM = 64
 # At 1 a small model drifts, and greedily it says too little that is different: LOG, 2026-11-30.
 TEMPERATURE = 0.7
 # Of so many conversations at least this share differs from those before, or there are too few
 # prompts.
 PATIENCE, LEAST_FRESH = 100, 1 / 20
-# Fills rows of conversations where they are kept.
-NO_TOKEN = -1
 # What a step costs beside its rows, in tokens, as measured on a processor: so progress is even.
 STEP_TOKENS = 32
 # A gap at a block's end is filled with a part of a conversation if it is longer than this share of
@@ -77,7 +77,7 @@ Told = Callable[[Conversation], Conversation]
 # What guards a run, and judges it too; and what it learns by.
 Part = Literal["held-out", "learning"]
 # The conversations of a domain's part so far.
-Written = defaultdict[tuple[str, Part], list[Conversation]]
+Written = dict[tuple[str, Part], list[Conversation]]
 
 
 class Request(NamedTuple):
@@ -142,7 +142,7 @@ class Answers:
     prompts: Mapping[str, Sequence[str]]
     do: Steps
     progress: Progress = silent
-    written: Written = field(default_factory=lambda: Written(list))
+    written: Written = field(default_factory=Written)
 
     def blocks(
         self, domain: str, num_blocks: Mapping[Part, int], told: Told | None = None
@@ -173,7 +173,7 @@ class Answers:
                 self.progress(stage, total, total)
                 return blocks
             tell.done = max(
-                tell.done, sum(_num_tokens(self.written[domain, part]) for part in num_blocks)
+                tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
             )
             self._write(
                 [
@@ -187,12 +187,15 @@ class Answers:
 
     def _filled(self, domain: str, part: Part, num_blocks: int, told: Told | None) -> Blocks:
         """Return the part's blocks, fewer where what is written does not fill them."""
-        own = _once(self.written[domain, part])
+        own = _once(self._so_far(domain, part))
         end = self.speaker.tokenizer.eos_token_id
         filler = Conversation(torch.tensor([end if isinstance(end, int) else 0]), num_prompt=0)
         if told is not None:
             own, filler = [*map(told, own)], told(filler)
         return _filled(own, num_blocks, self.speaker.length, int(filler.ids_T[-1]))
+
+    def _so_far(self, domain: str, part: Part) -> list[Conversation]:
+        return self.written.setdefault((domain, part), [])
 
     def _asked(self, domain: str, part: Part) -> list[list[int]]:
         """Return the ids of the part's prompts that leave at least half of a block for the
@@ -231,9 +234,8 @@ class Answers:
             for batch in batches
         ]
         for batch, tensors in zip(batches, self.do(steps), strict=True):
-            for request, ids_T in zip(batch, tensors["ids"], strict=True):
-                conversation = Conversation(ids_T[ids_T != NO_TOKEN], len(request.prompt))
-                self.written[request.domain, request.part].append(conversation)
+            for request, conversation in zip(batch, _unflat(tensors), strict=True):
+                self._so_far(request.domain, request.part).append(conversation)
 
     def _wanted(
         self, domain: str, part: Part, missing: int, prompts: list[list[int]]
@@ -246,8 +248,8 @@ class Answers:
         are small. Tokens of conversations that fit into no block do not count: a batch takes as
         long for two rows as for many.
         """
-        written, length = self.written[domain, part], self.speaker.length
-        first, fresh = len(written), _once(written)
+        length, first = self.speaker.length, len(self._so_far(domain, part))
+        fresh = _once(self._so_far(domain, part))
         if first >= PATIENCE and len(fresh) < LEAST_FRESH * first:
             raise CalibrationError(
                 f"domain '{domain}': the model gives the same answers again and again; give more "
@@ -332,8 +334,11 @@ def _batch(
     ]
     # An answer is cut at half of a block.
     written = _continued(speaker, prompts, seeds, speaker.length // 2, tell)
-    ids = [conversation.ids_T for conversation in written]
-    return {"ids": pad_sequence(ids, batch_first=True, padding_value=NO_TOKEN)}
+    sizes = [[len(conversation.ids_T), conversation.num_prompt] for conversation in written]
+    return {
+        "ids": torch.cat([conversation.ids_T for conversation in written]),
+        "sizes": torch.tensor(sizes),
+    }
 
 
 def _prompt(text: str, speaker: Speaker) -> list[int]:
@@ -415,8 +420,51 @@ def _continued(
                 output[name].batch_select_indices(stay_B)
                 mask_BT, next_B = mask_BT[stay_B], next_B[stay_B]
                 rows = [rows[place] for place in open_rows]
-            fed_BT, cache = next_B[:, None], {name: output[name]}
+            fed_BT, cache = next_B[:, None], {name: _with_room(output[name])}
             mask_BT = torch.cat([mask_BT, torch.ones_like(fed_BT)], dim=1)
+
+
+class _Roomy(DynamicLayer):
+    """A layer's keys and values in buffers with room for `ROOM` tokens more: a step copies its own
+    token alone.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, keys: Any, values: Any) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write behind what is there, and return all keys and values."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            self._buffers = tuple(
+                pad(states, (0, 0, 0, end + ROOM - start)) for states in (self.keys, self.values)
+            )
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows alone."""
+        super().batch_select_indices(indices)
+        self._buffers = ()
+
+
+def _with_room(cache: Any) -> Any:
+    """Return the cache with room in each layer that would else be copied whole at every step."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[number] = _Roomy(layer.keys, layer.values)
+    return cache
 
 
 def _draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> Int64[Tensor, " B"]:
@@ -494,3 +542,9 @@ class _Counter:
     def __call__(self, num_tokens: int) -> None:
         self.done += num_tokens
         self.progress(self.stage, min(self.done, self.total - 1), self.total)
+
+
+def _unflat(tensors: dict[str, Tensor]) -> list[Conversation]:
+    lengths, prompts = tensors["sizes"].T.tolist()
+    parts = tensors["ids"].split(lengths)
+    return [Conversation(ids_T.clone(), num) for ids_T, num in zip(parts, prompts, strict=True)]

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from secateur.data.forms import Note, NoText, chat_text, content_of, prompt_of, unheard
-from secateur.data.rows import Row, is_read, read_rows
+from secateur.data.rows import EMPTY_FILES, Row, is_read, read_rows
 from secateur.errors import CalibrationError, one_line, web_address
 from secateur.files import files_in
 from secateur.model.stock import Tokenizer
@@ -174,9 +174,10 @@ _KINDS: dict[str, tuple[Callable[[], list[_Document]], str]] = {
 }
 
 
-# Rows in memory together, which are shuffled among each other. Python takes so much for a row
+# Rows in memory together, which are shuffled among each other. Python takes so much for a value
 # beside its text.
-MAX_BYTES_SHUFFLED, BYTES_PER_ROW = 2**27, 400
+MAX_BYTES_SHUFFLED, BYTES_PER_VALUE = 2**27, 50
+
 
 OTHER_FILES = "files left out, since files of their kind are not read"
 
@@ -185,7 +186,7 @@ def _files_at(place: str, note: Note) -> list[Path]:
     """Return the file that a path names, or those of a directory or a pattern that are read,
     sorted; note the others.
 
-    Hidden files and directories are left out. Raises CalibrationError if no file is left.
+    Hidden files and directories are left out. Raises CalibrationError if there is no file.
     """
     path = Path(place).expanduser()
     if web_address(place):
@@ -194,17 +195,16 @@ def _files_at(place: str, note: Note) -> list[Path]:
         )
     if path.is_dir():
         paths = [path / name for name in files_in(path, hidden=False)]
-    elif glob.has_magic(place) and not path.exists():
-        paths = [Path(file) for file in glob.iglob(str(path), recursive=True)]
-    else:
+    elif path.is_file():
         return [path]
-    files = sorted(file for file in paths if file.is_file())
-    known = [*filter(is_read, files)]
-    if not known:
+    else:
+        paths = [Path(file) for file in glob.iglob(str(path), recursive=True)]
+    if not (files := sorted(file for file in paths if file.is_file())):
         raise CalibrationError(
-            f"calibration files {place}: there is no file of a kind that is read; hidden ones do "
-            "not count."
+            f"calibration files {place}: there is no such file; paths are relative to the working "
+            "directory, and hidden files do not count."
         )
+    known = [*filter(is_read, files)]
     for file in set(files).difference(known):
         note(OTHER_FILES, str(file))
     return known
@@ -265,8 +265,8 @@ def documents(
         if text.strip():
             num_usable += 1
             yield text
-    if num_usable == 0:
-        raise problem or NoText(f"domain '{name}': it holds no text; name files that do.")
+    if problem is not None and num_usable == 0:
+        raise problem
 
 
 def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
@@ -274,25 +274,90 @@ def file_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:
     memory.
 
     Then each file gives a share by its size, from its beginning on, and what is not asked for is
-    not read. Raises CalibrationError for a bad file.
+    not read.
+
+    Raises CalibrationError for a bad file; NoText for a named one without a row that has text, or
+    if no file of a directory or pattern has any.
     """
-    files = [file for place in domain.source[1] for file in _files_at(place, note)]
-    num_bytes = {file: file.stat().st_size for file in files if file.is_file()}
-    total = max(1, sum(num_bytes.values()))
-    unread = dict.fromkeys(files, 0)
+    files_of = {place: _files_at(place, note) for place in domain.source[1]}
+    num_bytes = {
+        file: file.stat().st_size for files in files_of.values() for file in files if file.is_file()
+    }
+    total = sum(num_bytes.values())
+    rows: list[Row] = []
+    unread: list[tuple[Path, int]] = []
+
+    def read_on(file: Path, start: int) -> list[Row]:
+        part, is_whole = _some_rows(
+            file, start, MAX_BYTES_SHUFFLED * num_bytes.get(file, 0) / max(1, total)
+        )
+        if not is_whole:
+            unread.append((file, start + len(part)))
+        return part
+
+    # The first rows of every file, as far as they have text.
+    for place, files in files_of.items():
+        num_before, problem = len(rows), None
+        for file in files:
+            try:
+                rows += _with_text(read_on(file, 0), file, domain)
+            except NoText as error:
+                problem = problem or error
+                note(EMPTY_FILES, str(file))
+        if len(rows) == num_before:
+            raise problem or CalibrationError(
+                f"calibration files {place}: there is no file of a kind that is read."
+            )
+    order.shuffle(rows)
+    yield from rows
+
+    # What did not fit beside them.
     while unread:
-        rows, left = list[Row](), dict[Path, int]()
-        for file, start in unread.items():
-            room = MAX_BYTES_SHUFFLED * num_bytes.get(file, 0) / total
-            for number, row in enumerate(itertools.islice(read_rows(file), start, None), start):
-                rows.append(row)
-                room -= BYTES_PER_ROW + len(str(row.content))
-                if room < 0:
-                    left[file] = number + 1
-                    break
+        left, unread = unread, []
+        rows = [row for file, start in left for row in read_on(file, start)]
         order.shuffle(rows)
         yield from rows
-        unread = left
+
+
+def _some_rows(path: Path, start: int, num_bytes: float) -> tuple[list[Row], bool]:
+    """Return so many bytes of rows from row `start` on, one at least, and whether the file ends
+    there.
+    """
+    rows: list[Row] = []
+    for row in itertools.islice(read_rows(path), start, None):
+        rows.append(row)
+        num_bytes -= _size(row.content)
+        if num_bytes < 0:
+            return rows, False
+    return rows, True
+
+
+def _size(value: Any) -> int:
+    """Return about how many bytes of memory a value of a row takes."""
+    if isinstance(value, dict | list):
+        return BYTES_PER_VALUE + sum(
+            map(_size, value.values() if isinstance(value, dict) else value)
+        )
+    return BYTES_PER_VALUE + (len(value) if isinstance(value, str) else 0)
+
+
+def _with_text(rows: list[Row], path: Path, domain: DomainText) -> list[Row]:
+    """Return a file's rows. Raises NoText, with the fields of the first, if none of them has
+    text.
+    """
+    problem: NoText | None = None
+    for where, row in rows:
+        try:
+            content = content_of(row, domain.column, where, answered=domain.answers)
+        except NoText as error:
+            problem = problem or error
+            continue
+        if not isinstance(content, str) or content.strip():
+            return rows
+    raise problem or NoText(
+        f"calibration file {path}: column '{domain.column}' is blank in every row; set `column` to "
+        "one that holds text."
+    )
 
 
 def dataset_rows(domain: DomainText, order: Random, note: Note) -> Iterator[Row]:

@@ -6,7 +6,7 @@ groups (`GroupProfile`), by a knapsack.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,13 +165,14 @@ def uniform_plan(groups: Groups, prices: Prices, remove: float, align: int) -> P
         raise out_of_reach(remove, prices, largest)
     plan = plan_of(groups, prices, kept)
     if plan.cost_after == prices.total:
-        last = by_name(groups)[names[-1]]
-        step = len(last) * steps[names[-1]]
-        smallest = math.ceil(1e4 * step / prices.total / 2) / 1e4
-        finer = f", or set align below {align}" if align_of(last[0], align) > 1 else ""
+        last = tuple(by_name(groups)[names[-1]])
+        step = align_of(last[0], align)
+        below = {group.key: max(counts_below(group, step), default=0) for group in last}
+        smallest = math.ceil(1e4 * params_gone(last, below) / prices.total / 2) / 1e4
         raise RecipeError(
             f"remove: {remove:g} of all {prices.total_text} is less than half of the least step of "
-            f"{names[-1]}, so nothing would go; ask for at least {smallest:.4f}{finer}."
+            f"{names[-1]}, so nothing would go; ask for at least {smallest:.4f}, lower "
+            "align for channels, or name a group of smaller units."
         )
     return plan
 
@@ -183,7 +184,7 @@ def out_of_reach(remove: float, prices: Prices, largest: float) -> RecipeError:
     return RecipeError(
         f"remove: {remove:g} of all {prices.total_text} is out of reach; the recipe's groups allow "
         f"at most {round_down(largest)} with each at its smallest width; ask for less, lower "
-        "align, or remove more whole layers (depth)."
+        "align, name more groups, or remove more whole layers (depth)."
     )
 
 
@@ -197,9 +198,13 @@ def least_keep(groups: Groups, align: int) -> Counts:
     least = Counts()
     for group in groups:
         step = align_of(group, align)
-        counts = filter(group.allows, range(step, group.num_units, step))
-        least[group.key] = next(counts, group.num_units)
+        least[group.key] = next(counts_below(group, step), group.num_units)
     return least
+
+
+def counts_below(group: Group, step: int) -> Iterator[int]:
+    """Yield the multiples of the step that the group's config can state, below its full width."""
+    return filter(group.allows, range(step, group.num_units, step))
 
 
 def levels_of(group: Group, num_units: int, align: int) -> tuple[int, ...]:
@@ -240,8 +245,8 @@ def nearest_count(group: Group, width: float | int, step: int) -> int:
     nearest = min(step * round(width / step), group.num_units)
     if nearest >= step and group.allows(nearest):
         return nearest
-    counts = filter(group.allows, range(step, group.num_units, step))
-    return min((*counts, group.num_units), key=lambda count: abs(count - width))
+    counts = *counts_below(group, step), group.num_units
+    return min(counts, key=lambda count: abs(count - width))
 
 
 def round_down(fraction: float) -> str:

@@ -29,6 +29,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from secateur.errors import CheckpointError, one_line
@@ -446,11 +447,18 @@ def _sampled(file: Path) -> str:
     return digest.hexdigest()
 
 
-def check_in_memory(model: object, tokenizer: object) -> None:
-    """Raise CheckpointError if the model in memory cannot be pruned or has no tokenizer."""
+def check_in_memory(model: object, tokenizer: object, out: object = None) -> None:
+    """Raise CheckpointError if the model in memory cannot be pruned, not be loaded from `out`, or
+    has no tokenizer.
+    """
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
             f"model: must be a transformers PreTrainedModel or a path, got {type(model).__name__}."
+        )
+    if out is not None and model.config.model_type not in CONFIG_MAPPING_NAMES:
+        raise CheckpointError(
+            f"OUT {out}: nobody could load the result, as transformers itself has no model of type "
+            f"'{model.config.model_type}'; leave OUT out, and save the result by your own class."
         )
     if model.config.is_heterogeneous and not isinstance(model, PerLayerModel):
         raise CheckpointError(

@@ -123,18 +123,20 @@ def open_model(
     recipe: Recipe,
     tokenizer: Tokenizer | None = None,
     *,
+    out: Path | str | None = None,
     weights: bool = True,
 ) -> Opened:
     """Return the model with its architecture bound; a checkpoint's weights are not read.
 
-    `weights`: the files of weights must be there, and fit the config. Raises a SecateurError if the
+    `out`: where the result is to be loaded from. `weights`: the files of weights must be there, and
+    fit the config. Raises a SecateurError if the
     model cannot be opened or its family is not known.
     """
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model, weights=weights)
         model = planned_model(checkpoint)
     else:
-        check_in_memory(model, tokenizer)
+        check_in_memory(model, tokenizer, out)
         checkpoint = None
     arch = bind(model)
     if checkpoint is not None and weights:

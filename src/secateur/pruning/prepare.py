@@ -103,11 +103,11 @@ def prepared(
     if plan.weights_on_disk or plan.one_layer_at_a_time:
         resolved = without_answers(resolved)
     services.check_space(disk_bytes(opened, resolved, plan, num_models, num_results))
-    services.tell(foretold(opened, resolved, plan, does, num_models))
 
-    # Its text, then the weights, which write the answers among it.
+    # Its text, before anything is said, then the weights, which write the answers among it.
     with log.time("calibration"):
         drawn = from_first(partial(text.drawn, opened, resolved))
+    services.tell(foretold(opened, resolved, plan, does, num_models))
     text_notes = (*drawn.learning.notes, *drawn.judged.notes)
     for sentence in text_notes:
         services.tell(sentence)

@@ -77,7 +77,7 @@ class RunText:
     num_judged_tokens: int
     must_judge: bool
     _before: Split | None = field(default=None, init=False)
-    _written: Written = field(default_factory=lambda: Written(list), init=False)
+    _written: Written = field(default_factory=Written, init=False)
 
     def answers(self, dense: Opened, services: Services) -> Answers:
         """Return what the dense model answers, in its own tokens. All ranks call it together.

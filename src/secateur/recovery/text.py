@@ -212,7 +212,7 @@ def recovery_text(
     )
     length = split.learning.text.sequence_length
     speaker = Speaker(teacher, bind(teacher), tokenizer, str(recipe.seed), length)
-    answers = answers_of(recipe, speaker, settings.num_tokens, Store(), progress, Written(list))
+    answers = answers_of(recipe, speaker, settings.num_tokens, Store(), progress, {})
     # Questions of their own judge answers.
     judged = {name: blocks for name, blocks in split.judged.blocks.items() if not blocks.is_meta}
     text, _ = with_answers(split.learning.text, split.judged, answers)

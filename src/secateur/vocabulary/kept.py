@@ -214,7 +214,7 @@ def _configs(model: CausalLM) -> list[Any]:
 # generation.
 _ENDINGS = ("_token_id", "_token_ids", "_token_index", "_tokens_ids")
 _KEYS = """
-suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids sequence_bias
+suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids sequence_bias forced_decoder_ids
 im_start_id im_end_id im_newline_id image_start_id image_end_id image_patch_id slice_start_id
 slice_end_id newline_id bos_index eos_index pad_index unk_index mask_index
 """.split()
@@ -225,10 +225,15 @@ def _change(config: Any, new: Callable[[int], Any]) -> None:
     for key, value in list(vars(config).items()):
         if not isinstance(value, type) and hasattr(value, "to_dict"):
             _change(value, new)
-        elif key == "sequence_bias" and isinstance(value, list):
-            setattr(config, key, [[_changed(ids, new), bias] for ids, bias in value])
         elif key.endswith(_ENDINGS) or key in _KEYS:
-            setattr(config, key, _changed(value, new))
+            if key == "sequence_bias" and isinstance(value, list):
+                setattr(config, key, [[_changed(ids, new), bias] for ids, bias in value])
+            elif key == "forced_decoder_ids" and isinstance(value, list):
+                setattr(
+                    config, key, [[position, _changed(index, new)] for position, index in value]
+                )
+            elif value is not None:
+                setattr(config, key, _changed(value, new))
 
 
 def _changed(value: Any, new: Callable[[int], Any]) -> Any:

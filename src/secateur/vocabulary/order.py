@@ -299,10 +299,17 @@ def count_for_size(removal: Removal, size: int) -> int:
             f"{ALIGN_TOKENS}, without text that could not be read any more; leave it out."
         )
     if size != num_rows and (size % ALIGN_TOKENS or not least <= size <= num_rows):
+        below = size // ALIGN_TOKENS * ALIGN_TOKENS
+        near = [
+            near_size
+            for near_size in (below, below + ALIGN_TOKENS)
+            if size % ALIGN_TOKENS and least <= near_size <= num_rows
+        ]
+        nearest = f" (such as {' or '.join(f'{size:,}' for size in near)})" if near else ""
         raise RecipeError(
             f"remove.vocabulary: {size:,} of the model's {num_rows:,} rows cannot stay; give a "
-            f"multiple of {ALIGN_TOKENS} from {least:,}, without which some text could not be "
-            f"read, to {num_rows:,}."
+            f"multiple of {ALIGN_TOKENS}{nearest} from {least:,}, without which some text could "
+            f"not be read, to {num_rows:,}."
         )
     return num_rows - size
 

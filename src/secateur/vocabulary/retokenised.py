@@ -15,8 +15,9 @@ from tokenizers import decoders
 from secateur.data.answers import Conversation, Told
 from secateur.data.blocks import Block, Text
 from secateur.model.stock import Tokenizer
-from secateur.vocabulary.tokenizer import HALF, is_byte_level
+from secateur.vocabulary.tokenizer import decoder_steps
 
+HALF = "\N{REPLACEMENT CHARACTER}"
 CHARACTERS = decoders.Sequence(
     [decoders.ByteFallback(), decoders.Fuse()]
 )  # spaces stay as pieces spell them
@@ -91,7 +92,10 @@ class _Splitter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.backend: Any = tokenizer.backend_tokenizer
-        self.ids, self.is_byte_level = tokenizer.get_vocab(), is_byte_level(tokenizer)
+        self.ids, self.is_byte_level = (
+            tokenizer.get_vocab(),
+            "ByteLevel" in decoder_steps(tokenizer),
+        )
 
     def spelt(self, pieces: list[str]) -> list[int]:
         """Return the ids of the pieces one by one; a piece that is not there is split."""

@@ -11,6 +11,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from secateur.model.stock import CausalLM, Tokenizer, quiet_transformers
 from secateur.vocabulary.kept import KeptTokens, Trim, check_weights_by_token, ids_named_by
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces of SentencePiece spell a space
-HALF = "\N{REPLACEMENT CHARACTER}"  # what a part of a character is decoded to
+# Steps of decoders that read pieces one by one.
+_BY_PIECE = ("ByteLevel", "ByteFallback", "Metaspace", "Replace")
 # A part of tokenizer.json.
 Parsed = dict[str, Any]
 
@@ -61,12 +64,13 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     Raises CheckpointError for a tokenizer whose tokens cannot go: without a backend, or of another
     kind than BPE or Unigram.
     """
-    embedding, _ = check_weights_by_token(model)
+    check_weights_by_token(model)
+    embedding: Any = model.get_input_embeddings()
     backend, parsed = _backend_of(tokenizer)
     num_rows, rules = embedding.num_embeddings, parsed["model"]
     ids = _ids(parsed, num_rows)
     pieces = {text: ids[text] for text in _model_ids(parsed) if text in ids}
-    is_bpe = rules["type"] == "BPE"
+    is_bpe, is_byte_level = rules["type"] == "BPE", "ByteLevel" in decoder_steps(tokenizer)
     values = range(256) if rules.get("byte_fallback") else ()
     byte_tokens = {byte: pieces[byte_piece(byte)] for byte in values if byte_piece(byte) in pieces}
     parts = _merged_from(rules, pieces) if is_bpe else _best_without(rules, pieces, byte_tokens)
@@ -74,7 +78,7 @@ def read_vocabulary(tokenizer: Tokenizer, model: CausalLM) -> Vocabulary:
     parts |= {
         pieces[symbol]: spelt for symbol in symbols if (spelt := _in_bytes(symbol, byte_tokens))
     }
-    texts = _texts(parsed, ids, is_byte_level=is_byte_level(tokenizer))
+    texts = _texts(parsed, ids, is_byte_level=is_byte_level)
     fixed = {pieces[symbol] for symbol in symbols if pieces[symbol] not in parts}
     # No text that a model learnt from spells these in bytes, as every one of them is a token there.
     fixed |= {
@@ -135,8 +139,9 @@ def scripts_left(tokenizer: Tokenizer, kept: KeptTokens) -> dict[str, tuple[int,
     """Return how many of the tokenizer's tokens have letters of each script: of all, and of the
     kept ones.
     """
-    ids = [index for index in tokenizer.get_vocab().values() if index < kept.num_dense]
-    texts = tokenizer.decode([[index] for index in ids])
+    backend: Any = tokenizer.backend_tokenizer
+    ids = sorted(index for index in backend.get_vocab().values() if index < kept.num_dense)
+    texts = backend.decode_batch([[index] for index in ids], skip_special_tokens=False)
     before, left = Counter[str](), Counter[str]()
     for index, text in zip(ids, texts, strict=True):
         before.update(scripts := scripts_of(text))
@@ -179,8 +184,8 @@ def _model_ids(parsed: Parsed) -> dict[str, int]:
 
 
 def _ids(parsed: Parsed, num_rows: int) -> dict[str, int]:
-    """Return every token's id. Those without a row are left out: added ones, of some multimodal
-    families.
+    """Return every token's id. Those without a row are left out: added ones, as `check_rows`
+    refuses others.
     """
     ids = _model_ids(parsed) | {token["content"]: token["id"] for token in parsed["added_tokens"]}
     return {text: index for text, index in ids.items() if index < num_rows}
@@ -468,20 +473,60 @@ def byte_piece(byte: int) -> str:
 
 
 def num_bytes(tokenizer: Tokenizer, blocks_NT: Iterable[Tensor]) -> int:
-    """Return how many bytes of UTF-8 the tokens after the first of each block are decoded to.
+    """Return how many bytes of text the tokens after the first of each block stand for.
 
-    Special tokens are none. A part of a character, where a block cuts one, is about a byte.
+    A byte token is one byte, a symbol of byte-level BPE one, any other piece its UTF-8 with spaces
+    for their marks; a special token is none. So the tokens of a text add up to the length of its
+    UTF-8, and so do those of blocks that cut it within a character. A space that the tokenizer puts
+    before every text does not count behind a special token, where a text begins.
+
+    Tokenizers that spell words in another way, as WordPiece does, never cut a character: their text
+    is decoded.
     """
-    decoder: Any = tokenizer
-
-    def decoded(ids_T: Tensor) -> int:
+    reader: Any = tokenizer
+    if not (steps := decoder_steps(reader)):
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return len(decoder.decode(ids_T, **options).replace(HALF, "?").encode())
+        return sum(len(str(reader.decode(ids_T[1:], **options)).encode()) for ids_T in blocks_NT)
+    added = reader.added_tokens_decoder
+    special = {*reader.all_special_ids, *(index for index, token in added.items() if token.special)}
+    before_text = reader.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0][0]
 
-    # Decoded with the first token, since decoders leave out a space that begins a text.
-    return sum(decoded(ids_T) - decoded(ids_T[:1]) for ids_T in blocks_NT)
+    @cache
+    def piece(index: int) -> str:
+        return str(reader.convert_ids_to_tokens(index))
+
+    @cache
+    def length(index: int) -> int:
+        if index in special:
+            return 0
+        if "ByteLevel" in steps:
+            return len(piece(index).encode() if index in added else piece(index))
+        is_byte = (
+            "ByteFallback" in steps
+            and piece(index).startswith("<0x")
+            and len(piece(index)) == len("<0x00>")
+        )
+        return 1 if is_byte else len(piece(index).replace(SPACE, " ").encode())
+
+    total = 0
+    for ids_T in blocks_NT:
+        for last, index in pairwise(ids_T.tolist()):
+            total += length(index)
+            if before_text != "a" and last in special and piece(index).startswith(before_text):
+                total -= 1
+    return total
 
 
-def is_byte_level(tokenizer: Any) -> bool:
-    """Whether pieces are spelt in symbols of bytes."""
-    return "ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__().decode()
+def decoder_steps(reader: Any) -> set[str]:
+    """Return the kinds of steps of a decoder that reads pieces one by one; none if it does not."""
+    backend = getattr(reader, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return set()
+    if any(
+        getattr(backend.model, key, None)
+        for key in ("continuing_subword_prefix", "end_of_word_suffix")
+    ):
+        return set()
+    decoder = json.loads(backend.decoder.__getstate__())
+    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
+    return kinds if kinds.intersection(_BY_PIECE) else set()
