@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from secateur.errors import RecipeError
 from secateur.facts import Costs, Size, Workload
 from secateur.log import Progress, silent, steps, versions
-from secateur.model.bind import head_width, kv_cache_bytes_per_token
+from secateur.model.bind import kv_cache_bytes_per_token
 from secateur.model.checkpoint import (
     Checkpoint,
     check_weights,
@@ -27,7 +27,7 @@ from secateur.model.checkpoint import (
     open_checkpoint,
 )
 from secateur.model.identity import check_dense, is_result, name_of
-from secateur.model.stock import replaced
+from secateur.model.stock import head_width, replaced
 from secateur.ranks import device_called
 from secateur.report.records import BenchResult, ModelFigures, Speed, SpeedUp, Spread
 from secateur.report.report import add_figures

@@ -35,7 +35,6 @@ from secateur.formats.gguf_tensors import (
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
 from secateur.log import Progress, silent, steps
-from secateur.model.bind import head_width
 from secateur.model.checkpoint import (
     Checkpoint,
     check_weights,
@@ -44,7 +43,7 @@ from secateur.model.checkpoint import (
     open_checkpoint,
 )
 from secateur.model.config import require_gguf
-from secateur.model.stock import Tokenizer
+from secateur.model.stock import Tokenizer, head_width
 from secateur.plugins import EXPORTER_GROUP, look_up
 
 

@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from secateur.errors import ArchError
-from secateur.model.bind import head_width, num_kv_heads
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.modeling_per_layer import is_per_layer
+from secateur.model.stock import head_width
 
 
 class GgufSpec(BaseModel):
@@ -96,6 +96,17 @@ def widths_by_layer(config: Any) -> tuple[list[int], list[int], list[int]]:
         [num_kv_heads(layer) for layer in layers],
         [_ffn_width(layer) for layer in layers],
     )
+
+
+def num_kv_heads(config: Any) -> int:
+    """Return the heads of keys and values; those of queries in families without grouped queries."""
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else config.num_attention_heads
+    counts = (
+        getattr(config, key, None)
+        for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+    )
+    return next(count for count in counts if count)
 
 
 def num_experts(config: Any) -> int | None:

@@ -19,9 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, NumericsError
-from secateur.formats.gguf_families import GgufSpec, num_experts, rotary, widths_by_layer
-from secateur.model.bind import head_width, num_kv_heads
+from secateur.formats.gguf_families import (
+    GgufSpec,
+    num_experts,
+    num_kv_heads,
+    rotary,
+    widths_by_layer,
+)
 from secateur.model.checkpoint import Checkpoint, meta_model
+from secateur.model.stock import head_width
 from secateur.model.tensors import StoredTensor, read_tensor, stored_tensors
 
 # One expert's matrix in files that have them apart; Mixtral's names of its parts and llama.cpp's.

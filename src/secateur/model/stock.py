@@ -22,16 +22,16 @@ Tokenizer = PreTrainedTokenizerBase
 
 # What transformers raises for unusable values, and gguf for a truncated or corrupt file.
 BAD_VALUE = (
-    *(
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        MemoryError,
-    ),
-    *(OSError, RuntimeError, StrictDataclassError),
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
 )
 BAD_GGUF = (*BAD_VALUE, struct.error)
 
@@ -41,6 +41,11 @@ def layer_config(config: Any, index: int) -> Any:
     the encoder's.
     """
     return config.per_layer_config[index] if index < config.num_hidden_layers else config
+
+
+def head_width(config: Any) -> int:
+    """Return head_dim; it follows from hidden_size if the config does not state it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @contextmanager
