@@ -73,15 +73,8 @@ def per_layer_config_class(stock: Any) -> type[PreTrainedConfig]:
 
 
 def _layers(model: PreTrainedModel) -> Any:
-    """Return the decoder's list of layers; GPT-2 and Falcon call it h, BERT and Llama 4 have it
-    deeper.
-    """
-    decoder: Any = model.get_decoder()
-    for name in ("layers", "h"):
-        if hasattr(decoder, name):
-            return getattr(decoder, name)
-    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    return next(each for each in lists if len(each) == model.config.num_hidden_layers)
+    """Return the decoder's list of layers: the first list in a model of text alone."""
+    return next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList))
 
 
 def is_per_layer(config: PreTrainedConfig) -> bool:

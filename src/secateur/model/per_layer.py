@@ -16,9 +16,14 @@ from secateur.errors import one_line
 from secateur.model.bind import CLOSE, Arch, bind, decoder_layers, text_config
 from secateur.model.group import Group, cut, linear
 from secateur.model.guesses import some_of
-from secateur.model.modeling_per_layer import PerLayerModel, per_layer_class, per_layer_config_class
+from secateur.model.modeling_per_layer import (
+    PerLayerModel,
+    is_per_layer,
+    per_layer_class,
+    per_layer_config_class,
+)
 from secateur.model.modules import linears_for_conv, shapes_of
-from secateur.model.stock import BAD_VALUE, layer_config, quiet_transformers
+from secateur.model.stock import quiet_transformers
 from secateur.model.twin import WRONG_GUESS, run, twins
 
 NUM_QUERIES, NUM_KEYS = "num_attention_heads", "num_key_value_heads"
@@ -61,14 +66,13 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     widths: list[dict[str, Any]] = [{} for _ in layers]
     for group in arch.groups:
         widths[group.layer] |= widths_of(layers[group.layer], group)
-    was_per_layer = isinstance(model, PerLayerModel)
-    native = (
-        {} if was_per_layer or not config.is_heterogeneous else config.to_dict()["per_layer_config"]
-    )
+    stock, native = type(model), dict[str, Any]()
+    if is_per_layer(config):
+        stock = stock.__bases__[1]
+        config.__class__ = stock.config_class
+    elif config.is_heterogeneous:
+        native = config.to_dict()["per_layer_config"]
     config.per_layer_config = None
-    stock, stock_config = type(model), type(config)
-    if was_per_layer:
-        stock, stock_config = stock.__bases__[1], stock_config.__bases__[0]
     for settings in (model.config, config):
         vars(settings).pop("auto_map", None)  # names the source's code
     if {layer.get(NUM_QUERIES) for layer in widths} == {getattr(config, NUM_QUERIES, None)}:
@@ -91,11 +95,15 @@ def record_widths(model: PreTrainedModel, arch: Arch) -> None:
     assert config is model.config or not differs, (
         "resolve refuses layers of different widths inside a larger class"
     )
-    model.__class__ = per_layer_class(stock) if differs else stock
-    config.__class__ = per_layer_config_class(stock_config) if differs else stock_config
-    built = _built(model, arch, config)
-    for index, layer in enumerate(layers):
-        _adopt(layer, built[index], index)
+    model.__class__ = stock
+    if differs:
+        model.__class__ = per_layer_class(stock)
+        config.__class__ = per_layer_config_class(type(config))
+    with quiet_transformers(), torch.device("meta"):
+        built: Any = type(model)._from_config(model.config)
+    linears_for_conv(built)
+    for index, pair in enumerate(zip(layers, decoder_layers(built, arch), strict=True)):
+        _adopt(*pair, index)
 
 
 @torch.no_grad()
@@ -128,35 +136,6 @@ def why_not_per_layer(model: PreTrainedModel, arch: Arch, names: tuple[str, ...]
     except WRONG_GUESS as error:
         return one_line(error).partition(". ")[0]
     return None
-
-
-def _built(model: PreTrainedModel, arch: Arch, config: Any) -> list[nn.Module]:
-    """Return the layers, on meta, that the config builds: alone if they can be, else with their
-    model.
-    """
-    layers = decoder_layers(model, arch)
-    with quiet_transformers(), torch.device("meta"):
-        try:
-            classes: list[Any] = [type(layer) for layer in layers]
-            built = [
-                layer_class(layer_config(config, index), index)
-                for index, layer_class in enumerate(classes)
-            ]
-            for layer in built:
-                linears_for_conv(layer)
-            # A class of the user's own may give its layers other modules.
-            if list(map(_kinds, built)) != list(map(_kinds, layers)):
-                raise ValueError("layers are not what their classes build")
-        except BAD_VALUE:
-            whole: Any = type(model)._from_config(model.config)
-            built = decoder_layers(whole, arch)
-            for layer in built:
-                linears_for_conv(layer)
-    return built
-
-
-def _kinds(layer: nn.Module) -> list[tuple[str, type]]:
-    return [(name, type(module)) for name, module in layer.named_modules()]
 
 
 def _adopt(layer: nn.Module, built: nn.Module, index: int) -> None:
