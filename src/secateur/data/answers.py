@@ -293,15 +293,12 @@ def _filled(written: list[Conversation], num_blocks: int, length: int, filler: i
     So the blocks do not depend on how many more were written in the last batch.
     """
     fitting = [conversation for conversation in written if conversation.num_prompt < length]
-    blocks, num_tokens = packed([], length, filler), 0
+    num_tokens, least = 0, num_blocks * length * (1 - LARGEST_GAP)
     for count, conversation in enumerate(fitting, start=1):
         num_tokens += len(conversation.ids_T)
-        if count < len(fitting) and num_tokens < num_blocks * length * (1 - LARGEST_GAP):
-            continue
-        blocks = packed(fitting[:count], length, filler)
-        if len(blocks) >= num_blocks:
-            break
-    return blocks[:num_blocks]
+        if num_tokens >= least and len(packing(fitting[:count], length)) >= num_blocks:
+            return packed(fitting[:count], length, filler)[:num_blocks]
+    return packed(fitting, length, filler)[:num_blocks]
 
 
 def greedy_answers(
@@ -477,44 +474,54 @@ def _draw(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"]) -> In
 
 
 def packed(conversations: Sequence[Conversation], length: int, filler: int) -> Blocks:
-    """Return blocks of whole conversations, as many as these fill.
-
-    Each begins with the first that is left; the longest that fits comes next, until none does. A
-    gap of more than `LARGEST_GAP` of a block takes a conversation whose answer is cut at the
-    block's end; a smaller one, or one for which there is none, is filled with `filler`, which does
-    not count. A block with a larger gap for which nothing is left is left out.
-    """
-    left, number = list(conversations), 0
-    empty = torch.zeros(0, length, dtype=torch.int64)
+    """Return the blocks of a `packing`. `filler` fills their gaps and does not count."""
+    number, empty = 0, torch.zeros(0, length, dtype=torch.int64)
     rows = [empty], [empty], [empty.bool()]
-    while left:
-        block = [left.pop(0)]
-        while (gap := length - _num_tokens(block)) > 0:
-            fitting = [
-                place for place, conversation in enumerate(left) if len(conversation.ids_T) <= gap
-            ]
-            if fitting:
-                block.append(left.pop(max(fitting, key=lambda place: len(left[place].ids_T))))
-                continue
-            cut = next(
-                (place for place, conversation in enumerate(left) if conversation.num_prompt < gap),
-                None,
-            )
-            if cut is None or gap <= LARGEST_GAP * length:
-                break
-            block.append(left.pop(cut))
-        if not left and gap > LARGEST_GAP * length:
-            break
+    for places in packing(conversations, length):
+        block = [conversations[place] for place in places]
         parts = [
             (each.ids_T, torch.full_like(each.ids_T, place), each.is_answer_T)
             for place, each in enumerate(block, start=number)
         ]
         number += len(block)
         # A gap is filled, and what is too long is cut.
-        fillers = filler, number - 1, False
+        gap, fillers = length - _num_tokens(block), (filler, number - 1, False)
         for column, tensors, value in zip(rows, zip(*parts, strict=True), fillers, strict=True):
             column.append(pad(torch.cat(tensors), (0, gap), value=value))
     return Blocks(*map(torch.vstack, rows))
+
+
+def packing(conversations: Sequence[Conversation], length: int) -> list[list[int]]:
+    """Return the places of the conversations in each block, as many blocks as these fill.
+
+    Each begins with the first that is left; the longest that fits comes next, until none does. A
+    gap of more than `LARGEST_GAP` of a block takes a conversation whose answer is cut at the
+    block's end; a smaller one, or one for which there is none, stays. A block with a larger gap for
+    which nothing is left is left out.
+    """
+    sizes = [len(conversation.ids_T) for conversation in conversations]
+    left = dict.fromkeys(range(len(sizes)))
+    of_size: dict[int, dict[int, None]] = {}
+    for place, size in enumerate(sizes):
+        of_size.setdefault(size, {})[place] = None
+    blocks = list[list[int]]()
+    while left:
+        block, gap, place = list[int](), length, next(iter(left))
+        while place is not None:
+            block.append(place)
+            del left[place], of_size[sizes[place]][place]
+            gap -= sizes[place]
+            longest = next((size for size in range(gap, 0, -1) if of_size.get(size)), None)
+            if longest is not None:
+                place = next(iter(of_size[longest]))
+            elif gap > LARGEST_GAP * length:
+                place = next((each for each in left if conversations[each].num_prompt < gap), None)
+            else:
+                place = None
+        if not left and gap > LARGEST_GAP * length:
+            break
+        blocks.append(block)
+    return blocks
 
 
 def _once(conversations: list[Conversation]) -> list[Conversation]:
