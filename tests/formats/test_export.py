@@ -19,8 +19,7 @@ from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYu
 
 from secateur.errors import SecateurError
 from secateur.formats.gguf import export
-from secateur.formats.gguf_families import rotary
-from secateur.formats.gguf_tensors import interleave_rotary
+from secateur.formats.gguf_tensors import interleave_rotary, rotary
 from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.stock import quiet_transformers

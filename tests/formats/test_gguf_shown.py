@@ -14,8 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from secateur.errors import ArchError
 from secateur.formats.gguf import _begun
-from secateur.formats.gguf_families import gguf_family_of
-from secateur.formats.gguf_tensors import TOLD, Shape, chosen_type, stays_as_it_is
+from secateur.formats.gguf_tensors import TOLD, Shape, chosen_type, gguf_family_of, stays_as_it_is
 from secateur.formats.gguf_tokenizer import PRE_TOKENIZERS, add_tokenizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "model" / "public_configs").glob("*.json"))

@@ -19,8 +19,7 @@ from run_cli import run_cli
 
 from secateur.errors import CheckpointError
 from secateur.formats.gguf import export
-from secateur.formats.gguf_families import gguf_family, gguf_specs
-from secateur.formats.gguf_tensors import gguf_tensors, planned_tensors
+from secateur.formats.gguf_tensors import gguf_family, gguf_specs, gguf_tensors, planned_tensors
 from secateur.formats.save import TEXT, check_gguf, have_llama_cpp, open_llama_cpp
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.checkpoint import load_model, load_tokenizer, meta_model, open_checkpoint

@@ -14,8 +14,7 @@ from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, Mixtral
 
 from secateur.errors import CheckpointError
 from secateur.formats.gguf import export, gguf_bytes
-from secateur.formats.gguf_families import gguf_family
-from secateur.formats.gguf_tensors import QUANTISED, TOLD, TYPES, fitting_type, planned_tensors
+from secateur.formats.gguf_tensors import QUANTISED, TOLD, TYPES, fitting_type, gguf_family, planned_tensors
 from secateur.formats.save import have_llama_cpp, save_checkpoint
 from secateur.model.checkpoint import meta_model, open_checkpoint
 

@@ -16,7 +16,7 @@ from recipes import grouped
 from shown import assert_shown
 
 from secateur.errors import RecipeError
-from secateur.formats.gguf_families import gguf_specs
+from secateur.formats.gguf_tensors import gguf_specs
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
 from secateur.pruning.inspect import inspect

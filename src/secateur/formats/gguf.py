@@ -14,23 +14,21 @@ from transformers import PreTrainedConfig
 from secateur.errors import CheckpointError, RecipeError, advice
 from secateur.facts import Record
 from secateur.files import check_file, staged_file
-from secateur.formats.gguf_families import (
-    GgufSpec,
-    gguf_family,
-    gguf_family_of,
-    num_experts,
-    rotary,
-    widths_by_layer,
-)
 from secateur.formats.gguf_tensors import (
     OWN_TYPES,
     QUANTISED,
     TYPES,
+    GgufSpec,
     gguf_array,
+    gguf_family,
+    gguf_family_of,
     gguf_tensors,
+    num_experts,
     num_gguf_bytes,
     planned_tensors,
     quantise,
+    rotary,
+    widths_by_layer,
 )
 from secateur.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from secateur.formats.save import GgufCheck, check_gguf, have_llama_cpp, require_llama_cpp
