@@ -13,9 +13,9 @@ from markdown_it.token import Token
 
 from secateur.facts import Loss
 from secateur.recipe import Recipe
-from secateur.report.card import model_card
 from secateur.report.page import Table, code, escaped, markdown
 from secateur.report.records import RecoveryRecord, Summary
+from secateur.report.report import model_card
 from secateur.report.rows import recovery_card
 from tests.report.test_shown import BARE, RECOVERY
 

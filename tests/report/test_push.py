@@ -18,9 +18,9 @@ from run_cli import run_cli
 from shown import assert_sentences, refusal
 
 import secateur
-from secateur.report.card import CARD_FILE
 from secateur.report.push import push
 from secateur.report.records import read_result, read_summary
+from secateur.report.report import CARD_FILE
 from secateur.report.rows import note_rows
 
 TIMED = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)

@@ -13,10 +13,9 @@ from secateur import facts
 from secateur.evaluation.study import Comparison, FoundCell, Study, comparison_table, save_comparison
 from secateur.recipe import Recipe
 from secateur.report import records, rows
-from secateur.report.card import model_card, recovered_card
 from secateur.report.page import Page, Table
 from secateur.report.records import ModelFigures, SpeedUp, Spread, TaskResults, TaskScore, change
-from secateur.report.report import report_page
+from secateur.report.report import model_card, recovered_card, report_page
 from secateur.report.size_curve import measurement_page, measurement_table
 
 VERSIONS = {"secateur": "1.2", "torch": "2.9+cpu", "transformers": "5.1"}

@@ -24,8 +24,8 @@ from secateur.log import Progress, silent
 from secateur.model.config import is_hub_id
 from secateur.model.stock import quiet_transformers
 from secateur.recipe import RECIPE_FILE, dump_recipe
-from secateur.report.card import CARD_FILE, card_data, unknown, with_metadata
 from secateur.report.records import read_result
+from secateur.report.report import CARD_FILE, card_data, unknown, with_metadata
 from secateur.result_directory import LATER_FILES, RESULT_FILE, read_digests, write_summary
 
 # Of an earlier upload: its index or a file of its weights could be loaded in place of the new ones.
