@@ -28,7 +28,7 @@ from secateur.pruning.run import Supports, keep_statistics
 from secateur.recipe import as_recipe
 from secateur.report.page import render
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
-from secateur.report.size_curve import marked, measurement_page
+from secateur.report.report import marked, measurement_page
 from secateur.store import Store
 from secateur.stream.statistics import NUM_BLOCKS, Statistics
 from tests.families import tiny_family

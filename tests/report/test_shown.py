@@ -15,8 +15,7 @@ from secateur.recipe import Recipe
 from secateur.report import records, rows
 from secateur.report.page import Page, Table
 from secateur.report.records import ModelFigures, SpeedUp, Spread, TaskResults, TaskScore, change
-from secateur.report.report import model_card, recovered_card, report_page
-from secateur.report.size_curve import measurement_page, measurement_table
+from secateur.report.report import measurement_page, measurement_table, model_card, recovered_card, report_page
 
 VERSIONS = {"secateur": "1.2", "torch": "2.9+cpu", "transformers": "5.1"}
 

@@ -32,7 +32,7 @@ from secateur.pruning.text import completed
 from secateur.ranks import from_first, joined
 from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
-from secateur.report.size_curve import write_measurement
+from secateur.report.report import write_measurement
 
 # Shares at which copies are cut and judged: sizes that people ask for, which need no interpolation
 # then. Where less than `MOST` can go they are as much closer together.

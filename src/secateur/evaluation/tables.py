@@ -17,6 +17,7 @@ from secateur.report.records import (
     RecoveryRecord,
     Summary,
 )
+from secateur.report.report import measurement_table
 from secateur.report.rows import (
     bench_table,
     evaluation_table,
@@ -24,7 +25,6 @@ from secateur.report.rows import (
     recovery_table,
     summary_table,
 )
-from secateur.report.size_curve import measurement_table
 
 _TABLES: dict[type, Callable[[Any], Tables]] = {
     Summary: summary_table,
