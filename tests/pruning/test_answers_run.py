@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from models import opened, saved, tiny_llama
 from recipes import grouped
 from run_cli import run_cli
+from stops import Stopped, killed_in
 from tiny_tokenizer import tiny_tokenizer
 
 import secateur
@@ -134,33 +136,25 @@ def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
         assert again[name].share == pytest.approx(domain.share)
 
 
-@pytest.mark.parametrize(
-    ("domains", "named"),
-    [
-        ({"c": {"files": "c.jsonl", "answers": True}}, "c"),
-        ({"a": {"files": "a.txt"}, "c": {"files": "c.jsonl", "answers": True}}, "c"),
-        ({"d": {"answers": True}}, "d"),
-    ],
-)
-def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any], named: str) -> None:
-    with pytest.raises(RecipeError, match=f"domain '{named}' is of answers; leave out one of them"):
+CHAT = {"files": "c.jsonl", "answers": True}
+
+
+@pytest.mark.parametrize("domains", [{"c": CHAT}, {"a": {"files": "a.txt"}, "c": CHAT}, {"c": {"answers": True}}])
+def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="domain 'c' is of answers; leave out one of them"):
         shares(TOKENIZER, domains=domains, answers=0)
 
 
 def test_answers_to_other_prompts_are_not_taken_for_those_to_these(files: Path, tmp_path: Path) -> None:
     saved(tmp_path / "model", tiny_llama())
     text = shutil.copytree(files, tmp_path / "text")
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if stage.startswith("prune"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        secateur.prune(tmp_path / "model", grouped(recipe(text)), out=tmp_path / "out", progress=stop)
+    prune = partial(secateur.prune, tmp_path / "model", grouped(recipe(text)), out=tmp_path / "out")
+    with pytest.raises(Stopped):
+        prune(progress=killed_in("prune, round 1 of 1"))
     chats = text / "chat.jsonl"
     chats.write_text(chats.read_text().replace('"a', '"b').replace('"bssistant', '"assistant'))
     with pytest.raises(CheckpointError, match="the set of prompts has changed"):
-        secateur.prune(tmp_path / "model", grouped(recipe(text)), out=tmp_path / "out")
+        prune()
 
 
 def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path) -> None:
@@ -172,7 +166,7 @@ def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path)
             raise KeyboardInterrupt
         return {"ids": torch.tensor([len(name)])}
 
-    steps = [(name, lambda name=name: step(name)) for name in ("a", "b", "c")]
+    steps = [(name, partial(step, name)) for name in ("a", "b", "c")]
     with pytest.raises(KeyboardInterrupt):
         in_steps(store, "x")(steps)
     assert done == ["a", "b", "c"]

@@ -143,8 +143,7 @@ def test_experts_of_a_sibling_are_the_same(group, models, recipe, tmp_path):
 
 
 def test_it_resumes_and_not_by_another_result(models, result, replayed, tmp_path):
-    out, other = tmp_path / "out", tmp_path / "other"
-    shutil.copytree(result, other)
+    out, other = tmp_path / "out", Path(shutil.copytree(result, tmp_path / "other"))
     entries = json.loads((other / "keep.json").read_text())
     entries[0]["keep"] = list(range(len(entries[0]["keep"])))
     (other / "keep.json").write_text(json.dumps(entries))
@@ -158,18 +157,17 @@ def test_it_resumes_and_not_by_another_result(models, result, replayed, tmp_path
     assert weights(out) == weights(replayed)
 
 
-SHAPES = {
-    "family": (tiny_qwen2, {}, "the family of {} is qwen2, and of the model that was pruned there llama"),
-    "layers": (tiny_llama, {"num_layers": 4}, "the number of layers of {} is 4, and of the model .* there 3"),
-    "hidden": (tiny_llama, {"hidden_size": 64}, "the hidden size of {} is 64, and of the model .* there 48"),
-    "width": (tiny_llama, {"intermediate_size": 128}, "the number of ffn units in a layer of {} is 128, .* there 112"),
-    "heads": (tiny_llama, {"num_key_value_heads": 4}, "the number of parameters without those of tokens of {} is "),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_another_shape_is_refused_by_its_first_difference(name, result, tmp_path):
-    make, changes, said = SHAPES[name]
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (tiny_qwen2, {}, "the family of {} is qwen2, and of the model that was pruned there llama"),
+        (tiny_llama, {"num_layers": 4}, "the number of layers of {} is 4, and of the model .* there 3"),
+        (tiny_llama, {"hidden_size": 64}, "the hidden size of {} is 64, and of the model .* there 48"),
+        (tiny_llama, {"intermediate_size": 128}, "the number of ffn units in a layer of {} is 128, .* there 112"),
+        (tiny_llama, {"num_key_value_heads": 4}, "the number of parameters without those of tokens of {} is "),
+    ],
+)
+def test_another_shape_is_refused_by_its_first_difference(make, changes, said, result, tmp_path):
     place = saved(tmp_path / "model", make(**changes))
     with pytest.raises(CheckpointError, match=said.format(place) + ".*; give a model of that shape"):
         secateur.prune(place, like=result)
@@ -185,13 +183,13 @@ def test_more_tokens_are_no_other_shape_unless_tokens_went(result, trimmed, tmp_
 
 
 def test_other_tokens_under_the_same_numbers_are_refused(models, trimmed, tmp_path):
-    other = tmp_path / "sibling"
-    shutil.copytree(models["tokens"], other)
+    other = Path(shutil.copytree(models["tokens"], tmp_path / "sibling"))
     said = json.loads((trimmed / "tokenizer.json").read_text())["added_tokens"][0]["content"]
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (other / file).is_file():
             (other / file).write_text((other / file).read_text().replace(json.dumps(said), '"<|renamed|>"'))
-    with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
+    refused = r"token '.*' is not the same in the tokenizer of .*leave like out"
+    with pytest.raises(CheckpointError, match=refused):
         secateur.prune(other, like=trimmed)
     # Two that need not stay, under each other's numbers.
     kept, data = kept_tokens_of(trimmed), json.loads((models["tokens"] / "tokenizer.json").read_text())
@@ -201,19 +199,19 @@ def test_other_tokens_under_the_same_numbers_are_refused(models, trimmed, tmp_pa
     data["model"]["vocab"] = {text: numbers.get(index, index) for text, index in data["model"]["vocab"].items()}
     shutil.copytree(models["tokens"], other, dirs_exist_ok=True)
     (other / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=r"token '.*' is not the same in the tokenizer of .*leave like out"):
+    with pytest.raises(CheckpointError, match=refused):
         secateur.prune(other, like=trimmed)
 
 
 def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp_path):
-    out, command = tmp_path / "out", ("prune", models["sibling"], tmp_path / "out", "--like", result)
+    command = "prune", models["sibling"], tmp_path / "out", "--like", result
     run = run_cli(*command, "--remove", "0.25")
     assert run.status == 2 and f"remove.share: is 0.3 in the run that like {result} repeats, got 0.25" in run.stderr
     assert run_cli(*command, "--set", "choose.rounds=2").stderr.count("choose.rounds: is 3 in the run") == 1
     same = ("--remove", "0.3", "--domain", f"other={texts['code']}", "--set", "repair.damping=0.01")
     run = run_cli(*command, *same)
     assert run.status == 0, run.stderr
-    recipe = read_result(out).recipe
+    recipe = read_result(tmp_path / "out").recipe
     assert list(recipe.calibration.domains) == ["other"] and recipe.repair.damping == 0.01
     assert recipe.calibration.num_tokens == 1280
     run = run_cli("prune", models["sibling"], tmp_path / "no", "--like", models["llama"])
@@ -225,8 +223,7 @@ def test_options_on_top_are_those_that_choose_nothing(models, result, texts, tmp
     ["{", "[1]", '[{"layer": 0, "group": "ffn", "keep": [0, 0]}]', '[{"layer": 0, "group": "ffn", "keep": [0, 999]}]'],
 )
 def test_damaged_units_are_one_sentence(text, models, result, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(result, other)
+    other = Path(shutil.copytree(result, tmp_path / "other"))
     (other / "keep.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"keep\.json: does not name units that stay"):
         secateur.prune(models["sibling"], like=other)

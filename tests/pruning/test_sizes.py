@@ -1,6 +1,7 @@
 """Several sizes in one walk: each is what a run of its own would be, to the byte, whatever stops them on the way."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,10 +78,7 @@ def test_each_size_has_the_bytes_of_a_run_of_its_own(name, checkpoints, recipe, 
 
 def test_sizes_that_were_stopped_end_with_the_same_bytes(checkpoints, recipe, alone, tmp_path):
     asked, out = grouped({**recipe, **RECIPES["polish"]}), tmp_path / "out"
-
-    def run() -> None:
-        secateur.prune_sizes(checkpoints["llama"], asked, (0.2, 0.35), out=out)
-
+    run = partial(secateur.prune_sizes, checkpoints["llama"], asked, (0.2, 0.35), out=out)
     stopped_again_and_again(run, out, first=4, more=6)
     for name, share in (("20", 0.2), ("35", 0.35)):
         assert weights(out / name) == weights(alone("polish", share))
@@ -96,17 +94,18 @@ def test_results_side_by_side_are_never_replaced(checkpoints, recipe, tmp_path):
         secateur.prune_sizes(checkpoints["llama"], asked, (0.2,), out=out)
     # Whoever wrote them, one result in their place would delete them all.
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"is no result of secateur .* would delete .*10/"):
-        secateur.prune_sizes(checkpoints["llama"], asked, (0.2,), out=out, overwrite=True)
-    with pytest.raises(CheckpointError, match=r"is no result of secateur .* would delete .*10/"):
-        secateur.prune(checkpoints["llama"], asked, out=out, overwrite=True)
+    for prune in (secateur.prune, partial(secateur.prune_sizes, sizes=(0.2,))):
+        with pytest.raises(CheckpointError, match=r"is no result of secateur .* would delete .*10/"):
+            prune(checkpoints["llama"], recipe=asked, out=out, overwrite=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+OWN_RUN = r"^remove: several sizes, or a limit on the loss, go in one round each.*one size at a time\.$"
 
 
 @pytest.mark.parametrize("asked", [{"rounds": 2}, {"memory_budget": "1GB"}, {"vocabulary": 640}])
 def test_what_needs_a_run_of_its_own_is_refused(asked, checkpoints, recipe, tmp_path):
-    said = r"^remove: several sizes, or a limit on the loss, go in one round each.*one size at a time\.$"
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=OWN_RUN):
         secateur.prune_sizes(checkpoints["llama"], grouped({**recipe, **asked}), (0.1, 0.2), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -127,11 +126,16 @@ def taught(checkpoints, texts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prose(taught, recipe, texts, tmp_path_factory) -> Path:
+def by_prose(recipe) -> dict[str, Any]:
+    domains = {"prose": recipe["calibration"]["domains"]["prose"]}
+    return grouped({**recipe, "calibration": {**recipe["calibration"], "domains": domains}})
+
+
+@pytest.fixture(scope="module")
+def prose(taught, by_prose, tmp_path_factory) -> Path:
     """What sizes of it cost."""
-    calibration = {**recipe["calibration"], "domains": {"prose": {"files": [str(texts["prose"])]}}}
     out = tmp_path_factory.mktemp("measured") / "out"
-    secateur.measure(taught, grouped({**recipe, "calibration": calibration}), out=out)
+    secateur.measure(taught, by_prose, out=out)
     return out
 
 
@@ -169,35 +173,29 @@ def test_as_much_goes_as_loses_no_more_than_is_allowed(limit, foretold, taught, 
     # A cut that is near the limit ends the search.
     assert NEAR * limit <= lost <= limit or lost <= limit < cut_to(made.summary.remove_asked + STEP)[1]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
+    told = "".join(cuts(made.summary))
     assert 1 <= len(cuts(made.summary)) <= 3
-    assert f"loses {lost:.3f} nats per token of held-out text (prose), of {limit:g} that it may" in "".join(
-        cuts(made.summary)
-    )
+    assert f"loses {lost:.3f} nats per token of held-out text (prose), of {limit:g} that it may" in told
 
 
-def test_a_limit_needs_no_measurement(taught, recipe, texts, cut_to, tmp_path):
+def test_a_limit_needs_no_measurement(taught, by_prose, cut_to, tmp_path):
     """The first size is a guess then, and the next ones are by what the one before has lost."""
-    limit = 0.2
-    calibration = {**recipe["calibration"], "domains": {"prose": {"files": [str(texts["prose"])]}}}
-    asked, out = grouped({**recipe, "calibration": calibration, "polish": False}), tmp_path / "out"
-    made = secateur.prune(taught, asked, out=out, max_loss=limit)
-    alone, lost = cut_to(made.summary.remove_asked, asked)
+    limit, out = 0.2, tmp_path / "out"
+    made = secateur.prune(taught, by_prose, out=out, max_loss=limit)
+    alone, lost = cut_to(made.summary.remove_asked, by_prose)
     assert weights(out) == weights(alone) and lost <= limit
     assert 1 <= len(cuts(made.summary)) <= 3 and f"loses {lost:.3f} nats" in "".join(cuts(made.summary))
     # Some cut was beyond the limit, or near it, and of those within the largest is written.
     tried = [float(note.split(" loses ")[1].split()[0]) for note in cuts(made.summary)]
     assert max(tried) > 0.9 * limit and f"{max(each for each in tried if each <= limit):.3f}" == f"{lost:.3f}"
     with pytest.raises(RecipeError, match=r"of 0\.0001 that it may; allow more, or polish with more tokens"):
-        secateur.prune(taught, asked, out=tmp_path / "none", max_loss=1e-4)
+        secateur.prune(taught, by_prose, out=tmp_path / "none", max_loss=1e-4)
 
 
 def test_a_limit_is_on_what_a_polished_result_has_lost_however_often_it_was_stopped(taught, prose, tmp_path):
     asked, out = {"polish": {**POLISH, "learning_rate": 1e-3}}, tmp_path / "out"
     whole = secateur.prune(taught, asked, from_=prose, out=tmp_path / "whole", max_loss=0.2)
-
-    def run() -> None:
-        secateur.prune(taught, asked, from_=prose, out=out, max_loss=0.2)
-
+    run = partial(secateur.prune, taught, asked, from_=prose, out=out, max_loss=0.2)
     stopped_again_and_again(run, out, first=4, more=3)
     assert weights(out) == weights(tmp_path / "whole")
     assert cuts(read_summary(out)) == cuts(whole.summary)
@@ -231,16 +229,11 @@ def test_the_next_cut_is_where_a_power_law_reaches_the_limit(fits, fails, limit,
         ({}, {"max_loss": float("nan")}, r"^max_loss: give a number of nats per token above 0, got nan\.$"),
         ({}, {"like": "x"}, r"^max_loss: does not go with like, which says what goes; leave out one of them\.$"),
         ({}, {"like": "x", "max_loss": None}, r"^from: does not go with like, which says what goes"),
-        (
-            {"choose": {"rounds": 2}},
-            {"from_": None},
-            r"^remove: several sizes, or a limit on the loss, go in one round",
-        ),
+        ({"choose": {"rounds": 2}}, {"from_": None}, OWN_RUN),
     ],
 )
 def test_a_limit_that_cannot_be_kept_is_refused(changes, asked, said, taught, prose, tmp_path):
+    options = {"from_": prose, "max_loss": 0.1, "out": tmp_path / "out", **asked}
     with pytest.raises(RecipeError, match=said):
-        secateur.prune(
-            taught, {"polish": False, **changes}, **{"from_": prose, "max_loss": 0.1, "out": tmp_path / "out", **asked}
-        )
+        secateur.prune(taught, {"polish": False, **changes}, **options)
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from models import num_params, opened, saved, tiny_llama
 from recipes import grouped
 from run_ranks import run_forked_ranks
 from safetensors.torch import load_file
+from shown import assert_shown
 from stops import stopped_again_and_again, weights
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +26,7 @@ from secateur.methods.budget import token_prices
 from secateur.model.checkpoint import open_checkpoint
 from secateur.pruning import trim as trimming
 from secateur.pruning.open import Opened
-from secateur.pruning.resolve import Resolved, resolve
+from secateur.pruning.resolve import resolve
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
 from secateur.pruning.trimmed import too_dear
@@ -255,22 +256,37 @@ def test_stopped_or_streamed_or_shared_the_bytes_are_the_same(untied, asked, war
     assert shared.keys() == ours.keys() and all(torch.equal(shared[name], ours[name]) for name in ours)
 
 
-def test_auto_takes_what_a_share_asks_if_nothing_else_goes(tied, asked):
-    ready = asking(*loaded(tied), {**asked, "groups": [], "vocabulary": "auto", "remove": 0.1})
-    trim = plan_trim(ready, Services(), run_text(ready, silent)).trim
-    assert trim is not None
-    gone, price = trim.kept.num_dense - len(trim.kept.dense_ids), token_prices(ready.model, 1)
-    assert len(trim.kept.dense_ids) % 64 == 0
-    assert gone * price <= 0.1 * num_params(ready.model) < (gone + 64) * price
-
-
-def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> Resolved:
-    """Return the run that `auto` plans if tokens cost nothing and channels much."""
+def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> str:
+    """Return what `auto` plans if tokens cost nothing and channels much."""
     ready = asking(model, tokenizer, {**short, "vocabulary": "auto"})
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("secateur.methods.tokens.nats_with", lambda *_: 0.0)
         patched.setattr("secateur.pruning.trim._channel_law", lambda *_: lambda share_N: 1e6 * share_N.clamp(min=0))
-        return resolve(plan_trim(ready, Services(), run_text(ready, silent)))
+        found = resolve(plan_trim(ready, Services(), run_text(ready, silent)))
+    taken = 1 - found.plans[-1].cost_after / found.prices.total
+    widths = list(found.plans[-1].num_keep.values())
+    tokens = f"{found.recipe.remove.vocabulary} of {model.config.vocab_size} tokens"
+    return f"    {tokens}, layers {found.layers}, widths {widths} by {found.align}, {taken:.5f} of all parameters"
+
+
+def test_what_auto_plans_where_tokens_cost_nothing(tied, asked):
+    model, tokenizer = loaded(tied)
+    wide = tiny_llama(num_layers=1, vocab_size=len(tokenizer) + NUM_PADDING, intermediate_size=2304)
+    # 20 tokens less than go to 448 are 960 parameters; a step of widths is 3,456 for all layers, 1,152 for one.
+    few_too_many = (model.config.vocab_size - 448 - 20) * token_prices(model, 1) / num_params(model)
+    cases = [
+        ("nothing else goes", model, {"remove": 0.1, "groups": []}),
+        ("within half a step of all", model, {"remove": few_too_many}),
+        ("not within half a step of one layer", model, {"remove": few_too_many, "budget": "curve"}),
+        ("channels alone would go in steps of 32, not 256", wide, {"remove": 0.1, "align": None}),
+        ("what a layer leaves; 64 tokens more would be 0.374", model, {"remove": 0.35, "depth": 1}),
+        ("the same, named", model, {"remove": 0.35, "removed_layers": [0]}),
+        ("the same, no widths", model, {"remove": 0.35, "depth": 1, "groups": []}),
+        ("384 if channels of the protected layer could go too", model, {"remove": 0.35, "protected_layers": [0]}),
+        ("more than all tokens and these channels: a layer", model, {"remove": 0.5, "protected_layers": [0]}),
+    ]
+    lines = [f"{why}\n{planned(of, tokenizer, {**asked, **short})}" for why, of, short in cases]
+    assert_shown("plans/auto", "\n".join(lines))
 
 
 def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, asked, monkeypatch):
@@ -295,37 +311,6 @@ def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, aske
     assert chosen == {0.0: (388, [0, 68, 196, 388]), 0.002: (260, [0, 68, 196, 260]), 1.0: (0, [0, 68, 196])}
 
 
-def share_gone(found: Resolved) -> float:
-    """Return the share of all parameters that the last plan takes."""
-    return 1 - found.plans[-1].cost_after / found.prices.total
-
-
-@pytest.mark.parametrize(("budget", "alone"), [("uniform", True), ("curve", False)])
-def test_auto_takes_tokens_alone_where_a_few_too_many_are_within_half_a_step(budget, alone, tied, asked):
-    model, tokenizer = loaded(tied)
-    gone, price = model.config.vocab_size - 448, token_prices(model, 1)
-    share = (gone - 20) * price / num_params(model)  # 20 tokens are 960 parameters; a uniform step is 3,456
-    found = planned(model, tokenizer, {**asked, "remove": share, "budget": budget})
-    assert (found.recipe.remove.vocabulary == 448, found.removals[-1] == 0) == (alone, alone)
-    assert share_gone(found) >= share
-
-
-def test_auto_reckons_with_the_steps_of_the_widths_that_tokens_leave(asked):
-    # 10% by channels alone would leave fewer than 2,048 of 2,304, so in steps of 32; less goes in steps of 256.
-    tokenizer, _ = made("byte-level")
-    model = tiny_llama(num_layers=1, vocab_size=len(tokenizer) + NUM_PADDING, intermediate_size=2304)
-    found = planned(model, tokenizer, {**asked, "remove": 0.1, "align": None})
-    assert found.align == 256 and found.removals[-1] > 0
-    assert share_gone(found) >= 0.1
-
-
-@pytest.mark.parametrize("layers", [{"depth": 1}, {"removed_layers": [0]}, {"depth": 1, "groups": []}])
-def test_auto_gives_tokens_what_layers_leave_of_the_share(layers, tied, asked):
-    # A layer and the tokens that go are 0.344 of the model; 64 tokens more would be 0.374.
-    found = planned(*loaded(tied), {**asked, "remove": 0.35, **layers})
-    assert (found.recipe.remove.vocabulary, found.removals) == (448, (0,))
-
-
 def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked, monkeypatch):
     monkeypatch.setattr("secateur.pruning.trim._channel_law", None)
     recipe = grouped({**asked, "remove": 0.2, "depth": 1, "vocabulary": "auto"})
@@ -342,15 +327,6 @@ def test_tokens_go_by_shares_of_domains_whatever_weighs_units_unless_the_worst_c
         counts = trimming._counts(dense, text, trimming._Hand(ready, {}, {}, {}, 0.0))
         orders[weighting] = trimming._removal(dense, counts, PieceNats()).ids
     assert orders["energy"] == orders["tokens"] != orders["minimax"]
-
-
-def test_auto_counts_no_channels_of_protected_layers(tied, asked):
-    # 384 tokens would stay if the channels of the protected layer could go too.
-    found = planned(*loaded(tied), {**asked, "remove": 0.35, "protected_layers": [0]})
-    assert share_gone(found) >= 0.35 and found.recipe.remove.vocabulary == 320
-    # More than these channels and all tokens that may go: a whole layer goes too.
-    deep = planned(*loaded(tied), {**asked, "remove": 0.5, "protected_layers": [0]})
-    assert deep.layers == (0, 1) and share_gone(deep) >= 0.5
 
 
 def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):

@@ -4,8 +4,8 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
-import numpy as np
 import pytest
 import torch
 from models import tiny_llama
@@ -29,9 +29,9 @@ def work_with(place: Any, **settings: Any) -> Work:
     return work
 
 
-def arguments_of(place: Any, num_steps: int, size: int = 4, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+def arguments_of(place: Any, num_steps: int, **settings: Any) -> Any:
     with quiet_transformers():
-        return _arguments(work_with(place, **settings), dtype, size, num_steps, 0.25)
+        return _arguments(work_with(place, **settings), torch.float32, 4, num_steps, 0.25)
 
 
 def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
@@ -42,8 +42,8 @@ def test_the_schedule_is_the_one_that_the_docs_tell(tmp_path):
     assert (found.eval_strategy, found.load_best_model_at_end) == ("no", False), "what comes last stays"
     assert found.seed == 7 and found.bf16 is False
     assert found.train_sampling_strategy == "sequential"
-    assert arguments_of(tmp_path, 5).warmup_steps == 1
-    assert arguments_of(tmp_path, 1).warmup_steps == 0, "the first step of a warm-up has a rate of 0"
+    # The first step of a warm-up has a rate of 0.
+    assert [arguments_of(tmp_path, steps).warmup_steps for steps in (5, 1)] == [1, 0]
     assert [arguments_of(tmp_path, steps).save_steps for steps in (9, 300, 5000)] == [5, 150, 150]
 
 
@@ -53,27 +53,25 @@ def test_the_rate_follows_the_size_of_the_weights():
     with torch.no_grad():
         for name, weight in large.named_parameters():
             weight.mul_(3 if weight.dim() > 1 and "layers" in name else 7)  # vectors, embedding and head do not count
-    linears = [
-        each.weight.detach().numpy() for each in model.model.layers.modules() if isinstance(each, torch.nn.Linear)
-    ]
-    expected = np.sqrt(np.mean(np.concatenate([each.ravel() for each in linears]).astype(np.float64) ** 2))
+    linears = [each for each in model.model.layers.modules() if isinstance(each, torch.nn.Linear)]
+    weights = torch.cat([each.weight.detach().double().flatten() for each in linears])
+    expected = float(weights.square().mean().sqrt())
     assert weight_size(model) == pytest.approx(expected, rel=1e-12)
     assert weight_size(large) == pytest.approx(3 * expected, rel=1e-6)
 
 
 def test_a_step_is_shared_out_over_passes(tmp_path):
-    found = arguments_of(tmp_path, 8, size=4, blocks_per_device=2)
+    found = arguments_of(tmp_path, 8, blocks_per_device=2)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2, 2)
 
 
 def test_progress_counts_tokens_and_the_last_step_is_not_saved(tmp_path):
-    moves = list[tuple[str, int, int]]()
-    saved = Checkpoints(Path("trainer"), "recover", [].append)
-    heard = Listener("recover", saved, 100, lambda *where: moves.append(where))
+    move = Mock()
+    heard = Listener("recover", Checkpoints(Path("trainer"), "recover", print), 100, move)
     arguments, control = arguments_of(tmp_path, 10), TrainerControl(should_save=True)
     heard.on_train_begin(arguments, TrainerState(global_step=4, max_steps=10), control)
     heard.on_step_end(arguments, TrainerState(global_step=6, max_steps=10), control)
-    assert moves == [("recover", 400, 1000), ("recover", 600, 1000)] and control.should_save
+    assert move.call_args_list == [call("recover", 400, 1000), call("recover", 600, 1000)] and control.should_save
     heard.on_step_end(arguments, TrainerState(global_step=10, max_steps=10), control)
     assert not control.should_save
 

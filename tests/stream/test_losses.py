@@ -55,9 +55,9 @@ def test_the_head_is_a_part_of_the_progress_as_large_as_its_weights():
     assert seen == [("evaluate", each, arch.num_layers + of_head) for each in done]
 
 
-def reference_nats(model: nn.Module, ids_NT: Tensor) -> list[Tensor]:
-    logits_NTV = [logits64(model, ids_T[None])[0, :-1] for ids_T in ids_NT]
-    return [cross_entropy(z_TV, ids_T[1:], reduction="none") for z_TV, ids_T in zip(logits_NTV, ids_NT, strict=True)]
+def reference_nats(model: nn.Module, ids_NT: Tensor) -> Tensor:
+    """Return the nats of every token but the first of each block, (N, T - 1)."""
+    return cross_entropy(logits64(model, ids_NT)[:, :-1].transpose(1, 2), ids_NT[:, 1:], reduction="none")
 
 
 # One family plain, one whose logits are capped, one whose logits are scaled.
@@ -69,7 +69,7 @@ def test_losses_are_those_of_a_plain_forward_in_float64(family: str) -> None:
     assert list(found) == ["a", "b"]
     for domain, ids_NT in blocks.items():
         nats = reference_nats(model, ids_NT)
-        means = [float(each.mean()) for each in nats]
+        means = nats.mean(1).tolist()
         assert found[domain].num_tokens == len(ids_NT) * 19
         assert found[domain].nats_per_token == pytest.approx(sum(means) / len(means), rel=TOLERANCE)
         error = ratio_error(means, [1] * len(means))
@@ -114,7 +114,7 @@ def test_losses_of_blocks_of_other_lengths_per_token_of_another_tokenizer() -> N
     text = {domain: blocks_of(ids) for domain, ids in blocks.items()}
     found = domain_losses(model, bind(model), text, num_tokens=counts)
     for domain, own in counts.items():
-        nats = [float(reference_nats(model, each[None])[0].sum()) for each in blocks[domain]]
+        nats = [float(reference_nats(model, each[None]).sum()) for each in blocks[domain]]
         tokens = list(own.values())
         error = ratio_error(nats, tokens)
         assert found[domain].num_tokens == sum(tokens)
@@ -150,12 +150,10 @@ def test_a_loss_is_of_the_documents_that_its_tokens_are_of_and_of_those_that_cou
     counted_NT[:, -1] = True
     found = domain_losses(model, bind(model), {"mine": Blocks(ids_NT, document_NT, counted_NT)})["mine"]
     nats, tokens = dict[int, float](), dict[int, int]()
-    for ids_T, document_T, counted_T in zip(ids_NT, document_NT, counted_NT, strict=True):
-        for value, number, counts in zip(
-            reference_nats(model, ids_T[None])[0].tolist(), document_T[1:].tolist(), counted_T[1:], strict=True
-        ):
-            if counts:
-                nats[number], tokens[number] = nats.get(number, 0.0) + value, tokens.get(number, 0) + 1
+    parts = reference_nats(model, ids_NT), document_NT[:, 1:], counted_NT[:, 1:]
+    for value, number, counts in zip(*(part.flatten().tolist() for part in parts), strict=True):
+        if counts:
+            nats[number], tokens[number] = nats.get(number, 0.0) + value, tokens.get(number, 0) + 1
     order = sorted(nats)
     assert found.document_nats == pytest.approx([nats[number] for number in order], rel=TOLERANCE)
     assert list(found.document_tokens) == [tokens[number] for number in order]
@@ -171,15 +169,13 @@ def test_bits_per_byte_over_several_blocks() -> None:
     ids_NT[2, 5] = tokenizer.eos_token_id  # predicted, but no byte of text
     losses = domain_losses(model, bind(model), {"mine": documents_of(ids_NT)}, stage="evaluate")
     found = Quality.on(text_bytes(tokenizer, list(ids_NT)), losses["mine"])
-    nats = [each.tolist() for each in reference_nats(model, ids_NT)]
-    num_bytes = 3 * 23 - 1
+    nats, num_bytes = reference_nats(model, ids_NT), 3 * 23 - 1
+    means, nats_per_token = nats.mean(1).tolist(), float(nats.mean())
     assert (found.num_tokens, found.num_bytes) == (3 * 23, num_bytes)
-    everything = [value for block in nats for value in block]
-    assert found.bits_per_byte == pytest.approx(sum(everything) / math.log(2) / num_bytes, rel=TOLERANCE)
-    means = [sum(block) / len(block) for block in nats]
-    assert found.document_nats == pytest.approx([sum(block) for block in nats], rel=TOLERANCE)
-    assert found.nats_per_token == pytest.approx(sum(everything) / len(everything), rel=TOLERANCE)
-    assert found.perplexity == pytest.approx(math.exp(sum(means) / 3), rel=10 * TOLERANCE)
+    assert found.bits_per_byte == pytest.approx(float(nats.sum()) / math.log(2) / num_bytes, rel=TOLERANCE)
+    assert found.document_nats == pytest.approx(nats.sum(1).tolist(), rel=TOLERANCE)
+    assert found.nats_per_token == pytest.approx(nats_per_token, rel=TOLERANCE)
+    assert found.perplexity == pytest.approx(math.exp(nats_per_token), rel=10 * TOLERANCE)
     assert found.standard_error == pytest.approx(ratio_error(means, [1] * 3), abs=2 * TOLERANCE * max(means))
 
 
@@ -244,11 +240,6 @@ def test_the_heads_input_is_where_a_token_follows() -> None:
 def test_a_digest_is_of_ids_documents_and_masks() -> None:
     ids_NT = tiny_ids(batch=3, length=5)
     plain, mask_NT = documents_of(ids_NT), torch.ones(3, 5, dtype=torch.bool)
-    others = [
-        documents_of(ids_NT + 1),
-        replace(plain, document_NT=ids_NT),
-        replace(plain, counted_NT=mask_NT),
-        plain[:2],
-    ]
-    assert len({digest_of(each) for each in (plain, *others)}) == 5
+    others = [replace(plain, document_NT=ids_NT), replace(plain, counted_NT=mask_NT), plain[:2]]
+    assert len({digest_of(each) for each in (plain, documents_of(ids_NT + 1), *others)}) == 5
     assert digest_of(plain) == digest_of(documents_of(ids_NT.clone()))

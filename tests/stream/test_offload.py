@@ -4,6 +4,7 @@ The device is the processor, and what moves is the dtype; `test_device` has a de
 """
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from secateur.stream.device import (
 
 CPU = torch.device("cpu")
 THIRD = 1 / 3  # no number of bfloat16
+X = torch.ones(1, 4)
 
 
 class Layer(nn.Module):
@@ -59,17 +61,28 @@ def layers() -> list[nn.Module]:
     return [Layer() for _ in range(3)]
 
 
+@pytest.fixture
+def owner(layers: list[nn.Module]) -> Iterator[LayersOnDevice]:
+    """Brings one layer at a time, in float32."""
+    owner = LayersOnDevice(layers, CPU, in_float32=True)
+    yield owner
+    owner.end()
+
+
 def weights(layers: list[nn.Module]) -> list[nn.Parameter]:
     return [layer.get_submodule("linear").weight for layer in layers]  # type: ignore[misc]
+
+
+def values(weight: Tensor) -> set[float]:
+    return set(weight.flatten().tolist())
 
 
 def test_one_layer_at_a_time_is_in_float32_and_unchanged_ones_return_as_they_were(layers: list[nn.Module]) -> None:
     seen: list[torch.dtype] = []
     hook = layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.linear.weight.dtype))
     hosts, owner = weights(layers), LayersOnDevice(layers, CPU, in_float32=True)
-    x = torch.ones(1, 4)
     for index, layer in enumerate(layers):
-        x = layer(x)
+        layer(X)
         assert [weight.dtype for weight in weights(layers)].count(torch.float32) == 1
         assert weights(layers)[index].dtype == torch.float32
         assert torch.equal(weights(layers)[index], hosts[index].float())
@@ -85,9 +98,8 @@ def test_kept_layers_stay_in_float32_until_the_end(layers: list[nn.Module]) -> N
     hosts, owner = weights(layers), LayersOnDevice(layers, CPU, in_float32=True, keeps=True)
     passes = []
     for _ in range(2):
-        x = torch.ones(1, 4)
         for layer in layers:
-            x = layer(x)
+            layer(X)
         passes.append(weights(layers))
     assert [weight.dtype for weight in weights(layers)] == [torch.float32] * 3
     assert all(now is then for now, then in zip(*passes, strict=True)), "nothing was copied again"
@@ -105,18 +117,18 @@ def test_changes_survive_in_the_stored_dtype(layers: list[nn.Module], keeps: boo
     weights(layers)[1].fill_(THIRD)  # in place
     settle(layers[1])
     rounded = float(torch.tensor(THIRD).bfloat16())
-    assert weights(layers)[1].dtype == torch.float32 and set(weights(layers)[1].flatten().tolist()) == {rounded}
+    assert weights(layers)[1].dtype == torch.float32 and values(weights(layers)[1]) == {rounded}
     layers[1].linear.bias = nn.Parameter(torch.full((4,), THIRD), requires_grad=False)  # anew
     settle(layers[1])
-    assert set(layers[1].linear.bias.tolist()) == {rounded}
+    assert values(layers[1].linear.bias) == {rounded}
     layers[1].linear.bias = nn.Parameter(layers[1].linear.bias.bfloat16(), requires_grad=False)  # anew, as stored
     fetch(layers[1])
     assert layers[1].linear.bias.dtype == torch.float32
     offload(layers[1])
     assert weights(layers)[1].dtype == layers[1].linear.bias.dtype == torch.bfloat16
-    assert set(weights(layers)[1].flatten().tolist()) == set(layers[1].linear.bias.tolist()) == {rounded}
+    assert values(weights(layers)[1]) == values(layers[1].linear.bias) == {rounded}
     fetch(layers[1])
-    assert set(weights(layers)[1].flatten().tolist()) == {rounded}
+    assert values(weights(layers)[1]) == {rounded}
     owner.end()
 
 
@@ -132,9 +144,10 @@ def test_nothing_of_a_layer_before_its_cut_is_left_in_memory(layers: list[nn.Mod
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "anew"])
-def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(layers: list[nn.Module], how: str) -> None:
-    owner = LayersOnDevice(layers, CPU, in_float32=True)
-    layers[0](torch.ones(1, 4))  # prefetches the next
+def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(
+    owner: LayersOnDevice, layers: list[nn.Module], how: str
+) -> None:
+    layers[0](X)  # prefetches the next
     assert owner.prefetched is not None and owner.prefetched[0] == 1
     owner.prefetched[1].result()
     host = weights(layers)[1]
@@ -145,28 +158,27 @@ def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(layers: li
             host.data = torch.full_like(host, 2)
         case "anew":
             layers[1].linear.weight = nn.Parameter(torch.full_like(host, 2), requires_grad=False)
-    layers[1](torch.ones(1, 4))
-    assert set(weights(layers)[1].flatten().tolist()) == {2}
+    layers[1](X)
+    assert values(weights(layers)[1]) == {2}
     owner.end()
-    assert set(weights(layers)[1].flatten().tolist()) == {2}
+    assert values(weights(layers)[1]) == {2}
 
 
-def test_what_is_prefetched_is_used_and_the_last_layer_prefetches_nothing(layers: list[nn.Module]) -> None:
-    owner = LayersOnDevice(layers, CPU, in_float32=True)
+def test_what_is_prefetched_is_used_and_the_last_layer_prefetches_nothing(
+    owner: LayersOnDevice, layers: list[nn.Module]
+) -> None:
     fetch(layers[1])
     assert owner.prefetched is not None
     copies = owner.prefetched[1].result()
     fetch(layers[2])
     assert weights(layers)[2] is copies[layers[2].linear, "weight"].device and owner.prefetched is None
-    owner.end()
 
 
+@pytest.mark.usefixtures("owner")
 def test_a_replaced_forward_needs_no_weights(layers: list[nn.Module]) -> None:
-    owner = LayersOnDevice(layers, CPU, in_float32=True)
     layers[0].forward = lambda x: x  # type: ignore[method-assign]
-    layers[0](torch.ones(1, 4))
+    layers[0](X)
     assert weights(layers)[0].dtype == torch.bfloat16
-    owner.end()
 
 
 def test_without_float32_layers_keep_their_dtype(layers: list[nn.Module]) -> None:
@@ -230,20 +242,15 @@ def test_parameters_made_in_inference_mode_can_be_changed() -> None:
 
 
 def test_half_precision_is_raised_where_it_is_multiplied_in_software(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [raised(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)] == [
-        torch.float32,
-        torch.float32,
-        torch.float32,
-        torch.float64,
-    ]
+    low, high = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    assert {raised(dtype) for dtype in low} == {torch.float32} and all(raised(dtype) == dtype for dtype in high)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert multiplies_in_software(CPU, torch.bfloat16) and multiplies_in_software(CPU, torch.float16)
     assert not multiplies_in_software(CPU, torch.float32)
     assert not multiplies_in_software(torch.device("cuda"), torch.bfloat16)
-    low, full = tiny_llama().to(torch.bfloat16), tiny_llama()
-    assert {p.dtype for p in on_device(low, CPU).parameters()} == {torch.float32}
-    assert {p.dtype for p in on_device(full, CPU).parameters()} == {torch.float32}
+    for model in (tiny_llama().to(torch.bfloat16), tiny_llama()):
+        assert {p.dtype for p in on_device(model, CPU).parameters()} == {torch.float32}
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     operator = torch.ops.mkldnn._is_mkldnn_bf16_supported
     assert multiplies_in_software(CPU, torch.bfloat16) is not operator()
@@ -264,13 +271,11 @@ def test_avx512_alone_multiplies_bfloat16_in_software(
 def test_a_part_of_the_free_memory_is_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_bytes(CPU) is None and peak_bytes_on(CPU) is None and product.peak_bytes() > 10**7
     gpu = torch.device("cuda")
-    told = {
-        "cuda": SimpleNamespace(mem_get_info=lambda _: (1000, 4000), max_memory_allocated=lambda _: 70),
-        "apple": SimpleNamespace(recommended_max_memory=lambda: 2000),
-        "silent": SimpleNamespace(),
-    }
-    for name, (free, peak) in {"cuda": (850, 70), "apple": (1700, None), "silent": (None, None)}.items():
-        monkeypatch.setattr(torch, "get_device_module", lambda _, name=name: told[name])
+    nvidia = SimpleNamespace(mem_get_info=lambda _: (1000, 4000), max_memory_allocated=lambda _: 70)
+    apple = SimpleNamespace(recommended_max_memory=lambda: 2000)
+    devices = [(nvidia, 850, 70), (apple, 1700, None), (SimpleNamespace(), None, None)]
+    for told, free, peak in devices:
+        monkeypatch.setattr(torch, "get_device_module", lambda _, told=told: told)
         assert free_bytes(gpu) == free and peak_bytes_on(gpu) == peak
 
 
@@ -309,31 +314,23 @@ def test_a_layer_on_disk_is_what_it_was_when_saved(tmp_path: Path, way: str) -> 
         cut(layer, group, torch.arange(1, group.num_units))
     pruned = model(tiny_ids()).logits
     assert not torch.allclose(pruned, dense)
-    found = [counts(layer)]
+    assert counts(layer) == (111, 1)
     if way == "restore":
         saved.restore(1, layer)
-        found.append(counts(layer))
-        assert torch.equal(model(tiny_ids()).logits, dense)
+        assert counts(layer) == (112, 2) and torch.equal(model(tiny_ids()).logits, dense)
         assert not any(parameter.requires_grad for parameter in layer.parameters())
     else:
         with pytest.raises(KeyError), saved.restored(1, layer):
-            found.append(counts(layer))
-            assert torch.equal(model(tiny_ids()).logits, dense)
+            assert counts(layer) == (112, 2) and torch.equal(model(tiny_ids()).logits, dense)
             raise KeyError
-        assert counts(layer) == (111, 1)
-        assert torch.equal(model(tiny_ids()).logits, pruned)
-    assert found == [(111, 1), (112, 2)]
-    sizes = {(module.out_features, module.in_features) == module.weight.shape for module in linears(layer)}
-    assert sizes == {True}
+        assert counts(layer) == (111, 1) and torch.equal(model(tiny_ids()).logits, pruned)
+    for module in layer.modules():
+        assert not isinstance(module, nn.Linear) or (module.out_features, module.in_features) == module.weight.shape
 
 
 def counts(layer: nn.Module) -> tuple[int, int]:
     attention: Any = layer.get_submodule("self_attn")
     return attention.ffn_left, attention.kv_heads_left
-
-
-def linears(layer: nn.Module) -> list[nn.Linear]:
-    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
 
 
 def test_saving_a_layer_again_leaves_what_is_mapped(tmp_path: Path) -> None:
