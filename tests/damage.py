@@ -1,7 +1,9 @@
-"""Damage to files that nobody meant."""
+"""Changes to files: damage that nobody meant, and other values in JSON."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 
 def flip_a_bit(directory: Path, choose: random.Random) -> bool:
@@ -28,3 +30,9 @@ def truncate(file: Path, choose: random.Random) -> None:
     """Cut the file off at a random byte."""
     data = file.read_bytes()
     file.write_bytes(data[: choose.randrange(len(data))])
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of the file's object; a file that is not there has none."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(before | changes), encoding="utf-8")

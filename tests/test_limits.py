@@ -1,10 +1,12 @@
 """Foreign files that nest, repeat or ask without end: one sentence, before anything is built from them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import edit_json
 from shown import assert_sentences, refusal
 from tiny_tokenizer import tiny_tokenizer
 
@@ -110,6 +112,8 @@ def test_damaged_files_of_a_model(model):
             (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
             said[f"{name}, {len(content)} bytes: {content[:60]!r}"] = refusal(read)
         (model / name).unlink() if whole is None else (model / name).write_bytes(whole)
+    # A sentence that is too long is cut in its middle, where depends on the place.
+    said = {about: re.sub(r"9{9}[9.]*", "9...9", sentence) for about, sentence in said.items()}
     assert_sentences("limits/files", said, model)
 
 
@@ -119,8 +123,7 @@ def test_a_list_of_layers_that_names_none(model):
 
 
 def test_a_tokenizer_with_a_setting_that_only_its_use_reads(model):
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": [9]}))
+    edit_json(model / "tokenizer_config.json", model_max_length=[9])
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
         load_tokenizer(open_checkpoint(model))
 

@@ -1,7 +1,6 @@
 """Everything a user can get wrong, and every way a run can be stopped: one sentence, an exit status, nothing left."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 from bpe_tokenizer import bpe_tokenizer
+from damage import edit_json
 from little import BEGUN
 from recipes import grouped
 from run_cli import Outcome, run_cli
@@ -72,11 +72,6 @@ def refused(outcome: Outcome, expected: str, longest: int = 400) -> None:
     assert expected in sentence and len(sentence) < longest, "what is long is not printed whole"
 
 
-def edit_config(model: Path, **changes: Any) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **changes}))
-
-
 def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file(tensors | change(tensors), model / "model.safetensors", {"format": "pt"})
@@ -87,9 +82,9 @@ def renamed(name: str) -> Callable[[Path], object]:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a type that nobody knows": lambda model: edit_config(model, model_type="xyzzy"),
+    "a type that nobody knows": lambda model: edit_json(model / "config.json", model_type="xyzzy"),
     "two weights more": lambda model: edit_tensors(model, lambda _: {"x.a": torch.ones(2), "x.b": torch.ones(2)}),
-    "quantised by nothing that is said": lambda model: edit_config(model, quantization_config={}),
+    "quantised by nothing that is said": lambda model: edit_json(model / "config.json", quantization_config={}),
     "pickle": lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
     "int8 and no quantization_config": lambda model: edit_tensors(
         model, lambda tensors: {UP_PROJ: tensors[UP_PROJ].to(torch.int8)}

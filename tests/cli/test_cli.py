@@ -100,12 +100,6 @@ def test_inspect_promises_what_prune_reaches(happy, checkpoints):
     assert told["num_tokens"] == 320 and told["num_token_params"] == 2 * 320 * 48  # not tied
 
 
-def test_inspect_needs_no_weights(checkpoints, recipe_file, tmp_path):
-    (tmp_path / "config.json").write_bytes((checkpoints["qwen2"] / "config.json").read_bytes())
-    told = json.loads(run_cli("inspect", tmp_path, "--recipe", recipe_file, "--remove", "0.3", "--json").stdout)
-    assert told["family"] == "qwen2" and told["remove_asked"] == 0.3
-
-
 def test_a_path_with_brackets_is_shown_as_it_is(checkpoints, recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my [bold]:bug:").symlink_to(checkpoints["llama"])

@@ -109,6 +109,14 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
     return put(tmp_path_factory.mktemp("text") / "a.jsonl")
 
 
+@pytest.mark.parametrize("size", [6, 600])
+def test_counting_stops_at_the_most(tmp_path: Path, size: int) -> None:
+    domains = Calibration(domains={"a": put(tmp_path / "a.jsonl", size=size)}, sequence_length=LENGTH).domains
+    learning = TextPool(LENGTH, TOKENIZER, 0).split(domains, Amounts(num_tokens=20 * LENGTH)).learning
+    (documents,) = learning.documents(most=420).values()
+    assert sum(map(len, documents)) == 420  # a character is a token
+
+
 def test_a_split_by_another_tokenizer_has_the_same_documents_in_every_part(domain: Domain) -> None:
     calibration = Calibration(domains={"a": domain}, sequence_length=LENGTH)
     pool, amounts = TextPool(LENGTH, TOKENIZER, 0), Amounts(num_tokens=90 * LENGTH, num_judged_tokens=20 * LENGTH)

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub.errors import HTTPError
+from shown import assert_sentences, refusal
 from tiny_tokenizer import tiny_tokenizer
 from warm import WarmProcesses
 
@@ -100,65 +101,46 @@ def test_chats_go_through_the_chat_template(tmp_path: Path, suffix: str) -> None
     assert read(path) == read(path, column="messages") == ["[user] hi\n[assistant] hello\n"]
 
 
-def test_chats_need_a_template(tmp_path: Path) -> None:
+PACKED = gzip.compress(b"text " * 1000)
+EVERY = [".txt", ".jsonl", ".json", ".csv", ".txt.gz", ".jsonl.gz"]
+BROKEN: dict[str, str | bytes] = {
+    "a.docx": "x",
+    "a.parquet.gz": "x",
+    **{f"empty{suffix}": b"" for suffix in (*EVERY, ".parquet")},
+    **{f"blank{suffix}": b" \n" for suffix in EVERY},
+    **{f"not_utf8{suffix}": b"abc\xffdef\n" for suffix in EVERY[:5]},
+    "half_a_row.jsonl": '{"text": "x"}\n\n{"text": \n',
+    "a_number.jsonl": '"x"\n{"text": 3}',
+    "a_list.jsonl": "[1]",
+    "a_truth.json": '["x", true]',
+    "a_surrogate.jsonl": '{"text": "\\ud800"}',
+    "two_lists.json": '{"a": [], "b": []}',
+    "half_a_list.json": "[1,",
+    "an_open_quote.csv": 'text\n"open\n',
+    "no_parquet.parquet": "PAR1 no",
+}
+# What is written as it stands, not compressed again.
+ARCHIVES = {"not": b"text", "cut": PACKED[:-9], "changed": PACKED[:12] + b"\0\0\0" + PACKED[15:]}
+ARCHIVES["no block of this type"] = PACKED[:10] + b"\x07" + PACKED[11:]
+
+
+def test_files_that_are_broken_are_one_sentence_each(tmp_path: Path) -> None:
+    said = {"missing": sentence(tmp_path / "none.txt")}
+    said |= {name: sentence(put(tmp_path / name, data)) for name, data in BROKEN.items()}
+    for name, data in ARCHIVES.items():
+        (tmp_path / "packed.txt.gz").write_bytes(data)
+        said[f"gzip: {name}"] = sentence(tmp_path / "packed.txt.gz")
+    pyarrow.parquet.write_table(pyarrow.table({}), tmp_path / "no_column.parquet")
+    said["no column"] = sentence(tmp_path / "no_column.parquet")
+    said["a number in parquet"] = sentence(put_rows(tmp_path / "number.parquet", [{"text": 3}]))
+    for suffix in STRUCTURED:
+        path = put_rows(tmp_path / f"another_column{suffix}", [{"id": "1", "content": "x"}])
+        said[f"another column{suffix}"] = sentence(path, column="contents")
     path, bare = put_rows(tmp_path / "chat.jsonl", [{"messages": CHAT}]), tiny_tokenizer()
     bare.chat_template = None
-    with pytest.raises(CalibrationError, match=r"chat\.jsonl, line 1: .*no chat template"):
-        list(documents("mine", Domain(files=(str(path),)), bare, 0))
-
-
-def test_missing_and_unknown_files(tmp_path: Path) -> None:
-    assert "no such file" in sentence(tmp_path / "none.txt")
-    message = sentence(put(tmp_path / "a.docx", "x"))
-    assert "'.docx'" in message and ".jsonl, .ndjson, .json, .csv, .tsv, text and code (.txt," in message
-    assert message.endswith(".parquet.")
-    assert "'.parquet.gz'" in sentence(put(tmp_path / "a.parquet.gz", "x"))
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz"])
-def test_empty_files(tmp_path: Path, suffix: str) -> None:
-    assert "is empty" in sentence(put(tmp_path / f"a{suffix}", b""))
-    if suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.table({}), tmp_path / "b.parquet")  # without a column
-        assert "is empty" in sentence(tmp_path / "b.parquet")
-    else:
-        assert "is empty" in sentence(put(tmp_path / f"b{suffix}", b" \n"))
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".txt.gz"])
-def test_invalid_utf8_names_the_byte(tmp_path: Path, suffix: str) -> None:
-    assert "not valid UTF-8 at byte 3" in sentence(put(tmp_path / f"a{suffix}", b"abc\xffdef\n"))
-
-
-def test_broken_rows_name_the_place(tmp_path: Path) -> None:
-    assert "line 3: not valid JSON" in sentence(put(tmp_path / "a.jsonl", '{"text": "x"}\n\n{"text": \n'))
-    assert "line 2: the text must be a string, got int" in sentence(put(tmp_path / "b.jsonl", '"x"\n{"text": 3}'))
-    assert "line 1: the text must be a string, got list" in sentence(put(tmp_path / "c.jsonl", "[1]"))
-    assert "row 2: the text must be a string, got bool" in sentence(put(tmp_path / "d.json", '["x", true]'))
-    assert "line 1: the text holds half of a surrogate" in sentence(put(tmp_path / "e.jsonl", '{"text": "\\ud800"}'))
-    assert "row 1: the text must be a string, got int" in sentence(put_rows(tmp_path / "h.parquet", [{"text": 3}]))
-    assert "needs one list" in sentence(put(tmp_path / "f.json", '{"a": [], "b": []}'))
-    assert "not valid JSON" in sentence(put(tmp_path / "g.json", "[1,"))
-    assert "not valid CSV" in sentence(put(tmp_path / "i.csv", 'text\n"open\n'))
-
-
-def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
-    for suffix in STRUCTURED:
-        path = put_rows(tmp_path / f"a{suffix}", [{"id": "1", "content": "x"}])
-        message = sentence(path, column="contents")
-        assert "no column 'contents'; there are: id, content;" in message and "'content'" in message
-
-
-def test_broken_archives(tmp_path: Path) -> None:
-    packed = gzip.compress(b"text " * 1000)
-    for name, data in {"not": b"text", "cut": packed[:-9], "changed": packed[:12] + b"\0\0\0" + packed[15:]}.items():
-        path = tmp_path / f"{name}.txt.gz"
-        path.write_bytes(data)
-        assert "broken gzip" in sentence(path)
-    path = tmp_path / "code.txt.gz"
-    path.write_bytes(packed[:10] + b"\x07" + packed[11:])  # no block of this type
-    assert "broken gzip (Error -3" in sentence(path)
-    assert "broken parquet" in sentence(put(tmp_path / "a.parquet", "PAR1 no"))
+    said["no template"] = refusal(lambda: list(documents("mine", Domain(files=(str(path),)), bare, 0)))
+    said = {name: re.sub(r"(JSON|gzip|parquet|CSV) \(.*\)", r"\1 (...)", each) for name, each in said.items()}
+    assert_sentences("data/broken", said, tmp_path)
 
 
 @pytest.mark.parametrize(

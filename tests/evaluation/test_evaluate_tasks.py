@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pyarrow
 import pytest
+from damage import edit_json
 from run_cli import run_cli
 from shown import assert_sentences, refusal
 
@@ -264,8 +265,7 @@ def test_tasks_that_generate_ask_through_the_chat_template_and_run_code_when_ask
 ):
     # The shared model has too few positions for answers of 256 tokens.
     long = shutil.copytree(checkpoints["llama"], tmp_path / "long")
-    config = json.loads((long / "config.json").read_text())
-    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    edit_json(long / "config.json", max_position_embeddings=1024)
     programs, chats = list[tuple[str, str]](), list[str]()
 
     def passed(program: str, tests: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
+from damage import edit_json
 from models import saved, tiny_ids, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
@@ -35,22 +36,18 @@ class EvilModel(LlamaForCausalLM): pass
 COMMIT = "0" * 40
 
 
-def edit(file: Path, **changes: Any) -> None:
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps(config | changes), encoding="utf-8")
-
-
 def name_code(directory: Path, module: str) -> Path:
     """Make every config of the directory name code in `module`."""
-    edit(
+    edit_json(
         directory / "config.json",
         auto_map={"AutoConfig": f"{module}.EvilConfig", "AutoModelForCausalLM": f"{module}.EvilModel"},
         custom_pipelines={"text-generation": {"impl": f"{module}.EvilPipeline"}},
     )
-    edit(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, f"{module}.EvilTokenizer"]})
-    edit(directory / "generation_config.json", auto_map={"AutoConfig": f"{module}.EvilConfig"}, top_p=0.5)
-    edit(directory / "preprocessor_config.json", auto_map={"AutoImageProcessor": f"{module}.Evil"}, size=7)
-    edit(directory / "processor_config.json", image_processor={"auto_map": {"AutoProcessor": f"{module}.Evil"}, "x": 1})
+    edit_json(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, f"{module}.EvilTokenizer"]})
+    edit_json(directory / "generation_config.json", auto_map={"AutoConfig": f"{module}.EvilConfig"}, top_p=0.5)
+    edit_json(directory / "preprocessor_config.json", auto_map={"AutoImageProcessor": f"{module}.Evil"}, size=7)
+    images = {"auto_map": {"AutoProcessor": f"{module}.Evil"}, "x": 1}
+    edit_json(directory / "processor_config.json", image_processor=images)
     return directory
 
 
@@ -168,7 +165,7 @@ def test_a_word_called_auto_map_stays_in_the_vocabulary(tmp_path):
 def test_the_proof_trusts_its_own_file_alone(results, marker, tmp_path):
     out, logits = copy_of(results["hub"], tmp_path)
     # A tokenizer that names code: the model's own file is run, and this is not.
-    edit(out / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil/code--evil.EvilTokenizer"]})
+    edit_json(out / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil/code--evil.EvilTokenizer"]})
     with fresh():  # whose cache a process reads as it starts
         assert verify_reload(out, tiny_ids(), logits).max_abs_difference == 0
     assert not marker.exists()
@@ -293,8 +290,8 @@ def test_a_tokenizer_may_not_name_a_file(key, secret, tmp_path):
     source = save_source(tmp_path / "source")
     (source / "tokenizer.json").unlink()
     (source / "vocab.txt").write_text("")
-    edit(source / "tokenizer_config.json", **{key: [str(secret)] if key == "init_inputs" else str(secret)})
-    edit(source / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    edit_json(source / "tokenizer_config.json", **{key: [str(secret)] if key == "init_inputs" else str(secret)})
+    edit_json(source / "tokenizer_config.json", tokenizer_class="BertTokenizer")
     with pytest.raises(CheckpointError, match=f"its key '{key}' can name a file outside the directory; remove the key"):
         load_tokenizer(open_checkpoint(source))
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from damage import edit_json
 from models import tiny_llama
 from shown import assert_shown
 
@@ -51,9 +52,7 @@ def check(pruned: Path, dense: Path, *, other: bool = False) -> tuple[str, ...]:
 def test_the_same_files_elsewhere_are_the_same_model(dense, tmp_path):
     before = identity(open_checkpoint(dense))
     moved = Path(shutil.copytree(dense, tmp_path / "moved"))
-    config = json.loads((moved / "config.json").read_text())
-    config |= {"transformers_version": "9.9", "_name_or_path": "/elsewhere"}
-    (moved / "config.json").write_text(json.dumps(config))
+    edit_json(moved / "config.json", transformers_version="9.9", _name_or_path="/elsewhere")
     assert identity(open_checkpoint(moved)) == before
 
 

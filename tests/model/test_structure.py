@@ -33,16 +33,9 @@ from secateur.model.per_layer import record_widths
 from secateur.pruning.resolve import layers_to_expect
 from secateur.recipe import parse_recipe
 from tests.model.test_exactness import check_walk, logits_of
-from tests.models import randomised, tiny_ids
+from tests.models import randomised, sizes, tiny_ids
 
-SIZES = {
-    "hidden_size": 48,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-}
+SIZES = sizes(num_layers=2)
 
 
 class Plain(nn.Module):

@@ -134,6 +134,7 @@ def test_what_cannot_be_cut_is_refused_and_nothing_is_changed():
         assert model.config.to_dict() == named
     model = tiny_gemma3(vocab_size=NUM_ROWS)
     said["a set of another model"] = refusal(keep_tokens, model, KeptTokens((0, 1, 2), 300))
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == NUM_ROWS
     assert_sentences("vocabulary/kept", said)
 
 
