@@ -29,7 +29,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from secateur.errors import CheckpointError, one_line
