@@ -107,7 +107,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTraine
 CHILD = """
 import json, sys
 import torch
-from shown import assert_sentences, refusal
 from transformers import AutoModelForCausalLM
 ids, names, *directories = sys.argv[1:]
 said = {}

@@ -20,7 +20,7 @@ from secateur.report.report import repeat_section, write_page
 from secateur.report.rows import verdict
 
 HOSTILE = "<script>alert(1)</script>"
-ODD = "$\\frac$ 日本 & \x07co"
+ODD = "$\\frac$ 日本 & co"
 SECTIONS = "samples quality speed removed text repeat"
 
 
