@@ -17,7 +17,8 @@ from recipes import grouped
 from run_cli import Outcome, run_cli
 from stops import lines_of
 
-from secateur.cli import app, main
+from secateur.__main__ import main as begin
+from secateur.cli import app
 from secateur.evaluation.study import shipped_studies
 from secateur.recipe import parse_recipe
 
@@ -145,4 +146,4 @@ def test_help_has_an_example_and_the_console_script_is_main():
         if command == "compare":
             assert all(name in shown.stdout for name in shipped_studies())
     [script] = importlib.metadata.entry_points(group="console_scripts", name="secateur")
-    assert script.load() is main
+    assert script.load() is begin
