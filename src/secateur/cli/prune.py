@@ -43,9 +43,7 @@ def inspect(
     sets: common.Sets = None,
     as_json: common.Json = False,
 ) -> None:
-    """Say what MODEL consists of, and what a run would leave or could remove, without its
-    weights.
-    """
+    """Say what MODEL consists of, and what a run would leave, without its weights."""
     parsed = _recipe_of(recipe, preset, {"remove": {"share": remove, "to": to}}, None, sets)
     with common.progress_bar() as progress:
         inspection = secateur.inspect(model, parsed, progress=progress)
@@ -142,9 +140,7 @@ def measure(
     ] = False,
     overwrite: common.Overwrite = False,
 ) -> None:
-    """Foretell what each size of MODEL would cost, before anything is cut; write curves and a page
-    to OUT.
-    """
+    """Foretell what each size of MODEL would cost before a cut; write curves and a page to OUT."""
     options = {"machine": {"device": device}}
     parsed = _recipe_of(recipe, preset, options, domain, sets, answers)
     if dry_run:
@@ -338,8 +334,7 @@ def trim(
     overwrite: common.Overwrite = False,
     force: common.Force = False,
 ) -> None:
-    """Keep the N tokens of MODEL that its domains need most, and write the smaller checkpoint to
-    OUT.
+    """Keep the N tokens of MODEL that its domains need most, and write the result to OUT.
 
     Every text still reads back as it was, in more tokens. Held-out text judges what that costs,
     domain by domain.
