@@ -148,6 +148,16 @@ def test_entry_points_that_are_wrong_are_a_sentence_each(installed, tmp_path):
     assert_sentences("extend", said)
 
 
+def test_entry_points_that_are_wrong_hide_no_others(installed: Callable[..., None]) -> None:
+    scores = {"obs": "absent:thing", "twice": "absent:thing", "broken": "absent:thing"}
+    installed("bad", {}, {"secateur.scores": scores})
+    installed("worse", {}, {"secateur.scores": {"twice": "absent:thing"}})
+    score = "from secateur import Score\nmine = Score(lambda inputs: inputs.reader_HF[0])\n"
+    installed("good", {"good_score.py": score}, {"secateur.scores": {"mine": "good_score:mine"}})
+    assert isinstance(find_score("mine"), Score) and find_score("wanda") is SCORES["wanda"]
+    assert "allowed: random, magnitude, wanda, flap, obs, paper, reap, broken, mine, twice;" in refusal(find_score, "x")
+
+
 def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCORES, "mine", Score(lambda inputs: inputs.reader_HF))
     statistics = Statistics.empty(3, torch.device("cpu"), gram=False)

@@ -4,7 +4,7 @@ In: a group of entry points, and what is built in. Out: names, or the objects, w
 package. Installing a package is enough: docs/extend.md. And where general text comes from.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata, resources
 from importlib.metadata import EntryPoint, PackageNotFoundError, PackagePath
@@ -90,26 +90,6 @@ def plugin_packages() -> dict[str, str]:
     )
 
 
-def plugins(group: str, taken: Collection[str]) -> dict[str, EntryPoint]:
-    """Return a group's entry points by name. Imports nothing.
-
-    Raises PluginError if a name is `taken` (built in), or registered twice.
-    """
-    points: dict[str, EntryPoint] = {}
-    for point in _entry_points(group):
-        if point.name in taken:
-            raise PluginError(
-                f"{where(point)}: the name is secateur's own; rename it in {_package(point)}."
-            )
-        if point.name in points:
-            raise PluginError(
-                f"{where(point)}: {_package(points[point.name])} has one of that name too; "
-                "uninstall one."
-            )
-        points[point.name] = point
-    return points
-
-
 def load_point(point: EntryPoint, kind: type[Loaded]) -> Loaded:
     """Return an entry point's object. Raises PluginError if it fails or is not of this kind."""
     try:
@@ -129,19 +109,31 @@ def load_point(point: EntryPoint, kind: type[Loaded]) -> Loaded:
 
 
 def look_up(group: str, name: str, built_in: Mapping[str, Loaded], kind: type[Loaded]) -> Loaded:
-    """Return what `name` stands for, built in or registered.
+    """Return what `name` stands for, built in or registered. Others of the group may be unusable.
 
-    Raises RecipeError for an unknown name, listing the known ones; PluginError as above.
+    Raises RecipeError for an unknown name, listing the known ones. Raises PluginError if a package
+    registers a built-in name, or two register the same, and as `load_point`.
     """
-    others = plugins(group, built_in)
-    if name in built_in:
+    named = [point for point in _entry_points(group) if point.name == name]
+    if not named and name in built_in:
         return built_in[name]
-    if name not in others:
-        names = [*built_in, *sorted(others)]
+    if not named:
+        names = [*built_in, *sorted({point.name for point in _entry_points(group)} - {*built_in})]
         raise RecipeError(
             f"unknown {_what(group)} '{name}'; allowed: {', '.join(names)}; {advice(name, names)}"
         )
-    return load_point(others[name], kind)
+
+    # A name that says two things is refused.
+    point, *others = named
+    if name in built_in:
+        raise PluginError(
+            f"{where(point)}: the name is secateur's own; rename it in {_package(point)}."
+        )
+    if others:
+        raise PluginError(
+            f"{where(others[0])}: {_package(point)} has one of that name too; uninstall one."
+        )
+    return load_point(point, kind)
 
 
 def where(point: EntryPoint) -> str:
