@@ -32,6 +32,8 @@ _DISK_ERRORS = {
 
 # What numpy says, without a number, if not all bytes find place.
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Not enough free space to write")
+# What tempfile says, which torch may ask as it is imported; the places that it tried follow.
+_NO_TEMPORARY = "No usable temporary directory"
 
 # No file that we read nests ten levels. Python's stack ends near a thousand.
 MAX_NESTING = 100
@@ -230,16 +232,17 @@ def disk_errors(place: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         rust = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
-        short = isinstance(error, OSError) and _SHORT_WRITE.search(str(error))
-        if number not in _DISK_ERRORS and not short:
+        system = error if isinstance(error, OSError) else OSError(int(rust[1]) if rust else 0, "")
+        if _NO_TEMPORARY in str(system):
+            raise CheckpointError(
+                f"{system.strerror}; set TMPDIR to a directory that has room and can be written."
+            ) from None
+        if system.errno not in _DISK_ERRORS and not _SHORT_WRITE.search(str(system)):
             raise
-        reason = _DISK_ERRORS.get(number or errno.ENOSPC)
-        # The second name of a copy is its target.
-        named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
-        shown = re.sub(
-            r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named or place)
-        )  # not the hidden name
+        reason = _DISK_ERRORS.get(system.errno or errno.ENOSPC)
+        # The second name of a copy is its target; of a hidden name that of what it becomes is told.
+        named = system.filename2 or system.filename or place
+        shown = re.sub(r"\.([^/]+)\.(partial-\d+|resume)", r"\1", str(named))
         raise CheckpointError(f"{shown}: {reason}.") from None
 
 

@@ -196,6 +196,25 @@ def test_ctrl_c_while_modules_are_imported_is_quiet():
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
+WITHOUT_TEMPORARY_FILES = """
+import runpy, sys, tempfile
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            tempfile.gettempdir()
+sys.meta_path.insert(0, Asking())
+tempfile._candidate_tempdir_list = lambda: ["/missing"]
+runpy.run_module("secateur", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_no_place_for_temporary_files_is_one_sentence(command):
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_TEMPORARY_FILES, command, "x"], stderr=-1, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("secateur: No usable temporary directory found in ['/missing']; set TMPDIR to ")
+
+
 def test_the_package_alone_imports_nothing_slow():
     ask = "import sys, secateur; print({'pydantic', 'typer', 'torch'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", ask], stdout=-1, text=True)
