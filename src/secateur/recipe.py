@@ -447,7 +447,7 @@ def as_recipe(recipe: AnyRecipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Path | str):
-        return parse_recipe(load_recipe(Path(recipe)), f"recipe {recipe}")
+        return parse_recipe(load_recipe(recipe), f"recipe {recipe}")
     return parse_recipe(recipe or {})
 
 
@@ -505,19 +505,23 @@ def recipe_over(base: Keys, changes: Recipe, but: Collection[str] = ()) -> Recip
     return parse_recipe(merged(base, keys), "recipe")
 
 
-def load_recipe(path: Path) -> Keys:
+def load_recipe(file: Path | str) -> Keys:
     """Read a recipe file as a plain mapping, so that options can override keys before validation.
 
-    Raises RecipeError if the file is missing, not UTF-8 or not YAML.
+    Raises RecipeError if the file is a web address, missing, not UTF-8 or not YAML.
     """
-    try:
-        data = yaml_of(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "it is a web address" if web_address(str(path)) else one_line(error)
+    where = f"recipe {file}"
+    if web_address(str(file)):
         raise RecipeError(
-            f"recipe {path}: cannot be read ({reason}); give a YAML file in UTF-8."
+            f"{where}: is a web address, and a recipe is a local file; download it, and give that."
+        )
+    try:
+        data = yaml_of(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{where}: cannot be read ({one_line(error)}); give a YAML file in UTF-8."
         ) from None
-    return {} if data is None else _mapping(data, f"recipe {path}")
+    return {} if data is None else _mapping(data, where)
 
 
 def dump_recipe(recipe: Recipe, *, places: bool = True) -> str:

@@ -253,7 +253,8 @@ Device = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A YAML recipe; the options here override it.")
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="A YAML recipe; the options here override it."),
 ]
 Preset = Annotated[
     str | None,

@@ -281,7 +281,7 @@ def prune_and_tell(out: Path, prune: "Callable[..., secateur.Result]") -> None:
 
 
 def _recipe_of(
-    file: Path | None,
+    file: str | None,
     preset: str | None,
     options: Keys,
     domains: list[str] | None,
