@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from secateur.errors import CheckpointError, RecipeError, one_line
+from secateur.errors import CheckpointError, RecipeError, SecateurError, one_line
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
@@ -117,10 +117,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def hidden_beside(path: Path) -> Path:
+    """Return where this process writes what becomes `path`."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`; when the block succeeds, it is renamed to `path`."""
-    staged = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    staged = hidden_beside(path)
     try:
         yield staged
         sync(staged)
@@ -225,11 +230,17 @@ def parse_count(text: str) -> int:
 def disk_errors(place: Path) -> Iterator[None]:
     """Turn a disk error inside the block into a CheckpointError naming `place`; others pass.
 
+    Sentences about what was written under the hidden name, which is then gone, name `place` too.
     safetensors and tokenizers raise their own exceptions (tokenizers a bare Exception) whose text
     has "(os error 28)".
     """
     try:
         yield
+    except SecateurError as error:
+        said = str(error).replace(str(hidden_beside(place)), str(place))
+        if said != str(error):
+            error.args = (f"{said.removesuffix('.')}; nothing was written.",)
+        raise
     except BaseException as error:
         rust = re.search(r"\(os error (\d+)\)", str(error))
         system = error if isinstance(error, OSError) else OSError(int(rust[1]) if rust else 0, "")

@@ -24,6 +24,7 @@ from secateur.facts import Record
 from secateur.files import (
     disk_errors,
     files_in,
+    hidden_beside,
     make_directory,
     missing_parents,
     remove_empty,
@@ -138,7 +139,7 @@ def staging(
     restore(out, tell)
     check_replaceable(out, overwrite=overwrite, protected=protected)
     made = missing_parents(out)
-    staged = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    staged = hidden_beside(out)
     shutil.rmtree(staged, ignore_errors=True)  # from a killed process with this id
     try:
         make_directory(staged, out)

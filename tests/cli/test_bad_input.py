@@ -26,7 +26,7 @@ from shown import assert_sentences
 
 from secateur.cli.common import last_word, stoppable
 from secateur.errors import CheckpointError
-from secateur.files import disk_errors
+from secateur.files import disk_errors, staged_file
 from secateur.result_directory import check_replaceable
 from secateur.store import HOW, place_beside
 
@@ -292,6 +292,13 @@ def test_disk_full_in_export(error, model, tmp_path, monkeypatch):
 def test_a_full_disk_is_that_of_the_file_which_was_written(names, said):
     with pytest.raises(CheckpointError, match=f"^{said}"), disk_errors(Path("out")):
         raise OSError(errno.ENOSPC, "No space left on device", *names)
+
+
+def test_what_is_wrong_with_a_file_names_it_as_it_will_be_called(tmp_path):
+    file = tmp_path / "out.gguf"
+    for said in (f"{file}: llama.cpp cannot load it; nothing was written.", "other: is wrong."):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(said)}$"), staged_file(file, overwrite=False) as staged:
+            raise CheckpointError("other: is wrong." if "other" in said else f"{staged}: llama.cpp cannot load it.")
 
 
 def test_usage_errors():

@@ -1,6 +1,8 @@
 """One group's step: what is measured, what the cut gets, what a later run repeats, and what the summary counts."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -132,10 +134,14 @@ def test_keep_json_names_layers_if_some_went_and_then_units(tmp_path):
 
 
 def test_a_result_that_does_not_reload_is_not_there(small, tmp_path, monkeypatch):
-    refuse = Mock(side_effect=CheckpointError("the directory does not hold this model."))
+    def is_another(directory: Path, *_: object) -> None:
+        raise CheckpointError(f"{directory}: does not hold this model.")
+
+    refuse = Mock(side_effect=is_another)
     monkeypatch.setattr("secateur.formats.save.verify_reload", refuse)
     model = tiny_llama()
-    with pytest.raises(CheckpointError, match="does not hold this model"):
+    said = re.escape(f"{tmp_path / 'out'}: does not hold this model; nothing was written.")
+    with pytest.raises(CheckpointError, match=f"^{said}$"):
         secateur.prune(model, grouped(small), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     _, ids, logits = refuse.call_args.args
