@@ -35,3 +35,5 @@ def test_a_stage_that_goes_on_or_begins_anew_has_a_clock_of_its_own(monkeypatch)
     assert foretold(monkeypatch, "polish", goes_on) == [8 / 0.2, 16.0]  # too few steps for a second telling
     anew = ((124 + done, done, 3) for done in range(4))
     assert foretold(monkeypatch, "polish", [*goes_on, *anew]) == [3, 3, 3]
+    half = ((200 + done, done, 150) for done in (75, 80, 150))  # what an earlier call wrote took none of its seconds
+    assert foretold(monkeypatch, "answers", [*goes_on, *half]) == [75, 75]

@@ -93,11 +93,14 @@ class RunLog:
         have.
         """
         begun: dict[str, tuple[float, int]] = {}
+        reached: dict[str, int] = {}
 
         def listen(stage: str, done: int, total: int) -> None:
             progress(stage, done, total)
-            if done == 0 or stage not in begun:  # a training may go on from the middle
+            # A stage that goes back has begun anew, perhaps from the middle.
+            if stage not in begun or done == 0 or done < reached[stage]:
                 begun[stage], self.foretold[stage] = (time.perf_counter(), done), []
+            reached[stage] = done
             (start, before), told = begun[stage], self.foretold[stage]
             share = (done - before) / max(1, total - before)
             if len(told) < len(TELLING_SHARES) and share >= TELLING_SHARES[len(told)]:

@@ -56,14 +56,14 @@ def test_a_bar_that_begins_anew_has_a_clock_of_its_own(monkeypatch: Any) -> None
     terminal = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
     monkeypatch.setattr(common, "Console", lambda **_: terminal)
     with common.progress_bar() as listen:
-        for now in (0.0, 100.0):
-            for done in range(4):
+        for now, first in ((0.0, 0), (100.0, 0), (200.0, 1)):
+            for done in range(first, 4):
                 listen("prune", done, 3)
                 now += 10
-        [bars] = made
-        [task] = bars.tasks
-        assert (task.description, task.completed, task.total) == ("prune", 3, 3)
-        assert task.finished_time == 30, "from the second start to its end"
+            [bars] = made
+            [task] = bars.tasks
+            assert (task.description, task.completed, task.total) == ("prune", 3, 3)
+            assert task.finished_time == 10 * (3 - first), "from this start to its end"
 
 
 def said(capsys: Any, steps: Iterable[tuple[float, str, int, int]]) -> list[str]:

@@ -121,6 +121,16 @@ def test_reading_prompts_and_steps_of_few_rows_move_the_progress_too(monkeypatch
     assert [heard[0], heard[1], heard[-1]] == [(0, total), (first, total), (total, total)]
 
 
+def test_a_stage_that_goes_on_begins_behind_what_is_written() -> None:
+    """Else it is foretold at a speed that no model has."""
+    heard = list[int]()
+    dense = Answers(speaker(talkative()), {"a": ASKED}, at_once)
+    dense.blocks("a", {"learning": 2})
+    before = sum(len(conversation.ids_T) for conversation in dense.written["a", "learning"])
+    replace(dense, progress=lambda _, done, total: heard.append(done)).blocks("a", {"learning": 6})
+    assert heard[0] == before and heard == sorted(heard)
+
+
 def test_the_first_token_has_the_models_distribution() -> None:
     model = tiny_llama()
     prompt = [9, 8, 7]

@@ -160,7 +160,11 @@ class Answers:
         stage, length = f"answers, {domain}", self.speaker.length
         num_batches = 1 + -(-2 * sum(num_blocks.values()) // self.speaker.rows)
         total = sum(num_blocks.values()) * length + num_batches * STEP_TOKENS * (length // 2)
-        tell = _Counter(self.progress, stage, total)
+
+        def num_written() -> int:
+            return sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
+
+        tell = _Counter(self.progress, stage, total, num_written())
         while True:
             blocks: dict[Part, Blocks] = {
                 part: self._filled(domain, part, number, told)
@@ -172,9 +176,7 @@ class Answers:
             if not any(missing.values()):
                 self.progress(stage, total, total)
                 return blocks
-            tell.done = max(
-                tell.done, sum(_num_tokens(self._so_far(domain, part)) for part in num_blocks)
-            )
+            tell.done = max(tell.done, num_written())
             self._write(
                 [
                     request
