@@ -104,14 +104,7 @@ def shrunk(
     """
     config = copy.deepcopy(config)
     values, text = vars(config), config.get_text_config(decoder=True)
-    depth = next(
-        (
-            value
-            for key, value in values.items()
-            if _LAYERS.fullmatch(key) and isinstance(value, int)
-        ),
-        0,
-    )
+    depth = getattr(config, "num_hidden_layers", 0)
     tops = [
         value
         for key, value in values.items()
