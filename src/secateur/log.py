@@ -98,7 +98,7 @@ class RunLog:
         def listen(stage: str, done: int, total: int) -> None:
             progress(stage, done, total)
             # A stage that goes back has begun anew, perhaps from the middle.
-            if stage not in begun or done == 0 or done < reached[stage]:
+            if done < reached.get(stage, done + 1):
                 begun[stage], self.foretold[stage] = (time.perf_counter(), done), []
             reached[stage] = done
             (start, before), told = begun[stage], self.foretold[stage]

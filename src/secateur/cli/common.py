@@ -53,7 +53,7 @@ def progress_bar() -> Iterator[Progress]:
         if stage not in tasks:
             bars.start()  # not before: a run that fails at once prints only its sentence
             tasks[stage] = bars.add_task(stage, total=total)
-        if done == 0 or done < bars.tasks[tasks[stage]].completed:  # anew, by a clock of its own
+        if done < bars.tasks[tasks[stage]].completed:  # anew, which has a clock of its own
             bars.reset(tasks[stage], total=total, completed=done)
         bars.update(tasks[stage], completed=done, total=total)
 
