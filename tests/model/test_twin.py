@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from shown import assert_shown
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from secateur.model.twin import MOST_LAYERS, MOST_TOKENS, SMALL_MODEL, _scales, shrunk
 
@@ -62,3 +62,13 @@ def test_a_small_model_is_its_own_twin_first() -> None:
         None,
         next(_scales(config, 10**9)),
     ]
+
+
+def test_lists_by_layer_are_cut_whatever_the_config_calls_its_depth() -> None:
+    class Own(PreTrainedConfig):
+        n_layers: int = 6
+        kinds: list[str] | None = None
+
+    config = Own(kinds=["a", "b", "a", "b", "a", "b"])
+    small = shrunk(config, 2, MOST_LAYERS, MOST_TOKENS, 1, 1)
+    assert (small.n_layers, small.kinds) == (2, ["a", "b"])

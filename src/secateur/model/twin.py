@@ -104,7 +104,14 @@ def shrunk(
     """
     config = copy.deepcopy(config)
     values, text = vars(config), config.get_text_config(decoder=True)
-    depth = getattr(config, "num_hidden_layers", 0)
+    depth = next(
+        (
+            value
+            for key, value in values.items()
+            if _LAYERS.fullmatch(key) and isinstance(value, int)
+        ),
+        getattr(config, "num_hidden_layers", 0),  # of some types the length of a list
+    )
     tops = [
         value
         for key, value in values.items()
