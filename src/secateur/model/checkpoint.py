@@ -32,12 +32,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from secateur.errors import CheckpointError, one_line
+from secateur.errors import CheckpointError
 from secateur.files import read_json, sha256_of
-from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate, refused
+from secateur.model.config import TOKENIZER_FILES, directory_config, gguf_config, locate
 from secateur.model.modeling_per_layer import PerLayerModel, is_per_layer, per_layer_class
 from secateur.model.modules import linears_for_conv, shapes_of
-from secateur.model.stock import BAD_GGUF, BAD_VALUE, CausalLM, quiet_transformers, replaced
+from secateur.model.stock import (
+    BAD_GGUF,
+    BAD_VALUE,
+    CausalLM,
+    quiet_transformers,
+    refused,
+    replaced,
+)
 from secateur.model.tensors import (
     StoredTensor,
     deferred_tensors,
@@ -336,29 +343,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     Raises CheckpointError if none exists, or it needs remote code or missing packages.
     """
     directory = checkpoint.directory
-    try:
-        with quiet_transformers():
-            if checkpoint.gguf_file:
-                # AutoTokenizer would parse the whole file again to arrive at this class.
-                return PreTrainedTokenizerFast.from_pretrained(
-                    directory, gguf_file=checkpoint.gguf_file
-                )
-            _check_tokenizer_files(directory)
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, config=checkpoint.config, trust_remote_code=False
+    # tokenizers raises a bare Exception.
+    with refused(f"{directory}: its tokenizer cannot be loaded", (Exception,)), quiet_transformers():
+        if checkpoint.gguf_file:
+            # AutoTokenizer would parse the whole file again to arrive at this class.
+            return PreTrainedTokenizerFast.from_pretrained(
+                directory, gguf_file=checkpoint.gguf_file
             )
-            tokenizer("a word", verbose=False)  # some settings are read only now
-            check_rows(tokenizer, checkpoint.config.get_text_config().vocab_size, str(directory))
-            return tokenizer
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # tokenizers raises a bare Exception.
-        if type(error) is Exception or isinstance(error, (*BAD_GGUF, ImportError)):
-            raise CheckpointError(
-                f"{directory}: its tokenizer cannot be loaded ({one_line(error)})."
-            ) from None
-        raise
+        _check_tokenizer_files(directory)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=checkpoint.config, trust_remote_code=False
+        )
+        tokenizer("a word", verbose=False)  # some settings are read only now
+        check_rows(tokenizer, checkpoint.config.get_text_config().vocab_size, str(directory))
+        return tokenizer
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, where: str) -> None:

