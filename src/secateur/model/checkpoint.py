@@ -343,8 +343,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     Raises CheckpointError if none exists, or it needs remote code or missing packages.
     """
     directory = checkpoint.directory
+    problem = f"{directory}: its tokenizer cannot be loaded"
     # tokenizers raises a bare Exception.
-    with refused(f"{directory}: its tokenizer cannot be loaded", (Exception,)), quiet_transformers():
+    with refused(problem, (Exception,)), quiet_transformers():
         if checkpoint.gguf_file:
             # AutoTokenizer would parse the whole file again to arrive at this class.
             return PreTrainedTokenizerFast.from_pretrained(
