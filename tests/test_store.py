@@ -105,13 +105,15 @@ def test_every_bit_counts(tmp_path):
                 whole.write_bytes(content)
 
 
-def test_tensors_that_are_gone_are_damage(tmp_path):
+@pytest.mark.parametrize("damage", [lambda a: a.with_suffix(".safetensors").unlink(), lambda a: flip(a, -3)])
+def test_a_damaged_step_is_removed_and_told_once(damage, tmp_path):
+    Store(tmp_path).save("a", {"a": torch.ones(2)}, {})
+    damage(tmp_path / "a.json")
     heard = list[str]()
-    kept(tmp_path)
-    (tmp_path / "tensors.safetensors").unlink()
     store = Store(tmp_path, tell=heard.append)
-    assert not store.has("tensors") and store.find("tensors") is None and len(heard) == 1
-    assert not list(tmp_path.glob("tensors*"))
+    assert not store.has("a") and store.find("a") is None and store.find("a") is None
+    assert heard == [f"{tmp_path}: a, finished by an earlier run, is damaged on disk, so it is done again."]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_without_a_directory_keeps_nothing():

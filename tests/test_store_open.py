@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import torch
 from damage import flip
 
 from secateur.errors import CheckpointError, NumericsError, RecipeError
@@ -61,6 +61,15 @@ def test_nothing_is_left_of_a_job_that_ends_well(tmp_path):
 def test_an_interrupted_job_says_how_to_go_on_and_goes_on(tmp_path):
     job = interrupted(tmp_path / "out")
     assert job.anew == ["text", "one", "two"] and job.said == [HOW]
+    half = place_beside(job.out) / ".one.json.tmp"  # as of a job that was killed
+    half.write_text("{")
+    # What ends a job before any step of its own leaves the earlier one's: a mistake; text that is known later.
+    with pytest.raises(RecipeError), Job(job.out).begun():
+        assert not half.exists()
+        raise RecipeError("x: y.")
+    with pytest.raises(CheckpointError, match="had other inputs: the text has changed; give those"):
+        with Job(job.out).begun() as store:
+            store.check_input("text", "other")
     again = Job(tmp_path / "out")
     with again.begun() as store:
         store.check_input("text", "hash")
@@ -96,15 +105,6 @@ def test_a_job_with_other_inputs_does_not_go_on(changed, said, tmp_path):
         assert again.value(store, "one", 5) == 1
 
 
-def test_text_that_becomes_known_later_is_an_input_too(tmp_path):
-    interrupted(tmp_path / "out")
-    again = Job(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="had other inputs: the text has changed; give those"):
-        with again.begun() as store:
-            store.check_input("text", "other")
-    assert place_beside(again.out).is_dir()
-
-
 KEPT: dict[BaseException, bool] = dict.fromkeys((RecipeError("x: y."), NumericsError("x: y.")), False)
 KEPT |= dict.fromkeys((CheckpointError("x: y."), OSError("disk"), ValueError("bug"), KeyboardInterrupt()), True)
 
@@ -113,14 +113,6 @@ KEPT |= dict.fromkeys((CheckpointError("x: y."), OSError("disk"), ValueError("bu
 def test_what_may_go_well_next_time_is_kept_and_what_would_fail_again_is_not(error, is_kept, tmp_path):
     job = interrupted(tmp_path / "out", error)
     assert list(tmp_path.iterdir()) == [place_beside(job.out)] * is_kept and job.said == [HOW] * is_kept
-
-
-def test_a_mistake_before_any_step_of_this_run_leaves_an_earlier_runs_steps(tmp_path):
-    interrupted(tmp_path / "out")
-    again = Job(tmp_path / "out")
-    with pytest.raises(RecipeError), again.begun():
-        raise RecipeError("x: y.")
-    assert place_beside(again.out).is_dir()
 
 
 def test_nothing_is_kept_where_no_step_was_finished(tmp_path):
@@ -141,50 +133,32 @@ def test_only_one_has_it_at_a_time(tmp_path):
 
 def test_a_store_older_than_its_result_is_of_a_job_that_ended(tmp_path):
     """Killed between the last renaming and the removal of the store."""
-    interrupted(tmp_path / "out")
-    store, out = place_beside(tmp_path / "out"), tmp_path / "out"
-    out.mkdir()
-    newest = max(file.stat().st_mtime for file in store.iterdir())
-    os.utime(out, (newest + 10, newest + 10))
-    with pytest.raises(CheckpointError), Job(out).begun():
-        pytest.fail("OUT is there")
-    assert not store.exists()
-    out.rmdir()
-    interrupted(out)
-    out.mkdir()
-    os.utime(out, (newest - 10, newest - 10))
-    with pytest.raises(CheckpointError), Job(out).begun():
-        pytest.fail("OUT is there")
-    assert store.exists()
-
-
-def test_half_written_files_of_a_killed_job_go(tmp_path):
-    interrupted(tmp_path / "out")
-    half = place_beside(tmp_path / "out") / ".one.json.tmp"
-    half.write_text("{")
-    job = Job(tmp_path / "out")
-    with job.begun():
-        assert not half.exists()
+    out, store = tmp_path / "out", place_beside(tmp_path / "out")
+    for seconds, is_left in ((10, False), (-10, True)):
+        interrupted(out)
+        out.mkdir()
+        at = max(file.stat().st_mtime for file in store.iterdir()) + seconds
+        os.utime(out, (at, at))
+        with pytest.raises(CheckpointError), Job(out).begun():
+            pytest.fail("OUT is there")
+        assert store.exists() == is_left
+        out.rmdir()
 
 
 def test_log_lines_of_a_step_are_written_again_and_those_before_it_are_not_its_own(tmp_path):
-    def compute(log: RunLog) -> int:
-        log.write({"event": "inner"})
-        return 1
-
     log, again = RunLog(), RunLog()
     log.write({"event": "before"})
-    store = Store(tmp_path, log=log)
-    store.value("one", lambda: compute(log))
+    Store(tmp_path, log=log).value("one", lambda: log.write({"event": "inner"}) or 1)
     assert Store(tmp_path, log=again).value("one", lambda: 2) == 1
     assert [line["event"] for line in log.lines] == ["before", "inner"]
     assert [line["event"] for line in again.lines] == ["inner"]
 
 
-def test_a_first_run_gets_the_types_that_a_later_one_reads(tmp_path):
-    store = Store(tmp_path)
-    made = store.value("one", lambda: {1: (2, 3), "path": Path("x")})
-    assert made == {"1": [2, 3], "path": "x"} == Store(tmp_path).value("one", lambda: None)
+def test_a_first_run_gets_the_types_that_a_later_one_reads_and_people_can_read_them(tmp_path):
+    made = Store(tmp_path).value("one", lambda: {1: (2, 3.5), "path": Path("x")})
+    assert made == {"1": [2, 3.5], "path": "x"} == Store(tmp_path).value("one", lambda: None)
+    record = json.loads((tmp_path / "one.json").read_text())
+    assert next(iter(record)) == "sha256" and record["value"] == made and record["step"] == "one"
 
 
 def test_steps_of_a_lasting_store_are_known_by_what_they_depend_on(tmp_path):
@@ -218,23 +192,6 @@ def test_changes_are_told_in_order_and_digests_are_not_spelt_out():
     assert changes_of({"a": "f" * 64}, {}) == changes_of({}, {"a": "f" * 64}) == ["a has changed"]
 
 
-def test_records_can_be_read_by_people_and_begin_with_their_digest(tmp_path):
-    Store(tmp_path).value("one", lambda: [1.5])
-    record = json.loads((tmp_path / "one.json").read_text())
-    assert next(iter(record)) == "sha256" and record["value"] == [1.5] and record["step"] == "one"
-
-
-def test_a_damaged_step_is_removed_and_done_once(tmp_path):
-    store = Store(tmp_path)
-    store.save("step", {"a": torch.ones(2)}, {})
-    flip(tmp_path / "step.json", -3)
-    said = list[str]()
-    again = Store(tmp_path, tell=said.append)
-    assert again.find("step") is None and again.find("step") is None and not again.has("step")
-    assert said == [f"{tmp_path}: step, finished by an earlier run, is damaged on disk, so it is done again."]
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("name", ["inputs", "input-text"])
 def test_without_its_inputs_nothing_of_it_counts(name, tmp_path):
     interrupted(tmp_path / "out")
@@ -259,13 +216,8 @@ def test_a_store_half_removed_is_void(tmp_path, monkeypatch):
 
 def test_a_file_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
     """Steps are not thrown away because of a permission or a mistake of the system."""
-    store = Store(tmp_path)
-    store.value("one", lambda: 1)
-
-    def refused(path: Path) -> bytes:
-        raise PermissionError(13, "denied", str(path))
-
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    Store(tmp_path).value("one", lambda: 1)
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "denied", "one.json")))
     with pytest.raises(PermissionError):
         Store(tmp_path).value("one", lambda: 2)
     monkeypatch.undo()
