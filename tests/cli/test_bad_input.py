@@ -163,88 +163,61 @@ def test_what_a_prune_is_asked_that_cannot_be(prune, model, texts, tmp_path, mon
         said[f"OUT {out}"] = sentence_of(prune(out=out))
     address = "https://huggingface.co/Qwen/Qwen2.5-0.5B"
     said["a web address"] = sentence_of(prune(source=address))
+    outcome = prune("--domain", "chat=missing.jsonl")
+    said["text that is not there"] = sentence_of(outcome)
+    assert outcome.stderr.count("\n") == 1, "before what the run would do"
+    refused(prune("--device", "mps"), "machine.device: torch finds no 'mps' here (Could not run ")
+    refused(prune(out="/proc/nowhere/out"), "OUT /proc/nowhere/out: no directory can be made there")
+    for name in ("x" * 300, "x" * 300 + "/out"):
+        refused(prune(out=tmp_path / name), f"{name}: no directory can be made there (File name too long)", longest=600)
     (model / "chat_template.jinja").write_text("{{ raise_exception('no questions') }}")
     said["a chat template that takes no question"] = sentence_of(prune("--answers", 0, evaluate=True))
     assert max(map(len, said.values())) < 400 + len(str(tmp_path)), "what is long is not printed whole"
     assert_sentences("cli/refused", said, tmp_path)
 
 
-def test_a_device_that_is_not_there(prune):
-    refused(prune("--device", "mps"), "machine.device: torch finds no 'mps' here (Could not run ")
-
-
-def test_missing_text_is_said_before_what_the_run_would_do(prune):
-    outcome = prune("--domain", "chat=missing.jsonl")
-    refused(outcome, "calibration files missing.jsonl: there is no such file; paths are relative to")
-    assert outcome.stderr.count("\n") == 1
-
-
-INTERRUPTED_WHILE_IMPORTED = """
-import runpy, signal, sys
-class Interrupting:
+# The command line in a process that does something as it imports a module.
+WHILE_IMPORTED = """
+import runpy, signal, sys, tempfile
+class Acting:
     def find_spec(self, name, path=None, target=None):
-        if name == "typer":
-            signal.raise_signal(signal.SIGINT)
-sys.meta_path.insert(0, Interrupting())
+        if name == "{module}":
+            {action}
+sys.meta_path.insert(0, Acting())
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("secateur", run_name="__main__", alter_sys=True)
-"""
-
-
-def test_ctrl_c_while_modules_are_imported_is_quiet():
-    ended = subprocess.run([sys.executable, "-c", INTERRUPTED_WHILE_IMPORTED], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
-
-
-WITHOUT_TEMPORARY_FILES = """
-import runpy, sys, tempfile
-class Asking:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            tempfile.gettempdir()
-sys.meta_path.insert(0, Asking())
 tempfile._candidate_tempdir_list = lambda: ["/missing"]
 runpy.run_module("secateur", run_name="__main__", alter_sys=True)
 """
 
 
+def python(*arguments: str, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    options = {"env": os.environ | environment, "stdout": stdout, "stderr": subprocess.PIPE}
+    return subprocess.run([sys.executable, *arguments], text=True, **options)
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet():
+    ended = python("-c", WHILE_IMPORTED.format(module="typer", action="signal.raise_signal(signal.SIGINT)"))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("command", ["verify", "bench"])
 def test_no_place_for_temporary_files_is_one_sentence(command):
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_TEMPORARY_FILES, command, "x"], stderr=-1, text=True)
+    ended = python("-c", WHILE_IMPORTED.format(module="torch", action="tempfile.gettempdir()"), command, "x")
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("secateur: No usable temporary directory found in ['/missing']; set TMPDIR to ")
 
 
-def test_the_package_alone_imports_nothing_slow():
-    ask = "import sys, secateur; print({'pydantic', 'typer', 'torch'} & set(sys.modules))"
-    ended = subprocess.run([sys.executable, "-c", ask], stdout=-1, text=True)
-    assert ended.stdout == "set()\n"
-
-
 def test_a_full_disk_behind_the_standard_output():
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-m", "secateur", "recipe"], stdout=full, stderr=-1, text=True)
+        ended = python("-m", "secateur", "recipe", stdout=full)
     assert ended.returncode == 2 and ended.stderr.startswith("secateur: standard output: the disk is full; ")
 
 
-def test_a_terminal_without_columns():
-    ask = "from secateur.cli.common import CONSOLE; print(CONSOLE.width)"
-    ended = subprocess.run([sys.executable, "-c", ask], env={**os.environ, "COLUMNS": "0"}, stdout=-1, text=True)
-    assert ended.stdout == "80\n"
-
-
-def test_a_recipe_is_no_study(recipe_file, tmp_path):
-    refused(run_cli("compare", recipe_file, tmp_path / "out"), "has no question, so it is no study; give a recipe to")
-    long = {"question": "long? " * 99, "recipe": {"remove": 0.2}, "ratios": [0.2]}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(long))
-    refused(run_cli("compare", tmp_path / "study.yaml", tmp_path / "out"), "study.yaml: model: Field required, got {")
-    assert not (tmp_path / "out").exists()
-
-
-def test_out_that_the_system_refuses(prune, tmp_path):
-    refused(prune(out="/proc/nowhere/out"), "OUT /proc/nowhere/out: no directory can be made there")
-    for name in ("x" * 300, "x" * 300 + "/out"):
-        refused(prune(out=tmp_path / name), f"{name}: no directory can be made there (File name too long)", longest=600)
+def test_the_package_alone_imports_nothing_slow_and_a_terminal_may_have_no_columns():
+    ask = "import sys, secateur; print({'pydantic', 'typer', 'torch'} & set(sys.modules))"
+    ask += "; from secateur.cli.common import CONSOLE; print(CONSOLE.width)"
+    assert python("-c", ask, COLUMNS="0").stdout == "set()\n80\n"
 
 
 def test_a_result_beside_a_gguf_file_is_not_inside_a_model(tmp_path):
@@ -252,14 +225,28 @@ def test_a_result_beside_a_gguf_file_is_not_inside_a_model(tmp_path):
     check_replaceable(tmp_path / "out", overwrite=False, protected=tmp_path)
 
 
-def test_out_of_evaluate_and_compare_cannot_be_made(model, recipe, tmp_path, texts):
-    file = tmp_path / "study.yaml"
+def test_what_other_commands_are_asked_that_cannot_be(model, recipe_file, recipe, prune, tmp_path, texts):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    refused(run_cli("compare", recipe_file, out), "has no question, so it is no study; give a recipe to")
+    file.write_text(yaml.safe_dump({"question": "long? " * 99, "recipe": {"remove": 0.2}, "ratios": [0.2]}))
+    refused(run_cli("compare", file, out), "study.yaml: model: Field required, got {")
+    assert not out.exists()
     small = {"question": "Which?", "model": str(model), "ratios": [0.2], "seeds": [0], "methods": {"ours": {}}}
     file.write_text(yaml.safe_dump({**small, "recipe": grouped(recipe)}))
-    domain = ("--domain", f"mine={texts['prose']}", "--num-blocks", 1, "--sequence-length", 16)
     refused(run_cli("compare", file, "/dev/null"), "OUT /dev/null: no directory can be made there (")
+    domain = ("--domain", f"mine={texts['prose']}", "--num-blocks", 1, "--sequence-length", 16)
     outcome = run_cli("evaluate", model, "--out", "/proc/nowhere/out", *domain)
     refused(outcome, "OUT /proc/nowhere/out: no directory can be made there (")
+    inspected = run_cli("inspect", model, "--recipe", recipe_file, "--remove", "nan")
+    assert inspected.status == 2 and inspected.stderr == prune("--remove", "nan").stderr
+    for arguments, expected in {
+        "prune model": "Missing argument",
+        "prune model out --remvoe 0.2": "No such option: --remvoe",
+        "prnue model out": "No such command 'prnue'",
+    }.items():
+        outcome = run_cli(*arguments.split())
+        assert outcome.status == 2 and outcome.stdout == ""
+        assert expected in outcome.stderr and "Traceback" not in outcome.stderr
 
 
 # What numpy and the file system say; the first one has no number.
@@ -299,22 +286,6 @@ def test_what_is_wrong_with_a_file_names_it_as_it_will_be_called(tmp_path):
     for said in (f"{file}: llama.cpp cannot load it; nothing was written.", "other: is wrong."):
         with pytest.raises(CheckpointError, match=f"^{re.escape(said)}$"), staged_file(file, overwrite=False) as staged:
             raise CheckpointError("other: is wrong." if "other" in said else f"{staged}: llama.cpp cannot load it.")
-
-
-def test_usage_errors():
-    for arguments, expected in {
-        "prune model": "Missing argument",
-        "prune model out --remvoe 0.2": "No such option: --remvoe",
-        "prnue model out": "No such command 'prnue'",
-    }.items():
-        outcome = run_cli(*arguments.split())
-        assert outcome.status == 2 and outcome.stdout == ""
-        assert expected in outcome.stderr and "Traceback" not in outcome.stderr
-
-
-def test_inspect_refuses_what_prune_would(model, recipe_file, prune):
-    inspected = run_cli("inspect", model, "--recipe", recipe_file, "--remove", "nan")
-    assert inspected.status == 2 and inspected.stderr == prune("--remove", "nan").stderr
 
 
 # What is said is a file, too, so it is written when there is no limit.
