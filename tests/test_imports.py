@@ -3,7 +3,7 @@
 import ast
 import tokenize
 from collections.abc import Iterable, Iterator
-from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -104,11 +104,8 @@ def test_the_three_rules(module):
     assert not (is_in(module, WITHOUT_RECIPE) and "recipe" in own(module)), "kernels take numbers and tensors"
     assert is_in(module, WITH_TRANSFORMERS) or "transformers" not in roots, "transformers stays at the edges"
     assert is_in(module, WITH_RANKS) or "ranks" not in own(module), "who works on what is decided above the kernels"
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_optional_packages_are_imported_where_they_are_used(module):
-    assert not {name.split(".")[0] for name in imported(outside_functions(TREES[module]))} & ONLY_INSIDE_FUNCTIONS
+    at_once = {name.split(".")[0] for name in imported(outside_functions(TREES[module]))}
+    assert not at_once & ONLY_INSIDE_FUNCTIONS, "optional packages are imported where they are used"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -117,37 +114,17 @@ def test_modules_have_a_subject_and_an_end(module):
     assert len(own(module)) <= MAX_FAN_OUT
 
 
-def circles(imports: dict[str, set[str]]) -> list[set[str]]:
-    """Return the sets of modules that import each other, directly or through others."""
-
-    def reached(module: str) -> set[str]:
-        found, waiting = set[str](), list(imports[module])
-        while waiting:
-            name = waiting.pop()
-            if name in imports and name not in found:
-                found.add(name)
-                waiting += imports[name]
-        return found
-
-    behind = {module: reached(module) for module in imports}
-    alike = [{other for other in behind[module] if module in behind[other]} for module in imports]
-    return [circle for number, circle in enumerate(alike) if circle and circle not in alike[:number]]
-
-
 def loaded_with(modules: set[str]) -> set[str]:
     """Return the modules that are imported with these, and what each names of other packages, as PACKAGE.NAME."""
     names, waiting = set[str](), list(modules)
     while waiting:
         names.add(module := waiting.pop())
         nodes = list(outside_functions(TREES[module]))
-        waiting += [name for node in nodes for name in own_names(node) if name in MODULES and name not in names]
+        named = {name.removeprefix("secateur.") for name in imported(nodes)}
+        waiting += [name for name in named if name in MODULES and name not in names]
         froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
         names |= {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
     return names
-
-
-def own_names(node: ast.AST) -> set[str]:
-    return {name.removeprefix("secateur.") for name in imported([node])}
 
 
 def test_what_is_said_of_a_model_waits_for_nothing_that_trains():
@@ -162,34 +139,17 @@ def test_help_does_not_wait_for_torch():
     assert not {name for name in loaded_with({"cli.__init__", "cli.prune", "cli.measure"}) if name.startswith("torch")}
 
 
-def test_no_modules_import_each_other():
-    assert circles({module: own(module) for module in MODULES}) == []
+def test_modules_are_few_and_in_short_rows_that_never_lead_back():
+    imports, length = {module: own(module) & MODULES.keys() for module in MODULES}, dict[str, int]()
+    for module in TopologicalSorter(imports).static_order():  # an error names modules that import each other
+        length[module] = 1 + max((length[name] for name in imports[module]), default=0)
+    assert len(MODULES) <= MAX_MODULES and max(length.values()) <= MAX_CHAIN
 
 
-def longest_chain(imports: dict[str, set[str]]) -> int:
-    """Return how many modules stand in the longest row of modules that each import the next."""
-
-    @cache
-    def depth(module: str) -> int:
-        return 1 + max((depth(name) for name in imports[module] & imports.keys()), default=0)
-
-    return max(map(depth, imports))
-
-
-def test_modules_are_few_and_in_short_rows():
-    assert len(MODULES) <= MAX_MODULES
-    assert longest_chain({module: own(module) for module in MODULES}) <= MAX_CHAIN
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] in ("pruning", "recovery")])
-def test_a_run_knows_records_and_no_page(module):
+@pytest.mark.parametrize("module", [name for name in MODULES if is_in(name, {"pruning", "recovery", *RECORDS})])
+def test_runs_and_records_know_records_and_no_page(module):
     pages = {name for name in own(module) if name.startswith("report.")} - RECORDS
     assert not pages, f"{module} imports {sorted(pages)}; api writes what people read after the run"
-
-
-@pytest.mark.parametrize("module", sorted(RECORDS))
-def test_records_know_no_page(module):
-    assert not {name for name in own(module) if name.startswith("report.")} - RECORDS
 
 
 def test_the_package_stays_within_its_budget():
