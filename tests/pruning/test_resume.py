@@ -4,16 +4,21 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from damage import flip_a_bit
 from families import tiny_family
+from little import BEGUN
 from models import saved
 from old_results import old_result
 from recipes import grouped
@@ -80,48 +85,54 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes(name, checkpoints
     assert steps(out) == steps(expected(name))
 
 
+PRUNE = """
+import json, pathlib
+from recipes import grouped
+import secateur, secateur.api, secateur.report.report
+model, recipe, out, imported = sys.argv[1:]
+pathlib.Path(imported).touch()
+secateur.prune(model, grouped(json.loads(recipe)), out=out)
+"""
+
+
 @pytest.mark.slow  # by a clock; steps are stopped one by one above
-def test_killed_at_random_instants(checkpoints, recipe, expected, tmp_path):
+def test_killed_at_random_instants(checkpoints, recipe, expected, warm, tmp_path):
     """SIGKILL, each time at an instant drawn from the seconds of a whole run; then on until it is done.
 
     After every other kill one bit of the store flips: the step, or the whole store, must be done again.
     """
     out, choose, name, num_kills = tmp_path / "out", random.Random(0), "rounds", 30
-    wanted = {"model": str(checkpoints["llama"]), "recipe": asked(name, checkpoints["llama"], recipe), "out": str(out)}
-    child = subprocess.Popen(
-        [sys.executable, Path(__file__).parents[1].joinpath("resume_child.py")],
-        env=dict(os.environ),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    wanted, imported = json.dumps(asked(name, checkpoints["llama"], recipe)), tmp_path / "imported"
 
-    def run(kill_after: float | None) -> tuple[int, float]:
-        assert child.stdin and child.stdout
-        child.stdin.write(json.dumps({**wanted, "kill_after": kill_after}) + "\n")
-        child.stdin.flush()
-        answer = json.loads(child.stdout.readline())
-        return answer["status"], answer["seconds"]
+    def run(kill_after: float | None = None) -> tuple[int, float]:
+        """Return the exit status and the seconds behind all imports."""
+        command = [sys.executable, "-c", BEGUN + PRUNE, checkpoints["llama"], wanted, out, imported]
+        process = warm.start(command, dict(os.environ))
+        while psutil.pid_exists(process) and not imported.exists():
+            time.sleep(0.002)
+        imported.unlink()
+        start = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with suppress(ProcessLookupError):  # it may have ended before
+                os.kill(process, signal.SIGKILL)
+        return warm.wait(command).returncode, time.monotonic() - start
 
-    with child:
-        status, whole_seconds = run(None)
-        assert status == 0 and weights(out) == weights(expected(name))
-        shutil.rmtree(out)
-        kills = flips = 0
-        while kills < num_kills:
-            status, _ = run(choose.uniform(0.05, 1) * whole_seconds)
-            kills += status == -9
-            flips += kills % 2 and flip_a_bit(place_beside(out), choose)
-            assert status in (0, -9)
-            assert out.exists() or status == -9
-            if out.exists():  # also where the kill came between the last rename and the end
-                assert weights(out) == weights(expected(name))
-                shutil.rmtree(out)
-        assert flips >= num_kills // 4
-        if not out.exists():
-            assert run(None)[0] == 0
-        assert child.stdin
-        child.stdin.close()
+    status, whole_seconds = run()
+    assert status == 0 and weights(out) == weights(expected(name))
+    shutil.rmtree(out)
+    kills = flips = 0
+    while kills < num_kills:
+        status, _ = run(choose.uniform(0.05, 1) * whole_seconds)
+        kills += status == -9
+        flips += kills % 2 and flip_a_bit(place_beside(out), choose)
+        assert status in (0, -9)
+        assert out.exists() or status == -9
+        if out.exists():  # also where the kill came between the last rename and the end
+            assert weights(out) == weights(expected(name))
+            shutil.rmtree(out)
+    assert flips >= num_kills // 4
+    assert run()[0] == 0
     assert weights(out) == weights(expected(name)) and steps(out) == steps(expected(name))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

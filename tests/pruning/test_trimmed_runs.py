@@ -1,5 +1,6 @@
 """Tokens in a run's budget: what the model loses, what the losses count, and the same bytes by every way."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -49,24 +50,23 @@ def quick(monkeypatch) -> None:
 CHILD = Path(__file__).parents[1].joinpath("ranks_child.py")
 
 
+TOKENIZER, VOCABULARY = made("byte-level")
+NUM_ROWS = len(TOKENIZER) + NUM_PADDING
+
+
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
-    return with_words(tmp_path_factory.mktemp("tied"), tied=True)
+    return saved(tmp_path_factory.mktemp("tied"), tiny_llama(tied=True, vocab_size=NUM_ROWS), TOKENIZER)
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
-    return with_words(tmp_path_factory.mktemp("untied"), tied=False)
+    return saved(tmp_path_factory.mktemp("untied"), tiny_llama(vocab_size=NUM_ROWS), TOKENIZER)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def dense(request, tied, untied) -> Path:
-    return {"tied": tied, "untied": untied}[request.param]
-
-
-def with_words(place: Path, *, tied: bool) -> Path:
-    tokenizer, _ = made("byte-level")
-    return saved(place, tiny_llama(tied=tied, vocab_size=len(tokenizer) + NUM_PADDING), tokenizer)
+def dense(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 def loaded(place: Path) -> tuple[Any, Any]:
@@ -146,17 +146,13 @@ def test_a_trim_is_judged_on_its_own_before_channels_go(dense, cut):
     assert facts.foretold is not None and facts.foretold > 0
 
 
-def spread_out(asked: dict[str, Any], directory: Path, **changes: Any) -> Any:
-    """Return a recipe whose text has all of the tokenizer's words, and which leaves hardly any."""
-    domains = {"prose": {"files": [str(prose_file(directory))]}}
-    calibration = {"domains": domains, "num_tokens": 640, "sequence_length": 32}
-    return grouped({**asked, "vocabulary": 320, "calibration": calibration, **changes})
-
-
 @pytest.mark.parametrize("changes", [{}, {"groups": [], "evaluate": False}], ids=str)
 def test_a_trim_that_costs_too_much_is_not_written_but_by_force_nor_repeated(changes, untied, asked, tmp_path):
     """A model that knows nothing spreads its nats over more tokens: this trim costs more than half a nat."""
-    recipe = spread_out(asked, tmp_path, **changes)
+    # The text has all of the tokenizer's words, of which hardly any stay.
+    domains = {"prose": {"files": [str(prose_file(tmp_path))]}}
+    calibration = {"domains": domains, "num_tokens": 640, "sequence_length": 32}
+    recipe = grouped({**asked, "vocabulary": 320, "calibration": calibration, **changes})
     message = (
         r"^remove\.vocabulary: with 320 of its 708 tokens the model loses \d\.\d\d nats per token of held-out text "
         r"\(prose \d\.\d\d\), where the counts foretold \d\.\d\d, so nothing is written; .*--force\.$"
@@ -171,35 +167,31 @@ def test_a_trim_that_costs_too_much_is_not_written_but_by_force_nor_repeated(cha
         secateur.prune(untied, {}, out=tmp_path / "again", like=tmp_path / "out")
 
 
-def unigram_model(place: Path, weights: dict[int, float]) -> tuple[Path, Any]:
-    """Save a model with a chat template whose logits are the same everywhere: about 7 times these, else 0."""
-    tokenizer, _ = made("byte-level")
+def unigram_model(place: Path, likely: list[int]) -> Path:
+    """Save a model with a chat template whose logits are the same everywhere: about 21 of likely tokens, else 0."""
+    model, tokenizer = tiny_llama(vocab_size=NUM_ROWS), copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = tiny_tokenizer().chat_template
-    model = tiny_llama(vocab_size=len(tokenizer) + NUM_PADDING)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 50.0
         model.model.norm.weight[0] = 1.0
         model.lm_head.weight.zero_()
-        for index, weight in weights.items():
-            model.lm_head.weight[index, 0] = weight
-    return saved(place, model, tokenizer), tokenizer
+        model.lm_head.weight[likely, 0] = 3.0
+    return saved(place, model, tokenizer)
 
 
 def test_tokens_that_answers_alone_have_stay_and_those_of_their_prompts_go(untied, asked, tmp_path):
     asked = {**asked, "groups": [], "vocabulary": 448}
     plain = secateur.prune(untied, grouped(asked), out=tmp_path / "plain", force=True)
     stayed = set(kept_tokens_of(plain.out).dense_ids)
-    tokenizer, vocabulary = made("byte-level")
-    words = [i for i, text in vocabulary.texts.items() if i not in stayed and text.strip().isalpha() and len(text) > 3]
+    words = [i for i, text in VOCABULARY.texts.items() if i not in stayed and text.strip().isalpha() and len(text) > 3]
     said, prompted = words[:8], words[8:40]
-    prompts = [{"prompt": tokenizer.decode([prompted[n % len(prompted)]] * 4)} for n in range(60)]
+    prompts = [{"prompt": TOKENIZER.decode([prompted[n % len(prompted)]] * 4)} for n in range(60)]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in prompts), encoding="utf-8")
     chat = {"files": [str(file)], "column": "prompt", "answers": True}
     domains = {**asked["calibration"]["domains"], "chat": chat}
     recipe = grouped({**asked, "calibration": {**asked["calibration"], "domains": domains}})
-    model, _ = unigram_model(tmp_path / "model", dict.fromkeys(said, 3.0))
-    found = secateur.prune(model, recipe, out=tmp_path / "out", force=True)
+    found = secateur.prune(unigram_model(tmp_path / "model", said), recipe, out=tmp_path / "out", force=True)
     kept = set(kept_tokens_of(tmp_path / "out").dense_ids)
     assert set(said) <= kept and not kept & set(prompted)
     # What the trim cost these answers is in its verdict: nothing, as all of their tokens stayed.
@@ -271,7 +263,7 @@ def planned(model: Any, tokenizer: Any, short: dict[str, Any]) -> str:
 
 def test_what_auto_plans_where_tokens_cost_nothing(tied, asked):
     model, tokenizer = loaded(tied)
-    wide = tiny_llama(num_layers=1, vocab_size=len(tokenizer) + NUM_PADDING, intermediate_size=2304)
+    wide = tiny_llama(num_layers=1, vocab_size=NUM_ROWS, intermediate_size=2304)
     # 20 tokens less than go to 448 are 960 parameters; a step of widths is 3,456 for all layers, 1,152 for one.
     few_too_many = (model.config.vocab_size - 448 - 20) * token_prices(model, 1) / num_params(model)
     cases = [
@@ -311,12 +303,14 @@ def test_auto_keeps_more_tokens_where_trims_are_measured_to_cost_more(tied, aske
     assert chosen == {0.0: (388, [0, 68, 196, 388]), 0.002: (260, [0, 68, 196, 260]), 1.0: (0, [0, 68, 196])}
 
 
-def test_auto_measures_nothing_where_layers_take_more_than_the_share(tied, asked, monkeypatch):
+def test_what_no_trim_can_mend_is_told_before_auto_measures(tied, asked, tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.pruning.trim._channel_law", None)
-    recipe = grouped({**asked, "remove": 0.2, "depth": 1, "vocabulary": "auto"})
-    said = r"remove\.depth: 1 layers of 23,136 parameters each make it 0.224"
-    with pytest.raises(secateur.SecateurError, match=said):
-        secateur.prune(tied, recipe)
+    layers = r"remove\.depth: 1 layers of 23,136 parameters each make it 0.224"
+    with pytest.raises(secateur.SecateurError, match=layers):
+        secateur.prune(tied, grouped({**asked, "remove": 0.2, "depth": 1, "vocabulary": "auto"}))
+    model = saved(tmp_path / "bytes", tiny_llama(vocab_size=260), tiny_tokenizer())
+    with pytest.raises(secateur.RecipeError, match=r"none of the model's 260 rows can go, .*; leave it out\.$"):
+        secateur.prune(model, {"remove": {"groups": [], "vocabulary": 192}}, out=tmp_path / "out")
 
 
 def test_tokens_go_by_shares_of_domains_whatever_weighs_units_unless_the_worst_counts(tied, asked):
@@ -341,26 +335,17 @@ def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
     "changes", [{"groups": []}, {"groups": ["experts"], "removed_layers": [0], "vocabulary": None}]
 )
 def test_a_model_whose_ffns_are_all_of_experts_loses_tokens_and_layers(changes, asked):
-    tokenizer, _ = made("byte-level")
-    model = tiny_family("mixtral", vocab_size=len(tokenizer) + NUM_PADDING)
+    model = tiny_family("mixtral", vocab_size=NUM_ROWS)
     size, recipe = num_params(model), grouped({**asked, "remove": 0.5, **changes})
-    result = secateur.prune(model, recipe, tokenizer=tokenizer, force=True)
-    assert num_params(result.model) < size
-
-
-def test_a_model_whose_rows_are_all_needed_is_told_so(tmp_path):
-    model = saved(tmp_path / "bytes", tiny_llama(vocab_size=260), tiny_tokenizer())
-    with pytest.raises(secateur.RecipeError, match=r"none of the model's 260 rows can go, .*; leave it out\.$"):
-        secateur.prune(model, {"remove": {"groups": [], "vocabulary": 192}}, out=tmp_path / "out")
+    assert num_params(secateur.prune(model, recipe, tokenizer=TOKENIZER, force=True).model) < size
 
 
 def test_what_a_trim_reads_of_the_weights_is_told_by_the_run(asked, tmp_path):
     """The trim loads the weights, and the run that has them already said nothing on them."""
     pytest.importorskip("gguf")
-    tokenizer, _ = made("byte-level")
-    model = tiny_llama(vocab_size=len(tokenizer) + NUM_PADDING)
+    model = tiny_llama(vocab_size=NUM_ROWS)
     model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight * 1.001)
-    export_gguf(open_checkpoint(saved(tmp_path / "model", model, tokenizer)), tmp_path / "twice.gguf", "f32")
+    export_gguf(open_checkpoint(saved(tmp_path / "model", model, TOKENIZER)), tmp_path / "twice.gguf", "f32")
     result = secateur.prune(tmp_path / "twice.gguf", grouped(asked), force=True)
     assert any("one matrix twice" in note for note in result.summary.warnings)
 
@@ -393,9 +378,8 @@ def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
 
 
 def test_the_whole_vocabulary_as_a_size_leaves_channels_alone_to_go(tied, asked, tmp_path):
-    num_rows = AutoModelForCausalLM.from_pretrained(tied).config.vocab_size
-    assert num_rows % 64, "what `auto` saves if it takes no token need not be a multiple of 64"
-    for name, vocabulary in (("all", num_rows), ("none", None)):
+    assert NUM_ROWS % 64, "what `auto` saves if it takes no token need not be a multiple of 64"
+    for name, vocabulary in (("all", NUM_ROWS), ("none", None)):
         found = secateur.prune(tied, grouped({**asked, "vocabulary": vocabulary}), out=tmp_path / name, force=True)
         assert found.recipe.remove.vocabulary == vocabulary
     assert (tmp_path / "all/model.safetensors").read_bytes() == (tmp_path / "none/model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""The model card read as Markdown: names of models and domains are text, whatever they hold."""
+"""The model card read as Markdown, and the page: names of models and domains are text, whatever they hold."""
 
 import dataclasses
 import html
@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from page_checks import PageChecks
 
 from secateur.facts import Loss
 from secateur.recipe import Calibration, Domain, Recipe
-from secateur.report.page import Table, code, escaped, markdown
-from secateur.report.records import RecoveryRecord, Summary
-from secateur.report.report import model_card
-from secateur.report.rows import recovery_card
+from secateur.report.page import Table, code, escaped, markdown, render
+from secateur.report.records import RecoveryRecord, ResultFiles, Summary, VocabularyFacts
+from secateur.report.report import model_card, recovered_card, report_page
 from tests.report.test_shown import BARE, RECOVERY
 
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -49,21 +49,20 @@ def summary(model: str, domain: str, note: str, command: str) -> Summary:
     return dataclasses.replace(BARE, model=model, command=command, **changes)
 
 
-def card_of(run: Summary) -> str:
+def recipe_of(run: Summary) -> Recipe:
     # A recipe refuses such names; a card does not trust that one wrote it.
     domains = {name: Domain(installed="code") for name in run.calibration.num_tokens}
-    calibration = Calibration().model_copy(update={"domains": domains})
-    return model_card(run, Recipe().model_copy(update={"calibration": calibration}))
+    return Recipe().model_copy(update={"calibration": Calibration().model_copy(update={"domains": domains})})
 
 
 def test_the_three_domains_that_lost_most_are_named():
     lost = {"a": 3.2, "b": 3.4, "c": 2.9, "d": 3.3, "e": 3.1}
     pruned = {name: Loss(nats, 0.1, 100) for name, nats in lost.items()}
     dense = {name: Loss(3.0, 0.1, 100) for name in lost}
-    card = card_of(dataclasses.replace(summary("m", "a", "", ""), dense_losses=dense, pruned_losses=pruned))
+    run = dataclasses.replace(summary("m", "a", "", ""), dense_losses=dense, pruned_losses=pruned)
     times = {"b": 1.49, "d": 1.35, "a": 1.22}
-    named = [f"{name} ({ratio} times the dense model's perplexity)" for name, ratio in times.items()]
-    assert f"It lost most on {', '.join(named)}. " in card
+    told = [f"{name} ({ratio} times the dense model's perplexity)" for name, ratio in times.items()]
+    assert f"It lost most on {', '.join(told)}. " in model_card(run, recipe_of(run))
 
 
 def recovery(name: str) -> RecoveryRecord:
@@ -73,6 +72,13 @@ def recovery(name: str) -> RecoveryRecord:
     return dataclasses.replace(
         RECOVERY, pruned=name, teacher=name, command=f"secateur recover {name}", content_hash="0", **changes
     )
+
+
+def named(name: str) -> ResultFiles:
+    """Return the files of a result, trimmed and recovered, in which all that has a name is called this."""
+    vocabulary = VocabularyFacts(1024, 512, {name: (1, 2)}, {name: (20, 2)}, {name: (1.0, 2.0)}, 0.125)
+    run = dataclasses.replace(summary(name, name, name, f"secateur prune {name} out"), vocabulary=vocabulary)
+    return ResultFiles(run, (), (), recipe_of(run), None, None, recovery(name))
 
 
 def tokens(text: str) -> list[Token]:
@@ -86,24 +92,20 @@ def shown(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_text_in_the_card(name):
-    card = card_of(summary(name, name, name, f"secateur prune {name} out"))
-    plain = card_of(summary("name", "name", "name", "secateur prune name out"))
+def test_names_are_text_in_the_card_and_on_the_page(name):
+    files, plain = named(name), named("name")
+    card, quiet = (recovered_card(model_card(each.summary, each.recipe), each.recovery) for each in (files, plain))
     _, front, body = card.split("---\n", 2)
-    said, quiet = (yaml.safe_load(each) for each in (front, plain.split("---\n", 2)[1]))
-    assert said == quiet  # what was given is named in the text alone
-    quiet = plain.split("---\n", 2)[2]
-    assert [token.type for token in tokens(body)] == [token.type for token in tokens(quiet)]
+    # What was given is named in the text alone.
+    assert yaml.safe_load(front) == yaml.safe_load(quiet.split("---\n", 2)[1])
+    assert [token.type for token in tokens(body)] == [token.type for token in tokens(quiet.split("---\n", 2)[2])]
     seen = html.unescape(re.sub(r"<[^>]*>", "", READER.render(body)))
-    # Title, verdict, row, calibration, overlap, note and caveat; the command shows it as code.
-    assert seen.count(shown(name)) >= 7
+    # Title, verdict, row, calibration, overlap, note and caveat; script and domain of tokens; the recovery.
+    assert seen.count(shown(name)) >= 14
     assert "<script" not in READER.render(body) and card.encode()
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_text_in_the_section_on_recovery(name):
-    found, quiet = (tokens(recovery_card(recovery(each))) for each in (name, "name"))
-    assert [token.type for token in found] == [token.type for token in quiet]
+    page, quiet = (render(report_page(each)) for each in (files, plain))
+    assert PageChecks(page).problems == [] and PageChecks(page).tags == PageChecks(quiet).tags
+    assert page.replace("&#39;", "&#x27;").replace("&#34;", "&quot;").count(html.escape(name)) >= 17
 
 
 @given(st.text(max_size=40))

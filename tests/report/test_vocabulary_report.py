@@ -1,7 +1,6 @@
-"""What a trim of the vocabulary is said to do: tokens counted independently, and every text shown as text."""
+"""What a trim of the vocabulary is said to do: tokens counted independently."""
 
 import dataclasses
-import html
 import re
 from typing import Any
 
@@ -9,16 +8,11 @@ import pytest
 import torch
 from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
 from models import tiny_llama
-from page_checks import PageChecks
-from test_card import HOSTILE, READER, card_of, shown, summary, tokens
 from texts import documents_of
 
 from secateur.facts import Loss
 from secateur.pruning.trimmed import vocabulary_facts
-from secateur.recipe import Recipe
-from secateur.report.page import Page, render
-from secateur.report.records import ResultFiles, Summary, VocabularyFacts
-from secateur.report.report import removed_section
+from secateur.report.records import VocabularyFacts
 from secateur.stream.losses import predicted_tokens
 from secateur.vocabulary.kept import KeptTokens, Trim
 from secateur.vocabulary.retokenised import retokenised
@@ -81,34 +75,3 @@ def test_scripts_count_tokens_that_have_their_letters(trim, facts):
     ):
         expected = (count(range(900), letters), count(trim.kept.dense_ids, letters))
         assert facts.scripts[script] == expected and expected[0] > expected[1] > 0, script
-
-
-def made(scripts: dict[str, tuple[int, int]], **changes: Any) -> VocabularyFacts:
-    domains, nats = {"a": (100, 110), "b": (300, 302)}, {"a": (2.5, 2.75), "b": (2.0, 1.99)}
-    return dataclasses.replace(VocabularyFacts(1024, 512, domains, scripts, nats, 0.125), **changes)
-
-
-def trimmed(facts: VocabularyFacts | None, name: str = "model") -> Summary:
-    return dataclasses.replace(summary(name, name, name, "secateur prune model out"), vocabulary=facts)
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_texts_of_tokens_and_names_are_text(name):
-    def facts(each: str) -> VocabularyFacts:
-        return made({each: (20, 2)}, by_domain={each: (1, 2)}, nats={each: (1.0, 2.0)})
-
-    card, plain = (card_of(trimmed(facts(each), each)) for each in (name, "name"))
-    body, quiet = (text.split("---\n", 2)[2] for text in (card, plain))
-    assert [token.type for token in tokens(body)] == [token.type for token in tokens(quiet)]
-    assert shown(name) in html.unescape(re.sub(r"<[^>]*>", "", READER.render(body)))
-    assert "<script" not in READER.render(body)
-    page, plain = (PageChecks(page_of(facts(each))) for each in (name, "name"))
-    assert (page.problems, page.tags) == ([], plain.tags) and html.escape(name) in page_of(facts(name)).replace(
-        "&#39;", "&#x27;"
-    ).replace("&#34;", "&quot;")
-
-
-def page_of(facts: VocabularyFacts) -> str:
-    section = removed_section(ResultFiles(trimmed(facts), (), (), Recipe(), None, None, None))
-    assert section is not None
-    return render(Page("title", "verdict", (), (section,)))
