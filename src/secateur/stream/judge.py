@@ -275,7 +275,7 @@ class Judge:
 
         Raises NumericsError if a loss is not finite.
         """
-        losses = self._losses(model, self.dense_text, None)
+        # First what may fail: a chat template of the user's own.
         if asks and self.dense_tokenizer.chat_template is not None:
             self._sheet = self._kept(
                 f"answers of {model.which}",
@@ -284,6 +284,7 @@ class Judge:
                 {"prompts": self._prompts, "tokens": ANSWER_TOKENS},
                 kind=AnswerSheet,
             )
+        losses = self._losses(model, self.dense_text, None)
         return Judgement(losses, losses.pop(OTHER))
 
     def pruned(self, model: ToJudge, *, speaks: bool = True) -> Judgement:
