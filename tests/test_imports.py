@@ -149,7 +149,7 @@ def test_modules_are_few_and_in_short_rows_that_never_lead_back():
 @pytest.mark.parametrize("module", [name for name in MODULES if is_in(name, {"pruning", "recovery", *RECORDS})])
 def test_runs_and_records_know_records_and_no_page(module):
     pages = {name for name in own(module) if name.startswith("report.")} - RECORDS
-    assert not pages, f"{module} imports {sorted(pages)}; api writes what people read after the run"
+    assert not pages, f"{module} imports {sorted(pages)}; a verb writes what people read after the run"
 
 
 def test_the_package_stays_within_its_budget():

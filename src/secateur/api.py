@@ -1,5 +1,4 @@
-"""`prune` is one run: open, plan, text, load, cut, polish, save, verify, result, page. `recover`
-trains its result.
+"""`prune` is one run: open, plan, text, load, cut, polish, save, verify, result, page.
 
 All that can be checked without weights is checked before a weight is read.
 """
@@ -7,6 +6,7 @@ All that can be checked without weights is checked before a weight is read.
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from secateur.evaluation.recover import recover
 from secateur.formats.save import Verification, prove_reload, save_checkpoint
 from secateur.log import Progress, Tell, mute, silent
 from secateur.model.stock import CausalLM, Tokenizer
@@ -30,13 +30,10 @@ from secateur.recipe import (
     RECIPE_FILE,
     AnyRecipe,
     Recipe,
-    RecoverySettings,
     as_recipe,
     dump_recipe,
 )
-from secateur.recovery import recover as recovery
-from secateur.report.records import RecoveryRecord
-from secateur.report.report import write_pages, write_recovered_pages
+from secateur.report.report import write_pages
 
 __all__ = ["Result", "prune", "prune_sizes", "recover"]
 
@@ -268,52 +265,3 @@ def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
         return prove_reload(
             run.model, directory, run.text.domains[0].held_out.ids_NT, services.progress
         )
-
-
-@joined()
-def recover(
-    pruned: str | Path,
-    teacher: str | Path,
-    recipe: AnyRecipe = None,
-    *,
-    out: str | Path,
-    tokens: int | None = None,
-    overwrite: bool = False,
-    other_dense: bool = False,
-    command: str = "",
-    progress: Progress = silent,
-    tell: Tell = mute,
-) -> RecoveryRecord | None:
-    """Train `pruned` to win back what pruning took from the dense `teacher`; write it to `out`.
-
-    `recipe`: the keys given here go over the recipe.yaml of `pruned`. Its key `recover` says how to
-    train, and on how many tokens. `tokens`: to train on, all domains together. `overwrite`: replace
-    `out` if it is a result. `other_dense`: the teacher is meant to be another model than `pruned`
-    was pruned from. `command`: how to repeat the run, for the model card. `progress`: called with
-    (stage, done, total). `tell`: gets lines of text, at every evaluation and of interrupted runs.
-
-    Returns the `RecoveryRecord` that recovery.json holds. The result is never worse: if what
-    the training minimises did not fall on held-out text, the old weights are written, and a note
-    says so.
-    Under torchrun or `accelerate launch` every process calls this; the first one writes, the others
-    return None.
-
-    Raises a SecateurError, one sentence, for everything that a user can correct: RecipeError for
-    the recipe and for missing packages, CheckpointError for models that do not fit each other.
-    """
-    changes = as_recipe(recipe)
-    if tokens is not None:
-        settings = (changes.recover or RecoverySettings()).model_copy(update={"num_tokens": tokens})
-        changes = changes.model_copy(update={"recover": settings})
-    return recovery.recover(
-        pruned,
-        teacher,
-        changes,
-        out=out,
-        finish=write_recovered_pages,
-        overwrite=overwrite,
-        other_dense=other_dense,
-        command=command,
-        progress=progress,
-        tell=tell,
-    )
