@@ -59,11 +59,8 @@ def test_a_result_is_a_line_and_its_tables_stand_on_their_own_and_are_escaped(ki
     assert kind in ("inspect", "bench") or "&lt;script&gt;" in html
 
 
-def test_the_table_of_a_run_is_that_of_its_summary(shown):
+def test_the_table_of_a_run_is_that_of_its_summary_and_a_number_has_none(shown):
     assert f"{shown['summary'].remove_reached:.1%} of all" in drawn(shown["prune"]) == drawn(shown["summary"])
-
-
-def test_what_has_no_table_is_one_sentence():
     with pytest.raises(secateur.RecipeError, match=r"^table: takes what prune, .* returned, got 3\.$"):
         secateur.table(3)
 
@@ -72,13 +69,6 @@ def test_what_was_left_out_of_the_text_is_said_in_results(shown):
     for notes in (shown["summary"].warnings, shown["evaluate"].notes):
         (note,) = (note for note in notes if "left out" in note)
         assert re.fullmatch(r"domain 'code': rows left out, since they hold no text: [1-9]\d*\.", note)
-
-
-def test_names_are_found_by_completion():
-    names = dir(secateur)
-    assert {"prune", "inspect", "Recipe", "bars", "__version__", *secateur.__all__} <= set(names)
-    assert "annotations" not in names and "import_module" not in names
-    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", secateur.__version__)
 
 
 WRONG: dict[str, tuple[type[Strict], dict[str, Any], str]] = {
@@ -98,9 +88,13 @@ def test_what_is_wrong_in_a_recipe_is_one_sentence(name):
     assert str(raised.value).startswith(sentence) and "\n" not in str(raised.value) and raised.value.__cause__ is None
 
 
-def test_recipes_are_made_as_before():
-    assert secateur.Recipe(remove=0.3) == parse_recipe({"remove": 0.3}) == secateur.Recipe(remove=Remove(share=0.3))
+def test_names_are_found_by_completion_and_make_recipes():
+    names = dir(secateur)
+    assert {"prune", "inspect", "Recipe", "bars", "__version__", *secateur.__all__} <= set(names)
+    assert "annotations" not in names and "import_module" not in names
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", secateur.__version__)
     assert "remove" in inspect.signature(secateur.Recipe).parameters
+    assert secateur.Recipe(remove=0.3) == parse_recipe({"remove": 0.3}) == secateur.Recipe(remove=Remove(share=0.3))
 
 
 def test_bars_follow_the_stages(capsys):

@@ -32,15 +32,8 @@ class Run:
     outcome: Outcome
     out: Path
 
-    def json(self, name: str) -> Any:
-        return json.loads((self.out / name).read_text(encoding="utf-8"))
-
-    def lines(self, event: str) -> list[dict[str, Any]]:
-        return lines_of(self.out, event)
-
-
-def run_prune(model: Path, out: Path, *options: object) -> Run:
-    return Run(run_cli("prune", model, out, *options), out)
+    def result(self) -> Any:
+        return json.loads((self.out / "result.json").read_text(encoding="utf-8"))
 
 
 def write_recipe(path: Path, recipe: dict[str, Any], **changes: Any) -> Path:
@@ -53,7 +46,7 @@ def happy(checkpoints, recipe, tmp_path_factory) -> Run:
     """One plain run with everything on; the tests below look at what it left."""
     place = tmp_path_factory.mktemp("happy")
     file = write_recipe(place / "mine.yaml", recipe)
-    return run_prune(checkpoints["llama"], place / "smaller", "--recipe", file)
+    return Run(run_cli("prune", checkpoints["llama"], place / "smaller", "--recipe", file), place / "smaller")
 
 
 def test_prune_ends_well_and_prints_one_table(happy):
@@ -65,32 +58,29 @@ def test_prune_ends_well_and_prints_one_table(happy):
     plan = "llama: removes 20.0% of all 100,176 parameters (ffn 112 -> 64) in 1 round"
     stages = [line for line in lines if plan not in line]
     assert len(stages) == len(lines) - 1
-    notes = happy.json("result.json")["warnings"]  # each said as soon as it is known
+    notes = happy.result()["warnings"]  # each said as soon as it is known
     assert all(line in notes or re.match(r"\d+:\d\d:\d\d ", line) for line in stages)
     assert "verify" in happy.outcome.stderr
 
 
-def test_the_result_directory_is_complete(happy):
+def test_the_result_directory_is_complete_and_its_records_agree(happy):
     names = "README.md chat_template.jinja config.json generation_config.json keep.json model.safetensors recipe.yaml"
     names += " report.html result.json run.jsonl tokenizer.json tokenizer_config.json"
     assert sorted(path.name for path in happy.out.iterdir()) == names.split()
     assert {path.name for path in happy.out.parent.iterdir()} == {"mine.yaml", "smaller"}
-
-
-def test_result_json_and_run_log_agree(happy):
-    result = happy.json("result.json")
+    result = happy.result()
     assert result["widths"] == {"ffn": [NUM_UNITS, NUM_KEEP, NUM_KEEP]}
     assert result["reload_max_abs_difference"] == 0
     # In seconds, foretold twice and as they were; loading and the proof have one step and are not told.
     assert len(result["foretold"]["prune, round 1 of 1"]) == 3
     assert not {"load", "verify"} & result["foretold"].keys()
-    steps = [(line["round"], line["layer"], line["group"]) for line in happy.lines("group")]
+    steps = [(line["round"], line["layer"], line["group"]) for line in lines_of(happy.out, "group")]
     assert steps == [(1, layer, "ffn") for layer in range(NUM_LAYERS)]
-    assert {(line["kept"], line["total"]) for line in happy.lines("group")} == {(NUM_KEEP, NUM_UNITS)}
+    assert {(line["kept"], line["total"]) for line in lines_of(happy.out, "group")} == {(NUM_KEEP, NUM_UNITS)}
 
 
 def test_inspect_promises_what_prune_reaches(happy, checkpoints):
-    result = happy.json("result.json")
+    result = happy.result()
     arguments = ("inspect", checkpoints["llama"], "--recipe", happy.out.parent / "mine.yaml")
     told = json.loads(run_cli(*arguments, "--json").stdout)
     assert told["num_params_after"] == result["pruned_size"]["num_params"]

@@ -27,10 +27,8 @@ def test_the_default_text_is_beside_the_prompts_of_a_file(texts):
 
 def test_answers_are_a_share_or_a_file(texts, tmp_path):
     asking = ("prune", "model", tmp_path / "out", "--answers")
-    no_share, named_twice = (
-        run_cli(*asking, "half"),
-        run_cli(*asking, texts["prose"], "--domain", f"answers={texts['code']}"),
-    )
+    no_share = run_cli(*asking, "half")
+    named_twice = run_cli(*asking, texts["prose"], "--domain", f"answers={texts['code']}")
     assert no_share.status == named_twice.status == 2
     assert "--answers half: is no share and no file; give a share from 0 to 1, or a file" in no_share.stderr
     assert "a domain of text is called 'answers'; call it by another name." in named_twice.stderr
@@ -56,7 +54,7 @@ def test_values_of_set_are_yaml():
     assert parse_sets(None) == {}
 
 
-def test_a_column_of_a_file(tmp_path, monkeypatch):
+def test_a_domain_is_a_file_or_a_column_of_it_or_its_name_or_those_of_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:name").write_text("")
     assert parse_domains(["a=rows.csv:question", "b=odd:name", "c=C:/x.txt", "d=plain.txt", "code"]) == {
@@ -66,9 +64,6 @@ def test_a_column_of_a_file(tmp_path, monkeypatch):
         "d": {"files": ["plain.txt"]},
         "code": {"installed": "code"},
     }
-
-
-def test_a_mixture_beside_a_file():
     found = parse_domains(["general", "chat=chat.jsonl"])
     assert found == {**mixtures()["general"], "chat": {"files": ["chat.jsonl"]}}
     assert parse_domains(["general=mine.txt"]) == {"general": {"files": ["mine.txt"]}}
@@ -84,10 +79,10 @@ def test_the_printed_recipe_is_the_preset(preset):
     assert parse_recipe(yaml.safe_load(with_recovery)).recover == RecoverySettings()
 
 
-@pytest.mark.parametrize("asked", ["--preset smallest --to 60K", "--preset quick --set remove.layers=[1]"])
-def test_a_size_or_layers_take_the_place_of_what_a_preset_says(asked, checkpoints):
-    shown = run_cli("inspect", checkpoints["llama"], *asked.split(), "--json")
-    assert shown.status == 0, shown.stderr
+def test_a_size_or_layers_take_the_place_of_what_a_preset_says(checkpoints):
+    for asked in ("--preset smallest --to 60K", "--preset quick --set remove.layers=[1]"):
+        shown = run_cli("inspect", checkpoints["llama"], *asked.split(), "--json")
+        assert shown.status == 0, shown.stderr
     twice = run_cli("inspect", checkpoints["llama"], "--set", "remove.layers=[1]", "--set", "remove.depth=2")
     assert twice.status == 2 and "remove.depth: 2 is not the number of remove.layers: [1]" in twice.stderr
 
@@ -103,8 +98,9 @@ def test_the_comments_of_the_recipe_are_the_docstrings():
     assert run_cli("recipe", "bset").stderr.endswith("did you mean 'best'?\n")
 
 
-def test_inspect_describes_the_model_whatever_is_asked(checkpoints, recipe_file):
-    shown = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", 0.9, "--json")
+def test_inspect_describes_the_model_but_for_what_no_share_can_mend(checkpoints, recipe_file):
+    inspect = ("inspect", checkpoints["llama"], "--recipe", recipe_file)
+    shown = run_cli(*inspect, "--remove", 0.9, "--json")
     assert shown.status == 0, shown.stderr
     told = json.loads(shown.stdout)
     assert told["remove_asked"] == 0.9 and told["remove_reached"] == pytest.approx(0.6114, abs=2e-3)
@@ -112,11 +108,8 @@ def test_inspect_describes_the_model_whatever_is_asked(checkpoints, recipe_file)
     assert "at most 0.6" in note
     found = re.search(r"shown is remove: (\S+)\.$", note)
     assert found is not None
-    assert run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--remove", found[1]).status == 0
-
-
-def test_inspect_still_refuses_what_no_share_can_mend(checkpoints, recipe_file):
-    outcome = run_cli("inspect", checkpoints["llama"], "--recipe", recipe_file, "--set", "remove.align=4096")
+    assert run_cli(*inspect, "--remove", found[1]).status == 0
+    outcome = run_cli(*inspect, "--set", "remove.align=4096")
     assert outcome.status == 2 and "at most 0.000" in outcome.stderr and "lower align" in outcome.stderr
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,18 @@ def asked(name: str, model: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("mixtral")
-    saved(place, tiny_family("mixtral").to(torch.bfloat16))
-    return place
+    return saved(tmp_path_factory.mktemp("mixtral"), tiny_family("mixtral").to(torch.bfloat16))
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoints, mixtral, recipe, tmp_path_factory) -> Callable[[str], Path]:
     """Where an uninterrupted run of a recipe has written."""
-    found: dict[str, Path] = {}
 
+    @cache
     def of(name: str) -> Path:
-        if name not in found:
-            found[name] = tmp_path_factory.mktemp("expected") / "out"
-            model = mixtral if "experts" in name else checkpoints["llama"]
-            secateur.prune(model, grouped(asked(name, model, recipe)), out=found[name])
-        return found[name]
+        out, model = tmp_path_factory.mktemp("expected") / "out", mixtral if "experts" in name else checkpoints["llama"]
+        secateur.prune(model, grouped(asked(name, model, recipe)), out=out)
+        return out
 
     return of
 
@@ -143,10 +140,8 @@ def faults(tmp_path_factory) -> Path:
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("needs a C compiler on Linux")
-    built = tmp_path_factory.mktemp("faults") / "fault.so"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", built, Path(__file__).parents[1].joinpath("fault.c"), "-ldl"], check=True
-    )
+    built, source = tmp_path_factory.mktemp("faults") / "fault.so", Path(__file__).parents[1].joinpath("fault.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", built, source, "-ldl"], check=True)
     return built
 
 

@@ -82,14 +82,11 @@ def test_slopes_are_measured_at_the_share_that_this_round_takes():
     for group in arch.select(("ffn", "kv_heads")):
         count = plans[0].num_keep[group.layer, group.name]
         cut(decoder_layers(model, arch)[group.layer], group, torch.arange(count))
-    settings = settings_of(tiny_llama(), 2, **asked)
-    assert settings.perturbation == pytest.approx(1 - second / whole, rel=1e-12)
+    assert settings_of(tiny_llama(), 2, **asked).perturbation == pytest.approx(1 - second / whole, rel=1e-12)
     run = run_of(tiny_llama(), budget="curve", rounds=2, **asked)
     settings = settings_for(dataclasses.replace(run, model=model), 2)
     assert settings.perturbation == pytest.approx(1 - second / first, rel=1e-12)
-
-
-def test_slopes_are_measured_as_the_recipe_asks():
+    # And as the recipe asks.
     found = settings_of(tiny_llama(), 1, damping=0.25, domain_weighting="tokens")
     assert (found.damping, found.align) == (0.25, 8)
     assert found.weighting == "tokens" and found.shares == {"d0": 0.5, "d1": 0.5}
@@ -132,15 +129,13 @@ def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch)
     said = r"domains\.d0\.protect: its held-out loss has risen from 2\.000 to 3\.000 nats"
     with pytest.raises(RecipeError, match=said):
         watch.allowed_rise()
-
-
-def test_what_layers_took_counts_against_the_limits(monkeypatch):
-    losses = Mock(return_value={"d0": 2.5, "d1": 5.0})
-    monkeypatch.setattr(run, "watched_losses", losses)
+    # What layers took counts against the limits.
+    measure = Mock(return_value={"d0": 2.5, "d1": 5.0})
+    monkeypatch.setattr(run, "watched_losses", measure)
     found = run_of(tiny_llama(), budget="curve", rounds=3, **protected(d1=0.5))
     watch = LossWatch(dataclasses.replace(found, dense_losses=DENSE))
     assert watch.allowed_rise() == {"d1": 1.0}
-    losses.assert_called_once_with(watch.run, "without layers")
+    measure.assert_called_once_with(watch.run, "without layers")
 
 
 @pytest.mark.parametrize(

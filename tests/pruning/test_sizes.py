@@ -1,7 +1,7 @@
 """Several sizes in one walk: each is what a run of its own would be, to the byte, whatever stops them on the way."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,13 +33,12 @@ pytestmark = pytest.mark.usefixtures("unproved")
 @pytest.fixture(scope="module")
 def alone(checkpoints, recipe, tmp_path_factory) -> Callable[[str, float], Path]:
     """Where a run to one size has written."""
-    made: dict[tuple[str, float], Path] = {}
 
+    @cache
     def of(name: str, share: float) -> Path:
-        if (name, share) not in made:
-            made[name, share] = out = tmp_path_factory.mktemp("alone") / "out"
-            secateur.prune(checkpoints["llama"], grouped({**recipe, **RECIPES[name], "remove": share}), out=out)
-        return made[name, share]
+        out = tmp_path_factory.mktemp("alone") / "out"
+        secateur.prune(checkpoints["llama"], grouped({**recipe, **RECIPES[name], "remove": share}), out=out)
+        return out
 
     return of
 
@@ -126,8 +125,8 @@ def taught(checkpoints, texts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_prose(recipe) -> dict[str, Any]:
-    domains = {"prose": recipe["calibration"]["domains"]["prose"]}
+def by_prose(recipe, texts) -> dict[str, Any]:
+    domains = {"prose": {"files": [str(texts["prose"])]}}
     return grouped({**recipe, "calibration": {**recipe["calibration"], "domains": domains}})
 
 

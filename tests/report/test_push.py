@@ -106,12 +106,8 @@ def test_another_model_is_refused_and_named_where_it_is_meant(once, places):
 
 
 def test_swapped_arguments(once, places):
-    verbs = {
-        "bench": ("--against",),
-        "evaluate": ("--out", once / "x", "--against"),
-        "recover": ("--out", once / "x", "--teacher"),
-    }
-    for verb, options in verbs.items():
+    for words in ("bench --against", "evaluate --out x --against", "recover --out x --teacher"):
+        verb, *options = words.split()
         outcome = run_cli(verb, places["dense"], *options, once)
         assert outcome.status == 2 and "so the two are swapped" in outcome.stderr
 
@@ -165,24 +161,22 @@ def hub(monkeypatch, tmp_path) -> Hub:
     return found
 
 
-def test_a_repository_that_is_public_already_gets_nothing_unless_that_is_meant(places, hub, monkeypatch):
-    monkeypatch.setattr(hub, "model_info", lambda repo: SimpleNamespace(private=False))
-    assert "everybody can see this repository; give --public" in refusal(push, places["once"], "me/tiny-pruned")
-    assert not hub.place.exists()
-    assert push(places["once"], "me/tiny-pruned", public=True).url == "https://hub/me/tiny-pruned"
-    assert hub.place.is_dir()
-
-
-def test_what_the_hub_answers_is_told(places, hub, monkeypatch):
+def test_what_the_hub_answers_is_told_and_what_is_public_already_gets_nothing_unless_meant(places, hub, monkeypatch):
     answers: dict[str, Exception] = {"cut off": OSError("it is down")}
     for status in (401, 403, 500):
         answer: Any = SimpleNamespace(status_code=status, headers={}, request=None)
         answers[f"status {status}"] = HfHubHTTPError("it is down", response=answer)
-    said = dict[str, str]()
+    said, upload = dict[str, str](), hub.upload_folder
     for name, error in answers.items():
         monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=error))
         said[name] = refusal(push, places["once"], "me/tiny-pruned")
+    monkeypatch.setattr(hub, "upload_folder", upload)
+    monkeypatch.setattr(hub, "model_info", lambda repo: SimpleNamespace(private=False))
+    said["public already"] = refusal(push, places["once"], "me/tiny-pruned")
     assert_sentences("push/hub", said)
+    assert not hub.place.exists()
+    assert push(places["once"], "me/tiny-pruned", public=True).url == "https://hub/me/tiny-pruned"
+    assert hub.place.is_dir()
 
 
 def test_nothing_is_sent_but_what_the_run_and_later_commands_wrote(judged, hub, tmp_path):

@@ -34,11 +34,6 @@ def result(checkpoints, recipe, texts, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def copy(result: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(result, tmp_path / "copy"))
-
-
 def page_of(directory: Path) -> str:
     return (directory / "report.html").read_text(encoding="utf-8")
 
@@ -56,6 +51,10 @@ def test_prune_writes_a_well_formed_page_that_loads_and_runs_nothing(result):
     assert HOSTILE not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html  # whole in the tables
     assert "$\\frac$ 日本 &amp; " in html
+    # A link to it says what it is of.
+    said = dict(re.findall('<meta property="og:([a-z:]+)" content="([^"]*)">', html.split("</head>")[0]))
+    assert said["title"] == escape(f"{summary_of(result).model}, pruned by secateur")
+    assert unescape(said["description"]) == f"{verdict(summary_of(result))}."
 
 
 def test_bars_are_as_long_as_their_rows_say(result):
@@ -63,10 +62,8 @@ def test_bars_are_as_long_as_their_rows_say(result):
     quality, removed = (
         html.split(f'<section id="{name}"')[1].split("</section>")[0] for name in ("quality", "removed")
     )
-    rises = [
-        summary.pruned_losses[name].nats_per_token - dense.nats_per_token
-        for name, dense in summary.dense_losses.items()
-    ]
+    losses = zip(summary.pruned_losses.values(), summary.dense_losses.values(), strict=True)
+    rises = [pruned.nats_per_token - dense.nats_per_token for pruned, dense in losses]
     rises.append(sum(rises) / len(rises))
     shown = [float(width) for width in re.findall(r'<i style="width: ([\d.]+)%">', quality)]
     assert shown == [round(100 * max(0.0, rise) / max(*rises, 1e-9), 1) for rise in rises]
@@ -76,11 +73,9 @@ def test_bars_are_as_long_as_their_rows_say(result):
 
 
 def test_the_verdict_of_a_ruin_is_short_and_nothing_may_be_lost(result):
-    answers = OwnAnswers(48, 3000, 0.75, 1.17, 0.03, 0.8, (0.9, 0.85), (0.02, 0.05), ())
-
     def said(nats: float) -> str:
-        summary = dataclasses.replace(summary_of(result), remove_reached=0.1973)
-        return verdict(dataclasses.replace(summary, own_answers=dataclasses.replace(answers, nats=nats)))
+        answers = OwnAnswers(48, 3000, 0.75, nats, 0.03, 0.8, (0.9, 0.85), (0.02, 0.05), ())
+        return verdict(dataclasses.replace(summary_of(result), remove_reached=0.1973, own_answers=answers))
 
     assert "(x1000+ perplexity)" in said(1e4) and len(said(11.234)) <= 90
     assert said(0.75) == "20% smaller; lost nothing on the dense model's own answers (x1.00 perplexity)"
@@ -108,20 +103,6 @@ def test_a_sibling_and_a_recovery_are_repeated_by_what_made_them(result):
     assert "recover:" not in recovered
 
 
-def test_rebuilding_gives_the_same_bytes(copy):
-    before = page_of(copy)
-    (copy / "report.html").unlink()
-    write_page(copy)
-    assert page_of(copy) == before
-
-
-def test_a_link_to_the_page_says_what_it_is_of(result):
-    head = page_of(result).split("</head>")[0]
-    said = dict(re.findall('<meta property="og:([a-z:]+)" content="([^"]*)">', head))
-    assert said["title"] == escape(f"{summary_of(result).model}, pruned by secateur")
-    assert unescape(said["description"]) == f"{verdict(summary_of(result))}."
-
-
 def test_a_summary_goes_to_json_and_back(result):
     text = (result / "result.json").read_text(encoding="utf-8")
     assert Summary.from_json(text, "result.json").to_json() == text
@@ -129,23 +110,24 @@ def test_a_summary_goes_to_json_and_back(result):
         Summary.from_json(text.replace('"num_params"', '"count"', 1), "here")
 
 
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda d: (d / "result.json").unlink(), r"result\.json cannot be read .*; give a directory"),
-        (lambda d: (d / "run.jsonl").unlink(), r"run\.jsonl cannot be read"),
-        (lambda d: (d / "result.json").write_text("{"), r"result\.json: .*make it again"),
-        (lambda d: (d / "run.jsonl").write_text('{"event": "group"}\n'), r"run\.jsonl: round: field required; .*"),
-        (lambda d: (d / "recipe.yaml").write_text("remov: 1"), r"recipe .*unknown key 'remov'; did you mean 'remove'"),
-        (lambda d: (d / "bench.json").write_text("[]"), r"bench\.json: .*make it again"),
-    ],
-)
-def test_a_damaged_result_is_one_sentence(copy, damage, sentence):
-    before = page_of(copy)
-    damage(copy)
-    with pytest.raises(SecateurError, match=rf"^[^\n]*{sentence}[^\n]*$"):
-        write_page(copy)
+def test_a_page_is_rebuilt_to_the_same_bytes_or_a_damaged_result_is_one_sentence(result, tmp_path):
+    copy, before = Path(shutil.copytree(result, tmp_path / "copy")), page_of(result)
+    (copy / "report.html").unlink()
+    write_page(copy)
     assert page_of(copy) == before
+    for name, content, sentence in (
+        ("result.json", None, r"result\.json cannot be read .*; give a directory"),
+        ("run.jsonl", None, r"run\.jsonl cannot be read"),
+        ("result.json", "{", r"result\.json: .*make it again"),
+        ("run.jsonl", '{"event": "group"}\n', r"run\.jsonl: round: field required; .*"),
+        ("recipe.yaml", "remov: 1", r"recipe .*unknown key 'remov'; did you mean 'remove'"),
+        ("bench.json", "[]", r"bench\.json: .*make it again"),
+    ):
+        shutil.copytree(result, copy, dirs_exist_ok=True)
+        (copy / name).unlink(missing_ok=True) if content is None else (copy / name).write_text(content)
+        with pytest.raises(SecateurError, match=rf"^[^\n]*{sentence}[^\n]*$"):
+            write_page(copy)
+        assert page_of(copy) == before
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
