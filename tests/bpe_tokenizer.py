@@ -1,7 +1,5 @@
 """BPE tokenizers trained on a few sentences: byte-level and SentencePiece's, under each rule that GGUF export knows."""
 
-from collections.abc import Sequence
-
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,10 +16,8 @@ TEKKEN = (
 PATTERNS = {"llama-bpe": LLAMA3, "qwen2": QWEN2, "tekken": TEKKEN}
 SPACE = "\u2581"
 TEMPLATE = "{% for message in messages %}<|start|>{{ message['content'] }}<|end|>{% endfor %}"
-CORPUS = [
-    "the ferry leaves at 06:15, they said; it's 3.5 hours, isn't it?",
-    "def fare(distance):\n    return 12345\n",
-] * 9
+FERRY = "the ferry leaves at 06:15, they said; it's 3.5 hours, isn't it?"
+CORPUS = [FERRY, "def fare(distance):\n    return 12345\n"] * 9
 
 # Sentences in scripts that the text which is pruned on does not have.
 SAMPLES = {
@@ -34,9 +30,7 @@ SAMPLES = {
 }
 
 
-def bpe_tokenizer(
-    rule: str = "gpt-2", vocab_size: int = 310, corpus: Sequence[str] = CORPUS
-) -> PreTrainedTokenizerFast:
+def bpe_tokenizer(rule: str = "gpt-2", vocab_size: int = 310, corpus: list[str] = CORPUS) -> PreTrainedTokenizerFast:
     """Return a tokenizer with two special tokens and one added word that is not special."""
     backend = Tokenizer(models.BPE(ignore_merges=rule in ("llama-bpe", "tekken")))
     backend.pre_tokenizer = _rule(rule)
@@ -51,9 +45,8 @@ def bpe_tokenizer(
     )
     backend.train_from_iterator(corpus, trainer)
     backend.add_tokens([AddedToken("<think>", normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>", chat_template=TEMPLATE
-    )
+    special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **special)
 
 
 def sentencepiece_tokenizer(rule: str = "mistral", vocab_size: int = 380) -> PreTrainedTokenizerFast:
@@ -85,9 +78,8 @@ def sentencepiece_tokenizer(rule: str = "mistral", vocab_size: int = 380) -> Pre
     backend.add_tokens([AddedToken(token, normalized=False) for token in added])
     start = [("<s>", vocabulary["<s>"])]
     backend.post_processor = processors.TemplateProcessing("<s> $A", None, start)  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
-    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **named)
 
 
 def _rule(name: str) -> pre_tokenizers.PreTokenizer:

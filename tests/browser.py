@@ -30,15 +30,8 @@ class Loaded:
 def load(page: Path, scratch: Path) -> Loaded:
     """Load a page; `scratch`, a directory, takes the browser's own files."""
     log = scratch / "net.json"
-    command = [
-        str(CHROMIUM),
-        *FLAGS,
-        NO_NAMES,
-        f"--log-net-log={log}",
-        f"--user-data-dir={scratch / 'profile'}",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
+    command = [str(CHROMIUM), *FLAGS, NO_NAMES, f"--log-net-log={log}", f"--user-data-dir={scratch / 'profile'}"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=1200, check=True)
     events = [event.get("params", {}) for event in json.loads(log.read_text(encoding="utf-8"))["events"]]
     # What the browser wants for itself (updates, the time) has no origin.
     asked = {event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"}

@@ -86,12 +86,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoints(shared: Path) -> dict[str, Path]:
     """Directories with a model and a tokenizer, by name. Tests copy one before they damage it."""
-    models = {
-        "llama": tiny_llama(),
-        "llama-tied": tiny_llama(tied=True),
-        "qwen2": tiny_qwen2(),
-        "qwen2-tied": tiny_qwen2(tied=True),
-    }
+    makers = {"llama": tiny_llama, "qwen2": tiny_qwen2}
+    models = {name: make() for name, make in makers.items()}
+    models |= {f"{name}-tied": make(tied=True) for name, make in makers.items()}
     return {name: saved(shared / name, model) for name, model in models.items()}
 
 

@@ -6,15 +6,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
 from tiny_tokenizer import tiny_tokenizer
-from transformers import (
-    Gemma3ForCausalLM,
-    GemmaForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
 
 from secateur.facts import Size
 from secateur.model.bind import bind
@@ -32,21 +25,19 @@ def opened(model: Any, recipe: Recipe) -> Opened:
     return checked(Opened(None, model, bind(model), Size.of(model), recipe, model.device))
 
 
-def _tiny(
-    kind: Any, *, tied: bool = False, num_layers: int = 3, seed: int = 0, norm_mean: float = 1, **values: Any
-) -> Any:
+def _tiny(kind: Any, *, tied: bool = False, num_layers: int = 3, seed: int = 0, norm_mean: float = 1, **values: Any):
     """Return a random model of the class in eval mode; `values` replace those of its config."""
     return randomised(kind(kind.config_class(**sizes(tied, num_layers) | values)), seed, norm_mean)
 
 
-tiny_llama = partial(_tiny, LlamaForCausalLM)
-tiny_qwen2 = partial(_tiny, Qwen2ForCausalLM)
-tiny_qwen3 = partial(_tiny, Qwen3ForCausalLM, head_dim=16)
-tiny_mistral = partial(_tiny, MistralForCausalLM, sliding_window=8)
-tiny_gemma = partial(_tiny, GemmaForCausalLM, tied=True, norm_mean=0, head_dim=16)
+tiny_llama = partial(_tiny, transformers.LlamaForCausalLM)
+tiny_qwen2 = partial(_tiny, transformers.Qwen2ForCausalLM)
+tiny_qwen3 = partial(_tiny, transformers.Qwen3ForCausalLM, head_dim=16)
+tiny_mistral = partial(_tiny, transformers.MistralForCausalLM, sliding_window=8)
+tiny_gemma = partial(_tiny, transformers.GemmaForCausalLM, tied=True, norm_mean=0, head_dim=16)
 # Every other layer has a window.
 TWO_KINDS = {"query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 2}
-tiny_gemma3 = partial(_tiny, Gemma3ForCausalLM, tied=True, norm_mean=0, head_dim=16, **TWO_KINDS)
+tiny_gemma3 = partial(_tiny, transformers.Gemma3ForCausalLM, tied=True, norm_mean=0, head_dim=16, **TWO_KINDS)
 
 
 def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int = 320) -> torch.Tensor:

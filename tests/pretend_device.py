@@ -65,11 +65,8 @@ class Pretended(Tensor):
             raise RuntimeError(f"{name}: expected all tensors to be on the device {NAME}, found one on cpu")
         goes = [x for x in leaves if isinstance(x, torch.device)] + [torch.device(NAME)]
         found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs or {}))
-        written = [
-            value
-            for argument, value in _given(func, args, kwargs or {})
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
+        given = [(argument.alias_info, value) for argument, value in _given(func, args, kwargs or {})]
+        written = [value for alias, value in given if alias is not None and alias.is_write]
         if written and func._schema.returns:
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
         return tree_map(_wrapped, found) if goes[0].type == NAME else found
@@ -109,9 +106,8 @@ def _factories() -> Iterator[Any]:
         packet = getattr(torch.ops.aten, name)
         for operation in (getattr(packet, overload) for overload in packet.overloads()):
             has_device = any(argument.name == "device" for argument in operation._schema.arguments)
-            if has_device and not torch._C._dispatch_has_kernel_for_dispatch_key(
-                operation.name(), "CompositeImplicitAutograd"
-            ):
+            key = operation.name(), "CompositeImplicitAutograd"
+            if has_device and not torch._C._dispatch_has_kernel_for_dispatch_key(*key):
                 yield operation
 
 

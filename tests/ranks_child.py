@@ -41,10 +41,8 @@ def refusals() -> dict[str, list[str]]:
         raise RecipeError("a mistake")
 
     said: dict[str, list[str]] = {}
-    for name, call in {
-        "first": lambda: ranks.from_first(mistaken),
-        "same": lambda: ranks.check_same({"colour": f"of {ranks.rank()}"}),
-    }.items():
+    differ = {"colour": f"of {ranks.rank()}"}
+    for name, call in (("first", lambda: ranks.from_first(mistaken)), ("same", lambda: ranks.check_same(differ))):
         try:
             call()
             text = "nothing"

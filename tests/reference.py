@@ -70,11 +70,9 @@ def cut_damage(
     gone = columns_UW[lowest].flatten().tolist()
     change = torch.from_numpy(removal_change(weight_HF.double().numpy(), hessian_FF.numpy(), gone))
     pairs = [(_error(change, each.gram_FF), _error(change.abs(), each.gram_FF.abs())) for each in domains]
-    errors = [
-        [float(part) / each.energy if each.energy > 0 else 0.0 for part in pair]
-        for pair, each in zip(pairs, domains, strict=True)
-    ]
-    return torch.tensor(errors, dtype=torch.float64)[:, 0], torch.tensor(errors, dtype=torch.float64)[:, 1]
+    energies = torch.tensor([each.energy for each in domains], dtype=torch.float64)[:, None]
+    errors = torch.where(energies > 0, torch.tensor(pairs, dtype=torch.float64) / energies, 0.0)
+    return errors[:, 0], errors[:, 1]
 
 
 def scaled_into(weights_D: Tensor, floor: float) -> Tensor:

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-Array = np.ndarray
+Array, Units = np.ndarray, Sequence[Sequence[int]]
 
 # --- methods: which units go, what the rest becomes ---------------------------------------------------------------
 
@@ -74,18 +74,14 @@ def removal_error(reader_HF: Array, hessian_FF: Array, gone: Iterable[int]) -> f
     return float(np.trace(change @ hessian_FF @ change.T))
 
 
-def greedy_errors(
-    reader_HF: Array, hessian_FF: Array, units: Sequence[Sequence[int]], gone: Sequence[int]
-) -> dict[int, float]:
+def greedy_errors(reader_HF: Array, hessian_FF: Array, units: Units, gone: Sequence[int]) -> dict[int, float]:
     """What the error becomes if, after the units `gone`, one more goes and the rest is refitted: by unit."""
     before = [column for unit in gone for column in units[unit]]
     left = [unit for unit in range(len(units)) if unit not in gone]
     return {unit: removal_error(reader_HF, hessian_FF, [*before, *units[unit]]) for unit in left}
 
 
-def greedy_obs(
-    reader_HF: Array, hessian_FF: Array, units: Sequence[Sequence[int]], num_keep: int, batch: int
-) -> list[list[int]]:
+def greedy_obs(reader_HF: Array, hessian_FF: Array, units: Units, num_keep: int, batch: int) -> list[list[int]]:
     """The units that go, batch by batch: each time those of least error; the lower number first."""
     batches: list[list[int]] = []
     gone: list[int] = []
@@ -98,12 +94,7 @@ def greedy_obs(
 
 
 def output_error(
-    reader_HF: Array,
-    x_TF: Array,
-    keep: Sequence[int],
-    new_HS: Array,
-    *,
-    extra_TH: Array | float = 0.0,
+    reader_HF: Array, x_TF: Array, keep: Sequence[int], new_HS: Array, *, extra_TH: Array | float = 0.0
 ) -> float:
     """|y + extra - (x_S V' + b)|^2 over |y|^2, y = x W'."""
     own_TH = x_TF @ reader_HF.T
@@ -121,9 +112,7 @@ def guard(error_of: Callable[[float], dict[str, float]]) -> float:
     return 0.0
 
 
-def unit_scores(
-    name: str, reader_HF: Array, x_TF: Array, mass: float, units: Sequence[Sequence[int]], writers_U: Array
-) -> list[float]:
+def unit_scores(name: str, reader_HF: Array, x_TF: Array, mass: float, units: Units, writers_U: Array) -> list[float]:
     """The score of every unit. `x_TF`: rows times the root of their weight; `mass`: the sum of weights."""
     square_F, norm_F = (x_TF**2).sum(axis=0) / mass, (reader_HF**2).sum(axis=0)
     scores = []
@@ -139,7 +128,7 @@ def unit_scores(
     return scores
 
 
-def flap_scores(reader_HF: Array, mean_F: Array, mean_square_F: Array, units: Sequence[Sequence[int]]) -> list[float]:
+def flap_scores(reader_HF: Array, mean_F: Array, mean_square_F: Array, units: Units) -> list[float]:
     """var(x_j) |W_j|^2, summed over a unit's columns."""
     var_F, norm_F = mean_square_F - mean_F**2, (reader_HF**2).sum(axis=0)
     return [sum(var_F[j] * norm_F[j] for j in columns) for columns in units]

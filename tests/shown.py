@@ -24,13 +24,11 @@ def assert_shown(name: str, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         pytest.fail(f"{file} is written anew: read it")
-    differs = list(
-        unified_diff(file.read_text(encoding="utf-8").splitlines(), lines, "read", "shown now", n=2, lineterm="")
-    )
+    before = file.read_text(encoding="utf-8").splitlines()
+    differs = list(unified_diff(before, lines, "read", "shown now", n=2, lineterm=""))
     if differs:
-        pytest.fail(
-            "\n".join([f"{file}; if this is meant, WRITE_SHOWN=1 writes it anew:", *differs[:60]]), pytrace=False
-        )
+        said = f"{file}; if this is meant, WRITE_SHOWN=1 writes it anew:"
+        pytest.fail("\n".join([said, *differs[:60]]), pytrace=False)
 
 
 def refusal(function: Callable[..., object], *given: Any, **options: Any) -> str:

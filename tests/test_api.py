@@ -1,32 +1,19 @@
-"""The Python API: a model in memory is pruned in place and stays a model; paths work as on the command line."""
+"""The Python API: a model in memory is pruned in place and stays a model, which a path gives too."""
 
-import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from models import tiny_ids, tiny_llama
 from recipes import grouped
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import secateur
-from secateur.cli import app
 from secateur.model.checkpoint import check_in_memory, restore_buffers
 
 TOKENIZER = tiny_tokenizer()
-
-
-VERBS = ("prune", "measure", "inspect", "evaluate", "bench", "recover", "export", "push", "verify", "compare")
-KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
-    "prune": "remove to fit context type_name preset domains answers vocabulary keep_script polish "
-    "groups budget align rounds seed memory_budget device set",
-    "measure": "preset domains answers budget device set",
-    "inspect": "remove to fit context type_name preset polish groups budget align rounds memory_budget set",
-    "recover": "domains answers set",
-}
 
 
 def test_names_are_sorted_there_and_those_of_the_docs():
@@ -34,17 +21,6 @@ def test_names_are_sorted_there_and_those_of_the_docs():
     assert all(hasattr(secateur, name) for name in secateur.__all__)
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: secateur\.(\w+)$", page, flags=re.MULTILINE)) == secateur.__all__
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_words_of_the_command_line_are_those_of_the_function(verb):
-    of_the_terminal = {"json", "dry_run"}
-    renamed = {"domain": "domains", "type": "type_name", "from": "from_"}
-    takes = of_the_terminal | set(inspect.signature(secateur.__getattr__(verb)).parameters)
-    takes |= set(KEYS_OF_THE_RECIPE.get(verb, "").split())
-    for parameter in typer.main.get_command(app).commands[verb].params:
-        word = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
-        assert renamed.get(word, word) in takes
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
@@ -47,12 +48,8 @@ WORDS = "the pruned channels of a layer are read by one linear map and written b
 DOMAINS = {"prose": {"files": ["law.txt"]}, "chat": {"files": ["chat.jsonl"]}}
 SMALL = {"num_tokens": 640, "sequence_length": 32}
 SETS = [f"--set=calibration.{key}={value}" for key, value in SMALL.items()]
-SETS += [
-    "--set=calibration.domains={prose: {files: law.txt}}",
-    "--set=remove.align=8",
-    "--set=polish.num_tokens=64",
-    "--set=polish.batch_tokens=32",
-]
+SETS += ["--set=calibration.domains={prose: {files: law.txt}}"]
+SETS += ["--set=remove.align=8", "--set=polish.num_tokens=64", "--set=polish.batch_tokens=32"]
 # What makes a command small: words in place of others, and options behind it.
 INSTEAD = {
     "Qwen/Qwen2.5-0.5B-Instruct": "path/to/model",  # a hub id
@@ -103,16 +100,13 @@ def inline_code(page: str) -> Iterator[str]:
     yield from (" ".join(found.split()) for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """Yield the commands of a shell block as words, without comments."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words: list[str] = []
-        for word in (*shlex.split(line, comments=True), "&&"):
-            if word != "&&":
-                words.append(word)
-            elif words:
-                yield words
-                words = []
+def commands(page: str) -> Iterator[list[str]]:
+    """Yield the commands of a page's shell blocks as words, without comments."""
+    for line in "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for is_between, part in groupby(words, "&&".__eq__):
+            if not is_between:
+                yield list(part)
 
 
 def arguments(words: list[str]) -> list[str] | None:
@@ -201,28 +195,21 @@ def run_small(words: list[str]) -> None:
         parse_recipe(yaml.safe_load(done.stdout))
 
 
-def of_secateur(page: str) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the commands of a page's blocks, and their words behind `secateur`."""
-    for words in (words for block in blocks(page, "sh") for words in commands(block)):
-        given = arguments(words)
-        if given is not None:
-            yield words, given
-
-
 @pytest.mark.parametrize("page", pages_with("sh"))
 def test_the_commands_of_a_page_are_legal(page: str) -> None:
-    for words in (words for block in blocks(page, "sh") for words in commands(block)):
-        if arguments(words) is None:
+    for words in commands(page):
+        if given := arguments(words):
+            verb, *rest = given
+            COMMANDS[verb].make_context(verb, rest[: rest.index(">")] if ">" in rest else rest)
+        else:
             check_other(words)
-    for _, (verb, *rest) in of_secateur(page):
-        COMMANDS[verb].make_context(verb, rest[: rest.index(">")] if ">" in rest else rest)
 
 
 @pytest.mark.parametrize("page", fast_first(pages_with("sh")))
 def test_the_commands_of_a_page_run(page: str, inside: Path) -> None:
-    for words, given in of_secateur(page):
-        if Path(words[0]).name == "secateur" and not NOT_RUN.keys() & set(given):
-            run_small(given)
+    for words in commands(page):
+        if Path(words[0]).name == "secateur" and not NOT_RUN.keys() & set(words):
+            run_small(words[1:])
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - set(HISTORY)))
@@ -247,26 +234,21 @@ def test_recipes_are_recipes(page: str) -> None:
         assert parse_recipe(yaml.safe_load(block)) != Recipe() or "preset" in block
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
-def test_python_is_legal(page: str) -> None:
-    for block in blocks(page, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                assert all(hasattr(importlib.import_module(str(node.module)), each.name) for each in node.names)
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("secateur."):
-                function = getattr(secateur, ast.unparse(node.func).removeprefix("secateur."))
-                inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
+CODE = {page: blocks(page, "python") for page in pages_with("python")}
+SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")]
+CODE |= {file.name: [file.read_text(encoding="utf-8")] for file in SCRIPTS}
 
 
-@pytest.mark.parametrize(
-    "script", sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("tools/*.py")), ids=lambda path: path.name
-)
-def test_what_a_script_imports_is_there(script: Path) -> None:
-    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("secateur"):
+@pytest.mark.parametrize("place", sorted(CODE))
+def test_python_is_legal(place: str) -> None:
+    for node in (node for text in CODE[place] for node in ast.walk(ast.parse(text))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("secateur", "transformers"):
             module = importlib.import_module(str(node.module))
             for each in node.names:
                 assert hasattr(module, each.name) or find_spec(f"{node.module}.{each.name}"), each.name
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("secateur."):
+            function = getattr(secateur, ast.unparse(node.func).removeprefix("secateur."))
+            inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
 
 
 @pytest.mark.parametrize("page", fast_first(pages_with("python")))

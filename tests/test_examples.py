@@ -19,12 +19,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.slow
 
 
-def ran(place: Path, script: str, *arguments: object, path: Path | None = None) -> str:
+def ran(place: Path, script: str, *arguments: object, path: tuple[Path, ...] = ()) -> str:
     """Run a script in a directory, as a user would; return what it prints."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [*map(str, path), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -72,8 +71,7 @@ def test_own_score(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = EXAMPLES / "own_score"
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     lay_out(tmp_path, project["name"], {}, project["entry-points"])
-    path = os.pathsep.join([str(tmp_path), str(folder)])
-    said = ran(tmp_path, "own_score/loudness.py", checkpoints["llama"], path=Path(path))
+    said = ran(tmp_path, "own_score/loudness.py", checkpoints["llama"], path=(tmp_path, folder))
     assert [line.split(":")[0] for line in said.splitlines()] == ["random", "loudest", "obs"]
 
 

@@ -1,5 +1,6 @@
 """docs/extend.md is followed to the letter: its package is laid out as if installed, and used from outside."""
 
+import configparser
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from transformers import HeliumConfig, HeliumForCausalLM
 
 from secateur import PluginError, Score, plugins
 from secateur.data.sources import SOURCES
-from secateur.formats import gguf as export
+from secateur.formats.gguf import export as export_as
 from secateur.methods.scores import SCORES, ScoreInputs, find_score, scored
 from secateur.recipe import SCORE_NAMES, SOURCE_NAMES, parse_recipe
 from secateur.stream.statistics import Statistics
@@ -38,11 +39,10 @@ def lay_out(root: Path, name: str, files: dict[str, str], entry_points: dict[str
     metadata = root / f"{name.replace('-', '_')}-0.1.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n", encoding="utf-8")
-    groups = (
-        "\n".join([f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""])
-        for group, points in entry_points.items()
-    )
-    (metadata / "entry_points.txt").write_text("\n".join(groups), encoding="utf-8")
+    groups = configparser.ConfigParser()
+    groups.read_dict(entry_points)
+    with (metadata / "entry_points.txt").open("w", encoding="utf-8") as file:
+        groups.write(file)
 
 
 def printed_package() -> tuple[dict[str, str], dict[str, Any]]:
@@ -64,9 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def helium(site: Path) -> Path:
     """A tiny model."""
-    config = HeliumConfig(**sizes(), head_dim=12)
-    saved(site / "helium", randomised(HeliumForCausalLM(config), 0))
-    return site / "helium"
+    return saved(site / "helium", randomised(HeliumForCausalLM(HeliumConfig(**sizes(), head_dim=12)), 0))
 
 
 # The command line in a process of its own, which finds what lies in a directory: each argument is a command in JSON.
@@ -101,11 +99,9 @@ def test_the_package_of_the_page_prunes_and_exports(site, helium, texts, tmp_pat
     assert numpy.load(file)["model.layers.0.mlp.down_proj.weight"].shape == (48, width) and width < 112
     assert other_type[0] == checked[0] == 2
     assert "npz has f32 alone, got f16" in other_type[1] and "format npz has nothing that checks it" in checked[1]
-
-
-def test_without_the_package_its_names_are_unknown(helium: Path, tmp_path: Path) -> None:
-    assert "unknown choose.score 'loudest'; allowed: random, " in refusal(parse_recipe, grouped({"score": "loudest"}))
-    said = refusal(export.export, helium, tmp_path / "out.npz", format="npz")
+    # Without the package, as in this process, its names are unknown.
+    assert "unknown choose.score 'loudest'; allowed: random, " in refusal(parse_recipe, grouped(keys))
+    said = refusal(export_as, helium, tmp_path / "out.npz", format="npz")
     assert "unknown exporter 'npz'; allowed: gguf; give one of these" in said
 
 
@@ -131,7 +127,7 @@ def test_entry_points_that_are_wrong_are_a_sentence_each(installed, tmp_path):
         installed(package, {"bad/things.py": "thing = 3\n"}, {f"secateur.{k}": {v: module} for k, v in points.items()})
 
     def exporter(name: str) -> str:
-        return refusal(export.export, tmp_path, tmp_path / "out", format=name)
+        return refusal(export_as, tmp_path, tmp_path / "out", format=name)
 
     give("absent", "absent_module:mine", scores="mine")
     assert parse_recipe(grouped({"score": "mine"})).choose.score == "mine", "without an import"
@@ -156,6 +152,9 @@ def test_entry_points_that_are_wrong_hide_no_others(installed: Callable[..., Non
     installed("good", {"good_score.py": score}, {"secateur.scores": {"mine": "good_score:mine"}})
     assert isinstance(find_score("mine"), Score) and find_score("wanda") is SCORES["wanda"]
     assert "allowed: random, magnitude, wanda, flap, obs, paper, reap, broken, mine, twice;" in refusal(find_score, "x")
+    # The names that the recipe repeats are those of the tables.
+    assert tuple(SCORES) == SCORE_NAMES
+    assert tuple(SOURCES) == (*SOURCE_NAMES, "answers")  # without a source, the prompts that come with secateur
 
 
 def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +166,3 @@ def test_a_score_of_the_wrong_shape_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     for wrong in ({"needs": "routing"}, {"units": "experts"}):
         with pytest.raises(ValueError, match="units: experts have needs: routing and no others do"):
             Score(lambda inputs: inputs, **wrong)  # type: ignore[arg-type]
-
-
-def test_names_that_the_recipe_repeats_are_those_of_the_tables() -> None:
-    assert tuple(SCORES) == SCORE_NAMES
-    assert tuple(SOURCES) == (*SOURCE_NAMES, "answers")  # without a source, the prompts that come with secateur

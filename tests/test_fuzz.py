@@ -13,22 +13,16 @@ INPUTS = {"recipes": 60, "configs": 20, "headers": 30, "gguf": 40, "jsonl": 60, 
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> Any:
-    return SimpleNamespace(**run_path(str(TOOL)))
-
-
-@pytest.fixture(scope="module")
-def makers(fuzz, tmp_path_factory) -> Any:
-    return fuzz.kinds(tmp_path_factory.mktemp("seeds"))
-
-
-def test_every_kind_has_its_inputs(makers):
-    assert makers.keys() == INPUTS.keys()
+def fuzz(tmp_path_factory) -> Any:
+    tool = SimpleNamespace(**run_path(str(TOOL)))
+    tool.makers = tool.kinds(tmp_path_factory.mktemp("seeds"))
+    assert tool.makers.keys() == INPUTS.keys()
+    return tool
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and numpy on values that make no sense
 @pytest.mark.parametrize("name", INPUTS)
-def test_damaged_files_end_in_a_sentence(name, fuzz, makers):
-    counts, findings = fuzz.run(makers[name](), INPUTS[name], float("inf"), seed=0)
+def test_damaged_files_end_in_a_sentence(name, fuzz):
+    counts, findings = fuzz.run(fuzz.makers[name](), INPUTS[name], float("inf"), seed=0)
     assert not findings
     assert counts.total() == INPUTS[name] and min(counts["accepted"], counts["refused"]) >= INPUTS[name] // 20

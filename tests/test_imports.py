@@ -57,9 +57,8 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
 
 def own(module: str) -> set[str]:
     """Return the modules of secateur that this one imports, also inside functions, without their first part."""
-    return {
-        name.removeprefix("secateur.") for name in imported(ast.walk(TREES[module])) if name.startswith("secateur.")
-    }
+    names = imported(ast.walk(TREES[module]))
+    return {name.removeprefix("secateur.") for name in names if name.startswith("secateur.")}
 
 
 def tokens_of(module: str) -> int:

@@ -42,21 +42,17 @@ def test_levels_are_counted_and_no_depth_exhausts_the_stack(read):
             Summary.from_json(text, "where")
 
 
-@pytest.mark.parametrize("text", ["a: &a [x, y]\nb: [*a, *a]", "a: &a [1, *a]", "a: &a {x: 1}\nb: {<<: *a}"])
-def test_an_alias_is_refused_before_anything_is_built(text):
-    with pytest.raises(ValueError, match=r"it has an alias, \*name; write the value out"):
-        yaml_of(text)
-
-
 TAGS = ["!!timestamp x", "!!bool maybe", "!!int abc", "!!int ''", "0x_", "2001-99-99", "9" * 5000, "[", "*b", "\x00"]
 
 
-@pytest.mark.parametrize("value", TAGS, ids=range(len(TAGS)))
-def test_a_recipe_with_a_value_that_is_none(value, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(f"seed: {value}\n")
-    with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be read \(.*\); give a YAML file in UTF-8.$"):
-        as_recipe(file)
+def test_an_alias_and_a_value_that_is_none_are_refused_before_anything_is_built(tmp_path):
+    for text in ("a: &a [x, y]\nb: [*a, *a]", "a: &a [1, *a]", "a: &a {x: 1}\nb: {<<: *a}"):
+        with pytest.raises(ValueError, match=r"it has an alias, \*name; write the value out"):
+            yaml_of(text)
+    for value in TAGS:
+        (tmp_path / "recipe.yaml").write_text(f"seed: {value}\n")
+        with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be read \(.*\); give a YAML file in UTF-8.$"):
+            as_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_sentence_is_one_line_of_bounded_length():
@@ -115,14 +111,9 @@ def test_damaged_files_of_a_model(model):
     # A sentence that is too long is cut in its middle, where depends on the place.
     said = {about: re.sub(r"9{9}[9.]*", "9...9", sentence) for about, sentence in said.items()}
     assert_sentences("limits/files", said, model)
-
-
-def test_a_list_of_layers_that_names_none(model):
     (model / KEEP_FILE).write_text("{}")
     assert read_keeps(model, 3) == ((0, 1, 2), {}), "all stayed"
-
-
-def test_a_tokenizer_with_a_setting_that_only_its_use_reads(model):
+    # A setting that only its use reads.
     edit_json(model / "tokenizer_config.json", model_max_length=[9])
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
         load_tokenizer(open_checkpoint(model))

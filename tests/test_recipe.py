@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from secateur.errors import RecipeError
-from secateur.recipe import Domain, Recipe, as_recipe, dump_recipe, load_recipe, merged, parse_recipe
+from secateur.recipe import Recipe, as_recipe, dump_recipe, load_recipe, merged, parse_recipe
 
 TOOL = Path(__file__).parents[1] / "tools" / "recipe_page.py"
 
@@ -51,6 +51,7 @@ def test_the_page_of_the_recipe_is_what_the_schema_says():
         ("preset: [best]", r"unknown preset '\['best'\]'; allowed: best, "),
         ("remove: [0.2]", r"remove"),
         ("[1, 2]", r"a recipe is a mapping of keys to values, got list\.$"),
+        ("calibration: {domains: {a: {answers: true, share: 0}}}", r"share: .*greater than 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_the_key(text, message):
@@ -64,9 +65,7 @@ def test_bounds_are_allowed_where_the_text_says_so():
     found = parse_recipe({**edge, "recover": {"kl_share": 0}})
     assert (found.remove.depth, found.repair.target_mix, found.calibration.sequence_length) == (0, 1, 8)
     assert found.recover is not None and found.recover.kl_share == 0
-
-
-def test_no_polish_and_its_defaults_are_a_word_each():
+    # No polish and its defaults are a word each.
     assert parse_recipe({"polish": False}).polish.num_tokens == 0
     assert parse_recipe({"polish": "default"}).polish == parse_recipe({}).polish
 
@@ -95,6 +94,8 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     assert as_recipe(recipe) is recipe and as_recipe(None) == Recipe() and as_recipe(asked) == recipe
     assert recipe.calibration.domains["a"].source == ("files", ("x.txt",))
     assert recipe.calibration.domains["b"].source == ("answers", True)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.calibration.domains["b"].share = math.pi  # type: ignore[misc]
 
 
 def test_files_that_are_no_recipes(tmp_path):
@@ -125,21 +126,11 @@ def test_presets_lie_below_what_is_asked():
     assert parse_recipe({"preset": "quick", "remove": {"layers": [4]}}).remove.depth is None
 
 
-def test_a_domain_is_frozen_and_has_a_share_above_nothing():
-    with pytest.raises(RecipeError, match=r"share: .*greater than 0"):
-        parse_recipe({"calibration": {"domains": {"a": {"answers": True, "share": 0}}}})
-    with pytest.raises(ValueError, match="frozen"):
-        Domain(answers=True).share = math.pi  # type: ignore[misc]
-
-
-def test_a_written_recipe_says_every_default():
+def test_a_written_recipe_says_every_default_and_names_files_whole_unless_it_is_for_others():
     """A later version with other defaults must repeat the run."""
     written = yaml.safe_load(dump_recipe(Recipe()))
     assert written["repair"]["damping"] == 0.001 and written["choose"]["budget"] == "uniform"
     assert list(written) == ["seed", "remove", "choose", "repair", "calibration", "machine", "output", "polish"]
-
-
-def test_a_recipe_names_files_whole_unless_it_is_for_others():
     recipe = Recipe(calibration={"domains": {"mine": {"files": ["/home/me/a.txt"]}}})
     assert "- /home/me/a.txt" in dump_recipe(recipe)
     assert "- a.txt" in dump_recipe(recipe, places=False) and "/home" not in dump_recipe(recipe, places=False)

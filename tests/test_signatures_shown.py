@@ -51,9 +51,23 @@ def test_every_argument_of_the_functions_in_python() -> None:
     assert_shown("arguments", "\n".join(lines))
 
 
+KEYS_OF_THE_RECIPE = {  # options of the command line, keys of `recipe` in Python
+    "prune": "remove to fit context type_name preset domains answers vocabulary keep_script polish "
+    "groups budget align rounds seed memory_budget device set",
+    "measure": "preset domains answers budget device set",
+    "inspect": "remove to fit context type_name preset polish groups budget align rounds memory_budget set",
+    "recover": "domains answers set",
+}
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() & set(secateur.__all__)))
-def test_an_option_has_the_default_of_the_argument(name: str) -> None:
+def test_an_option_has_the_word_and_the_default_of_the_argument(name: str) -> None:
     arguments = inspect.signature(getattr(secateur, name)).parameters
+    renamed = {"domain": "domains", "type": "type_name", "from": "from_"}
+    words = {"json", "dry_run", *arguments, *KEYS_OF_THE_RECIPE.get(name, "").split()}
+    for each in COMMANDS[name].params:
+        word = max(each.opts, key=len).removeprefix("--").replace("-", "_")
+        assert renamed.get(word, word) in words
     told = {each.name: each.default for each in COMMANDS[name].params if not each.required}
     taken = {key: each.default for key, each in arguments.items() if each.default is not inspect.Parameter.empty}
     shared = told.keys() & taken.keys()

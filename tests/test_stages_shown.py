@@ -1,8 +1,10 @@
 """What every verb reports while it works: each stage with its steps, from none to all, and the lines it tells."""
 
+import inspect
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,39 +57,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_stages_of_every_verb(
-    place: Path, checkpoints: dict[str, Path], recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stages_of_every_verb(place, checkpoints, recipe, monkeypatch):
     monkeypatch.setattr("secateur.formats.save.verify_reload", lambda *_: Verification(0.0))
     model, out = checkpoints["llama"], place / "out"
 
-    def prune(*, model: Path = model, out: str | None = None, **changes: Any) -> Callable[..., Any]:
-        asked = grouped({**recipe, **changes})
-        return lambda **heard: secateur.prune(model, asked, out=None if out is None else place / out, **heard)
+    def prune(out: str, *, model: Path = model, **changes: Any) -> Callable[..., Any]:
+        return partial(secateur.prune, model, grouped({**recipe, **changes}), out=place / out)
 
+    training = {**TRAINING, "held_out_blocks": 1}
     less = {**recipe, "calibration": {**recipe["calibration"], "num_tokens": 640}}
     verbs: dict[str, Callable[..., Any]] = {
-        "prune, two rounds, trained": prune(out="out", rounds=2, remove=0.3, polish=TRAINING),
-        "prune, layers and widths by layer": prune(out="layers", depth=1, remove=0.45, budget="curve"),
-        "prune, tokens": prune(out="tokens", model=place / "words", vocabulary="auto", remove=0.3),
-        "prune, two sizes": lambda **heard: secateur.prune_sizes(
-            model, grouped(recipe), (0.1, 0.2), out=place / "sizes of it", **heard
-        ),
-        "evaluate": lambda **heard: secateur.evaluate(out, model, **heard),
-        "bench": lambda progress, tell: secateur.bench(
-            out, model, prompt_tokens=8, new_tokens=2, repeats=2, progress=progress
-        ),
-        "recover": lambda **heard: secateur.recover(
-            out, model, {"recover": {**TRAINING, "held_out_blocks": 1}}, out=place / "better", **heard
-        ),
-        "measure": lambda **heard: secateur.measure(model, grouped(less), out=place / "sizes", **heard),
-        "compare": lambda **heard: secateur.compare(place / "study.yaml", place / "cells", **heard),
-        "export": lambda progress, tell: secateur.export(
-            place / "words", place / "m.gguf", type_name="f16", check=False, progress=progress
-        ),
-        "verify": lambda progress, tell: secateur.verify(out, progress=progress),
-        "push": lambda progress, tell: secateur.push(out, "me/it", dry_run=True, progress=progress),
-        "inspect": lambda progress, tell: secateur.inspect(model, grouped(recipe), progress=progress),
+        "prune, two rounds, trained": prune("out", rounds=2, remove=0.3, polish=TRAINING),
+        "prune, layers and widths by layer": prune("layers", depth=1, remove=0.45, budget="curve"),
+        "prune, tokens": prune("tokens", model=place / "words", vocabulary="auto", remove=0.3),
+        "prune, two sizes": partial(secateur.prune_sizes, model, grouped(recipe), (0.1, 0.2), out=place / "two sizes"),
+        "evaluate": partial(secateur.evaluate, out, model),
+        "bench": partial(secateur.bench, out, model, prompt_tokens=8, new_tokens=2, repeats=2),
+        "recover": partial(secateur.recover, out, model, {"recover": training}, out=place / "better"),
+        "measure": partial(secateur.measure, model, grouped(less), out=place / "sizes"),
+        "compare": partial(secateur.compare, place / "study.yaml", place / "cells"),
+        "export": partial(secateur.export, place / "words", place / "m.gguf", type_name="f16", check=False),
+        "verify": partial(secateur.verify, out),
+        "push": partial(secateur.push, out, "me/it", dry_run=True),
+        "inspect": partial(secateur.inspect, model, grouped(recipe)),
     }
     study = {"question": "Which?", "model": str(model), "ratios": [0.2], "seeds": [0], "recipe": grouped(less)}
     study |= {"methods": {"ours": {}}, "evaluation": {"num_blocks": 2}}
@@ -96,7 +88,8 @@ def test_the_stages_of_every_verb(
     for name, verb in verbs.items():
         heard = Heard()
         with nullcontext() if name in TRAINS else saved_tensors_hooks(no_gradient, no_gradient):
-            result = verb(progress=heard.progress, tell=heard.lines.append)
+            tell = {"tell": heard.lines.append} if "tell" in inspect.signature(verb).parameters else {}
+            result = verb(progress=heard.progress, **tell)
         heard.lines += result.summary.warnings if isinstance(result, secateur.Result) else getattr(result, "notes", ())
         texts += [name, heard.text(place).replace(str(model.parent), "MODELS")]
     events = [line["event"] for line in lines_of(out)]

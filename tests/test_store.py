@@ -146,9 +146,8 @@ def test_what_another_program_has_sealed_is_damage(name, tmp_path):
     (tmp_path / "number.json").write_bytes(b'{"sha256": "%s",' % sha256(body).hexdigest().encode() + body)
     heard = list[str]()
     assert Store(tmp_path, tell=heard.append).value("number", lambda: "anew") == "anew"
-    assert len(heard) == 1 and heard[0].endswith(
-        "number, finished by an earlier run, is damaged on disk, so it is done again."
-    )
+    said = "number, finished by an earlier run, is damaged on disk, so it is done again."
+    assert len(heard) == 1 and heard[0].endswith(said)
 
 
 @pytest.mark.parametrize("first", [True, False])

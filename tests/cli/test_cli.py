@@ -99,9 +99,7 @@ def test_a_path_with_brackets_is_shown_as_it_is(checkpoints, recipe_file, tmp_pa
     assert "my [bold]:bug:: family llama" in run_cli("inspect", "my [bold]:bug:", "--recipe", recipe_file).stdout
 
 
-def test_options_stand_over_the_recipe_and_an_earlier_result_is_replaced(
-    checkpoints, recipe, texts, tmp_path, monkeypatch
-):
+def test_options_stand_over_the_recipe_and_an_old_result_is_replaced(checkpoints, recipe, texts, tmp_path, monkeypatch):
     write_recipe(tmp_path / "r.yaml", recipe, seed=1, evaluate=False)
     old_result(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
@@ -137,3 +135,22 @@ def test_help_has_an_example_and_the_console_script_is_main():
             assert all(name in shown.stdout for name in shipped_studies())
     [script] = importlib.metadata.entry_points(group="console_scripts", name="secateur")
     assert script.load() is begin
+
+
+def test_the_demo_prunes_times_writes_the_page_and_says_where_to_go(checkpoints, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.cli.measure.DEMO_MODEL", str(checkpoints["llama"]))
+    monkeypatch.setattr("secateur.cli.measure.DEMO_RECIPE", grouped({**recipe, "remove": 0.2}))
+    monkeypatch.setattr("secateur.cli.measure.DEMO_WORKLOAD", {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1})
+    out = tmp_path / f"a long {'name ' * 20}indeed"
+    run = run_cli("demo", out)
+    assert run.status == 0, run.stderr
+    assert f"\nThe page: {out / 'report.html'}\nThe best result: " in run.stdout, "a path is on one line"
+    assert f"Written to {out}. Load it with AutoModelForCausalLM.from_pretrained('{out}').\n" in run.stdout
+    told = " ".join(run.stdout.split())
+    parts = ["by a fifth", "minutes on two idle cores", "Written to", "prefill", "The page:"]
+    places = [told.index(part) for part in [*parts, "--remove 0.2 --preset best, an hour"]]
+    assert places == sorted(places), "what it will do, size and quality, speed, the page, what is best"
+    assert {"model.safetensors", "result.json", "bench.json", "report.html"} <= {path.name for path in out.iterdir()}
+    assert "tokens/s" in (out / "report.html").read_text()
+    again = run_cli("demo", out)
+    assert again.status == 2 and "already exists; choose a new directory or give --overwrite" in again.stderr

@@ -150,9 +150,7 @@ main()
 """
 
 
-def test_killed_between_the_two_renames_the_old_result_comes_back_and_is_told(
-    prune, out, checkpoints, recipe_file, warm
-):
+def test_killed_between_the_two_renames_the_old_result_comes_back(prune, out, checkpoints, recipe_file, warm):
     before = contents(out)
     command = ("prune", checkpoints["llama"], out, "--recipe", recipe_file, *QUICK)
     arguments = [sys.executable, "-c", BEGUN + KILLED, *map(str, command), "--overwrite"]

@@ -1,8 +1,8 @@
-"""A run whose text is half what the dense model answers, of which the answers alone count."""
+"""A run whose text is half what the dense model answers, which count alone; and any run judged by such answers."""
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,52 +34,56 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def recipe(files: Path, **calibration: Any) -> dict[str, Any]:
+def chatting(files: Path, **calibration: Any) -> dict[str, Any]:
     domains = {"chat": {"files": str(files / "chat.jsonl"), "answers": True}, "lines": {"files": str(files / "a.txt")}}
     text = {"num_tokens": 1152, "sequence_length": 32, "domains": domains, **calibration}
     return {"align": 8, "calibration": text, "polish": {"num_tokens": 640, "batch_tokens": 64}}
 
 
 @pytest.fixture(scope="module")
-def pruned(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def pruned(files: Path, tmp_path_factory: pytest.TempPathFactory) -> secateur.Result:
     out = tmp_path_factory.mktemp("run") / "out"
-    return secateur.prune(tiny_llama(), grouped(recipe(files)), tokenizer=TOKENIZER, out=out), out
+    return secateur.prune(tiny_llama(), grouped(chatting(files)), tokenizer=TOKENIZER, out=out)
 
 
-def test_a_run_learns_by_answers_and_is_judged_by_them(pruned: tuple[Any, Path]) -> None:
-    result, out = pruned
-    facts = result.summary.calibration
+def test_a_run_learns_by_answers_and_is_judged_by_them(pruned, checkpoints):
+    facts, ours = pruned.summary.calibration, pruned.summary.own_answers
     assert facts.num_tokens == {"chat": 576, "lines": 576} and facts.num_held_out_tokens["chat"] == 64
-    assert set(result.summary.pruned_losses) == {"chat", "lines"}
+    assert set(pruned.summary.pruned_losses) == {"chat", "lines"}
     # What the model draws is what it finds likely, and only that counts.
-    chat = result.summary.dense_losses["chat"]
+    chat = pruned.summary.dense_losses["chat"]
     assert chat.num_tokens < 64
-    assert chat.nats_per_token < result.summary.dense_losses["lines"].nats_per_token
-    assert "answers of the dense model" in (out / "report.html").read_text()
-    assert result.summary.polish.before["chat"].num_tokens < 64
+    assert chat.nats_per_token < pruned.summary.dense_losses["lines"].nats_per_token
+    assert "answers of the dense model" in (pruned.out / "report.html").read_text()
+    assert pruned.summary.polish.before["chat"].num_tokens < 64
+    # `evaluate` finds the same and keeps it.
+    found = secateur.evaluate(pruned.out, checkpoints["llama"]).own_answers
+    assert found.nats == pytest.approx(ours.nats, rel=1e-4)
+    assert (found.num_tokens, found.ended, found.shown) == (ours.num_tokens, ours.ended, ours.shown)
+    kept = json.loads((pruned.out / "evaluation.json").read_text())["own_answers"]
+    assert kept == json.loads(json.dumps(asdict(found)))
+    assert secateur.evaluate(pruned.out).own_answers is None
 
 
-def test_prompts_of_ones_own_judge_but_for_those_that_the_run_had(
-    pruned: tuple[Any, Path], files: Path, tmp_path: Path
-) -> None:
-    saved(tmp_path / "dense", tiny_llama(), TOKENIZER)
+def test_prompts_of_ones_own_judge_but_for_those_that_the_run_had(pruned, files, checkpoints, tmp_path):
+    dense, out = checkpoints["llama"], tmp_path / "out"
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"prompt": f"{word}"}) + "\n" for word in ("new", "a7", "other", "new")))
     asked = Domain(files=(str(own),), column="prompt", answers=True)
-    found = secateur.evaluate(pruned[1], tmp_path / "dense", prompts=asked, out=tmp_path / "out")
+    found = secateur.evaluate(pruned.out, dense, prompts=asked, out=out)
     assert found.own_answers is not None
     assert {pair.prompt for pair in found.own_answers.shown} == {"new", "other"} and found.own_answers.num_prompts == 2
     assert f"own answers are to 2 prompts of {own}; 1 that the run had to ask are left out." in found.notes
     had = Domain(files=(str(files / "chat.jsonl"),), answers=True)
     with pytest.raises(RecipeError, match="had all 60 of them"):
-        secateur.evaluate(pruned[1], tmp_path / "dense", prompts=had, out=tmp_path / "out")
-    command = run_cli("evaluate", pruned[1], "--prompts", f"{own}:prompt", "--out", tmp_path / "out")
+        secateur.evaluate(pruned.out, dense, prompts=had, out=out)
+    command = run_cli("evaluate", pruned.out, "--prompts", f"{own}:prompt", "--out", out)
     assert command.status == 2 and "--prompts: needs a dense model" in command.stderr
 
 
 def polished(files: Path, out: Path, **polish: Any) -> Any:
     """Return the run of a text that is nearly all lines, which a model learns by going its own way."""
-    asked = recipe(files)
+    asked = chatting(files)
     asked["calibration"]["domains"]["lines"]["share"] = 15
     asked["polish"] |= {"kl_share": 0.01, "learning_rate": 0.02, **polish}
     return secateur.prune(tiny_llama(), grouped(asked), tokenizer=TOKENIZER, out=out)
@@ -148,7 +152,7 @@ def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any]) -> None:
 def test_answers_to_other_prompts_are_not_taken_for_those_to_these(files: Path, tmp_path: Path) -> None:
     saved(tmp_path / "model", tiny_llama())
     text = shutil.copytree(files, tmp_path / "text")
-    prune = partial(secateur.prune, tmp_path / "model", grouped(recipe(text)), out=tmp_path / "out")
+    prune = partial(secateur.prune, tmp_path / "model", grouped(chatting(text)), out=tmp_path / "out")
     with pytest.raises(Stopped):
         prune(progress=killed_in("prune, round 1 of 1"))
     chats = text / "chat.jsonl"
@@ -179,3 +183,34 @@ def test_a_killed_run_goes_on_with_the_conversations_that_it_had(tmp_path: Path)
     assert len(in_steps(other, "x")(steps[:2])) == 2 and done == ["a", "b", "c", "c"]
     in_steps(other, "y")(steps[:2])
     assert done == ["a", "b", "c", "c", "a", "b"]
+
+
+def test_a_run_that_names_its_tokens_is_asked_the_prompts_that_go_with_them(checkpoints, recipe, pruned):
+    found = secateur.prune(checkpoints["llama"], grouped({**recipe, "remove": 0.2, "evaluate": 32})).summary
+    assert (found.own_answers.num_prompts, pruned.summary.own_answers.num_prompts) == (1, 2)
+    assert set(found.calibration.num_judged_tokens.values()) == {32}
+
+
+def test_a_run_in_float32_is_judged_the_same_with_and_without_room_for_all_layers(recipe, monkeypatch, tmp_path):
+    saved(tmp_path / "low", tiny_llama().to(torch.bfloat16))
+    asked = grouped({**recipe, "remove": 0.2, "compute_dtype": "float32"})
+    roomy = secateur.prune(tmp_path / "low", asked, out=tmp_path / "roomy")
+    told = secateur.inspect(tmp_path / "low", asked)
+    monkeypatch.setattr("secateur.pruning.cost.FREE_SHARE", 0.0)
+    by_layer = secateur.prune(tmp_path / "low", asked, out=tmp_path / "by_layer")
+    assert roomy.summary.own_answers == by_layer.summary.own_answers is not None
+    # All layers are in float32 there, not two of the three.
+    one_layer = sum(p.numel() for p in tiny_llama().model.layers[0].parameters())
+    assert told.memory.weights - secateur.inspect(tmp_path / "low", asked).memory.weights == 4 * one_layer
+    name = "model.safetensors"
+    assert (tmp_path / "roomy" / name).read_bytes() == (tmp_path / "by_layer" / name).read_bytes()
+
+
+def test_a_model_without_a_chat_template_is_not_asked(checkpoints, recipe, tmp_path):
+    plain = shutil.copytree(checkpoints["llama"], tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    summary = secateur.prune(plain, grouped({**recipe, "remove": 0.2})).summary
+    assert summary.own_answers is None and summary.other_text is not None

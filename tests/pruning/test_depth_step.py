@@ -47,12 +47,6 @@ def cut_down(model: Any, short: dict[str, Any], out: Path | None = None) -> seca
     return secateur.prune(model, grouped(short), tokenizer=TOKENIZER, out=out)
 
 
-def share_of(num_layers: int) -> float:
-    """Return the share of all parameters that so many layers have."""
-    model = tiny_llama(num_layers=6)
-    return num_layers * num_params(model.model.layers[0]) / num_params(model)
-
-
 def by_hand(model: Any, kept: list[dict[str, Any]]) -> Any:
     """Do to a dense model what keep.json says, in its order: first the layers, then the units of those left."""
     assert kept[0]["group"] == "layers"
@@ -89,10 +83,12 @@ def test_every_layer_is_logged_with_its_kl_and_patch(small, tmp_path, monkeypatc
         model.model.layers[0].self_attn.o_proj.weight *= 0.01
         model.model.layers[0].mlp.down_proj.weight *= 0.01
     monkeypatch.setattr(depth_step, "remove_depth", lambda run: runs.append(run) or remove_depth(run))
-    result = cut_down(copy.deepcopy(model), {**small, "depth": 3, "remove": share_of(3)}, tmp_path / "out")
+    gone = 3 * num_params(model.model.layers[0])
+    asked = {**small, "depth": 3, "remove": gone / num_params(model)}
+    result = cut_down(copy.deepcopy(model), asked, tmp_path / "out")
     lines = lines_of(tmp_path / "out", "layer")
     assert lines_of(tmp_path / "out", "group") == [] and {len(keep) for keep in result.keeps.values()} == {112}
-    assert num_params(result.model) == num_params(model) - 3 * num_params(model.model.layers[0])
+    assert num_params(result.model) == num_params(model) - gone
     assert [line["layer"] for line in lines] == [0, 2, 3]
     assert sorted(line["chosen"] for line in lines) == [1, 2, 3]
     batches = first_blocks(runs[0].batches(), 1)
@@ -164,10 +160,8 @@ def test_the_dense_stream_is_that_of_the_model_without_the_layers(small, monkeyp
     monkeypatch.setattr(Walk, "advance_dense", spy_walk)
     cut_down(dense(tiny_llama, (1,)), {**small, "depth": 1, "remove": 0.35, "rounds": 2, "target_mix": 0.5})
     ((run, model),) = after
-    patched = model.model.layers[0].mlp.down_proj.weight
-    assert run.arch.num_layers == 5 and not torch.equal(
-        patched, dense(tiny_llama, (1,)).model.layers[0].mlp.down_proj.weight
-    )
+    patched, whole = (each.model.layers[0].mlp.down_proj.weight for each in (model, dense(tiny_llama, (1,))))
+    assert run.arch.num_layers == 5 and not torch.equal(patched, whole)
     walk = Walk(model, run.arch, run.batches())
     for index in range(5):
         walk.advance(index)
@@ -186,9 +180,8 @@ def test_a_family_that_norms_what_an_ffn_gives_loses_layers_without_a_patch(smal
     result = cut_down(tiny_gemma3(num_layers=4), {**small, "depth": 1, "remove": 0.35}, tmp_path / "out")
     (line,) = lines_of(tmp_path / "out", "layer")
     assert "error_after" not in line and len(result.layers) == 3
-    torch.testing.assert_close(
-        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits_of(result.model), atol=1e-6, rtol=0
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(loaded), logits_of(result.model), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("qwen3_moe-mixed", 1), ("llama4", 0)])

@@ -1,8 +1,10 @@
 """All that a recipe and a model's shapes decide before a weight is read: layers, widths, text, memory and disk.
 
-One line for each case, or the sentence that refuses it; `test_resolve` has the formulas.
+One line for each case, or the sentence that refuses it; and some numbers that are worked out here by hand.
 """
 
+import math
+import re
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -10,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
-from models import opened, tiny_gemma3, tiny_llama
+from models import opened, sizes, tiny_gemma3, tiny_llama
 from recipes import grouped
 from shown import assert_shown
 
-from secateur.errors import SecateurError
+from secateur.errors import RecipeError, SecateurError
+from secateur.facts import Size
 from secateur.pruning.cost import disk_bytes, memory_for, with_polish_that_fits
 from secateur.pruning.inspect import gguf_files
 from secateur.pruning.open import Opened
 from secateur.pruning.prepare import foretold
-from secateur.pruning.resolve import nearest, resolve
+from secateur.pruning.resolve import Resolved, nearest, resolve
 from secateur.recipe import parse_recipe
 from secateur.stream.device import CPU
 from secateur.vocabulary.kept import KeptTokens, Trim
@@ -31,18 +34,18 @@ HEADS = ["ffn", "kv_heads"]
 TOKENIZER = bpe_tokenizer()
 
 
-def on_meta(**sizes: Any) -> Any:
+def on_meta(**values: Any) -> Any:
     """Return a llama of ten layers, as large as is said, without weights."""
     with torch.device("meta"):
-        return type(tiny_llama())(tiny_llama(num_layers=1).config.__class__(**sizes)).to(torch.bfloat16)
+        return type(tiny_llama())(tiny_llama(num_layers=1).config.__class__(**values)).to(torch.bfloat16)
 
 
 @cache
 def model_of(name: str) -> Any:
     if name == "large":
         heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
-        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "vocab_size": 32000}
-        return on_meta(**sizes, **heads)
+        large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "vocab_size": 32000}
+        return on_meta(**large, **heads)
     if name == "llama":
         return tiny_llama(num_layers=10, num_attention_heads=8, num_key_value_heads=8)
     return tiny_gemma3() if name == "gemma3" else tiny_family(name)
@@ -250,3 +253,75 @@ def test_what_it_decides_on_a_gpu() -> None:
     cases += [{"polish": {"num_tokens": 4096, "train": train}} for train in ("layers", "lora")]
     gpu = torch.device("cuda")
     assert_shown("plans/on-gpu", "\n".join(f"{short}\n{shown_plan('large', short, device=gpu)}" for short in cases))
+
+
+WIDTH = 112  # of an FFN of the tiny models
+
+
+def resolved(model: Any = None, **short: Any) -> Resolved:
+    """Resolve a recipe in short for a tiny llama of three layers, or for `model`."""
+    asked = {"align": 8, "calibration": FEW, **short}
+    asked["calibration"] = {"domains": {"mine": {"files": ["mine.txt"]}}, **asked["calibration"]}
+    return resolve(opened(model or tiny_llama(), parse_recipe(grouped(asked))))
+
+
+def test_layers_that_take_the_share_alone_leave_the_widths_whole():
+    model = tiny_llama(num_layers=6)
+    per_layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    share = 2 * per_layer / Size.of(model).num_params
+    found = resolved(model, remove=share, depth=2, rounds=2, budget="curve")
+    assert found.removals == (0.0,) and set(found.plans[0].num_keep.values()) == {WIDTH}
+    assert found.recipe.choose.rounds == 1
+    # One step of the least kind more or less is the widths' to give.
+    step = 4 * 8 * 3 * 48 / Size.of(model).num_params
+    assert resolved(model, remove=share + 0.4 * step, depth=2).removals == (0.0,)
+    assert resolved(model, remove=share + 0.6 * step, depth=2).removals[0] > 0
+    assert resolved(model, remove=share - 0.4 * step, depth=2).removals == (0.0,)
+    said = r"remove\.depth: 2 layers .* use depth 1 at most, or remove at least"
+    with pytest.raises(RecipeError, match=said) as caught:
+        resolved(model, remove=share - 0.6 * step, depth=2)
+    assert f"at least {math.ceil(1e4 * share) / 1e4:.4f}." in str(caught.value)
+
+
+def test_the_least_share_that_is_named_can_be_where_heads_are_coarse():
+    """Of four KV heads three cannot stay, so the least step is two."""
+    model = on_meta(**sizes() | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4})
+    with pytest.raises(RecipeError, match=r"nothing would go; .*or name a group of smaller units\.") as caught:
+        resolved(model, remove=0.01, groups=["kv_heads"])
+    named = re.search(r"at least (0\.\d+)", str(caught.value))
+    assert named is not None
+    found = resolved(model, remove=float(named[1]), groups=["kv_heads"])
+    assert set(found.plans[0].num_keep.values()) == {2}
+
+
+@pytest.mark.parametrize("budget", ["uniform", "curve"])
+def test_the_largest_share_that_is_named_can_be_with_the_layers_that_then_go(budget):
+    """More to remove lets more layers go by default: each share has its own limit, and theirs is named."""
+    asked = {"align": 16, "budget": budget, "calibration": {"sequence_length": 32}}
+    model = on_meta(**sizes(num_layers=30) | {"intermediate_size": 1536})
+    with pytest.raises(RecipeError, match=r"out of reach") as caught:
+        resolved(model, remove=0.998, **asked)
+    named = re.search(r"at most (0\.\d+) with", str(caught.value))
+    assert named is not None
+    largest = float(named[1])
+    found = resolved(model, remove=largest, **asked)
+    assert 0 < found.depth < 29 and abs(found.largest - largest) < 0.002
+    with pytest.raises(RecipeError, match=r"out of reach"):
+        resolved(model, remove=largest + 0.01, **asked)
+
+
+def test_text_without_general_prose_is_noted():
+    def notes(domains: dict[str, Any]) -> list[str]:
+        calibration = {"num_tokens": 4096, "sequence_length": 32, "domains": domains}
+        return [each for each in resolved(calibration=calibration).warnings if "general prose" in each]
+
+    [note] = notes({"code": {"installed": "code"}, "talk": {"installed": "dialogue"}, "self": {"answers": True}})
+    assert note.startswith("calibration.domains: no general prose that people wrote, so text unlike these domains")
+    for prose in ({"installed": "web"}, {"installed": "multilingual"}, {"files": ["mine.txt"]}, {"dataset": "a/b"}):
+        assert not notes({"code": {"installed": "code"}, "other": prose})
+
+
+def test_a_damping_that_few_tokens_raise_is_not_raised_again():
+    found = resolved(calibration={"num_tokens": 320, "sequence_length": 32})
+    assert found.recipe.repair.damping == pytest.approx(1e-3 * 10 * WIDTH / 320)
+    assert resolve(opened(tiny_llama(), found.recipe)).recipe == found.recipe

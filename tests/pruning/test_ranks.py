@@ -89,16 +89,11 @@ def test_ranks_meet_and_one_process_alone_does_not_wait(monkeypatch):
 def test_several_ranks_compare_what_they_run(monkeypatch):
     told: list[dict[str, str]] = []
     monkeypatch.setattr("secateur.pruning.open.check_same", told.append)
-    recipe = parse_recipe({"remove": 0.2})
-    check_same_run(tiny_llama(), recipe)
+    check_same_run(tiny_llama(), parse_recipe({"remove": 0.2}))
     assert not told, "one process alone"
     monkeypatch.setattr("secateur.pruning.open.size", lambda: 2)
-    for model, asked in (
-        (tiny_llama(), recipe),
-        (tiny_llama(seed=1), recipe),
-        (tiny_llama(), parse_recipe({"remove": 0.3})),
-    ):
-        check_same_run(model, asked)
+    for seed, share in ((0, 0.2), (1, 0.2), (0, 0.3)):
+        check_same_run(tiny_llama(seed=seed), parse_recipe({"remove": share}))
     first, other_weights, other_recipe = told
     assert [key for key in first if first[key] != other_weights[key]] == ["model (weights)"]
     assert [key for key in first if first[key] != other_recipe[key]] == ["recipe"]
@@ -257,9 +252,7 @@ def test_ranks_share_the_cells_of_a_study_and_the_blocks_of_an_evaluation(checkp
     found = [json.loads((place / "results.json").read_text(encoding="utf-8"))["cells"] for place in (one, two)]
     alone, shared = [[{**cell, "seconds": 0} for cell in cells] for cells in found]
     assert alone == shared and len(alone) == 6
-    assert sorted(path.name for path in (one / "cells").iterdir()) == sorted(
-        path.name for path in (two / "cells").iterdir()
-    )
+    assert {path.name for path in (one / "cells").iterdir()} == {path.name for path in (two / "cells").iterdir()}
     domains = [f"--domain={name}={source['files'][0]}" for name, source in recipe["calibration"]["domains"].items()]
     options = ["--num-blocks", 5, "--sequence-length", 32, "--against", checkpoints["llama"]]
     for num_ranks in (1, 2):

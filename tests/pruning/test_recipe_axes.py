@@ -1,15 +1,16 @@
 """What the recipe adds to a plain run: budgets, protection, domain weights, other scores, rounds, the safety net."""
 
+import copy
 import re
 
 import pytest
 import torch
 from families import tiny_family
-from models import num_params, opened, tiny_ids, tiny_llama, tiny_qwen2
+from models import num_params, opened, sizes, tiny_ids, tiny_llama, tiny_qwen2
 from recipes import grouped
 from stops import lines_of
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GraniteMoeHybridConfig
+from transformers import AutoModelForCausalLM, BartConfig, GraniteMoeHybridConfig
 
 import secateur
 from secateur.errors import RecipeError
@@ -18,44 +19,17 @@ from secateur.recipe import parse_recipe
 
 TOKENIZER = tiny_tokenizer()
 
-
-def widths(result: secateur.Result) -> dict[tuple[int, str], int]:
-    return {key: len(keep) for key, keep in result.keeps.items()}
-
-
+# Its one FFN is called shared, and there are no experts.
+GRANITE = {"shared_intermediate_size": 112, "num_local_experts": 0, "num_experts_per_tok": 0}
+GRANITE |= {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16, "mamba_chunk_size": 8}
+GRANITE |= {"layer_types": ["mamba", "attention", "mamba"]}
+# Its config counts the layers of an encoder.
+BART = {"d_model": 48, "decoder_layers": 3, "encoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 112}
+BART |= {"vocab_size": 320, "max_position_embeddings": 64, "is_encoder_decoder": False}
+from_config = AutoModelForCausalLM.from_config
 ODD_MODELS = {
-    # Its one FFN is called shared, and there are no experts.
-    "dense-granite-4": lambda: AutoModelForCausalLM.from_config(
-        GraniteMoeHybridConfig(
-            vocab_size=320,
-            hidden_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            shared_intermediate_size=112,
-            num_local_experts=0,
-            num_experts_per_tok=0,
-            layer_types=["mamba", "attention", "mamba"],
-            mamba_n_heads=8,
-            mamba_d_head=12,
-            mamba_d_state=16,
-            mamba_chunk_size=8,
-            tie_word_embeddings=True,
-        )
-    ).eval(),
-    # Its config counts the layers of an encoder.
-    "longer-decoder": lambda: BartForCausalLM(
-        BartConfig(
-            vocab_size=320,
-            d_model=48,
-            decoder_layers=3,
-            encoder_layers=1,
-            decoder_attention_heads=4,
-            decoder_ffn_dim=112,
-            max_position_embeddings=64,
-            is_encoder_decoder=False,
-        )
-    ).eval(),
+    "dense-granite-4": lambda: from_config(GraniteMoeHybridConfig(**sizes(tied=True), **GRANITE)).eval(),
+    "longer-decoder": lambda: from_config(BartConfig(**BART)).eval(),
     "float64": lambda: tiny_llama().double(),
 }
 
@@ -87,7 +61,7 @@ def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):
         model.model.layers[1].mlp.down_proj.weight *= 0.01  # a layer that hardly matters
     settings = {**small, "budget": "curve", "remove": 0.2}
     result = secateur.prune(model, grouped(settings), tokenizer=TOKENIZER, out=tmp_path / "out")
-    found, step = widths(result), 8 * 3 * 48
+    found, step = {key: len(keep) for key, keep in result.keeps.items()}, 8 * 3 * 48
     assert 0.2 <= result.summary.remove_reached < 0.2 + step / num_params(tiny_llama())
     assert all(count % 8 == 0 for count in found.values())
     assert found[1, "ffn"] < min(found[0, "ffn"], found[2, "ffn"])
@@ -101,16 +75,11 @@ def test_a_curve_result_loads_both_ways_and_says_so(small, tmp_path):
 
 
 def test_a_protected_domain_is_planned_for(small):
-    domains = small["calibration"]["domains"]
-    protected = {**domains, "code": {**domains["code"], "protect": 0.001}}
-    settings = {
-        **small,
-        "budget": "curve",
-        "remove": 0.3,
-        "calibration": {**small["calibration"], "domains": protected},
-    }
+    settings = grouped({**small, "budget": "curve", "remove": 0.3})
+    settings["calibration"] = copy.deepcopy(settings["calibration"])
+    settings["calibration"]["domains"]["code"]["protect"] = 0.001
     with pytest.raises(secateur.SecateurError, match=r"would raise a protected domain's loss .*code"):
-        secateur.prune(tiny_llama(), grouped(settings), tokenizer=TOKENIZER)
+        secateur.prune(tiny_llama(), settings, tokenizer=TOKENIZER)
 
 
 def test_scores_of_other_methods_run_in_rounds(small, tmp_path):

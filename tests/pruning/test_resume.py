@@ -148,10 +148,10 @@ def faults(tmp_path_factory) -> Path:
 ERRORS = ("ENOSPC", "EIO", "SHORT")
 
 
-@pytest.mark.parametrize(
-    ("error", "first", "step"),
-    [("ENOSPC", 40, 110), *(pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ERRORS)],
-)
+EACH = [pytest.param(error, 1, 1, marks=pytest.mark.slow) for error in ERRORS]
+
+
+@pytest.mark.parametrize(("error", "first", "step"), [("ENOSPC", 40, 110), *EACH])
 def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpoints, recipe, tmp_path):
     training = {"num_tokens": 128, "batch_tokens": 64}
     wanted = {**asked("defaults", checkpoints["llama"], recipe), "rounds": 2, "polish": training}
@@ -162,9 +162,7 @@ def test_a_failing_write_leaves_nothing_half(error, first, step, faults, checkpo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_disk_that_is_full_in_the_training_leaves_what_it_can_go_on_from(
-    error, faults, checkpoints, recipe, tmp_path
-):
+def test_a_disk_full_in_the_training_leaves_what_it_can_go_on_from(error, faults, checkpoints, recipe, tmp_path):
     wanted = {**recipe, "remove": 0.35, "polish": {"num_tokens": 256, "batch_tokens": 64}}
     counted = place_beside(Path("out")).name + "/polish"
     found, num_calls = failed_writes(faults, checkpoints["llama"], wanted, tmp_path, counted, 1, 1, error)

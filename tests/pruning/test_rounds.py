@@ -1,6 +1,10 @@
-"""The loop over rounds: one seed a layer and round, slopes at the round's own cut, and the safety net's arithmetic."""
+"""The loop over rounds: seeds, slopes at the round's own cut, the safety net's arithmetic, and memory that is freed."""
 
+import ctypes
 import dataclasses
+import gc
+import os
+import sys
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -23,8 +27,10 @@ from secateur.pruning.run import LossWatch, Run, watched_losses
 from secateur.recipe import parse_recipe
 from secateur.store import Services
 from secateur.stream.losses import predicted_tokens
+from secateur.stream.statistics import Gram, Statistics
 from secateur.stream.walk import Walk
-from tests.model.test_exactness import random_calibration
+from tests.families import tiny_family
+from tests.model.test_exactness import prune_tiny, random_calibration
 
 RANDOM = {"score": "random", "compensate": "none"}
 
@@ -187,3 +193,49 @@ def test_after_a_trim_a_protected_domain_may_rise_as_much_in_fewer_nats_per_toke
     watch.run = dataclasses.replace(found, dense_tokens=dense_tokens)
     share = (held_out // 2 + held_out // 4) / held_out
     assert watch.allowed_rise() == {"d0": pytest.approx(0.15 * share, rel=1e-12)}
+
+
+@pytest.mark.parametrize("group", ["ffn", "kv_heads", "expert_ffn", "experts"])
+def test_no_statistics_outlive_their_group(group, monkeypatch):
+    left: list[object] = []
+
+    def count() -> None:
+        # The caller has just finished a layer.
+        left.extend(each for each in gc.get_objects() if type(each) in (Statistics, Gram))
+
+    monkeypatch.setattr(loop, "release_freed", count)
+    model = tiny_family("mixtral") if "expert" in group else tiny_llama()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            prune_tiny(model, random_calibration(), groups=(group,), remove=0.2 if group == "ffn" else 0.1)
+    finally:
+        gc.enable()
+    assert not left
+
+
+# A process of its own: glibc gives large tensors of a thread, where tests may run, memory by another way.
+PAGES = """
+import resource
+import torch
+from secateur.stream.device import keeping_freed
+
+def pages_cleared(num_tensors):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(num_tensors):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with keeping_freed():
+    print(pages_cleared(1))
+    print(pages_cleared(5))
+print(pages_cleared(5))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_serves_the_next_tensors_of_a_run_alone(warm):
+    done = warm.run([sys.executable, "-c", PAGES], env=dict(os.environ))
+    first, inside, behind = map(int, done.stdout.split())
+    assert 5 * inside < first and behind > 4 * first

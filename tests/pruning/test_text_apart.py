@@ -121,20 +121,15 @@ def test_no_document_that_judges_or_guards_is_learnt_by(part: str, seen: Seen) -
     assert not learnt & guards, f"{part} has text that guards"
 
 
-def test_all_the_rest_is_counted(seen: Seen) -> None:
+def test_all_the_rest_is_counted_and_every_domain_is_read_once(seen: Seen) -> None:
     every = {f"{name[0]}{number:04d}" for name in DOMAINS for number in range(NUM_DOCUMENTS)}
     left_out = every - seen.documents("counts")
     assert seen.documents("judged") | seen.documents("guard") <= left_out
     assert len(left_out) <= len(seen.documents("judged") | seen.documents("guard")) + 2 * len(DOMAINS)
-
-
-def test_every_domain_is_read_once(seen: Seen) -> None:
     assert seen.reads == dict.fromkeys(DOMAINS, 1)
 
 
-def test_the_result_says_which_documents_are_whose_and_evaluate_finds_those_that_judged(
-    place: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_result_says_which_documents_are_whose_and_evaluate_finds_those_that_judged(place, seen, monkeypatch):
     monkeypatch.setattr(pool, "JUDGED_TOKENS", NUM_JUDGED * LENGTH)
     facts = json.loads((place / "out" / "result.json").read_text())["calibration"]
     assert facts["num_judged_tokens"] == dict.fromkeys(DOMAINS, NUM_JUDGED * LENGTH)
@@ -152,9 +147,7 @@ def test_what_learns_cannot_ask_for_what_judges() -> None:
     assert not {"held_out", "calibration", "domains"} & set(dir(JudgedText))
 
 
-def test_evaluate_on_a_domain_of_the_run_is_on_documents_that_it_did_not_use(
-    place: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_on_a_domain_of_the_run_is_on_documents_that_it_did_not_use(place, seen, monkeypatch):
     monkeypatch.setattr(pool, "JUDGED_TOKENS", NUM_JUDGED * LENGTH)
     domains, tokenizer = {"mine": Domain(files=(str(place / "prose.jsonl"),))}, seen.tokenizers["trimmed"]
 

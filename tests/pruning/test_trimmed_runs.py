@@ -1,20 +1,23 @@
-"""Tokens in a run's budget: what the model loses, what the losses count, and the same bytes by every way."""
+"""Tokens in a run's budget: what the model loses, what losses and records count, the same bytes by every way."""
 
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bpe_tokenizer import CORPUS, SAMPLES, bpe_tokenizer
 from models import num_params, opened, saved, tiny_llama
 from recipes import grouped
 from run_ranks import run_forked_ranks
 from safetensors.torch import load_file
 from shown import assert_shown
 from stops import stopped_again_and_again, weights
+from texts import documents_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,12 +33,15 @@ from secateur.pruning.open import Opened
 from secateur.pruning.resolve import resolve
 from secateur.pruning.text import run_text
 from secateur.pruning.trim import plan_trim
-from secateur.pruning.trimmed import too_dear
+from secateur.pruning.trimmed import too_dear, vocabulary_facts
 from secateur.recipe import parse_recipe
 from secateur.recovery.text import run_text_again
 from secateur.store import Services
+from secateur.stream.losses import predicted_tokens
 from secateur.vocabulary.kept import KeptTokens, Trim, kept_tokens_of
 from secateur.vocabulary.order import PieceNats
+from secateur.vocabulary.retokenised import retokenised
+from secateur.vocabulary.tokenizer import read_vocabulary, trimmed_tokenizer, with_parts
 from tests.families import tiny_family
 from tests.trims import prose_file
 from tests.vocabulary.test_tokenizer import NUM_PADDING, made
@@ -95,9 +101,8 @@ def test_tokens_and_channels_together_reach_the_share(dense, cut):
     # Half a step of all three layers: 4 channels of 144 parameters each.
     assert abs(num_params(before) - num_params(after) - 0.3 * num_params(before)) <= 3 * 4 * 144
     assert cut.summary.remove_reached == 1 - num_params(after) / num_params(before)
-    assert torch.equal(
-        after.get_input_embeddings().weight, before.get_input_embeddings().weight[torch.tensor(kept.dense_ids)]
-    )
+    old, new = (each.get_input_embeddings().weight for each in (before, after))
+    assert torch.equal(new, old[torch.tensor(kept.dense_ids)])
     assert cut.recipe.remove.vocabulary == 448
 
 
@@ -204,10 +209,8 @@ TRIM = Trim(KeptTokens((0, 1), 3), tiny_tokenizer(), tiny_tokenizer())
 
 def losses_of(*domains: list[float]) -> dict[str, tuple[Loss, Loss]]:
     """Return domains whose documents of a token each lose these nats, of 3 before."""
-    return {
-        f"d{n}": (Loss.of([3.0] * len(lost), [1] * len(lost)), Loss.of([3 + x for x in lost], [1] * len(lost)))
-        for n, lost in enumerate(domains)
-    }
+    pairs = (([3.0] * len(lost), [3 + nats for nats in lost]) for lost in domains)
+    return {f"d{n}": tuple(Loss.of(nats, [1] * len(nats)) for nats in pair) for n, pair in enumerate(pairs)}
 
 
 @pytest.mark.parametrize(
@@ -332,7 +335,7 @@ def test_a_model_in_memory_loses_its_tokens_in_place(tied, asked):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"groups": []}, {"groups": ["experts"], "removed_layers": [0], "vocabulary": None}]
+    "changes", [{"groups": []}, {"groups": ["experts"], "vocabulary": None, "removed_layers": [0]}]
 )
 def test_a_model_whose_ffns_are_all_of_experts_loses_tokens_and_layers(changes, asked):
     model = tiny_family("mixtral", vocab_size=NUM_ROWS)
@@ -361,9 +364,8 @@ def test_what_a_trim_reads_of_the_weights_is_told_by_the_run(asked, tmp_path):
         ({"vocabulary": "auto", "groups": ["kv_heads"]}, "auto weighs tokens against FFN channels"),
     ],
 )
-def test_what_needs_no_text_is_refused_before_any_is_read_and_by_inspect_too(
-    changes, said, tied, asked, tmp_path, monkeypatch
-):
+def test_what_needs_no_text_is_refused_before_any_is_read(changes, said, tied, asked, tmp_path, monkeypatch):
+    """By inspect, too."""
     recipe = grouped({**asked, **changes})
     monkeypatch.setattr("secateur.pruning.text.RunText.learning", lambda _: pytest.fail("text was read"))
     with pytest.raises(secateur.SecateurError, match=said) as error:
@@ -383,3 +385,48 @@ def test_the_whole_vocabulary_as_a_size_leaves_channels_alone_to_go(tied, asked,
         found = secateur.prune(tied, grouped({**asked, "vocabulary": vocabulary}), out=tmp_path / name, force=True)
         assert found.recipe.remove.vocabulary == vocabulary
     assert (tmp_path / "all/model.safetensors").read_bytes() == (tmp_path / "none/model.safetensors").read_bytes()
+
+
+RULES = " ".join(sign * 32 for sign in "=-+*#~") * 2
+WORDS = "institutional neurotransmitters understood assertAlmostEqual"
+LEARNT = [*CORPUS, *SAMPLES.values(), WORDS, "Паром море море", RULES] * 4
+
+
+@pytest.fixture(scope="module")
+def trimmed() -> Trim:
+    """All that may go of every second token is gone."""
+    dense = bpe_tokenizer(vocab_size=900, corpus=LEARNT)
+    vocabulary = read_vocabulary(dense, tiny_llama(vocab_size=960))
+    stay = with_parts(vocabulary, range(0, 900, 2))
+    kept = KeptTokens(tuple(index for index in range(960) if index in stay or index > 950), 960)
+    return Trim(kept, dense, trimmed_tokenizer(dense, kept))
+
+
+def test_tokens_and_scripts_are_counted_in_both_tokenizers(trimmed):
+    texts = {"prose": CORPUS[0] * 4, "море": "Паром море " * 9}
+    blocks = {name: documents_of(torch.tensor([trimmed.tokenizer(text)["input_ids"]])) for name, text in texts.items()}
+    losses = {"prose": (Loss(3.0, 0.1, 9), Loss(3.25, 0.1, 9))}
+    dense = retokenised(blocks, trimmed.tokenizer, trimmed.dense_tokenizer)
+    before, now = predicted_tokens(dense), predicted_tokens(blocks)
+    num_tokens = {name: (sum(before[name].values()), sum(now[name].values())) for name in blocks}
+    facts = vocabulary_facts(replace(trimmed, foretold=0.2), num_tokens, losses)
+    assert (facts.num_before, facts.num_after) == (960, len(trimmed.kept.dense_ids))
+    for name, text in texts.items():
+        first, *rest = trimmed.tokenizer.tokenize(text)  # context alone, in both
+        behind = text.removeprefix(trimmed.tokenizer.convert_tokens_to_string([first]))
+        assert facts.by_domain[name] == (len(trimmed.dense_tokenizer.tokenize(behind)), len(rest))
+    assert facts.by_domain["prose"][1] > facts.by_domain["prose"][0]
+    assert facts.nats == {"prose": (3.0, 3.25)} and facts.foretold == 0.2
+
+    def count(ids: Any, letters: str) -> int:
+        return sum(bool(re.search(letters, trimmed.dense_tokenizer.decode([index]))) for index in ids if index < 900)
+
+    scripts = {"cyrillic": "[\u0400-\u04ff]", "latin": "[a-zA-ZñáäöüéíóúßÄÖÜ]", "devanagari": "[\u0904-\u0939]"}
+    for script, letters in scripts.items():
+        expected = (count(range(900), letters), count(trimmed.kept.dense_ids, letters))
+        assert facts.scripts[script] == expected and expected[0] > expected[1] > 0, script
+
+
+def test_a_token_beyond_the_models_rows_is_none(trimmed):
+    found = vocabulary_facts(replace(trimmed, kept=KeptTokens(tuple(range(899)), 899)), {}, {})
+    assert found.num_before == found.num_after == 899 and found.scripts["latin"][0] == found.scripts["latin"][1] > 0

@@ -68,10 +68,9 @@ def test_the_three_domains_that_lost_most_are_named():
 def recovery(name: str) -> RecoveryRecord:
     verdicts = {name: RECOVERY.dense["prose"]}
     training = dataclasses.replace(RECOVERY.training, after=verdicts)
-    changes = {"dense": verdicts, "before": verdicts, "training": training, "notes": (name,), "judged": {}}
-    return dataclasses.replace(
-        RECOVERY, pruned=name, teacher=name, command=f"secateur recover {name}", content_hash="0", **changes
-    )
+    named = {"pruned": name, "teacher": name, "command": f"secateur recover {name}", "notes": (name,)}
+    changes = {"dense": verdicts, "before": verdicts, "training": training, "judged": {}, "content_hash": "0"}
+    return dataclasses.replace(RECOVERY, **named, **changes)
 
 
 def named(name: str) -> ResultFiles:
@@ -119,11 +118,10 @@ def test_any_text_is_one_paragraph_of_the_same_text(text):
 
 @given(st.text(min_size=1, max_size=40))
 def test_any_command_is_one_piece_of_code(text):
-    pieces = [
-        token.content for token in tokens(f"- command: {code(f'secateur {text}')}") if token.type == "code_inline"
-    ]
+    found = tokens(f"- command: {code(f'secateur {text}')}")
     escapes = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    assert [piece.strip() for piece in pieces] == [f"secateur {escapes}".strip()]
+    pieces = [token.content.strip() for token in found if token.type == "code_inline"]
+    assert pieces == [f"secateur {escapes}".strip()]
 
 
 @given(st.lists(st.text(max_size=20), min_size=2, max_size=2))

@@ -59,9 +59,8 @@ def test_prune_writes_a_well_formed_page_that_loads_and_runs_nothing(result):
 
 def test_bars_are_as_long_as_their_rows_say(result):
     html, summary = page_of(result), summary_of(result)
-    quality, removed = (
-        html.split(f'<section id="{name}"')[1].split("</section>")[0] for name in ("quality", "removed")
-    )
+    quality, removed = (html.split(f'<section id="{name}"')[1] for name in ("quality", "removed"))
+    quality, removed = (section.split("</section>")[0] for section in (quality, removed))
     losses = zip(summary.pruned_losses.values(), summary.dense_losses.values(), strict=True)
     rises = [pruned.nats_per_token - dense.nats_per_token for pruned, dense in losses]
     rises.append(sum(rises) / len(rises))

@@ -17,7 +17,7 @@ from secateur.report.page import Page, Table
 from secateur.report.records import ModelFigures, SpeedUp, Spread, TaskResults, TaskScore, change
 from secateur.report.report import measurement_page, measurement_table, model_card, recovered_card, report_page
 
-VERSIONS = {"secateur": "1.2", "torch": "2.9+cpu", "transformers": "5.1"}
+DIGEST, VERSIONS = "abcdef0123456789" * 4, {"secateur": "1.2", "torch": "2.9+cpu", "transformers": "5.1"}
 
 
 def verdicts(kl: float, nats: float) -> dict[str, facts.Verdict]:
@@ -101,9 +101,7 @@ FULL = records.Summary(
     foretold={},
     lineage=(
         facts.Ancestor("first/model", "f" * 64, 200_000_000, hub_id="first/model", license="mit", languages=("en",)),
-        facts.Ancestor(
-            "small-model", "abcdef0123456789" * 4, 134_500_000, license="apache-2.0", languages=("en", "fr")
-        ),
+        facts.Ancestor("small-model", DIGEST, 134_500_000, license="apache-2.0", languages=("en", "fr")),
     ),
 )
 BARE = dataclasses.replace(
@@ -123,6 +121,7 @@ BARE = dataclasses.replace(
     vocabulary=None,
     lineage=(),
 )
+NO_GAIN = facts.TrainingRecord(50_000, 30.0, verdicts(0.5, 2.75), held=False)
 # Trained without a gain, refused once, of one ancestor; no domain lost, one is a single document; no answers.
 IDLE = dataclasses.replace(
     FULL,
@@ -131,9 +130,7 @@ IDLE = dataclasses.replace(
     guard_refusals=1,
     own_answers=None,
     vocabulary=dataclasses.replace(FULL.vocabulary, nats={}, foretold=None, scripts={"latin": (900, 900)}),
-    polish=dataclasses.replace(
-        FULL.polish, training=facts.TrainingRecord(50_000, 30.0, verdicts(0.5, 2.75), held=False)
-    ),
+    polish=dataclasses.replace(FULL.polish, training=NO_GAIN),
     lineage=FULL.lineage[1:],
 )
 
@@ -153,16 +150,12 @@ BENCH = records.BenchResult(
     num_threads=2,
     workload=facts.Workload(batch=1, prompt_tokens=256, new_tokens=32, repeats=5),
     models={"dense": figures("small-model", 1.0), "pruned": figures("small-model-pruned", 1.25)},
-    speed_ups={
-        "prefill": SpeedUp(Spread(1.2, 1.1, 1.3), 1.25),
-        "decode": SpeedUp(Spread(1.04, 0.97, 1.1), 1.25),
-    },
+    speed_ups={"prefill": SpeedUp(Spread(1.2, 1.1, 1.3), 1.25), "decode": SpeedUp(Spread(1.04, 0.97, 1.1), 1.25)},
     versions=VERSIONS,
     notes=("the machine was busy.",),
 )
-BENCH_ALONE = dataclasses.replace(
-    BENCH, num_threads=1, models={"model": BENCH.models["pruned"]}, speed_ups={}, notes=()
-)
+ALONE = {"model": BENCH.models["pruned"]}
+BENCH_ALONE = dataclasses.replace(BENCH, num_threads=1, models=ALONE, speed_ups={}, notes=())
 BENCH_GPU = dataclasses.replace(BENCH, device="cuda")
 
 
@@ -222,13 +215,8 @@ RECOVERY = records.RecoveryRecord(
         "recovered": facts.Judgement(BEFORE, OTHER[0], dataclasses.replace(ANSWERS, nats=0.85)),
     },
 )
-UNDONE = dataclasses.replace(
-    RECOVERY,
-    command="",
-    judged={},
-    notes=(),
-    training=facts.TrainingRecord(100_000, 0.0, verdicts(0.2, 2.25), held=False),
-)
+NOT_HELD = facts.TrainingRecord(100_000, 0.0, verdicts(0.2, 2.25), held=False)
+UNDONE = dataclasses.replace(RECOVERY, command="", judged={}, notes=(), training=NOT_HELD)
 FFN = records.GroupFacts("ffn", "channel", 30, 1536, 1024, 1728, 26_500_000)
 HEADS = records.GroupFacts("kv_heads", "head", 30, 3, 3, 294_912, 9_000_000)
 INSPECTION = records.Inspection(
@@ -276,18 +264,14 @@ def cost(removed: float, *lost: float) -> records.SizeCost:
     return records.SizeCost(removed, num_params, judged, {"f16": 2 * num_params, "q4_k_m": num_params // 2})
 
 
+TENTH, FOUR_TENTHS = cost(0.1, 0.04, 0.06, 0.05, 0.07), cost(0.4, 1.2, 1.5, 1.4, 1.6)
 MEASUREMENT = records.Measurement(
     model="small-model",
     command="secateur measure small-model sizes",
     dense_size=facts.Size(134_500_000, 269_000_000),
     calibration=FACTS,
-    probes=(cost(0.1, 0.04, 0.06, 0.05, 0.07), cost(0.2, 0.2, 0.3, 0.25, 0.35), cost(0.4, 1.2, 1.5, 1.4, 1.6)),
-    sizes=(
-        cost(0.05, 0.01, 0.02, 0.01, 0.02),
-        cost(0.1, 0.04, 0.06, 0.05, 0.07),
-        cost(0.25, 0.4, 0.5, 0.4, 0.5),
-        cost(0.4, 1.2, 1.5, 1.4, 1.6),
-    ),
+    probes=(TENTH, cost(0.2, 0.2, 0.3, 0.25, 0.35), FOUR_TENTHS),
+    sizes=(cost(0.05, 0.01, 0.02, 0.01, 0.02), TENTH, cost(0.25, 0.4, 0.5, 0.4, 0.5), FOUR_TENTHS),
     band=0.123,
     units=0.7,
     pace=((0.0009, 0.09), (0.0008, 0.08), (0.0006, 0.06)),
@@ -359,6 +343,10 @@ FILES = records.ResultFiles(
 )
 
 
+BARE_FILES = records.ResultFiles(BARE, (), (), recipe(), None, None, None)
+IDLE_FILES = records.ResultFiles(IDLE, (), FILES.steps, recipe(), EVALUATION_ALONE, BENCH_ALONE, UNDONE)
+
+
 def in_terminal(tables: rows.Tables) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(tables)
@@ -401,10 +389,8 @@ TEXTS: dict[str, Callable[[Path], str]] = {
     "card-recovered": lambda _: recovered_card(model_card(BARE, recipe()), RECOVERY),
     "card-undone": lambda _: recovered_card(None, UNDONE),
     "page": lambda _: plain(report_page(FILES)),
-    "page-bare": lambda _: plain(report_page(records.ResultFiles(BARE, (), (), FILES.recipe, None, None, None))),
-    "page-idle": lambda _: plain(
-        report_page(records.ResultFiles(IDLE, (), FILES.steps, FILES.recipe, EVALUATION_ALONE, BENCH_ALONE, UNDONE))
-    ),
+    "page-bare": lambda _: plain(report_page(BARE_FILES)),
+    "page-idle": lambda _: plain(report_page(IDLE_FILES)),
     "inspection": lambda _: in_terminal(rows.inspection_table(INSPECTION)),
     "inspection-bare": lambda _: in_terminal(rows.inspection_table(INSPECTION_BARE)),
     "evaluation": lambda _: in_terminal(rows.evaluation_table(EVALUATION)),
