@@ -143,7 +143,6 @@ REASONS = (
     ("cannot be None", "it drafts for another model"),
     ("Bbox is required", "it needs places of words"),
     ("tie_weights_keys", "its layers share weights"),
-    ("is not called with hidden states", "its experts are called in another way"),
     ("stand alone", "no channels that stand alone in its layers"),
 )
 

@@ -12,7 +12,7 @@ from tests.families import FAMILIES, GROUPS, row, tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration
 from tests.models import tiny_ids
 
-STACKS = Stacks("gate_up_proj", None, "down_proj", alternating=False, transposed=False)
+STACKS = Stacks("gate_up_proj", (1, 1), transposed=False)
 ONE_GROUP = Experts("mlp.experts", STACKS, ("mlp.gate.weight",))
 
 

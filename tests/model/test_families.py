@@ -20,7 +20,7 @@ from secateur.errors import ArchError
 from secateur.methods.budget import params_gone
 from secateur.methods.experts import keep_experts
 from secateur.model.bind import EXPERT_CHANNELS, EXPERTS, Arch, bind, decoder_layers
-from secateur.model.group import OF_EXPERTS, Group, cut, linear, rows_of
+from secateur.model.group import DOWN, OF_EXPERTS, Group, cut, linear, rows_of
 from secateur.model.per_layer import record_widths
 from tests.families import FAMILIES, GROUPS, KINDS, tiny_family
 from tests.model.test_exactness import check_walk, logits_of, prune_tiny, random_calibration, zero_units
@@ -76,7 +76,7 @@ def mask_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
     stacks = group.experts.stacks
     if group.kind == "expert_channels":
         stays_EK = own_channels(layer, group, keep)
-        down = layer.get_submodule(group.experts.module).get_parameter(stacks.down)
+        down = layer.get_submodule(group.experts.module).get_parameter(DOWN)
         mask = torch.zeros(len(stays_EK), group.num_units).scatter_(1, stays_EK, 1.0)
         down.data *= mask[:, :, None] if stacks.transposed else mask[:, None, :]
         return

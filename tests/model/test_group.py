@@ -132,9 +132,11 @@ def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():
     ],
 )
 def test_as_many_experts_stay_as_the_router_needs(config, num_chosen, at_least):
-    stacks = Stacks("up", None, "down", alternating=False, transposed=False)
-    found, least = _by_router(Experts("mlp", stacks, num_chosen=num_chosen), SimpleNamespace(**config))
-    assert (found.num_groups, least) == (config.get("n_group") or 1, at_least)
+    stacks = Stacks("up_proj", (1,), transposed=False)
+    offer = Group("experts", "experts", "expert", Experts("mlp", stacks), at_least=num_chosen)
+    found = _by_router(offer, SimpleNamespace(**config))
+    num_groups = config.get("n_group") or 1
+    assert (found.experts.num_groups, found.multiple_of, found.at_least) == (num_groups, num_groups, at_least)
 
 
 def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from secateur.errors import ArchError, advice
-from secateur.model.group import Experts, Group, Mixture, Stacks, cut
+from secateur.model.group import DOWN, Experts, Group, Mixture, Stacks, cut
 from secateur.model.guesses import (
     EXPERT_CHANNELS,
     EXPERTS,
@@ -41,7 +41,7 @@ from secateur.model.guesses import (
     sized,
     some_of,
     some_units,
-    stack_guesses,
+    stacks_of,
 )
 from secateur.model.modeling_per_layer import PerLayerModel
 from secateur.model.modules import (
@@ -88,7 +88,7 @@ class Call:
     @torch.no_grad()
     def again(self, module: nn.Module) -> Tensor:
         """Return the first tensor that the module gives for the same arguments."""
-        args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))
         return _tensors(module.forward(*args, **kwargs))[0]
 
 
@@ -363,7 +363,7 @@ class _Finder:
         self.calls: dict[nn.Module, Call] = {}
 
         def note(module: nn.Module, *call: Any) -> None:
-            self.calls.setdefault(module, Call(*tree_map(_cloned, call)))
+            self.calls.setdefault(module, Call(*copy.deepcopy(call)))
 
         with ExitStack() as stack:
             for module in self.twin.modules():
@@ -544,13 +544,10 @@ class _Finder:
         silent.
         """
         module = self.layers[index].get_submodule(place)
-        if (
-            call := self.calls.get(module)
-        ) is None:  # attention to what an encoder gives does not run
-            return False
         if any(self.num_owners[parameter] > 1 for parameter in module.parameters()):
             return False
         try:
+            call = self.calls[module]  # attention to what an encoder gives does not run
             whole, masked = (copy.deepcopy(self.layers[index]) for _ in range(2))
             group = sized(guess, whole, index, self.config)
             keep = some_of(group)
@@ -584,41 +581,29 @@ class _Finder:
             return
         for place, module in self.layers[index].named_modules():
             own = dict(module.named_parameters())
-            stacks = {name: tensor for name, tensor in own.items() if tensor.ndim == 3}
             sizes = {len(tensor) for tensor in own.values()}
-            if (
-                module not in self.calls
-                or len(stacks) < 2
-                or len(sizes) != 1
-                or min(sizes) < 2
-                or "." in "".join(own)
-            ):
+            if module not in self.calls or DOWN not in own or len(sizes) > 1:
                 continue
-            given = _tensors(self.calls[module].args)
+            given, num_experts = _tensors(self.calls[module].args), len(own[DOWN])
+            # Else the experts are given hidden states, chosen experts and their weights.
             weighted = (
-                len(given) == 1 and len(given[0]) == min(sizes) * token_ids(self.twin).numel()
+                len(given) == 1 and len(given[0]) == num_experts * token_ids(self.twin).numel()
             )
-            if not weighted and (len(given) != 3 or given[1].is_floating_point()):
-                self.why[EXPERTS] = (
-                    f"{place} is not called with hidden states, chosen experts and their weights"
-                )
-                continue
-            for guess in stack_guesses(stacks, own):
-                channels = expert_channels_in(place, guess)
-                if (weighted or _reads(module, guess, given)) and self._holds(
-                    index, place, channels
-                ):
-                    if weighted:  # an expert that a token is not sent to reads zeros
-                        sent = given[0].unflatten(0, (min(sizes), -1)).any(-1)
-                        chosen = int(sent.sum(0).max())
-                    else:
-                        chosen = given[-1].shape[-1]
-                        yield channels
-                    experts = Experts(place, guess, num_chosen=chosen, weighted_inputs=weighted)
-                    yield Group(EXPERTS, "experts", "expert", experts)
-                    break
-            else:
+            stacks = stacks_of(module, transposed=weighted)
+            channels = expert_channels_in(place, stacks)
+            if not (weighted or _reads(module, stacks, given)) or not self._holds(
+                index, place, channels
+            ):
                 self.why[EXPERTS] = f"{place}: how its stacks are read is not known"
+                continue
+            if weighted:  # an expert that a token is not sent to reads zeros
+                sent = given[0].unflatten(0, (num_experts, -1)).any(-1)
+                chosen = int(sent.sum(0).max())
+            else:
+                chosen = given[-1].shape[-1]
+                yield channels
+            experts = Experts(place, stacks, weighted_inputs=weighted)
+            yield Group(EXPERTS, "experts", "expert", experts, at_least=chosen)
 
     def _head_offers(self, index: int) -> Iterator[Group]:
         layer, config = self.layers[index], layer_config(self.config, index)
@@ -733,7 +718,7 @@ class _Finder:
         except WRONG_GUESS:
             return None
         linears_for_conv(built)
-        return built if len(decoder_layers(built, self.arch)) == len(self.layers) else None
+        return built if shapes_of(built).keys() == shapes_of(self.twin).keys() else None
 
     def _said(self, offer: Group, index: int, built: Any, changes: dict[str, Any]) -> Group | None:
         """Return the offer with what building from the changed config says of it; None if it says
@@ -741,10 +726,7 @@ class _Finder:
         """
         ours, theirs = self.layers[index], decoder_layers(built, self.arch)[index]
         group = self._sized(offer, index)
-        try:
-            left = group.num_units_left(theirs)
-        except WRONG_GUESS:
-            return None
+        left = group.num_units_left(theirs)
         if left == group.num_units:
             return None
         if group.kind == "heads":
@@ -820,8 +802,8 @@ class _Finder:
 def _reads(module: Any, stacks: Stacks, given: list[Tensor]) -> bool:
     """Say whether an expert's output is the reader times `Mixture.inputs`, up to a constant."""
     experts = Mixture(module, stacks)
-    hidden, chosen, weights = (tensor[:6] for tensor in given)
     try:
+        hidden, chosen, weights = (tensor[:6] for tensor in given)
         one = torch.ones_like(weights[:, :1])
         output = module.forward(hidden, torch.zeros_like(chosen[:, :1]), one)
         rest = output - experts.inputs(0, hidden) @ experts.reader(0).T
@@ -860,10 +842,6 @@ def _kind(layer: nn.Module, *, shapes: bool) -> tuple[Any, ...]:
 
 def _given(value: Any, *_: Any, **__: Any) -> Any:
     return value
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -25,6 +25,8 @@ Counts = dict[GroupKey, int]
 Kind = Literal["channels", "heads", "experts", "expert_channels"]
 """What a unit is: an FFN channel, a head, an expert, or one channel of every expert of a layer."""
 OF_EXPERTS: frozenset[Kind] = frozenset({"experts", "expert_channels"})
+# What transformers' experts call their stack of readers.
+DOWN = "down_proj"
 ALIGNED: frozenset[Kind] = frozenset({"channels", "expert_channels"})
 """Kinds whose counts are multiples of the recipe's `align`."""
 
@@ -39,19 +41,15 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """How experts' matrices are stored: `writer` makes gate and up, `down` reads them.
+    """How experts' matrices are stored: `writer` makes gate and up, or up alone; DOWN reads them.
 
-    Experts are on axis 0. `alternating`: a channel's rows of gate and up are adjacent, not in two
-    halves. `transposed`: a matrix is inputs x outputs. `gated`: `writer` makes gate and up; else up
-    alone.
+    Experts are on axis 0. `segments`: a channel's rows of the writer: of gate and of up in two
+    halves, both adjacent, or of up alone. `transposed`: a matrix is inputs x outputs.
     """
 
     writer: str
-    writer_bias: str | None
-    down: str
-    alternating: bool
+    segments: Segments
     transposed: bool
-    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class Mixture:
     @property
     def readers(self) -> Tensor:
         """The stack of readers, as it is stored."""
-        return self.module.get_parameter(self.stacks.down)
+        return self.module.get_parameter(DOWN)
 
     @property
     def num_channels(self) -> int:
@@ -77,20 +75,15 @@ class Mixture:
         return (weight.T if self.stacks.transposed else weight).float()
 
     def inputs(self, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
-        """Return the inputs of the expert's reader: act(gate) * up, act(up), or the family's own
-        gate.
+        """Return the inputs of the expert's reader: act(up), or what transformers' experts make of
+        gate and up.
         """
         module, stacks = self.module, self.stacks
         writer = module.get_parameter(stacks.writer)[expert]
         both = hidden_TD @ (writer if stacks.transposed else writer.T)
-        if stacks.writer_bias is not None:
-            both = both + module.get_parameter(stacks.writer_bias)[expert]
-        if not stacks.gated:
-            return module.act_fn(both)
-        if hasattr(module, "_apply_gate"):
-            return module._apply_gate(both)
-        gate, up = both.chunk(2, dim=-1)
-        return module.act_fn(gate) * up
+        if (bias := getattr(module, f"{stacks.writer}_bias", None)) is not None:
+            both = both + bias[expert]
+        return module.act_fn(both) if stacks.segments == (1,) else module._apply_gate(both)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +126,14 @@ class Linears:
 class Experts:
     """Modules and numbers of one layer's experts.
 
-    `router_rows`: tensors of the layer with a row for each expert. `num_chosen`: to how many a
-    token is sent. `num_groups`: experts form this many groups of equal size, which the router
-    chooses first. `unit_axis`: the units' axis of the stack of readers; 0 for experts.
-    `weighted_inputs`: every expert gets all tokens, weighted.
+    `router_rows`: tensors of the layer with a row for each expert. `num_groups`: experts form this
+    many groups of equal size, which the router chooses first. `unit_axis`: the units' axis of the
+    stack of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens, weighted.
     """
 
     module: str
     stacks: Stacks
     router_rows: tuple[str, ...] = ()
-    num_chosen: int = 1
     num_groups: int = 1
     unit_axis: int = 0
     weighted_inputs: bool = False
@@ -154,22 +145,23 @@ class Experts:
     @property
     def read(self) -> Rows:
         """The tensor that reads the units: the stack of readers."""
-        return Rows(f"{self.module}.{self.stacks.down}", self.unit_axis, (1,))
+        return Rows(f"{self.module}.{DOWN}", self.unit_axis, (1,))
 
     def rows(self, layer: nn.Module) -> list[Rows]:
         """Return what the units consist of, once each."""
         stacks = self.stacks
+        own = {
+            f"{self.module}.{name}": tensor
+            for name, tensor in layer.get_submodule(self.module).named_parameters()
+        }
         if self.unit_axis:
-            segments = (2,) if stacks.alternating else (1,) * (1 + stacks.gated)
-            made = [Rows(f"{self.module}.{stacks.writer}", 3 - self.unit_axis, segments)]
-            if stacks.writer_bias is not None:
-                made.append(Rows(f"{self.module}.{stacks.writer_bias}", 1, segments))
+            made = [
+                Rows(name, tensor.ndim - 1 if stacks.transposed else 1, stacks.segments)
+                for name, tensor in own.items()
+                if name.startswith(f"{self.module}.{stacks.writer}")
+            ]
             return [*made, self.read]
-        names = [
-            f"{self.module}.{name}"
-            for name, _ in layer.get_submodule(self.module).named_parameters()
-        ]
-        rows = {name: attribute_of(layer, name).shape for name in (*names, *self.router_rows)}
+        rows = {name: attribute_of(layer, name).shape for name in (*own, *self.router_rows)}
         return [
             Rows(name, len(shape) - 1 if shape[0] == 1 else 0, (1,)) for name, shape in rows.items()
         ]

@@ -5,9 +5,9 @@ In: a layer's linears or stacks of experts. Out: a `Group` that has no numbers y
 those of any layer of that kind. Nothing here is proved: `bind` does that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, combinations, permutations
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -59,15 +59,10 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
 
     Raises what torch raises if there are no modules of these names.
     """
-    parts, head_dim, at_least, multiple_of = group.parts, 0, 0, 1
     if group.kind == "heads":
-        parts, head_dim = _by_heads(group, layer, config)
+        group = _by_heads(group, layer, config)
     elif group.kind == "experts":
-        parts, at_least = _by_router(group.experts, config)
-        multiple_of = parts.num_groups
-    elif group.kind == "expert_channels":
-        at_least, multiple_of = 1, CHANNEL_STEP
-    group = replace(group, parts=parts)
+        group = _by_router(group, config)
     num_units = group.num_units_left(layer)
     parameters = (
         each.numel() for each in group.tensors(layer).values() if isinstance(each, nn.Parameter)
@@ -75,20 +70,18 @@ def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
     return replace(
         group,
         layer=index,
-        head_dim=head_dim,
         num_units=num_units,
         params_per_unit=sum(parameters) // num_units,
-        at_least=at_least,
-        multiple_of=max(multiple_of, int(group.per_key)),
+        multiple_of=max(group.multiple_of, int(group.per_key)),
         divides=(config.num_attention_heads // num_units, config.hidden_size)
         if group.divides
         else None,
     )
 
 
-def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int]:
-    """Return the linears with the segments of a unit, a KV head or one query head of each; and the
-    width of a head.
+def _by_heads(group: Group, layer: nn.Module, config: Any) -> Group:
+    """Return the group with the segments of a unit, a KV head or one query head of each, and with
+    the width of a head.
     """
     queries, keys, width = heads_of(config) or (0, 1, 0)
 
@@ -103,34 +96,48 @@ def _by_heads(group: Group, layer: nn.Module, config: Any) -> tuple[Linears, int
         for writer in group.writers
     )
     reader = Axis(group.reader.module, segments(linear(layer, group.reader.module).in_features))
-    return Linears(tuple(writers), reader), width
+    return replace(group, parts=Linears(tuple(writers), reader), head_dim=width)
 
 
-def _by_router(experts: Experts, config: Any) -> tuple[Experts, int]:
-    """Return the experts with their groups, and the fewest that the router can do with."""
+def _by_router(group: Group, config: Any) -> Group:
+    """Return the group with the router's groups of experts, each with as many as the router needs.
+
+    `group.at_least`: to how many experts a token is sent.
+    """
     num_groups, chosen = (getattr(config, key, None) or 1 for key in ("n_group", "topk_group"))
-    at_least = (
-        experts.num_chosen
-        if num_groups == 1
-        else num_groups * max(2, -(-experts.num_chosen // chosen))
+    if num_groups == 1:
+        return group
+    return replace(
+        group,
+        parts=replace(group.experts, num_groups=num_groups),
+        at_least=num_groups * max(2, -(-group.at_least // chosen)),
+        multiple_of=num_groups,
     )
-    return replace(experts, num_groups=num_groups), at_least
 
 
-def stack_guesses(stacks: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Stacks]:
-    """Yield ways in which two stacks could be an expert's writer and reader, likely ones first."""
-    for (writer, _), (down, _) in permutations(stacks.items(), 2):
-        biases = (name for name in own if name not in stacks and name.startswith(writer))
-        bias = next(biases, None)
-        for transposed in (False, True):
-            for gated, alternating in ((True, False), (True, True), (False, False)):
-                yield Stacks(writer, bias, down, alternating, transposed, gated)
+def stacks_of(experts: Any, *, transposed: bool) -> Stacks:
+    """Return how a module's experts are stored, as transformers' interface of experts says it.
+
+    `transposed`: of modules that do not follow it.
+    """
+    transposed = getattr(experts, "is_transposed", transposed)
+    if not hasattr(experts, "gate_up_proj"):
+        return Stacks("up_proj", (1,), transposed)
+    segments = (1, 1) if getattr(experts, "is_concatenated", True) else (2,)
+    return Stacks("gate_up_proj", segments, transposed)
 
 
 def expert_channels_in(place: str, stacks: Stacks) -> Group:
     """Return the channels of every expert of the module at `place`."""
     parts = Experts(place, stacks, unit_axis=1 if stacks.transposed else 2)
-    return Group(EXPERT_CHANNELS, "expert_channels", "channel of each expert", parts)
+    return Group(
+        EXPERT_CHANNELS,
+        "expert_channels",
+        "channel of each expert",
+        parts,
+        at_least=1,
+        multiple_of=CHANNEL_STEP,
+    )
 
 
 def head_guesses(linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
