@@ -9,59 +9,33 @@ from typing import Any
 import pytest
 import torch
 from models import randomised, sizes
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 SIZES = {key: value for key, value in sizes().items() if key != "tie_word_embeddings"}
 HEADS = {"head_dim": 16}
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
 SCALAR = {"query_pre_attn_scalar": 16}
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
+LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2}
+LINEAR |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 ROTATED_PART = {"hidden_size": 64}  # a quarter of a head, which must be an even number
 FALCON = {"ffn_hidden_size": 112, "bias": True}
 QWEN_MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
-LLAMA4 = HEADS | {
-    "num_local_experts": 6,
-    "num_experts_per_tok": 2,
-    "intermediate_size_mlp": 80,
-    "moe_layers": [0, 2],
-    "attention_chunk_size": 8,
-    "no_rope_layers": [1, 1, 0],
-}
-MLA = {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
-}
+GLM_MOE = HEADS | QWEN_MOE | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "use_qk_norm": True}
+LLAMA4 = HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size_mlp": 80, "moe_layers": [0, 2]}
+LLAMA4 |= {"attention_chunk_size": 8, "no_rope_layers": [1, 1, 0]}
+MLA = {"num_key_value_heads": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "n_shared_experts": 1}
+MLA |= {"first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16}
+MLA |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+GROUPED = MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}
+SHARED = QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80}
+GRANITE = {"residual_multiplier": 0.5, "logits_scaling": 4.0}
 # What sees images, as small as it can be.
-SIGLIP = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP |= {"image_size": 8, "patch_size": 4}
 PIXTRAL = {**SIGLIP, "model_type": "pixtral", "head_dim": 8}
 QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1, "fullatt_block_indexes": [0]}
+OF_2 = {"embed_dim": 16, "hidden_size": 48}
+OF_2_5 = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 48}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}}
 
 # name -> (model type, overrides)
@@ -81,10 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", TWO_KINDS),
-    "granite": (
-        "granite",
-        {"residual_multiplier": 0.5, "logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
-    ),
+    "granite": ("granite", GRANITE | {"embedding_multiplier": 3.0, "attention_multiplier": 0.2}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0]}),
     "stablelm": ("stablelm", ROTATED_PART | {"use_qkv_bias": True}),
     "stablelm-parallel": ("stablelm", ROTATED_PART | {"use_parallel_residual": True}),
@@ -108,41 +79,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", HEADS),
     "seed_oss": ("seed_oss", HEADS),
     "mixtral": ("mixtral", HEADS | {"num_local_experts": 6}),
-    "qwen2_moe": ("qwen2_moe", QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80}),
-    "qwen2_moe-mixed": (
-        "qwen2_moe",
-        QWEN_MOE | {"num_experts": 6, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]},
-    ),
+    "qwen2_moe": ("qwen2_moe", SHARED),
+    "qwen2_moe-mixed": ("qwen2_moe", SHARED | {"mlp_only_layers": [1]}),
     "qwen3_moe": ("qwen3_moe", HEADS | QWEN_MOE | {"num_local_experts": 6, "norm_topk_prob": True}),
     "qwen3_moe-mixed": ("qwen3_moe", HEADS | QWEN_MOE | {"num_local_experts": 6, "mlp_only_layers": [1]}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", HEADS | TWO_KINDS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
-    "granitemoe": ("granitemoe", {"num_local_experts": 6, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "granitemoe": ("granitemoe", GRANITE | {"num_local_experts": 6}),
     "llama4": ("llama4_text", LLAMA4),
     "phimoe": ("phimoe", HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2}),
-    "glm4_moe": (
-        "glm4_moe",
-        HEADS | QWEN_MOE | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "use_qk_norm": True},
-    ),
-    "deepseek_v2": ("deepseek_v2", MLA | {"n_routed_experts": 6, "first_k_dense_replace": 1}),
-    "deepseek_v2-groups": (
-        "deepseek_v2",
-        MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
-    ),
+    "glm4_moe": ("glm4_moe", GLM_MOE),
+    "deepseek_v2": ("deepseek_v2", MLA | {"n_routed_experts": 6}),
+    "deepseek_v2-groups": ("deepseek_v2", GROUPED | {"topk_method": "group_limited_greedy"}),
     "gemma3_multimodal": ("gemma3", {"text_config": HEADS | TWO_KINDS | SCALAR, "vision_config": SIGLIP}),
-    "qwen2_vl": (
-        "qwen2_vl",
-        {"text_config": MROPE, "vision_config": QWEN_VISION | {"embed_dim": 16, "hidden_size": 48}},
-    ),
-    "qwen2_5_vl": (
-        "qwen2_5_vl",
-        {
-            "text_config": MROPE,
-            "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 48},
-        },
-    ),
+    "qwen2_vl": ("qwen2_vl", {"text_config": MROPE, "vision_config": QWEN_VISION | OF_2}),
+    "qwen2_5_vl": ("qwen2_5_vl", {"text_config": MROPE, "vision_config": QWEN_VISION | OF_2_5}),
     "mistral3": ("mistral3", {"text_config": HEADS | {"model_type": "mistral"}, "vision_config": PIXTRAL}),
-    "deepseek_v3": ("deepseek_v3", MLA | {"n_routed_experts": 9, "n_group": 3, "topk_group": 2}),
+    "deepseek_v3": ("deepseek_v3", GROUPED),
 }
 
 # One row of each kind of structure; those beside them in a comment run with the slow tests, in the same checks.
@@ -205,8 +158,7 @@ def tiny_family(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     """
     model_type, special = FAMILIES[name]
     config_class = CONFIG_MAPPING[model_type]
-    defaults = config_class()
-    known = set(defaults.to_dict()) | set(config_class.attribute_map)
+    known = set(config_class().to_dict()) | set(config_class.attribute_map)
     if "text_config" in special:
         special = special | {"text_config": SIZES | special["text_config"]}
         known = set()

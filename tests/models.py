@@ -10,6 +10,7 @@ import transformers
 from tiny_tokenizer import tiny_tokenizer
 
 from secateur.facts import Size
+from secateur.formats.save import save_checkpoint
 from secateur.model.bind import bind
 from secateur.model.stock import quiet_transformers
 from secateur.pruning.open import Opened
@@ -78,11 +79,19 @@ def randomised(model: Any, seed: int, norm_mean: float = 1) -> Any:
     return model.eval()
 
 
-def saved(place: Path, model: Any, tokenizer: Any = None) -> Path:
-    """Write the model with a tokenizer, the tiny one unless another is given; return the directory."""
+def saved(place: Path, model: Any, tokenizer: Any = None, **options: Any) -> Path:
+    """Let transformers write the model with a tokenizer, the tiny one unless another is given; return the directory."""
     with quiet_transformers():
-        model.save_pretrained(place)
+        model.save_pretrained(place, **options)
         (tokenizer or tiny_tokenizer()).save_pretrained(place)
+    return place
+
+
+def written(place: Path, model: Any, tokenizer: Any = None, *, num_bytes: int = 10**9, **options: Any) -> Path:
+    """Write them as a run does, in files of so many bytes; return the directory."""
+    place.mkdir(exist_ok=True)
+    with shards_of(num_bytes):
+        save_checkpoint(model, tokenizer or tiny_tokenizer(), place, **{"carry_from": None} | options)
     return place
 
 

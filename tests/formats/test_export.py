@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer, sentencepiece_tokenizer
-from models import shards_of, tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from models import tiny_gemma, tiny_gemma3, tiny_ids, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, written
 from run_cli import run_cli
 from shown import assert_shown
 from transformers import AutoModelForCausalLM, GgufConfig, HunYuanDenseV1Config, LlamaConfig, OPTConfig, OPTForCausalLM
@@ -20,7 +20,7 @@ from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYu
 from secateur.errors import SecateurError
 from secateur.formats.gguf import export
 from secateur.formats.gguf_tensors import interleave_rotary, rotary
-from secateur.formats.save import have_llama_cpp, open_llama_cpp, save_checkpoint
+from secateur.formats.save import have_llama_cpp, open_llama_cpp
 from secateur.model.checkpoint import load_model, load_tokenizer, open_checkpoint
 from secateur.model.stock import quiet_transformers
 from secateur.vocabulary.kept import KeptTokens, keep_tokens
@@ -50,34 +50,19 @@ SENTENCEPIECE = ["mistral", "llama", "gemma"]
 PLAIN_PIECES = ["they said it's 12345  ferries\n\n\n", "Паром 海 \N{ROCKET}\0\r\n", "bananas, nanana leaves"]
 PIECES = ["  odd", "a<s>b  </s>", *PLAIN_PIECES]
 GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GEMMA3_LAYER = LAYER | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+LAYER |= {f"attn_{each}": f"self_attn.{each}_proj" for each in "qkv"} | {"attn_output": "self_attn.o_proj"}
+LAYER |= {f"attn_{each}_norm": f"self_attn.{each}_norm" for each in "qk"}
+LAYER |= {f"ffn_{each}": f"mlp.{each}_proj" for each in ("gate", "up", "down")}
+GEMMA3_LAYER = LAYER | {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+GEMMA3_LAYER |= {"post_ffw_norm": "post_feedforward_layernorm"}
 TEXTS = ["they said it's 12345 ferries", "  odd\n\n spacing\t ", "Паром 海 \N{ROCKET}", "<|start|>a<think>b<|end|>"]
 
 
 def save(directory: Path, model: Any, tokenizer: object = None) -> Path:
-    directory.mkdir()
     rule = TOKENIZERS.get(model.config.model_type)
     tokenizer = tokenizer or (sentencepiece_tokenizer(rule) if rule else bpe_tokenizer())
-    with shards_of(100_000):
-        save_checkpoint(model, tokenizer, directory, carry_from=None)
-    return directory
+    return written(directory, model, tokenizer, num_bytes=100_000)
 
 
 def reopened(file: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -89,6 +74,7 @@ def reopened(file: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 def exported(directory: Path, model: Any, **options: Any) -> dict[str, np.ndarray]:
     """Save and export the model; return the file's arrays by name."""
+    directory.mkdir(exist_ok=True)
     export(save(directory / "source", model), directory / "model.gguf", check=False, **options)
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(directory / "model.gguf").tensors}
 
@@ -167,22 +153,19 @@ def test_biases_follow_their_weights(tmp_path):
     )
 
 
-def test_llama3_rotary_scaling_becomes_factors(tmp_path):
+def test_rotary_scaling_is_stated(tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    arrays = exported(tmp_path, tiny_llama(**SIZES, rope_parameters=rope))
+    arrays = exported(tmp_path / "llama3", tiny_llama(**SIZES, rope_parameters=rope))
     # Pair i turns once in 2 pi 10000^(i/8) tokens: 6, 20, 63, 199. Up to 64/4 nothing changes, beyond 64 all does.
     smooth = [(64 / (2 * np.pi * 10 ** (i / 2)) - 1) / (4 - 1) for i in (1, 2)]
     between = [1 / ((1 - share) / 8 + share) for share in smooth]
     assert arrays["rope_freqs.weight"][:4] == pytest.approx([1, *between, 8], rel=1e-5)
-
-
-def test_every_number_of_yarn_is_stated(tmp_path):
     rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     rope |= {"attention_factor": 1.25, "beta_fast": 30.0, "beta_slow": 2.0, "mscale_all_dim": 0.5}
-    exported(tmp_path, tiny_qwen2(**SIZES, rope_parameters=rope))
+    exported(tmp_path / "yarn", tiny_qwen2(**SIZES, rope_parameters=rope))
     keys = ("original_context_length", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier")
-    assert [field(tmp_path, f"qwen2.rope.scaling.{key}") for key in keys] == [64, 1.25, 30.0, 2.0, 0.5]
+    assert [field(tmp_path / "yarn", f"qwen2.rope.scaling.{key}") for key in keys] == [64, 1.25, 30.0, 2.0, 0.5]
 
 
 def test_hunyuans_alpha_is_the_theta_that_its_own_model_rotates_by():
@@ -217,17 +200,15 @@ def test_the_tokenizer_gives_the_same_ids(rule, tmp_path):
 
 def trimmed(directory: Path, name: str, rule: str) -> tuple[Path, Any]:
     """Save a model without some of its tokens; return its directory and its tokenizer."""
-    directory.mkdir()
     model, is_bytes = MODELS[name](), rule not in SENTENCEPIECE
     dense = bpe_tokenizer(rule) if is_bytes else sentencepiece_tokenizer(rule)
     vocabulary = read_vocabulary(dense, model)
     kept_ids = with_parts(vocabulary, list(vocabulary.texts)[::3])
+    assert len(kept_ids) < len(dense)
     kept = KeptTokens(tuple(sorted(kept_ids)), vocabulary.num_rows)
     keep_tokens(model, kept)
     tokenizer = trimmed_tokenizer(dense, kept)
-    save_checkpoint(model, tokenizer, directory, carry_from=None, kept=kept)
-    assert len(kept_ids) < len(dense)
-    return directory, tokenizer
+    return written(directory, model, tokenizer, kept=kept), tokenizer
 
 
 TRIMMED = [("llama", "llama-bpe"), ("llama-tied", "qwen2"), ("mistral", "mistral"), ("gemma-tied", "gemma")]
@@ -279,17 +260,14 @@ def test_llama_cpp_gives_a_trimmed_model_s_ids_and_logits(name, rule, tmp_path):
             assert (got - expected).norm() / expected.norm() < 2e-3  # llama.cpp keeps keys and values in half precision
 
 
-@pytest.mark.parametrize(("window", "expected"), [(8, 8), (None, 256)])
-def test_a_window_that_llama_cpp_lacks_bounds_the_context(window, expected, tmp_path):
-    source = save(tmp_path / "source", MODELS["mistral"](sliding_window=window))
-    assert export(source, tmp_path / "model.gguf", check=False).context_length == expected
-    assert field(tmp_path, "llama.context_length") == expected
-
-
-def test_the_rule_is_the_one_that_transformers_uses(tmp_path):
+def test_a_window_that_llama_cpp_lacks_bounds_the_context_and_the_rule_is_transformers_own(tmp_path):
+    for window, expected in ((8, 8), (None, 256)):
+        source = save(tmp_path / f"{window}", MODELS["mistral"](sliding_window=window))
+        assert export(source, tmp_path / "model.gguf", check=False, overwrite=True).context_length == expected
+        assert field(tmp_path, "llama.context_length") == expected
     # transformers splits every qwen2 checkpoint's text by Qwen's rule, whatever the file says.
     source = save(tmp_path / "source", MODELS["qwen2"](), bpe_tokenizer("gpt-2"))
-    export(source, tmp_path / "model.gguf", check=False)
+    export(source, tmp_path / "model.gguf", check=False, overwrite=True)
     assert field(tmp_path, "tokenizer.ggml.pre") == "qwen2"
 
 

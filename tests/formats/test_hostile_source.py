@@ -57,8 +57,7 @@ def save_source(directory: Path) -> Path:
 
 def save(source: Path | None, out: Path, model: Any = None, tokenizer: Any = None) -> tuple[str, ...]:
     out.mkdir()
-    model, tokenizer = model or tiny_llama(), tokenizer or tiny_tokenizer()
-    return save_checkpoint(model, tokenizer, out, carry_from=source)
+    return save_checkpoint(model or tiny_llama(), tokenizer or tiny_tokenizer(), out, carry_from=source)
 
 
 @pytest.fixture(scope="module")

@@ -9,23 +9,19 @@ import gguf
 import pytest
 import torch
 from bpe_tokenizer import bpe_tokenizer
-from models import tiny_llama, tiny_qwen2
+from models import tiny_llama, tiny_qwen2, written
 from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from secateur.errors import CheckpointError
 from secateur.formats.gguf import export, gguf_bytes
 from secateur.formats.gguf_tensors import QUANTISED, TOLD, TYPES, fitting_type, gguf_family, planned_tensors
-from secateur.formats.save import have_llama_cpp, save_checkpoint
+from secateur.formats.save import have_llama_cpp
 from secateur.model.checkpoint import meta_model, open_checkpoint
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 512}
-MIXTURE = {
-    **SIZES,
-    "intermediate_size": 256,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 2048,
-}
+MIXTURE = {**SIZES, "intermediate_size": 256, "num_key_value_heads": 2, "num_hidden_layers": 3}
+MIXTURE |= {"max_position_embeddings": 2048}
+FALCON = {"hidden_size": 256, "num_attention_heads": 8, "num_kv_heads": 8, "num_hidden_layers": 17, "vocab_size": 512}
 MODELS = {
     "shared keys": lambda: tiny_llama(num_layers=9, num_key_value_heads=2, **SIZES),
     "tied": lambda: tiny_qwen2(tied=True, num_layers=17, num_key_value_heads=4, **SIZES),
@@ -34,19 +30,14 @@ MODELS = {
     "odd rows": lambda: tiny_llama(num_layers=2, **SIZES | {"intermediate_size": 272}),
     "eight experts": lambda: MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=8)),
     "four experts": lambda: MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=4)),
-    "falcon": lambda: FalconForCausalLM(
-        FalconConfig(
-            hidden_size=256, num_attention_heads=8, num_hidden_layers=17, vocab_size=512, bias=False, num_kv_heads=8
-        )
-    ),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**FALCON, bias=False)),
 }
 needs_llama_cpp = pytest.mark.skipif(not have_llama_cpp(), reason="needs llama-cpp-python")
 
 
 def saved(name: str, place: Path) -> Path:
     torch.manual_seed(0)
-    save_checkpoint(MODELS[name]().eval(), bpe_tokenizer(), place, carry_from=None)
-    return place
+    return written(place, MODELS[name]().eval(), bpe_tokenizer())
 
 
 def planned_bytes(source: Path, type_name: str) -> int:
@@ -62,11 +53,8 @@ def test_sizes_are_told_to_the_byte(type_name: str, tmp_path: Path) -> None:
     assert planned_bytes(source, type_name) == done.num_bytes - gguf.GGUFReader(tmp_path / "model.gguf").data_offset
 
 
-def test_rows_that_no_block_fits_are_stored_in_a_wider_type() -> None:
-    assert [fitting_type("q4_k", row) for row in (512, 576, 520)] == ["q4_k", "q5_0", "f16"]
-
-
 def test_types_that_llama_cpp_cannot_write_here(tmp_path: Path, monkeypatch: Any) -> None:
+    assert [fitting_type("q4_k", row) for row in (512, 576, 520)] == ["q4_k", "q5_0", "f16"], "rows that no block fits"
     source = saved("narrow", tmp_path / "source")
     monkeypatch.setattr("secateur.formats.save.have_llama_cpp", lambda: False)
     with pytest.raises(CheckpointError, match=r"export --type q4_k_m needs llama-cpp-python; run: pip install"):

@@ -1,37 +1,28 @@
 """The reload check: passes for what was saved, in a fresh process, and fails for everything else."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from models import logits_of, shards_of, tiny_ids, tiny_llama
+from models import logits_of, tiny_ids, tiny_llama, written
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import tiny_tokenizer
 
 from secateur.errors import CheckpointError
 from secateur.formats import save as proof
-from secateur.formats.save import save_checkpoint, verify_reload
+from secateur.formats.save import verify_reload
 
 # What the fresh process says beside the logits.
 SAID = {"problem": "", "class": "AutoModelForImageTextToText"}
 
 
-def save(directory: Path, model: torch.nn.Module) -> torch.Tensor:
-    directory.mkdir(exist_ok=True)
-    with shards_of(100_000):
-        save_checkpoint(model, tiny_tokenizer(), directory, carry_from=None)
-    return logits_of(model)
-
-
 def test_a_tensor_that_reloading_would_drop_is_refused(tmp_path):
-    logits = save(tmp_path, tiny_llama())
+    model = tiny_llama()
+    written(tmp_path, model, num_bytes=100_000)
     tensors = {name: tensor for shard in tmp_path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     for shard in tmp_path.glob("*.safetensors*"):
         shard.unlink()
     bias = {"model.layers.0.mlp.down_proj.bias": torch.zeros(48)}
     save_file({**tensors, **bias}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"unexpected_keys: \['model.layers.0.mlp.down_proj.bias'\]"):
-        verify_reload(tmp_path, tiny_ids(), logits)
+        verify_reload(tmp_path, tiny_ids(), logits_of(model))
 
 
 IDS = tiny_ids(batch=2, length=3)

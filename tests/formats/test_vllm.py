@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_ids, tiny_llama, tiny_qwen2
-from tiny_tokenizer import tiny_tokenizer
+from models import tiny_ids, tiny_llama, tiny_qwen2, written
 
 import secateur
-from secateur.formats.save import save_checkpoint
 from secateur.methods.depth import remove_layers
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.per_layer import record_widths
@@ -42,18 +40,14 @@ def cut(make: Callable[..., Any], place: Path, *, tied: bool, dtype: torch.dtype
             (group,) = (found for found in arch.select((name,)) if found.layer == layer)
             cut_units(each, group, kept_of(group, share[layer] if isinstance(share, list) else share))
     record_widths(model, arch)
-    save(model.to(dtype), place)
-
-
-def save(model: Any, place: Path) -> None:
-    save_checkpoint(model, tiny_tokenizer(), place, carry_from=None)
+    written(place, model.to(dtype))
 
 
 def shallow(place: Path) -> None:
     """Save a tiny model without two of its layers."""
     model = tiny_llama(**SIZES)
     remove_layers(model, bind(model), (1, 2))
-    save(model, place)
+    written(place, model)
 
 
 def trimmed(place: Path, *, tied: bool) -> None:

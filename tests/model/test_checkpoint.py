@@ -43,14 +43,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return save(tmp_path / "model", tiny_llama())
-
-
-def save(directory: Path, model: torch.nn.Module, max_shard_size: str = "5GB") -> Path:
-    with quiet_transformers():
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
-        tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return saved(tmp_path / "model", tiny_llama())
 
 
 def edit_config(directory: Path, changes: dict[str, object]) -> None:
@@ -71,12 +64,13 @@ def check_headers(directory: Path) -> None:
 @pytest.mark.parametrize(("build", "tied", "max_shard_size"), [(tiny_llama, False, "100KB"), (tiny_qwen2, True, "5GB")])
 def test_loads_what_was_saved(build, tied, max_shard_size, tmp_path, capfd):
     model = build(tied=tied)
-    directory = save(tmp_path / "model", model, max_shard_size)
+    directory = saved(tmp_path / "model", model, max_shard_size=max_shard_size)
     checkpoint = open_checkpoint(str(directory))
     check_weights(checkpoint, meta_model(checkpoint.config))
     loaded = load_model(checkpoint)
     assert torch.equal(loaded(tiny_ids()).logits, model(tiny_ids()).logits)
-    assert not loaded.training
+    assert not loaded.training and loaded.config._name_or_path == ""
+    assert str(directory) not in Path("/proc/self/maps").read_text(), "weights do not stay mapped from the file"
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert load_tokenizer(checkpoint).chat_template == tiny_tokenizer().chat_template
     assert capfd.readouterr() == ("", "")
@@ -86,19 +80,13 @@ def test_loads_what_was_saved(build, tied, max_shard_size, tmp_path, capfd):
 def test_keeps_the_stored_dtype_and_the_generation_config(is_said, tmp_path):
     model = tiny_llama().to(torch.bfloat16)
     model.generation_config.max_length = 77
-    directory = save(tmp_path / "model", model)
+    directory = saved(tmp_path / "model", model)
     if not is_said:
         edit_config(directory, {"dtype": None})
     checkpoint = open_checkpoint(directory)
     loaded = load_model(checkpoint)
     assert meta_model(checkpoint.config).dtype == loaded.dtype == torch.bfloat16
     assert loaded.generation_config.max_length == 77
-
-
-def test_weights_do_not_stay_mapped_from_the_file(directory):
-    model = load_model(open_checkpoint(directory))
-    assert str(directory) not in Path("/proc/self/maps").read_text()
-    assert model.config._name_or_path == ""
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 5000)])
@@ -109,7 +97,7 @@ def test_weights_that_change_while_they_are_read(change, directory):
         read_tensor(stored)
 
 
-def test_hub_id_is_found_in_the_cache_and_offline_is_said(directory, tmp_path, monkeypatch):
+def test_a_hub_id_is_found_in_the_cache_offline_is_said_and_a_directory_beats_it(directory, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(CheckpointError, match=r"model owner/name: .*not in the local hub cache.*HF_HUB_OFFLINE"):
@@ -120,12 +108,9 @@ def test_hub_id_is_found_in_the_cache_and_offline_is_said(directory, tmp_path, m
     (repository / "refs" / "main").write_text(commit)
     checkpoint = open_checkpoint("owner/name")
     assert torch.equal(load_model(checkpoint)(tiny_ids()).logits, tiny_llama()(tiny_ids()).logits)
-
-
-def test_a_directory_beats_a_hub_id(directory, monkeypatch):
-    monkeypatch.chdir(directory.parent.parent)
-    reference = f"{directory.parent.name}/{directory.name}"
-    assert open_checkpoint(reference).directory == Path(reference)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(directory, "owner/name")
+    assert open_checkpoint("owner/name").directory == Path("owner/name")
 
 
 def write_layout(directory: Path, places: list[tuple[Any, Any]], shape: Any = None) -> None:
@@ -205,11 +190,8 @@ def test_tokens_beyond_the_embedding_may_only_be_added_ones_that_no_text_needs()
     check_rows(tokenizer, 257, "here")
     tokenizer.add_tokens(["<far>"])
     check_rows(tokenizer, 257, "here")
-    for changes in (
-        {"chat_template": "<far>{{ messages }}"},
-        {"chat_template": "{{ messages }}", "eos_token": "<far>"},
-    ):
-        for name, value in changes.items():
+    for template, changes in (("<far>{{ messages }}", {}), ("{{ messages }}", {"eos_token": "<far>"})):
+        for name, value in {"chat_template": template, **changes}.items():
             setattr(tokenizer, name, value)
         with pytest.raises(CheckpointError, match=r"here: its tokenizer has 258 tokens, .* 257 rows, so token '<far>'"):
             check_rows(tokenizer, 257, "here")
@@ -218,7 +200,7 @@ def test_tokens_beyond_the_embedding_may_only_be_added_ones_that_no_text_needs()
 def test_heads_that_transformers_leaves_aside_are_told_by_name_and_size(tmp_path: Path) -> None:
     """As Qwen3.5's checkpoints have them: the result would be without them, and nobody told."""
     model = tiny_family("qwen3_5")
-    directory = save(tmp_path / "model", model)
+    directory = saved(tmp_path / "model", model)
     checkpoint = open_checkpoint(directory)
     assert notes_on(checkpoint, meta_model(checkpoint.config)) == ()
     edit_tensor(directory, "mtp.fc.weight", torch.ones(48, 96))
@@ -255,7 +237,7 @@ def put_number(directory: Path, value: str) -> None:
 def deal_out(directory: Path, damage: Callable[..., None], *arguments: str) -> None:
     """Save it in shards, and damage these."""
     remove(directory, WEIGHTS)
-    damage(save(directory, tiny_llama(), "100KB"), *arguments)
+    damage(saved(directory, tiny_llama(), max_shard_size="100KB"), *arguments)
 
 
 def save_config(directory: Path, config: Any) -> None:
@@ -273,7 +255,10 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
     "padding beyond the vocabulary": (edit_config, {"pad_token_id": 320, "vocab_size": 320}),
     "a size far below zero": (edit_config, {"intermediate_size": -(10**30)}),
     "an activation that nobody knows": (edit_config, {"hidden_act": "no-such"}),
-    "an encoder and a decoder": (save_config, T5Config(architectures=["T5ForConditionalGeneration"])),
+    "an encoder and a decoder": (
+        lambda place, config: config.save_pretrained(place),
+        T5Config(architectures=["T5ForConditionalGeneration"]),
+    ),
     "a type of encoders and decoders": (save_config, T5Config()),
     "no weights": (remove, WEIGHTS),
     "a shard that is missing": (deal_out, remove, "model-00002-of-00005.safetensors"),
@@ -316,7 +301,7 @@ def test_every_defect_is_one_sentence_of_the_headers_and_of_the_weights(tmp_path
     monkeypatch.chdir(tmp_path)
     lines, place = list[str](), Path("model")
     for name, (damage, *arguments) in DAMAGES.items():
-        damage(save(place, tiny_llama()), *arguments)
+        damage(saved(place, tiny_llama()), *arguments)
         of_headers = told(check_headers, place)
         of_loading = told(lambda place: load_model(open_checkpoint(place)), place)
         of_tokenizer = told(lambda place: load_tokenizer(open_checkpoint(place)), place)
@@ -335,7 +320,7 @@ NAMES += ["/nowhere/at/all", "missing.gguf", "bad id/x", "SMOLLM2-135M", "MODEL-
 
 def test_a_name_that_leads_nowhere_says_what_may_be_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save(Path("model"), tiny_llama())
+    saved(Path("model"), tiny_llama())
     for end in "abc":
         Path(f"model-{end}").mkdir()
     lines = [line for name in NAMES for line in told(open_checkpoint, name)]

@@ -11,17 +11,7 @@ from models import tiny_ids, tiny_llama
 from torch import nn
 
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.group import (
-    Axis,
-    Experts,
-    Group,
-    Linears,
-    Stacks,
-    cut,
-    original_units,
-    rows_of,
-    unit_columns,
-)
+from secateur.model.group import Axis, Experts, Group, Linears, Stacks, cut, original_units, rows_of, unit_columns
 from secateur.model.guesses import _by_router
 from secateur.model.per_layer import record_widths
 from tests.families import tiny_family

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from damage import edit_json
 from models import logits_of as logits
-from models import shards_of, tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3
+from models import tiny_gemma3, tiny_ids, tiny_llama, tiny_qwen2, tiny_qwen3, written
 from shown import assert_sentences, refusal
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from warm import WarmProcesses
 
 import secateur
 from secateur.errors import CheckpointError
-from secateur.formats.save import save_checkpoint, verify_reload
+from secateur.formats.save import verify_reload
 from secateur.model.bind import Arch, bind, decoder_layers
 from secateur.model.checkpoint import (
     check_in_memory,
@@ -81,10 +82,7 @@ def keep_heads(layer: Any, num_heads: int, num_key_value_heads: int) -> None:
 
 
 def save(model: PreTrainedModel, directory: Path, num_bytes: int = 60_000) -> Path:
-    directory.mkdir()
-    with shards_of(num_bytes):
-        save_checkpoint(model, tiny_tokenizer(), directory, carry_from=None)
-    return directory
+    return written(directory, model, num_bytes=num_bytes)
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
@@ -134,16 +132,11 @@ def fresh(saved, warm: WarmProcesses, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
-def test_plain_transformers_gives_the_model_in_memory_with_trust_and_stops_without(name, saved, fresh):
+def test_load_and_plain_transformers_with_trust_give_the_model_in_memory(name, saved, fresh):
     model, directory = saved[name]
     assert len(list(directory.glob("model-*.safetensors"))) > 1
     assert torch.equal(torch.tensor(fresh(name, True)), logits(model))
     assert "is a per-layer attribute and may vary across layers" in fresh(name, False)
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "ffn"])
-def test_load_gives_the_model_in_memory(name, saved):
-    model, directory = saved[name]
     loaded: Any = secateur.load(directory)
     assert torch.equal(logits(loaded), logits(model)) and not loaded.training
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
@@ -172,11 +165,8 @@ def test_the_config_is_in_the_form_of_transformers(saved):
         "3": {"num_attention_heads": 3, "num_key_value_heads": 3},
     }
     assert config["architectures"] == ["PerLayerLlamaForCausalLM"]
-    assert config["auto_map"] == {
-        "AutoConfig": "modeling_per_layer.PerLayerLlamaConfig",
-        "AutoModel": "modeling_per_layer.PerLayerLlamaModel",
-        "AutoModelForCausalLM": "modeling_per_layer.PerLayerLlamaForCausalLM",
-    }
+    parts = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    assert config["auto_map"] == {auto: f"modeling_per_layer.PerLayerLlama{part}" for auto, part in parts.items()}
     assert config["model_type"] == "llama" and config["head_dim"] == HEAD_DIM
 
 
@@ -273,10 +263,9 @@ def test_code_in_the_directory_is_never_run_by_secateur(tmp_path):
 def test_a_config_that_does_not_fit_is_one_sentence(tmp_path):
     directory, said = save(uneven("llama"), tmp_path / "out"), dict[str, str]()
     said["an option that nobody knows"] = refusal(secateur.load, directory, no_such_option=1)
+    per_layer = config_of(directory)["per_layer_config"]
     for layer in ({"intermediate_size": 80}, {"num_key_value_heads": 0}, {"intermediate_size": "many"}):
-        config = config_of(directory)
-        config["per_layer_config"]["0"] = layer
-        (directory / "config.json").write_text(json.dumps(config))
+        edit_json(directory / "config.json", per_layer_config=per_layer | {"0": layer})
         said[str(layer)] = refusal(secateur.load, directory)
     assert_sentences("model/per-layer", said, tmp_path)
 
@@ -293,29 +282,3 @@ def test_a_model_that_runs_the_carried_file_is_refused_in_memory(tmp_path, monke
     assert configs[0] == {key: value for key, value in configs[1].items() if key != "rope_theta"}  # of older programs
     with pytest.raises(CheckpointError, match=r"load it with secateur\.load"):
         check_in_memory(model, tiny_tokenizer())
-
-
-class _OwnMlp(torch.nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.up = torch.nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = torch.nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(hidden)))
-
-
-class _OwnModel(LlamaForCausalLM):
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        for layer in self.model.layers:
-            layer.mlp = _OwnMlp(config)
-
-
-def test_layers_that_a_class_of_the_users_own_changes_are_built_with_their_model():
-    model = _OwnModel(tiny_llama().config)
-    arch = bind(model)
-    for group in arch.ffns:
-        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(64))
-    record_widths(model, arch)
-    assert model.config.intermediate_size == 64 and type(model) is _OwnModel

@@ -44,9 +44,7 @@ QUICK = """smollm2-135m gemma-3-4b phi-2 gpt2 falcon-7b command-r7b exaone-4.0-3
 
 
 # By model type; the rest of the public configs hold what llama.cpp takes for granted.
-NOT_IN_LLAMA_CPP = {
-    "exaone4": "takes sliding_window to be None, the config says 4096",
-}
+NOT_IN_LLAMA_CPP = {"exaone4": "takes sliding_window to be None, the config says 4096"}
 
 
 @pytest.mark.parametrize(

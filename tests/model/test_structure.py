@@ -98,18 +98,6 @@ def another_beside(ffn: Any, config: Any) -> None:
     ffn.other_down = nn.Linear(ffn.width, config.hidden_size, bias=False)
 
 
-def another_within(ffn: Any, config: Any) -> None:
-    ffn.router = Plain(config)
-
-
-def a_norm_of_the_same_key(ffn: Any, _: Any) -> None:
-    ffn.scale = nn.Parameter(torch.ones(ffn.width))
-
-
-def one_weight(ffn: Any, _: Any) -> None:
-    ffn.up_proj.weight = ffn.gate_proj.weight
-
-
 def model_with(ffn: type[nn.Module], change: Callable[[Any], None] = lambda _: None, **sizes: Any) -> Any:
     """Return a tiny Llama whose FFNs are of this class; `change` is applied to whatever it builds."""
 
@@ -136,24 +124,21 @@ def halves(ffn: Any, x: Tensor) -> Tensor:
 
 
 RIGHT = {
-    "plain": (Plain, {}),
-    "up before gate, in halves": (plain_but(fused(2), inner=halves), {}),
-    "gate and up alternate": (plain_but(fused(2), inner=alternating), {}),
-    "as wide as the stream": (Plain, {"intermediate_size": 48, "hidden_size": 48}),
-    "reader used twice": (
-        plain_but(forward=lambda self, x: self.down_proj(self.inner(x)) + self.down_proj(self.up_proj(x))),
-        {},
-    ),
-    "weights tied": (plain_but(one_weight), {}),
-    "changes its input in place": (plain_but(forward=lambda self, x: self.down_proj(self.inner(x.mul_(2)))), {}),
-    "one channel squared": (plain_but(inner=lambda self, x: self.up_proj(x).square()), {}),
+    "plain": Plain,
+    "up before gate, in halves": plain_but(fused(2), inner=halves),
+    "gate and up alternate": plain_but(fused(2), inner=alternating),
+    "as wide as the stream": Plain,
+    "reader used twice": plain_but(forward=lambda self, x: Plain.forward(self, x) + self.down_proj(self.up_proj(x))),
+    "weights tied": plain_but(lambda ffn, _: setattr(ffn.up_proj, "weight", ffn.gate_proj.weight)),
+    "changes its input in place": plain_but(forward=lambda self, x: self.down_proj(self.inner(x.mul_(2)))),
+    "one channel squared": plain_but(inner=lambda self, x: self.up_proj(x).square()),
 }
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_an_odd_ffn_is_cut_right_or_not_at_all(name: str) -> None:
-    ffn, sizes = RIGHT[name]
-    model, masked = model_with(ffn, **sizes), model_with(ffn, **sizes)
+    sizes = {"intermediate_size": SIZES["hidden_size"]} if name == "as wide as the stream" else {}
+    model, masked = (model_with(RIGHT[name], **sizes) for _ in range(2))
     arch = bind(model)
     groups = [group for group in arch.groups if group.name == "ffn"]
     assert groups or arch.omits["ffn"]
@@ -166,12 +151,10 @@ def test_an_odd_ffn_is_cut_right_or_not_at_all(name: str) -> None:
     torch.testing.assert_close(logits_of(model, tiny_ids()), logits_of(masked, tiny_ids()), atol=1e-5, rtol=1e-5)
 
 
-def normalised(ffn: Any, x: Tensor) -> Tensor:
-    return ffn.down_proj(nn.functional.normalize(ffn.inner(x) + 0.1, dim=-1))
-
-
 WRONG = {
-    "channels are normalised": plain_but(forward=normalised),
+    "channels are normalised": plain_but(
+        forward=lambda self, x: self.down_proj(nn.functional.normalize(self.inner(x) + 0.1, dim=-1))
+    ),
     "softmax over channels": plain_but(inner=lambda self, x: self.up_proj(x).softmax(dim=-1) * 10),
     "channels are moved": plain_but(inner=lambda self, x: self.up_proj(x).roll(1, dims=-1) * self.gate_proj(x)),
     "channels are pooled": plain_but(
@@ -189,11 +172,13 @@ WRONG = {
         another_beside, forward=lambda self, x: Plain.forward(self, x) + self.other_down(self.other_up(x).relu())
     ),
     "one gates another": plain_but(
-        another_within, forward=lambda self, x: Plain.forward(self, x) * self.router(x).sigmoid()
+        lambda ffn, config: setattr(ffn, "router", Plain(config)),
+        forward=lambda self, x: Plain.forward(self, x) * self.router(x).sigmoid(),
     ),
     "a width that no key says": of_width(lambda _: 72),
     "a key that says more": plain_but(
-        a_norm_of_the_same_key, forward=lambda self, x: Plain.forward(self, x) * self.scale.mean()
+        lambda ffn, _: setattr(ffn, "scale", nn.Parameter(torch.ones(ffn.width))),
+        forward=lambda self, x: Plain.forward(self, x) * self.scale.mean(),
     ),
     "no two calls alike": plain_but(inner=lambda self, x: self.up_proj(x) * torch.rand(())),
 }
@@ -239,12 +224,22 @@ def test_a_model_that_never_runs_says_why() -> None:
     assert Blind.num_calls < 20, "the same problem again and again ends it"
 
 
-def share_ffns(model: Any) -> None:
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-
-
 def test_an_ffn_that_layers_share_is_not_cut() -> None:
-    assert "ffn" not in {group.name for group in bind(model_with(Plain, share_ffns)).groups}
+    def share(model: Any) -> None:
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+
+    assert "ffn" not in {group.name for group in bind(model_with(Plain, share)).groups}
+
+
+def test_layers_that_a_class_of_the_users_own_changes_are_built_with_their_model() -> None:
+    model = model_with(
+        plain_but(lambda ffn, _: delattr(ffn, "gate_proj"), inner=lambda self, x: self.up_proj(x).relu())
+    )
+    own, arch = type(model), bind(model)
+    for group in arch.ffns:
+        cut(decoder_layers(model, arch)[group.layer], group, torch.arange(64))
+    record_widths(model, arch)
+    assert model.config.intermediate_size == 64 and type(model) is own
 
 
 class Looped(LlamaModel):
@@ -332,24 +327,11 @@ def test_logits_that_are_scaled_and_capped_are_found() -> None:
     assert bind(Loud(LlamaConfig(**SIZES, louder=3.0, cap=5.0))).logits == Logits(3.0, 1.0, 5.0)
 
 
-GEMMA4 = {
-    "vocab_size": 64,
-    "vocab_size_per_layer_input": 64,
-    "hidden_size": 32,
-    "hidden_size_per_layer_input": 0,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_kv_shared_layers": 0,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "enable_moe_block": True,
-    "num_experts": 6,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 16,
-}
+GEMMA4 = {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size": 32, "hidden_size_per_layer_input": 0}
+GEMMA4 |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+GEMMA4 |= {"num_kv_shared_layers": 0, "head_dim": 8, "global_head_dim": 16, "enable_moe_block": True}
+GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"], "moe_intermediate_size": 16}
+GEMMA4 |= {"num_experts": 6, "top_k_experts": 2}
 
 
 def test_experts_beside_an_ffn_go_as_in_gemma_4(tmp_path: Path) -> None:

@@ -7,16 +7,7 @@ import torch
 from degenerate import Drawn, drawn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import (
-    FLOAT32_STEP,
-    Sums,
-    cut_damage,
-    domain_factor,
-    domain_sums,
-    removal_scores,
-    scaled_into,
-    weighted,
-)
+from reference import FLOAT32_STEP, Sums, cut_damage, domain_factor, domain_sums, removal_scores, scaled_into, weighted
 
 from secateur.stream import statistics as product
 from secateur.stream.measure import _at_least, minimax_weights, removal_damage
