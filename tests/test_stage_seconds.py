@@ -23,9 +23,7 @@ def test_a_stage_is_foretold_at_its_first_step_and_behind_two_layers_of_32(monke
     # The first layer is slower.
     steps = ((0 if layer == 0 else 6 + 4 * layer, layer, 32) for layer in range(33))
     assert foretold(monkeypatch, "prune", steps) == [32 * 10, 16 * (10 + 4), 10 + 31 * 4]
-
-
-def test_what_is_not_yet_a_hundredth_tells_nothing(monkeypatch) -> None:
+    # What is not yet a hundredth tells nothing.
     steps = ((5 * number, done, 1000) for number, done in enumerate((0, 9, 10, 500, 1000, 1000)))
     assert foretold(monkeypatch, "answers", steps) == [1000, 30, 20]
 

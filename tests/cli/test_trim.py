@@ -56,9 +56,7 @@ def test_tokens_alone_go_and_the_logits_are_those_of_the_dense_model(place, done
     tokenizer = AutoTokenizer.from_pretrained(place / "smaller")
     for text in (*SAMPLES.values(), " ".join(PROSE)):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_it_says_what_went_and_what_that_costs(place, done):
+    # It says what went and what that costs.
     result = json.loads((place / "smaller" / "result.json").read_text())
     assert result["widths"] == {} and result["dense_losses"].keys() == result["pruned_losses"].keys() == {"prose"}
     vocabulary = result["vocabulary"]

@@ -127,7 +127,8 @@ def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
     found = shares(TOKENIZER, domains=text, answers=0.25)
     assert found == pytest.approx({"a": 0.1875, "b": 0.5625, "answers": 0.25})
     assert shares(TOKENIZER, domains=text, answers=1) == {"answers": 1.0}
-    chat = {**text, "c": {"files": "c.jsonl", "answers": True}}
+    asked = {"files": "c.jsonl", "answers": True}
+    chat = {**text, "c": asked}
     assert shares(TOKENIZER, domains=chat)["c"] == 0.2
     assert shares(TOKENIZER, domains=chat, answers=0.6)["c"] == pytest.approx(0.6)
     # None leaves prompts that come with secateur out.
@@ -138,15 +139,10 @@ def test_the_share_of_answers_is_what_is_asked_for(files: Path) -> None:
     again = completed(once).recipe.calibration.domains
     for name, domain in once.recipe.calibration.domains.items():
         assert again[name].share == pytest.approx(domain.share)
-
-
-CHAT = {"files": "c.jsonl", "answers": True}
-
-
-@pytest.mark.parametrize("domains", [{"c": CHAT}, {"a": {"files": "a.txt"}, "c": CHAT}, {"c": {"answers": True}}])
-def test_no_share_beside_prompts_is_an_error(domains: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="domain 'c' is of answers; leave out one of them"):
-        shares(TOKENIZER, domains=domains, answers=0)
+    # No share beside prompts is an error.
+    for domains in ({"c": asked}, {"a": {"files": "a.txt"}, "c": asked}, {"c": {"answers": True}}):
+        with pytest.raises(RecipeError, match="domain 'c' is of answers; leave out one of them"):
+            shares(TOKENIZER, domains=domains, answers=0)
 
 
 def test_answers_to_other_prompts_are_not_taken_for_those_to_these(files: Path, tmp_path: Path) -> None:
