@@ -37,12 +37,8 @@ def bpe_tokenizer(rule: str = "gpt-2", vocab_size: int = 310, corpus: list[str] 
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     if rule == "qwen2":
         backend.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        show_progress=False,
-        special_tokens=["<|start|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    first = {"special_tokens": ["<|start|>", "<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False, **first)
     backend.train_from_iterator(corpus, trainer)
     backend.add_tokens([AddedToken("<think>", normalized=False)])
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}

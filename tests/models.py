@@ -48,19 +48,9 @@ def tiny_ids(*, batch: int = 2, length: int = 16, seed: int = 0, vocab_size: int
 
 def sizes(tied: bool = False, num_layers: int = 3) -> dict[str, Any]:
     """Return what the config of a tiny model says."""
-    return {
-        "hidden_size": 48,
-        "intermediate_size": 112,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 320,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    layers = {"num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 320, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return {"hidden_size": 48, "intermediate_size": 112, "max_position_embeddings": 256, **layers, **tokens}
 
 
 def randomised(model: Any, seed: int, norm_mean: float = 1) -> Any:

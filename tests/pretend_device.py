@@ -36,16 +36,10 @@ class Pretended(Tensor):
     def __new__(cls, inner: Tensor) -> "Pretended":
         if inner.dtype in LACKING:
             raise TypeError(f"{NAME} has no {inner.dtype}")
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
         # One made within inference mode could not be sliced in another.
         with torch.inference_mode(False):
-            self = Tensor._make_wrapper_subclass(
-                cls,
-                inner.shape,
-                strides=inner.stride(),
-                storage_offset=inner.storage_offset(),
-                dtype=inner.dtype,
-                device=DEVICE,
-            )
+            self = Tensor._make_wrapper_subclass(cls, inner.shape, device=DEVICE, **layout)
         self.inner = inner
         return self
 

@@ -28,15 +28,9 @@ def shown(checkpoints, recipe, texts, tmp_path_factory) -> dict[str, Any]:
     keys = grouped({**recipe, "calibration": {**recipe["calibration"], "domains": domains}})
     dense, out = checkpoints["llama"], tmp_path_factory.mktemp("shown") / "result"
     pruned = secateur.prune(dense, keys, out=out)
-    return {
-        "prune": pruned,
-        "summary": pruned.summary,
-        "inspect": INSPECTION,
-        "evaluate": secateur.evaluate(out, dense),
-        "bench": BENCH,
-        "recover": recovery(HOSTILE),
-        "compare": Comparison((*CELLS, dataclasses.replace(CELLS[-1], method=HOSTILE)), {}),
-    }
+    compared = Comparison((*CELLS, dataclasses.replace(CELLS[-1], method=HOSTILE)), {})
+    found = {"prune": pruned, "summary": pruned.summary, "evaluate": secateur.evaluate(out, dense)}
+    return found | {"inspect": INSPECTION, "bench": BENCH, "recover": recovery(HOSTILE), "compare": compared}
 
 
 HOSTILE = "<script>alert(1)</script>"

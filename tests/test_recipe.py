@@ -82,12 +82,9 @@ def test_a_number_is_the_share_also_where_one_is_merged_over_the_other():
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
-    asked = {
-        "remove": {"share": 0.35, "groups": ["ffn", "kv_heads"], "layers": [1, -2]},
-        "choose": {"rounds": 2, "budget": "curve"},
-        "calibration": {"domains": {"a": {"files": "x.txt", "share": 2}, "b": {"answers": True, "protect": 0.1}}},
-        "recover": {"num_tokens": 99},
-    }
+    domains = {"a": {"files": "x.txt", "share": 2}, "b": {"answers": True, "protect": 0.1}}
+    asked = {"remove": {"share": 0.35, "groups": ["ffn", "kv_heads"], "layers": [1, -2]}, "recover": {"num_tokens": 99}}
+    asked |= {"choose": {"rounds": 2, "budget": "curve"}, "calibration": {"domains": domains}}
     recipe = parse_recipe(asked)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert as_recipe(tmp_path / "recipe.yaml") == as_recipe(str(tmp_path / "recipe.yaml")) == recipe

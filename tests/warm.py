@@ -73,13 +73,9 @@ class WarmProcesses:
         """Begin `python ...` and return its process id."""
         assert command[0] == sys.executable
         if self.server is None:
-            self.server = subprocess.Popen(
-                [sys.executable, "-P", "-c", SERVER],
-                env=environment | {"HF_MODULES_CACHE": str(self.directory)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+            own, pipe = environment | {"HF_MODULES_CACHE": str(self.directory)}, subprocess.PIPE
+            server = [sys.executable, "-P", "-c", SERVER]
+            self.server = subprocess.Popen(server, env=own, stdin=pipe, stdout=pipe, text=True)
         assert self.server.stdin is not None
         request = {"arguments": [str(part) for part in command[1:]], "environment": environment}
         request |= {"output": str(self.output), "errors": str(self.errors)}

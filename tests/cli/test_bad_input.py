@@ -385,13 +385,9 @@ with stoppable(0.2):
 
 
 def test_ctrl_c_ends_an_operation_that_takes_minutes():
-    process = subprocess.Popen(
-        [sys.executable, "-c", BLOCKED],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], **options)
     assert process.stdout and process.stdout.readline() == "in\n"
     # A signal between the print and the long call would be heard by Python at once.
     watched = psutil.Process(process.pid)

@@ -281,14 +281,9 @@ def test_machines_need_not_share_a_directory(checkpoints, recipe, tmp_path):
 
 def study_file(model: Path, recipe: dict[str, Any], directory: Path) -> Path:
     """Write a study of six cells, dense ones included."""
-    study = {
-        "question": "Which?",
-        "model": str(model),
-        "ratios": [0.2],
-        "seeds": [0, 1],
-        "recipe": grouped(recipe),
-        "methods": {"ours": {}, "wanda": {"recipe": {"choose": {"score": "wanda"}, "repair": {"compensate": "none"}}}},
-    }
+    wanda = {"recipe": {"choose": {"score": "wanda"}, "repair": {"compensate": "none"}}}
+    study = {"question": "Which?", "model": str(model), "ratios": [0.2], "seeds": [0, 1], "recipe": grouped(recipe)}
+    study |= {"methods": {"ours": {}, "wanda": wanda}}
     file = directory / "study.yaml"
     file.write_text(yaml.safe_dump(study), encoding="utf-8")
     return file

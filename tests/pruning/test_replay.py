@@ -22,14 +22,10 @@ from secateur.report.records import read_result, read_summary
 from secateur.vocabulary.kept import kept_tokens_of
 from tests.vocabulary.test_tokenizer import NUM_PADDING, made
 
+OWN_WIDTHS = {"groups": ["ffn", "kv_heads"], "budget": "curve", "protected_layers": [0]}
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {"polish": {"num_tokens": 640}},
-    "heads and layers of their own widths, by the worst domain": {
-        "groups": ["ffn", "kv_heads"],
-        "budget": "curve",
-        "domain_weighting": "minimax",
-        "protected_layers": [0],
-    },
+    "heads and layers of their own widths, by the worst domain": {**OWN_WIDTHS, "domain_weighting": "minimax"},
     "experts": {"groups": ["experts"], "align": 1},
     "channels inside experts": {"groups": ["expert_ffn"]},
     "tokens and layers": {"vocabulary": 448, "depth": 1, "remove": 0.5},
@@ -46,13 +42,9 @@ def models(checkpoints, tmp_path_factory) -> dict[str, Path]:
     place, (tokenizer, _) = tmp_path_factory.mktemp("models"), made("byte-level")
     mixtral = saved(place / "mixtral", tiny_family("mixtral"))
     llama = tiny_llama(tied=True, vocab_size=len(tokenizer) + NUM_PADDING)
-    return {
-        "experts": mixtral,
-        "channels": mixtral,
-        "tokens": saved(place / "tokens", llama, tokenizer),
-        "sibling": saved(place / "sibling", tiny_llama(seed=1)),
-        "llama": checkpoints["llama"],
-    }
+    tokens, sibling = saved(place / "tokens", llama, tokenizer), saved(place / "sibling", tiny_llama(seed=1))
+    found = {"experts": mixtral, "channels": mixtral, "tokens": tokens, "sibling": sibling}
+    return found | {"llama": checkpoints["llama"]}
 
 
 @pytest.fixture(scope="module")

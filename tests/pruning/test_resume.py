@@ -178,13 +178,10 @@ def failed_writes(
     Where that leaves a store, one bit of it flips before the run goes on. Return what came of each, and the number of
     such calls.
     """
-    arguments = [model, json.dumps(wanted), place, counted, first, step, error]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1].joinpath("fault_child.py"), *map(str, arguments)],
-        env=os.environ | {"LD_PRELOAD": str(faults)},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, Path(__file__).parents[1].joinpath("fault_child.py")]
+    command += map(str, [model, json.dumps(wanted), place, counted, first, step, error])
+    environment = os.environ | {"LD_PRELOAD": str(faults)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *found, last = map(json.loads, done.stdout.splitlines())
     for each in found:

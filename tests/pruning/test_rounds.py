@@ -121,13 +121,13 @@ DENSE = {"d0": 2.0, "d1": 4.0}
 
 def protected(**shares: float) -> dict[str, Any]:
     domains = {name: {"files": ["x.txt"], **({"protect": shares[name]} if name in shares else {})} for name in DENSE}
-    return {"calibration": {"num_tokens": 4096, "domains": domains}}
+    return {"budget": "curve", "calibration": {"num_tokens": 4096, "domains": domains}}
 
 
 def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch):
     losses = [DENSE, {"d0": 2.25, "d1": 9.0}, {"d0": 3.0, "d1": 4.0}]
     monkeypatch.setattr(run, "watched_losses", Mock(side_effect=losses))
-    watch = LossWatch(run_of(tiny_llama(), budget="curve", rounds=3, **protected(d0=0.5)))
+    watch = LossWatch(run_of(tiny_llama(), rounds=3, **protected(d0=0.5)))
     assert watch.allowed_rise() == {"d0": 1.0}
     watch.after_round(1)
     assert watch.allowed_rise() == {"d0": 0.75}
@@ -138,7 +138,7 @@ def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch)
     # What layers took counts against the limits.
     measure = Mock(return_value={"d0": 2.5, "d1": 5.0})
     monkeypatch.setattr(run, "watched_losses", measure)
-    found = run_of(tiny_llama(), budget="curve", rounds=3, **protected(d1=0.5))
+    found = run_of(tiny_llama(), rounds=3, **protected(d1=0.5))
     watch = LossWatch(dataclasses.replace(found, dense_losses=DENSE))
     assert watch.allowed_rise() == {"d1": 1.0}
     measure.assert_called_once_with(watch.run, "without layers")
@@ -146,12 +146,7 @@ def test_a_protected_domain_may_rise_by_its_share_of_the_dense_loss(monkeypatch)
 
 @pytest.mark.parametrize(
     ("asked", "is_watched"),
-    [
-        ({}, False),
-        ({"rounds": 2}, True),
-        ({"budget": "curve", **protected(d1=0.5)}, True),
-        ({"budget": "curve", **protected()}, False),
-    ],
+    [({}, False), ({"rounds": 2}, True), (protected(d1=0.5), True), (protected(), False)],
 )
 def test_losses_are_watched_where_the_recipe_asks_for_them(asked, is_watched):
     found = watched_losses(run_of(tiny_llama(), **asked), "dense")

@@ -181,16 +181,9 @@ EVALUATION = records.Evaluation(
     versions=VERSIONS,
     own_answers=ANSWERS,
 )
-EVALUATION_ALONE = dataclasses.replace(
-    EVALUATION,
-    against=None,
-    notes=(),
-    dense=None,
-    kl=None,
-    differences=None,
-    own_answers=None,
-    pruned=dataclasses.replace(EVALUATION.pruned, tasks=TaskResults({"copa": {"acc,none": 0.5}}, {}, "0.4.9")),
-)
+ONE_TASK = dataclasses.replace(EVALUATION.pruned, tasks=TaskResults({"copa": {"acc,none": 0.5}}, {}, "0.4.9"))
+OF_BOTH = dict.fromkeys(("against", "dense", "kl", "differences", "own_answers"))
+EVALUATION_ALONE = dataclasses.replace(EVALUATION, notes=(), pruned=ONE_TASK, **OF_BOTH)
 RECOVERY = records.RecoveryRecord(
     pruned="out",
     teacher="small-model",
@@ -245,17 +238,10 @@ INSPECTION = records.Inspection(
     files={"f16": (270_000_000, 216_000_000), "q4_k_m": (90_000_000, 75_000_000)},
     files_problem="q8_0 is left out",
 )
-INSPECTION_BARE = dataclasses.replace(
-    INSPECTION,
-    num_layers=(30, 30),
-    memory=records.MemoryEstimate(400_000_000, 50_000_000, 20_000_000, 30_000_000),
-    weights_on_disk=False,
-    warnings=(),
-    possible=(FFN,),
-    impossible={},
-    files={},
-    files_problem="llama.cpp runs no such family",
-)
+IN_MEMORY = records.MemoryEstimate(400_000_000, 50_000_000, 20_000_000, 30_000_000)
+NO_FILES = {"files": {}, "files_problem": "llama.cpp runs no such family"}
+NO_MORE = {"num_layers": (30, 30), "warnings": (), "possible": (FFN,), "impossible": {}}
+INSPECTION_BARE = dataclasses.replace(INSPECTION, memory=IN_MEMORY, weights_on_disk=False, **NO_FILES, **NO_MORE)
 
 
 def cost(removed: float, *lost: float) -> records.SizeCost:
@@ -314,28 +300,16 @@ CELLS = tuple(
     for seed in (0, 1)
     for method, ratio, scale in (("dense", 0.0, 1.0), ("ours", 0.2, 1.1), ("theirs", 0.2, 1.2), ("ours", 0.4, 1.3))
 )
-STUDY = Study.model_validate(
-    {
-        "question": "Which is best?",
-        "model": "small-model",
-        "ratios": [0.2, 0.4],
-        "seeds": [0, 1],
-        "recipe": {"calibration": {"sequence_length": 512}},
-        "methods": {"ours": {}, "theirs": {}},
-        "evaluation": {"num_blocks": 8, "tasks": ["copa", "piqa"], "limit": 100},
-    }
-)
+GRID = {"model": "small-model", "ratios": [0.2, 0.4], "seeds": [0, 1], "methods": {"ours": {}, "theirs": {}}}
+GRID |= {"evaluation": {"num_blocks": 8, "tasks": ["copa", "piqa"], "limit": 100}}
+GRID |= {"recipe": {"calibration": {"sequence_length": 512}}}
+STUDY = Study.model_validate({"question": "Which is best?", **GRID})
+FIRST_ROUND = (1, 1, "ffn", 1400, 1536), (1, 0, "ffn", 1300, 1536), (1, 1, "kv_heads", 3, 3)
+SECOND_ROUND = (2, 1, "ffn", 1280, 1400), (2, 0, "ffn", 1024, 1300), (2, 1, "kv_heads", 2, 3)
 FILES = records.ResultFiles(
     summary=FULL,
     removed_layers=(records.RemovedLayer(7, 2, 0.03, {"prose": 0.25, "code": 0.5}), records.RemovedLayer(9)),
-    steps=(
-        records.GroupStep(1, 1, "ffn", 1400, 1536),
-        records.GroupStep(1, 0, "ffn", 1300, 1536),
-        records.GroupStep(1, 1, "kv_heads", 3, 3),
-        records.GroupStep(2, 1, "ffn", 1280, 1400),
-        records.GroupStep(2, 0, "ffn", 1024, 1300),
-        records.GroupStep(2, 1, "kv_heads", 2, 3),
-    ),
+    steps=tuple(records.GroupStep(*each) for each in (*FIRST_ROUND, *SECOND_ROUND)),
     recipe=recipe(),
     evaluation=EVALUATION,
     bench=BENCH,
