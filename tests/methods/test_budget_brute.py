@@ -32,9 +32,9 @@ from secateur.methods.budget import (
     round_shares,
     uniform_plan,
 )
-from secateur.model.group import Axis, Group, Linears
+from secateur.model.group import Group, Linears, Rows
 
-AXIS = Linears((Axis("writer", (1,)),), Axis("reader", (1,)))
+AXIS = Linears((Rows("writer.weight", 0, (1,)),), Rows("reader.weight", 1, (1,)))
 SHARE = st.floats(0.001, 0.999)
 
 

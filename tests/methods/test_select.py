@@ -16,7 +16,7 @@ from secateur.errors import NumericsError
 from secateur.methods.scores import SCORES, ScoreInputs
 from secateur.methods.select import Task, greedy_obs, select, unit_scores, units_at_once
 from secateur.model.bind import bind
-from secateur.model.group import Axis, Group, Linears, cut
+from secateur.model.group import Group, Linears, Rows, cut
 from secateur.stream.statistics import Statistics, damped_gram, domain_weight, inverse_of
 from secateur.stream.walk import Walk, make_batches
 from tests.methods.test_repair import method
@@ -124,9 +124,10 @@ def test_so_many_units_go_at_once(num_columns: int, width: int, expected: int) -
 def heads_of(model) -> Group:
     """Layer 0's KV groups with their two query heads: three writers, wide units."""
     writers = tuple(
-        Axis(f"self_attn.{name}", (12 * rows,)) for name, rows in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1))
+        Rows(f"self_attn.{name}.weight", 0, (12 * rows,))
+        for name, rows in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1))
     )
-    return Group("kv_heads", "heads", "head", Linears(writers, Axis("self_attn.o_proj", (24,))), 0, 2, 1)
+    return Group("kv_heads", "heads", "head", Linears(writers, Rows("self_attn.o_proj.weight", 1, (24,))), 0, 2, 1)
 
 
 @torch.no_grad()
@@ -186,7 +187,7 @@ def test_obs_is_greedy_in_batches_and_by_the_methods_ridge() -> None:
 def test_a_batch_of_wide_units_has_no_more_columns() -> None:
     task, statistics = task_of(0)
     units = units_of(48, 6)
-    segments = Linears((), Axis("self_attn.o_proj", (1,) * 6))
+    segments = Linears((), Rows("self_attn.o_proj.weight", 1, (1,) * 6))
     heads = Group("kv_heads", "heads", "head", segments, 0, 8, 1)
     generator = torch.Generator().manual_seed(2)
     x_TF = torch.randn(60, 48, generator=generator) @ torch.randn(48, 48, generator=generator)

@@ -11,7 +11,7 @@ from models import tiny_ids, tiny_llama
 from torch import nn
 
 from secateur.model.bind import bind, decoder_layers
-from secateur.model.group import Axis, Experts, Group, Linears, Stacks, cut, original_units, rows_of, unit_columns
+from secateur.model.group import Experts, Group, Linears, Rows, Stacks, cut, original_units, rows_of, unit_columns
 from secateur.model.guesses import _by_router
 from secateur.model.per_layer import record_widths
 from tests.families import tiny_family
@@ -100,8 +100,8 @@ def test_units_keep_their_first_names_through_rounds():
 
 
 def group_that(**limits: Any) -> Group:
-    axis = Axis("down", (1,))
-    return Group("ffn", "channels", "channel", Linears((axis,), axis), 0, 12, 1, **limits)
+    rows = Rows("down.weight", 1, (1,))
+    return Group("ffn", "channels", "channel", Linears((rows,), rows), 0, 12, 1, **limits)
 
 
 def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():

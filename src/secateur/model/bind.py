@@ -481,7 +481,7 @@ class _Finder:
         """
         if not self.arch.is_chain:  # a silent attention has nothing to pass on
             return
-        children = [name for name, _ in self.layers[0].named_children()]
+        children = dict(self.layers[0].named_children())
         for middle, attention in permutations(children, 2):
             if all(self._is_middle(layer, attention, middle) for layer in self.layers):
                 self.arch = replace(self.arch, attention=attention, middle=middle)

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -32,11 +33,20 @@ ALIGNED: frozenset[Kind] = frozenset({"channels", "expert_channels"})
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
-    """The units' axis of one linear: `segments[k]` consecutive rows per unit in segment k."""
+class Rows:
+    """A tensor, dotted from the layer, and the axis of it on which the units' rows are.
 
-    module: str
+    `segments[k]` consecutive rows belong to a unit in segment k.
+    """
+
+    name: str
+    axis: int
     segments: Segments
+
+    @property
+    def module(self) -> str:
+        """The module that has the tensor."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,39 +97,25 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A tensor, dotted from the layer, and the axis of it on which the units' rows are."""
-
-    name: str
-    axis: int
-    segments: Segments
-
-
-@dataclass(frozen=True, slots=True)
 class Linears:
-    """Where channels or heads are: rows of every writer, columns of the reader."""
+    """Where channels or heads are: rows of every writer's weight, columns of the reader's."""
 
-    writers: tuple[Axis, ...]
-    reader: Axis
+    writers: tuple[Rows, ...]
+    reader: Rows
 
     @property
     def module(self) -> str:
         """The module that contains the units."""
         return self.reader.module
 
-    @property
-    def read(self) -> Rows:
-        """The tensor that reads the units."""
-        return Rows(f"{self.reader.module}.weight", 1, self.reader.segments)
-
     def rows(self, layer: nn.Module) -> list[Rows]:
         """Return what the units consist of, once each."""
         made = [
-            Rows(f"{axis.module}.{name}", 0, axis.segments)
-            for axis in self.writers
-            for name, _ in linear(layer, axis.module).named_parameters()
+            Rows(f"{writer.module}.{name}", 0, writer.segments)
+            for writer in self.writers
+            for name, _ in linear(layer, writer.module).named_parameters()
         ]
-        return [*made, self.read]
+        return [*made, self.reader]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +139,7 @@ class Experts:
         return Mixture(layer.get_submodule(self.module), self.stacks)
 
     @property
-    def read(self) -> Rows:
+    def reader(self) -> Rows:
         """The tensor that reads the units: the stack of readers."""
         return Rows(f"{self.module}.{DOWN}", self.unit_axis, (1,))
 
@@ -160,7 +156,7 @@ class Experts:
                 for name, tensor in own.items()
                 if name.startswith(f"{self.module}.{stacks.writer}")
             ]
-            return [*made, self.read]
+            return [*made, self.reader]
         rows = {name: attribute_of(layer, name).shape for name in (*own, *self.router_rows)}
         return [
             Rows(name, len(shape) - 1 if shape[0] == 1 else 0, (1,)) for name, shape in rows.items()
@@ -196,15 +192,14 @@ class Group:
     multiple_of: int = 1
 
     @property
-    def writers(self) -> tuple[Axis, ...]:
+    def writers(self) -> tuple[Rows, ...]:
         """The linears that write the units; only for channels and heads."""
         assert isinstance(self.parts, Linears)
         return self.parts.writers
 
     @property
-    def reader(self) -> Axis:
-        """The linear that reads the units; only for channels and heads."""
-        assert isinstance(self.parts, Linears)
+    def reader(self) -> Rows:
+        """The tensor that reads the units."""
         return self.parts.reader
 
     @property
@@ -226,12 +221,12 @@ class Group:
     @property
     def width(self) -> int:
         """Reader columns of one unit; 0 for an expert, which has its own reader."""
-        return 0 if self.kind == "experts" else sum(self.parts.read.segments)
+        return 0 if self.kind == "experts" else sum(self.reader.segments)
 
     def num_units_left(self, layer: nn.Module) -> int:
         """Return how many units the layer has now."""
-        read = self.parts.read
-        return attribute_of(layer, read.name).shape[read.axis] // sum(read.segments)
+        reader = self.reader
+        return attribute_of(layer, reader.name).shape[reader.axis] // sum(reader.segments)
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return the layer's tensors that the units consist of, by name."""
@@ -239,7 +234,7 @@ class Group:
 
     def refitted(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return what compensation changes: the tensor that reads the units."""
-        name = self.parts.read.name
+        name = self.reader.name
         return {name: attribute_of(layer, name)}
 
     def allows(self, num_units: int) -> bool:
@@ -270,8 +265,7 @@ def linear(layer: nn.Module, name: str) -> nn.Linear:
 
 def attribute_of(layer: nn.Module, name: str) -> Any:
     """Return the tensor or attribute of that name, dotted from the layer."""
-    module, _, attribute = name.rpartition(".")
-    return getattr(layer.get_submodule(module), attribute)
+    return attrgetter(name)(layer)
 
 
 def rows_of(
@@ -334,8 +328,8 @@ def cut(
         index = torch.cat([index, behind.expand(*index.shape[:-1], -1)], dim=-1)
         put(layer, rows.name, _taken(old, index.to(old.device), rows.axis))
     if reader_weight is not None:
-        read = group.parts.read.name
-        put(layer, read, reader_weight.to(attribute_of(layer, read)))
+        name = group.reader.name
+        put(layer, name, reader_weight.to(attribute_of(layer, name)))
     for name in group.counts:
         count: Any = keep.shape[-1]
         if name.endswith(".config"):  # becomes the module's own

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.model.group import (
-    Axis,
     Experts,
     Group,
     Linears,
+    Rows,
     Stacks,
     attribute_of,
-    linear,
     rows_of,
 )
 from secateur.model.stock import head_width
@@ -50,8 +49,9 @@ def channel_guesses(linears: dict[str, nn.Linear], name: str) -> Iterator[Group]
 
 
 def _channels(writers: dict[str, tuple[int, ...]], reader: str, name: str) -> Group:
-    axes = tuple(Axis(writer, segments) for writer, segments in writers.items())
-    return Group(name, "channels", "channel", Linears(axes, Axis(reader, (1,))))
+    made = tuple(Rows(f"{writer}.weight", 0, segments) for writer, segments in writers.items())
+    read = Rows(f"{reader}.weight", 1, (1,))
+    return Group(name, "channels", "channel", Linears(made, read))
 
 
 def sized(group: Group, layer: nn.Module, index: int, config: Any) -> Group:
@@ -85,18 +85,17 @@ def _by_heads(group: Group, layer: nn.Module, config: Any) -> Group:
     """
     queries, keys, width = heads_of(config) or (0, 1, 0)
 
-    def segments(num_rows: int) -> tuple[int, ...]:
+    def by_heads(rows: Rows) -> Rows:
         if group.name == QUERY_HEADS:
-            return (width,) * keys
+            return replace(rows, segments=(width,) * keys)
+        num_rows = attribute_of(layer, rows.name).shape[rows.axis]
         fused = (queries // keys * width, width, width)
-        return fused if num_rows == keys * sum(fused) else (num_rows // keys,)
+        return replace(
+            rows, segments=fused if num_rows == keys * sum(fused) else (num_rows // keys,)
+        )
 
-    writers = (
-        Axis(writer.module, segments(linear(layer, writer.module).out_features))
-        for writer in group.writers
-    )
-    reader = Axis(group.reader.module, segments(linear(layer, group.reader.module).in_features))
-    return replace(group, parts=Linears(tuple(writers), reader), head_dim=width)
+    parts = Linears(tuple(map(by_heads, group.writers)), by_heads(group.reader))
+    return replace(group, parts=parts, head_dim=width)
 
 
 def _by_router(group: Group, config: Any) -> Group:
@@ -169,13 +168,9 @@ def head_guesses(linears: dict[str, nn.Linear], config: Any) -> Iterator[Group]:
 
 
 def _heads(name: str, writers: list[str], reader: str) -> Group:
+    """Return the group; `sized` says which rows a head has."""
     unit = "KV head" if name == KV_HEADS else "query head per KV head"
-    return Group(
-        name,
-        "heads",
-        unit,
-        Linears(tuple(Axis(writer, ()) for writer in writers), Axis(reader, ())),
-    )
+    return replace(_channels(dict.fromkeys(writers, ()), reader, name), kind="heads", unit=unit)
 
 
 def heads_of(config: Any) -> tuple[int, int, int] | None:
@@ -216,9 +211,9 @@ def silence(layer: nn.Module, group: Group, keep: Tensor) -> list[tuple[Tensor, 
         sorted(set(range(group.num_units)) - set(keep.flatten().tolist())), dtype=torch.int64
     )
     if group.kind != "experts":
-        read = group.parts.read
-        rows = rows_of(others, read.segments, group.num_units)
-        attribute_of(layer, read.name).index_fill_(read.axis, rows, 0.0)
+        reader = group.reader
+        rows = rows_of(others, reader.segments, group.num_units)
+        attribute_of(layer, reader.name).index_fill_(reader.axis, rows, 0.0)
         return []
     router = [attribute_of(layer, name) for name in group.experts.router_rows]
     for vector in (

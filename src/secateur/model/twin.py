@@ -72,10 +72,7 @@ def twins(stock: Any, config: Any, num_params: int, num_layers: int) -> Iterator
                     if number < 3:  # the last ones need not be read back by transformers
                         small = type(small).from_dict(small.to_dict())
                     with torch.device("meta"):
-                        size = sum(
-                            parameter.numel()
-                            for parameter in stock._from_config(small).parameters()
-                        )
+                        size = stock._from_config(small).num_parameters()
                     if size > LARGEST_TWIN:
                         continue
                     built = randomised(stock._from_config(small, dtype=torch.float32).eval())

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.model.group import Group, attribute_of, put
 from secateur.model.stock import CausalLM
@@ -140,21 +140,21 @@ def bring(
     """
     left = {id(module) for root in but for module in root.modules()}
     moved: dict[int, nn.Parameter] = {}
-    for module in root.modules():
+    for key, parameter in _parameters(root):
+        module, name = key
         if id(module) in left:
             continue
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            wanted = (
-                raised(parameter.dtype)
-                if in_float32
-                else (dtypes or {}).get((module, name), parameter.dtype)
-            )
-            if (parameter.device, parameter.dtype) != (device, wanted):
-                if id(parameter) not in moved:
-                    moved[id(parameter)] = parameter_on(device, parameter, wanted)
-                module._parameters[name] = moved[id(parameter)]
+        dtype = parameter.dtype
+        wanted = raised(dtype) if in_float32 else (dtypes or {}).get(key, dtype)
+        if (parameter.device, dtype) != (device, wanted):
+            if id(parameter) not in moved:
+                moved[id(parameter)] = parameter_on(device, parameter, wanted)
+            module._parameters[name] = moved[id(parameter)]
+    _move_buffers((module for module in root.modules() if id(module) not in left), device)
+
+
+def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
+    for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
@@ -178,7 +178,7 @@ def parameter_on(
     """Return the parameter as a new one on the device, in this dtype if given."""
     # Parameters made in inference mode could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        tensor: Tensor = parameter.detach().to(device, dtype or parameter.dtype)
+        tensor = parameter.detach().to(device, dtype)
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
@@ -261,9 +261,7 @@ class LayersOnDevice:
                     module._parameters[name] = copy.device
                 if self.stream is not None:  # the allocator must not reuse its memory while in use
                     copy.device.record_stream(torch.cuda.current_stream(self.device))
-            for module in self.layers[index].modules():
-                for name, buffer in module._buffers.items():
-                    module._buffers[name] = None if buffer is None else buffer.to(self.device)
+            _move_buffers(self.layers[index].modules(), self.device)
 
     def settle(self, layer: nn.Module) -> None:
         """Round the layer's changed parameters to the dtypes in which they are stored; drop what
