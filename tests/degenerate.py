@@ -1,6 +1,7 @@
 """Random inputs for `hypothesis`, with what real models have: dead, equal, constant and loud channels, few tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies
@@ -44,18 +45,10 @@ class Drawn:
 
 
 def drawn(
-    *,
-    max_tokens: int = 40,
-    channels: tuple[int, int] = (1, 19),
-    special: tuple[str, ...] = SPECIAL,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    *, max_tokens: int = 40, channels: Any = (1, 19), special: Any = SPECIAL, dtypes: Any = (torch.float32,)
 ) -> strategies.SearchStrategy[Drawn]:
     """Return a strategy for inputs; tokens may be fewer than channels, down to one."""
-    return strategies.builds(
-        Drawn,
-        seed=strategies.integers(0, 999),
-        num_tokens=strategies.integers(1, max_tokens),
-        num_channels=strategies.integers(*channels),
-        special=strategies.lists(strategies.sampled_from(special), max_size=4).map(tuple),
-        dtype=strategies.sampled_from(dtypes),
-    )
+    sizes = {"num_tokens": strategies.integers(1, max_tokens), "num_channels": strategies.integers(*channels)}
+    words = strategies.lists(strategies.sampled_from(special), max_size=4).map(tuple)
+    parts = {"seed": strategies.integers(0, 999), **sizes, "special": words, "dtype": strategies.sampled_from(dtypes)}
+    return strategies.builds(Drawn, **parts)

@@ -8,17 +8,12 @@ from torch import Tensor
 
 from secateur.data.blocks import Block, Blocks, LearningText
 from secateur.data.pool import Amounts, Split, TextPool
-from secateur.log import Progress, silent
+from secateur.log import silent
 from secateur.recipe import Calibration
 
 
 def split_text(
-    calibration: Calibration,
-    num_tokens: int,
-    tokenizer: Any,
-    seed: int = 0,
-    progress: Progress = silent,
-    **amounts: int,
+    calibration: Calibration, num_tokens: int, tokenizer: Any, seed: int = 0, progress: Any = silent, **amounts: int
 ) -> Split:
     """Return the parts of a text."""
     assert calibration.sequence_length is not None
