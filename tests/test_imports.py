@@ -132,9 +132,7 @@ def test_what_is_said_of_a_model_waits_for_nothing_that_trains():
     assert "model.bind" in names and "torch.nn" in names
     assert not names & {"api", "recovery.train", "transformers.Trainer", "transformers.TrainingArguments"}
     assert "torch.utils.benchmark.Timer" not in names
-
-
-def test_help_does_not_wait_for_torch():
+    # Help does not even wait for torch.
     assert not {name for name in loaded_with({"cli.__init__", "cli.prune", "cli.measure"}) if name.startswith("torch")}
 
 
