@@ -26,13 +26,7 @@ from secateur.pruning.sizes import (
 )
 from secateur.pruning.text import completed
 from secateur.ranks import joined
-from secateur.recipe import (
-    RECIPE_FILE,
-    AnyRecipe,
-    Recipe,
-    as_recipe,
-    dump_recipe,
-)
+from secateur.recipe import AnyRecipe, Recipe, as_recipe, write_recipe
 from secateur.report.report import write_pages
 
 __all__ = ["Result", "prune", "prune_sizes", "recover"]
@@ -257,7 +251,7 @@ def _saved(opened: Opened, cut: Cut, directory: Path) -> Verification:
             kept=opened.trim and opened.trim.kept,
             carry_from=opened.directory,
         )
-        (directory / RECIPE_FILE).write_text(dump_recipe(resolved.recipe), encoding="utf-8")
+        write_recipe(directory, resolved.recipe)
         write_keeps(directory, resolved.layers if resolved.depth else (), cut.keeps)
         for sentence in left_behind:
             services.log.note(sentence)

@@ -451,6 +451,12 @@ def as_recipe(recipe: AnyRecipe) -> Recipe:
     return parse_recipe(recipe or {})
 
 
+def recipe_in(directory: Path) -> Recipe | None:
+    """Return the recipe that a run wrote into a model's directory; None if there is none."""
+    path = directory / RECIPE_FILE
+    return as_recipe(path) if path.is_file() else None
+
+
 def over_preset(data: Keys, where: str) -> Keys:
     """Return `data` merged over the preset that it names. Raises RecipeError if unknown."""
     texts, own = preset_texts(), dict(data)
@@ -522,6 +528,11 @@ def load_recipe(file: Path | str) -> Keys:
             f"{where}: cannot be read ({one_line(error)}); give a YAML file in UTF-8."
         ) from None
     return {} if data is None else _mapping(data, where)
+
+
+def write_recipe(directory: Path, recipe: Recipe) -> None:
+    """Write a run's recipe into the directory of its result."""
+    (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def dump_recipe(recipe: Recipe, *, places: bool = True) -> str:

@@ -49,7 +49,7 @@ def copy(result, tmp_path) -> Path:
 def test_a_damaged_result_is_a_sentence(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"result.json: .*make it again"):
-        _changes(tmp_path, JudgedText({}))
+        list(_changes(tmp_path, JudgedText({})))
 
 
 def test_against_the_dense_model(copy, checkpoints):

@@ -30,7 +30,7 @@ from secateur.pruning.resolve import nearest, resolve
 from secateur.pruning.sizes import STEPS, at_size, check_apart, of_sizes, with_most
 from secateur.pruning.text import completed
 from secateur.ranks import from_first, joined
-from secateur.recipe import RECIPE_FILE, AnyRecipe, Recipe, as_recipe, dump_recipe
+from secateur.recipe import AnyRecipe, Recipe, as_recipe, write_recipe
 from secateur.report.records import LEAST_NATS, Measurement, SizeCost, nats_at
 from secateur.report.report import write_measurement
 
@@ -82,7 +82,7 @@ def measure(
                 repair=vars(resolved.repair),
                 calibration=vars(resolved.calibration),
             )
-            (directory / RECIPE_FILE).write_text(dump_recipe(given), encoding="utf-8")
+            write_recipe(directory, given)
             (directory / STEPS).mkdir()
             services.store.hand_on(directory / STEPS)
             measurement = write_measurement(directory, measurement)

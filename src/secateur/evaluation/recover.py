@@ -13,7 +13,7 @@ from secateur.log import LOG_FILE, Progress, Tell, mute, silent, versions
 from secateur.model.checkpoint import TOKENS_FILE
 from secateur.model.identity import name_of
 from secateur.ranks import alone, joined, meet
-from secateur.recipe import RECIPE_FILE, AnyRecipe, RecoverySettings, as_recipe, dump_recipe
+from secateur.recipe import AnyRecipe, RecoverySettings, as_recipe, recipe_in, write_recipe
 from secateur.recovery.open import Job, inputs_of, open_job, prepare
 from secateur.recovery.train import Work, train_guarded, training_folder
 from secateur.report.records import RECOVERY_FILE, RecoveryRecord
@@ -151,11 +151,11 @@ def _saved(work: Work, job: Job, directory: Path) -> Verification:
     """
     source, recipe, log = job.pruned.directory, job.recipe, work.services.log
     with log.time("save"):
-        if (path := source / RECIPE_FILE).is_file():
-            recipe = as_recipe(path).model_copy(update={"recover": recipe.recover})
+        if (own := recipe_in(source)) is not None:
+            recipe = own.model_copy(update={"recover": recipe.recover})
         for sentence in save_checkpoint(work.pruned, job.tokenizer, directory, carry_from=source):
             log.note(sentence)
-        (directory / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+        write_recipe(directory, recipe)
         for name in CARRIED:
             if has_own(source, name):
                 shutil.copyfile(source / name, directory / name)

@@ -1,6 +1,6 @@
 """Evaluation text by domain, and how well a model predicts it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from secateur.facts import Loss
 from secateur.log import Progress
 from secateur.model.bind import Arch
 from secateur.model.checkpoint import Checkpoint
-from secateur.recipe import RECIPE_FILE, Domain, as_recipe
+from secateur.recipe import Domain, recipe_in
 from secateur.recovery.text import run_text_again, text_facts
 from secateur.result_directory import RESULT_FILE
 from secateur.stream.losses import domain_losses, predicted_tokens
@@ -65,11 +65,8 @@ def text_to_judge(
     """
     directory = checkpoint.directory
     if domains is None:
-        return (
-            recipe_blocks(directory, tokenizer, progress)
-            if is_needed or has_recipe(directory)
-            else ({}, ())
-        )
+        has_text = is_needed or recipe_in(directory) is not None
+        return recipe_blocks(directory, tokenizer, progress) if has_text else ({}, ())
     sequence_length = block_length(
         sequence_length, checkpoint.config, "--sequence-length", default=JUDGED_BLOCK
     )
@@ -84,8 +81,8 @@ def prompts_to_judge(source: Domain, checkpoint: Checkpoint) -> tuple[tuple[str,
     """
     # A run writes its recipe into the directory of its result.
     asked, directory = set[str](), checkpoint.directory
-    if has_recipe(directory):
-        for domain in as_recipe(directory / RECIPE_FILE).calibration.answered.values():
+    if (recipe := recipe_in(directory)) is not None:
+        for domain in recipe.calibration.answered.values():
             asked.update(documents("answers", domain, None, SEED))
     given = dict.fromkeys(documents("prompts", source, None, SEED))
     prompts = tuple(prompt for prompt in given if prompt not in asked)
@@ -101,11 +98,6 @@ def prompts_to_judge(source: Domain, checkpoint: Checkpoint) -> tuple[tuple[str,
     return prompts, f"{note}."
 
 
-def has_recipe(directory: Path) -> bool:
-    """Whether a model's directory says which text its run had."""
-    return (directory / RECIPE_FILE).is_file()
-
-
 def recipe_blocks(
     directory: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[dict[str, Blocks], tuple[str, ...]]:
@@ -115,12 +107,12 @@ def recipe_blocks(
     as that model is not available. Raises RecipeError without a recipe, CalibrationError for
     unreadable text.
     """
-    if not has_recipe(directory):
+    recipe = recipe_in(directory)
+    if recipe is None:
         raise RecipeError(
             f"{directory}: has no recipe.yaml, so its held-out text is unknown; say what to "
             "evaluate on with --domain NAME[=FILE] or --tasks."
         )
-    recipe = as_recipe(directory / RECIPE_FILE)
     split = run_text_again(directory, recipe, tokenizer, progress)
     judged, notes = split.judged, (*split.notes, *split.judged.notes)
     blocks = {name: part for name, part in judged.blocks.items() if not part.is_meta}
@@ -179,9 +171,8 @@ def _run_learnt(
 
     Only its domains of the sources of `domains` are looked at. None if there are none, or no run.
     """
-    if text_facts(directory) is None or not has_recipe(directory):
+    if text_facts(directory) is None or (recipe := recipe_in(directory)) is None:
         return None
-    recipe = as_recipe(directory / RECIPE_FILE)
     sources = [domain.source for domain in domains.values()]
     files = any(key == "files" for key, _ in sources)
     same = {
@@ -217,17 +208,16 @@ def losses_of_dense_tokens(
     return domain_losses(model, arch, own, progress, num_tokens=predicted_tokens(text))
 
 
-def _changes(directory: Path, judged: JudgedText) -> tuple[str, ...]:
+def _changes(directory: Path, judged: JudgedText) -> Iterator[str]:
     known = text_facts(directory)
     if known is None:
-        return (
+        yield (
             f"{directory / RESULT_FILE} is missing, so it is not known whether this text is what "
-            "the run held out.",
+            "the run held out."
         )
-    if known.judged_hash == judged.content_hash:
-        return ()
-    return (
-        "the recipe's text is not what it was when the run was made (installed packages or files "
-        f"changed: sha256 {judged.content_hash[:16]}, then {known.judged_hash[:16]}), so the model "
-        "may have been calibrated on some of it.",
-    )
+    elif known.judged_hash != judged.content_hash:
+        yield (
+            "the recipe's text is not what it was when the run was made (installed packages or "
+            f"files changed: sha256 {judged.content_hash[:16]}, then {known.judged_hash[:16]}), so "
+            "the model may have been calibrated on some of it."
+        )

@@ -54,10 +54,6 @@ class Job:
     trim: Trim | None = None
     notes: tuple[str, ...] = ()
 
-    def load_pruned(self) -> PreTrainedModel:
-        """Return the pruned model, its weights mapped from disk."""
-        return load_model(self.pruned, mapped=True)
-
     def load_teacher(self, *, whole: bool = False) -> PreTrainedModel:
         """Return the teacher, its weights mapped from disk, with the tokens of the pruned model
         alone.
@@ -165,7 +161,7 @@ def prepare(job: Job, directory: Path, services: Services) -> Work:
     with log.time("judge"):
         judge = Judge(dense, bind(dense), text.held_out, progress)
     return Work(
-        pruned=job.load_pruned(),
+        pruned=load_model(job.pruned, mapped=True),
         teacher=dense,
         text=text,
         judge=judge,

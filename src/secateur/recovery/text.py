@@ -7,7 +7,7 @@ of the same documents, and a `RecoveryText` of whole steps.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -27,6 +27,7 @@ from secateur.model.bind import bind
 from secateur.model.stock import CausalLM, Tokenizer
 from secateur.ranks import from_first, size, spread
 from secateur.recipe import RECIPE_FILE, Domain, Recipe, RecoverySettings
+from secateur.report.records import CalibrationFacts
 from secateur.result_directory import RESULT_FILE
 from secateur.store import Store
 
@@ -118,21 +119,11 @@ class RecoveryText:
 
 
 @dataclass(frozen=True, slots=True)
-class TextFacts:
-    """What `result.json` says of a run's text: see `CalibrationFacts`."""
-
-    judged_hash: str = ""
-    allotted: Mapping[str, tuple[int | None, ...]] = field(
-        default_factory=dict[str, tuple[int | None, ...]]
-    )
-
-
-@dataclass(frozen=True, slots=True)
 class _Result:
-    calibration: TextFacts
+    calibration: CalibrationFacts
 
 
-def text_facts(directory: Path) -> TextFacts | None:
+def text_facts(directory: Path) -> CalibrationFacts | None:
     """Return what a result says of its text; None for a model that no run made. Raises
     CheckpointError.
     """
