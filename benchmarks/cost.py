@@ -38,6 +38,7 @@ from secateur.pruning.open import open_model
 from secateur.pruning.resolve import Resolved, checked, resolve
 from secateur.pruning.run import Run
 from secateur.recipe import parse_recipe
+from secateur.store import Services
 from secateur.stream.device import release_freed
 from secateur.stream.walk import make_batches
 
@@ -74,7 +75,7 @@ def round_seconds(directory: Path, resolved: Resolved, calibration: LearningText
     """Time one prune of a fresh copy, loading not included."""
     model = load_model(open_checkpoint(directory))
     start = time.perf_counter()
-    prune_together([Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration)])
+    prune_together([Run(model=model, arch=resolved.arch, resolved=resolved, text=calibration, services=Services())])
     return time.perf_counter() - start
 
 

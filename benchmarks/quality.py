@@ -32,6 +32,7 @@ from secateur.pruning.open import open_model
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
 from secateur.recipe import Calibration, Domain, merged, parse_recipe
+from secateur.store import Services
 from secateur.stream.losses import domain_losses
 
 
@@ -98,7 +99,7 @@ def run_row(
         resolved = resolve(checked(open_model(model, parse_recipe(merged(base, settings)), tokenizer)))
         calibration = draw(domains, 0, size.num_blocks, tokenizer, seed)
         start = time.perf_counter()
-        run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration))
+        run = remove_depth(Run(model=model, arch=arch, resolved=resolved, text=calibration, services=Services()))
         prune_together([run])
         arch, seconds = run.arch, time.perf_counter() - start
     blocks = {domain.name: domain.calibration.ids_NT for domain in evaluation.domains}

@@ -16,6 +16,7 @@ from secateur.pruning.open import Opened
 from secateur.pruning.resolve import checked, resolve
 from secateur.pruning.run import Run
 from secateur.recipe import parse_recipe
+from secateur.store import Services
 
 ALIGN = 8
 
@@ -36,5 +37,5 @@ def prune(model: PreTrainedModel, blocks_NT: Tensor, share: float, seed: int) ->
     resolved = resolve(checked(opened))
     blocks = Blocks.of(blocks_NT)
     text = LearningText((LearningDomain("hybrid", 1.0, blocks, len(blocks), blocks[:1]),), blocks_NT.shape[1])
-    prune_together([Run(model=model, arch=resolved.arch, resolved=resolved, text=text)])
+    prune_together([Run(model=model, arch=resolved.arch, resolved=resolved, text=text, services=Services())])
     return Pruned(model, count_parameters(model), "none", "eight rounds, widths a multiple of 8")

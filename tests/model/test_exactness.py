@@ -84,7 +84,9 @@ def test_keep_all_leaves_every_weight_bit_identical(factory: Callable[..., Any],
     for group in resolved.groups:
         everything.num_keep[group.layer, group.name] = group.num_units
     keep_all = dataclasses.replace(resolved, plans=(everything,))
-    keeps = prune_together([Run(model=model, arch=keep_all.arch, resolved=keep_all, text=random_calibration())])[0]
+    keeps = prune_together(
+        [Run(model=model, arch=keep_all.arch, resolved=keep_all, text=random_calibration(), services=Services())]
+    )[0]
     assert {len(keep) for keep in keeps.values()} == {112, model.config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

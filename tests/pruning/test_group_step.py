@@ -104,7 +104,7 @@ def test_the_summary_counts_refusals_and_what_is_gone():
     none: dict[str, Any] = {"dense": None, "pruned": None, "command": ""}
     drawn = Drawn(run.text, JudgedText(run.text.held_out), {})
     placement = onload(first, one_at_a_time=False, in_float32=False)
-    ready, cut = Prepared(first, run, drawn, placement), Cut(after, keeps, None, peak=1)
+    ready, cut = Prepared(first, run, drawn, placement, ()), Cut(after, keeps, None, peak=1)
     found = summary_of(ready, cut, None, **none)
     assert found.guard_refusals == 2
     assert found.widths == {"ffn": (112, 64, 64)} and found.num_layers == (3, 3)

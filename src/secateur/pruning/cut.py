@@ -26,7 +26,7 @@ from secateur.methods.profile import PROBE_BLOCKS, first_blocks
 from secateur.model.bind import Arch, decoder_layers
 from secateur.model.group import Keeps, linear
 from secateur.pruning.loop import prune_together
-from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, protected_layers, removed_layers
+from secateur.pruning.resolve import NARROW_TOKENS_PER_INPUT, free_layers, removed_layers
 from secateur.pruning.run import Run, watched_losses
 from secateur.pruning.trimmed import without_tokens
 from secateur.ranks import size
@@ -148,7 +148,7 @@ def _cheapest_layers(run: Run, batches: list[Batch]) -> dict[int, float]:
     def choose() -> list[tuple[int, float]]:
         blocks, readers = first_blocks(batches, PROBE_BLOCKS), _narrow_readers(run, batches)
         kl_without = partial(layer_kl, run.model, arch, blocks, readers=readers)
-        layers = set(range(arch.num_layers)) - protected_layers(recipe, arch)
+        layers = free_layers(recipe, arch)
         return list(choose_layers(kl_without, layers, run.resolved.depth, progress).items())
 
     return dict(run.services.store.value("removed layers", choose))
@@ -169,11 +169,10 @@ def _narrow_readers(run: Run, batches: list[Batch]) -> dict[int, Tensor]:
     )
     spare = min(len(domain.calibration) for domain in domains) - PROBE_BLOCKS
     after = PROBE_BLOCKS if spare >= num_blocks else 0
-    unprotected = set(range(arch.num_layers)) - protected_layers(recipe, arch)
+    free = free_layers(recipe, arch)
     damping = resolved.damping if recipe.repair.compensate == "least_squares" else None
     blocks = first_blocks(batches, num_blocks, after=after)
-    with_ffn = {group.layer for group in arch.ffns}
-    shares = dict.fromkeys(unprotected & with_ffn, kept / total)
+    shares = {ffn.layer: kept / total for ffn in arch.ffns if ffn.layer in free}
     return narrow_readers(run.model, arch, blocks, [shares], damping, run.services.progress)[0]
 
 

@@ -23,7 +23,6 @@ from secateur.pruning.resolve import Resolved, checked, nearest, resolve
 from secateur.pruning.trim import trim_to
 from secateur.recipe import AnyRecipe, as_recipe
 from secateur.report.records import GroupFacts, Inspection
-from secateur.store import Services
 
 FILE_TYPES = ("bf16", "q8_0", TOLD)
 
@@ -49,7 +48,7 @@ def gguf_files(opened: Opened, resolved: Resolved) -> tuple[dict[str, tuple[int,
     return dict(zip(FILE_TYPES, zip(dense, left, strict=True), strict=True)), None
 
 
-def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...]]:
+def _trimmed(opened: Opened) -> tuple[Opened, tuple[str, ...]]:
     """Return the model with as many tokens gone as the recipe says, and a note if a run measures
     it.
     """
@@ -62,7 +61,7 @@ def _trimmed(opened: Opened, services: Services) -> tuple[Opened, tuple[str, ...
             "the groups, and if there are none, nothing."
         )
         return opened, (note,)
-    return replace(opened, trim=trim_to(opened, size, services)), ()
+    return replace(opened, trim=trim_to(opened, size)), ()
 
 
 def inspect(
@@ -74,7 +73,7 @@ def inspect(
     """Say what a model consists of, and what a run would leave and cost, without its weights.
 
     `model`: a local directory, a hub id, a `.gguf` file or `smollm2-135m`. `recipe`: as in `prune`.
-    `progress`: called with (stage, done, total).
+    `progress`: as of the other verbs; nothing here is worth telling.
 
     Returns groups, widths before and after, bytes, memory and disk, how much of the model
     its vocabulary is, and how large GGUF files will be.
@@ -87,7 +86,7 @@ def inspect(
     opened = checked(opened)
 
     # The run, or the nearest one that can be.
-    opened, measured_later = _trimmed(opened, Services(progress=progress))
+    opened, measured_later = _trimmed(opened)
     resolved, refused = _resolved(opened)
     resolved = with_polish_that_fits(opened, resolved)
 

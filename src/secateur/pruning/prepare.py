@@ -71,7 +71,7 @@ class Prepared(NamedTuple):
     run: Run
     drawn: Drawn
     placement: Placement
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def prepared(
@@ -114,7 +114,7 @@ def prepared(
     with log.time("load"):
         services.progress("load", 0, 1)
         opened = loaded(opened, on_disk=plan.weights_on_disk)
-        notes = text_notes + opened.notes + _notes(opened, plan)
+        notes = *text_notes, *opened.notes, *_notes(opened, plan)
         check_same_run(opened.model, resolved.recipe)
         placement = onload(
             opened,
@@ -194,16 +194,14 @@ def foretold(
     )
 
 
-def _notes(opened: Opened, plan: MemoryPlan) -> tuple[str, ...]:
-    """Return notes for people on how the run keeps within memory."""
-    notes: tuple[str, ...] = ()
+def _notes(opened: Opened, plan: MemoryPlan) -> Iterator[str]:
+    """Yield notes for people on how the run keeps within memory."""
     if plan.one_layer_at_a_time and plan.budget_bytes is not None:
         limit = human_bytes(plan.budget_bytes)
-        notes += (f"layers came to {opened.device} one at a time to keep within {limit}.",)
+        yield f"layers came to {opened.device} one at a time to keep within {limit}."
     if plan.in_float32:
         stored = str(opened.model.dtype).removeprefix("torch.")
-        notes += (f"computed in float32 on {opened.device}; stored in {stored} as before.",)
-    return notes
+        yield f"computed in float32 on {opened.device}; stored in {stored} as before."
 
 
 def judged_dense(ready: Prepared) -> tuple[Judge, Judgement]:

@@ -7,7 +7,7 @@ have equal sizes, so which ones go changes no number.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,7 +184,6 @@ def checked(opened: Opened) -> Opened:
                 f"language model of type {config.model_type} cannot be saved with ({why}); use "
                 "budget uniform without protected_layers."
             )
-    block_length(recipe.calibration.sequence_length, config)
     if remove.vocabulary == "auto" and remove.groups and "ffn" not in remove.groups:
         raise RecipeError(
             "remove.vocabulary: auto weighs tokens against FFN channels, which groups "
@@ -196,7 +195,6 @@ def checked(opened: Opened) -> Opened:
             f"remove.vocabulary: {remove.vocabulary:,} rows are all that the model has, so "
             "nothing would go; give fewer."
         )
-    target_mix_of(recipe, arch)
     return share_of_size(opened)
 
 
@@ -285,8 +283,7 @@ def resolve(opened: Opened) -> Resolved:
     if recipe.polish.num_tokens:
         check_training(recipe.polish, "polish")
     planned = run.with_layers(run.layers)
-    notes = too_deep(planned.groups, planned.plans[-1]) + technical_alone(recipe)
-    return replace(planned, warnings=run.warnings + notes)
+    return replace(planned, warnings=(*run.warnings, *_warnings(planned)))
 
 
 def _unplanned(opened: Opened) -> Resolved:
@@ -367,9 +364,13 @@ def share_for_widths(run: Resolved) -> float:
     return (to_remove - num_gone) / (prices.total - num_gone)
 
 
-def protected_layers(recipe: Recipe, arch: Arch) -> set[int]:
-    """Return the dense layers that stay whole. Raises RecipeError for a missing one."""
-    return _layers_named("remove.protected_layers", recipe.remove.protected_layers, arch.num_layers)
+def free_layers(recipe: Recipe, arch: Arch) -> list[int]:
+    """Return the dense layers that are not protected. Raises RecipeError for a protected one that
+    is missing.
+    """
+    named = recipe.remove.protected_layers
+    protected = _layers_named("remove.protected_layers", named, arch.num_layers)
+    return [index for index in range(arch.num_layers) if index not in protected]
 
 
 def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
@@ -381,7 +382,7 @@ def removed_layers(recipe: Recipe, arch: Arch) -> set[int]:
         raise RecipeError(
             f"remove.layers: [{shown}] names a layer of {arch.num_layers} twice; name each once."
         )
-    if both := sorted(named & protected_layers(recipe, arch)):
+    if both := sorted(named.difference(free_layers(recipe, arch))):
         raise RecipeError(
             f"remove.layers: layer {both[0]} is in protected_layers too; take it out of one of "
             "them."
@@ -411,8 +412,7 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
     If the recipe does not name those that go, the last unprotected ones do; an unknown `depth` is
     0. Raises RecipeError if so many cannot go, or if layers differ in size.
     """
-    named = removed_layers(recipe, arch)
-    free = sorted(set(range(arch.num_layers)) - protected_layers(recipe, arch))
+    named, free = removed_layers(recipe, arch), free_layers(recipe, arch)
     if not free:
         raise RecipeError(
             "remove.protected_layers: no layer is left to remove anything from; protect fewer."
@@ -433,7 +433,7 @@ def layers_to_expect(recipe: Recipe, arch: Arch, config: Any) -> tuple[int, ...]
             f"remove.depth: {depth} of {arch.num_layers} layers cannot be removed; one that is not "
             f"in protected_layers must stay, so ask for 0 to {len(free) - 1}."
         )
-    removed = named or set(free[len(free) - depth :])
+    removed = named or free[len(free) - depth :]
     return tuple(index for index in range(arch.num_layers) if index not in removed)
 
 
@@ -461,19 +461,18 @@ def depth_of(recipe: Recipe, arch: Arch, config: Any, prices: Prices) -> int:
     of_widths = remove.share * prices.total - prices.tokens
     units = params_of(groups)
     wanted = round(LAYERS_PER_UNIT * (of_widths / units - UNITS_ALONE) * arch.num_layers)
-    free = arch.num_layers - len(protected_layers(recipe, arch))
-    return max(0, min(wanted, int(of_widths // prices.per_layer[0]), free - 1))
+    num_free = len(free_layers(recipe, arch))
+    return max(0, min(wanted, int(of_widths // prices.per_layer[0]), num_free - 1))
 
 
 def groups_of(recipe: Recipe, arch: Arch, layers: tuple[int, ...]) -> Groups:
     """Return the groups that lose units if only `layers` are left, numbered as they are then."""
-    protected = protected_layers(recipe, arch)
-    chosen = arch.select(recipe.remove.group_names)
+    free, chosen = free_layers(recipe, arch), arch.select(recipe.remove.group_names)
     return tuple(
         replace(group, layer=number)
         for number, layer in enumerate(layers)
         for group in chosen
-        if group.layer == layer and layer not in protected
+        if group.layer == layer and layer in free
     )
 
 
@@ -516,33 +515,29 @@ def text_for(opened: Opened, groups: Groups) -> tuple[dict[str, Any], int]:
     return {"num_tokens": num_tokens, "sequence_length": length}, widest
 
 
-def too_deep(groups: Groups, plan: Plan) -> tuple[str, ...]:
-    """Return a warning per kind of unit of which less than `DEEP_KEEP` is left."""
-    warnings: list[str] = []
-    for name, members in by_name(groups).items():
-        kept = sum(plan.num_keep[group.key] for group in members) / sum(
+def _warnings(run: Resolved) -> Iterator[str]:
+    """Yield a warning per kind of unit of which less than `DEEP_KEEP` is left, and one if the run
+    measures on installed text without any general prose.
+    """
+    num_keep = run.plans[-1].num_keep
+    for name, members in by_name(run.groups).items():
+        kept = sum(num_keep[group.key] for group in members) / sum(
             group.num_units for group in members
         )
         if kept < DEEP_KEEP:
-            warnings.append(
+            yield (
                 f"{1 - kept:.0%} of all {name} units go, more than they can give without ruin; "
                 "remove less, or spread it: preset best, more groups, depth."
             )
-    return tuple(warnings)
-
-
-def technical_alone(recipe: Recipe) -> tuple[str, ...]:
-    """Return a warning if a run measures on installed text without any general prose."""
-    if any(
+    if not any(
         d.installed in PROSE or not (d.installed or d.answers)
-        for d in recipe.calibration.domains.values()
+        for d in run.recipe.calibration.domains.values()
     ):
-        return ()
-    return (
-        "calibration.domains: no general prose that people wrote, so text unlike these domains "
-        "suffers most; give your own text or `general`, a mixture from the hub, or run pip install "
-        "--no-deps exllamav3, whose calibration text is read as data.",
-    )
+        yield (
+            "calibration.domains: no general prose that people wrote, so text unlike these domains "
+            "suffers most; give your own text or `general`, a mixture from the hub, or run pip "
+            "install --no-deps exllamav3, whose calibration text is read as data."
+        )
 
 
 def target_mix_of(recipe: Recipe, arch: Arch) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor
 from secateur.data.blocks import Blocks, LearningText, Text
 from secateur.errors import CheckpointError, RecipeError
 from secateur.facts import Loss, PerDomain
-from secateur.methods.budget import GroupProfile, Profiles
+from secateur.methods.budget import Profiles
 from secateur.model.bind import Arch
-from secateur.model.group import OF_EXPERTS, GroupKey
+from secateur.model.group import OF_EXPERTS
 from secateur.model.stock import CausalLM
 from secateur.pruning.resolve import Resolved
 from secateur.ranks import own_part
@@ -82,7 +82,7 @@ class Run:
 
     `trim`: what goes of the vocabulary. `on_host`: has the model in host memory inside the context.
     `weights_on_disk`: finished layers are mapped from files. `dense_losses`: held-out nats per
-    token by domain before layers went, if something watches them. `dense_tokens`: those predicted
+    token by domain before layers went, if they are known. `dense_tokens`: those predicted
     of each held-out document in the dense tokenizer, in nats per which losses are, if the
     vocabulary is trimmed. `trimmed`: losses before and behind the trim alone. `after_dense`: called
     with the first round's walk when its dense stream has left the last layer. `profiles`: of the
@@ -95,7 +95,7 @@ class Run:
     arch: Arch
     resolved: Resolved
     text: LearningText
-    services: Services = field(default_factory=Services)
+    services: Services
     trim: Trim | None = None
     on_host: Callable[[], AbstractContextManager[None]] = nullcontext
     weights_on_disk: bool = False
@@ -103,7 +103,7 @@ class Run:
     dense_tokens: dict[str, dict[int, int]] | None = None
     trimmed: LossPairs = field(default_factory=LossPairs)
     after_dense: Callable[[Walk], None] | None = None
-    profiles: Profiles = field(default_factory=dict[GroupKey, GroupProfile])
+    profiles: Profiles | None = None
     measured: str | None = None
     supports: Supports | None = None
     keeps_statistics: bool = False
@@ -219,12 +219,9 @@ class LossWatch:
 
 def watched_losses(run: Run, which: str) -> PerDomain:
     """Return held-out nats per token by domain; none if nothing in the recipe asks for them."""
-    losses = text_losses(run, f"held-out text, {which}", run.held_out) if is_watched(run) else {}
-    return {name: loss.nats_per_token for name, loss in losses.items()}
-
-
-def is_watched(run: Run) -> bool:
-    """Return whether the recipe asks for held-out losses between rounds."""
     recipe = run.resolved.recipe
     is_protected = any(domain.protect is not None for domain in recipe.calibration.domains.values())
-    return is_protected or recipe.choose.rounds > 1
+    if not is_protected and recipe.choose.rounds == 1:
+        return {}
+    losses = text_losses(run, f"held-out text, {which}", run.held_out)
+    return {name: loss.nats_per_token for name, loss in losses.items()}

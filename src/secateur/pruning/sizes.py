@@ -312,7 +312,7 @@ def cut_within(
     if chosen.scratch is not None:
         chosen.log.append_to(chosen.scratch)
     for note in notes:
-        chosen.log.write({"event": "note", "text": note})
+        chosen.log.note(note)
     yield member, cut._replace(run=replace(cut.run, services=chosen))
 
 

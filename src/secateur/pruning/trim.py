@@ -107,13 +107,13 @@ def plan_trim(opened: Opened, services: Services, text: RunText) -> Opened:
     return replace(hand.opened, recipe=opened.recipe, trim=trim)
 
 
-def trim_to(opened: Opened, size: int, services: Services) -> Trim:
+def trim_to(opened: Opened, size: int) -> Trim:
     """Return a trim to `size` tokens for planning. Which ones stay is not looked at, nor is any
     text.
 
     Raises what `plan_trim` raises for a size that cannot be.
     """
-    return _trim_to(_read(opened, services), size)
+    return _trim_to(_read(opened, Services()), size)
 
 
 def _trim_to(dense: _Dense, size: int) -> Trim:

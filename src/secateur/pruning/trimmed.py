@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from secateur.errors import RecipeError
-from secateur.pruning.run import LossPairs, Run, is_watched, text_losses
+from secateur.pruning.run import LossPairs, Run, text_losses
 from secateur.report.records import VocabularyFacts, change, mean_change
 from secateur.stream.losses import predicted_tokens
 from secateur.vocabulary.kept import Trim, keep_tokens
@@ -27,9 +27,7 @@ def without_tokens(run: Run, trim: Trim, *, force: bool) -> Run:
     held_out = retokenised(run.held_out, trim.tokenizer, trim.dense_tokenizer)
     run = dataclasses.replace(run, dense_tokens=predicted_tokens(held_out))
     before = text_losses(run, "with all tokens", held_out)
-    dense_losses = (
-        {name: loss.nats_per_token for name, loss in before.items()} if is_watched(run) else {}
-    )
+    dense_losses = {name: loss.nats_per_token for name, loss in before.items()}
     keep_tokens(run.model, trim.kept)
     after = text_losses(run, "without tokens", run.held_out)
     trimmed = {name: (before[name], after[name]) for name in before}
