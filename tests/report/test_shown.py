@@ -119,7 +119,7 @@ BARE = dataclasses.replace(
     other_text=None,
     own_answers=None,
     vocabulary=None,
-    lineage=(),
+    lineage=(facts.Ancestor("small-model", None, 134_500_000),),
 )
 NO_GAIN = facts.TrainingRecord(50_000, 30.0, verdicts(0.5, 2.75), held=False)
 # Trained without a gain, refused once, of one ancestor; no domain lost, one is a single document; no answers.

@@ -15,7 +15,7 @@ from statistics import linear_regression
 from huggingface_hub import ModelCardData
 
 from secateur.data.blocks import NGRAM_TOKENS
-from secateur.facts import OTHER_TEXT, OWN_ANSWERS, Ancestor
+from secateur.facts import OTHER_TEXT, OWN_ANSWERS
 from secateur.files import without_places, write_text
 from secateur.log import human_bytes
 from secateur.recipe import RECIPE_FILE, Domain, Recipe, as_recipe, dump_recipe
@@ -50,6 +50,7 @@ from secateur.report.rows import (
     beside_verdict,
     caveats,
     figure_rows,
+    figure_tables,
     headline,
     judged_table,
     loss_changes,
@@ -58,8 +59,6 @@ from secateur.report.rows import (
     quality_and_size,
     quality_rows,
     recovery_card,
-    task_table,
-    text_tables,
     verdict,
     verdict_table,
     who_suffers,
@@ -79,6 +78,7 @@ TOO_FAR = "too far"
 MARKS = {"hardly noticed": 0.05, "with a polish": 0.5, TOO_FAR: 1.0}
 # Of the texts that judge, the first one of these that is there is what marks go by.
 JUDGED_FIRST = (OWN_ANSWERS, OTHER_TEXT)
+MEAN = "mean of domains"
 # A picture ends at so many nats.
 MOST_NATS = 2.5
 
@@ -118,17 +118,22 @@ def quality_section(files: ResultFiles) -> Section | None:
         tables.append(verdict_table(files.recovery, "The recovery, on the text that guards it"))
     if files.evaluation is not None:
         text += [f"By secateur evaluate: {note}" for note in files.evaluation.notes]
-        tables += [*text_tables(files.evaluation), task_table(files.evaluation)]
+        tables += figure_tables(files.evaluation)
     shown = [table for table in tables if table.rows]
     return Section("quality", "Quality by domain", text, shown) if shown else None
 
 
 def samples_section(files: ResultFiles) -> Section | None:
     """What both models answer to the same prompts."""
-    answers, tables = files.summary.own_answers, list[Table]()
-    for pair in answers.shown if answers else ():
-        rows = [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))]
-        tables.append(Table(pair.prompt, (), rows))
+    answers = files.summary.own_answers
+    tables = [
+        Table(
+            pair.prompt,
+            (),
+            [("dense", _printable(pair.dense)), ("pruned", _printable(pair.pruned))],
+        )
+        for pair in (answers.shown if answers else ())
+    ]
     text = "Both models answer the same prompts, always by the likeliest token."
     return Section("samples", "Answers of both", (text,), tables) if tables else None
 
@@ -273,7 +278,7 @@ def card_data(summary: Summary, recipe: Recipe) -> ModelCardData:
     """Return the hub's metadata. What is not known is None, which is left out; `unknown` says
     why.
     """
-    dense = summary.lineage[-1] if summary.lineage else Ancestor("", None, 0)
+    dense = summary.lineage[-1]
     base_model = next(
         (checkpoint.hub_id for checkpoint in reversed(summary.lineage) if checkpoint.hub_id), None
     )
@@ -366,13 +371,11 @@ def _calibrated_on(summary: Summary, recipe: Recipe) -> Iterator[str]:
         (summary.pruned_losses[name].perplexity / dense.perplexity, name)
         for name, dense in summary.dense_losses.items()
     ]
-    ratios.sort(reverse=True)
-    lost = [
+    worst = ", ".join(
         f"{name} ({ratio:.2f} times the dense model's perplexity)"
-        for ratio, name in ratios
+        for ratio, name in sorted(ratios, reverse=True)[:NUM_WORST]
         if ratio > 1
-    ]
-    worst = ", ".join(lost[:NUM_WORST])
+    )
     other = (
         "Text of other kinds, and other languages, were not measured, and can have lost much more."
     )
@@ -475,7 +478,7 @@ def report_page(files: ResultFiles) -> Page:
     tasks = files.evaluation is not None and files.evaluation.pruned.tasks is not None
     beside = beside_verdict(summary, ups, asked_tasks=tasks)
     title = f"{summary.model}, pruned by secateur"
-    return Page(title, f"{verdict(summary)}.", caveats(summary), shown, beside)
+    return Page(title, f"{verdict(summary)}.", [*caveats(summary)], shown, beside)
 
 
 def write_measurement(directory: Path, measurement: Measurement) -> Measurement:
@@ -493,10 +496,10 @@ def measurement_table(measurement: Measurement) -> Tables:
 
 def measurement_page(measurement: Measurement) -> Page:
     """Return the page: the picture first, then the tables, and what was cut to foretell from."""
-    judged = *_judged_first(measurement.sizes), "mean of domains"
     lines = {
-        name: [(cost.removed, cost.lost.get(name, _mean_lost(cost))) for cost in measurement.sizes]
-        for name in judged
+        name: [(cost.removed, _lost(cost)[name]) for cost in measurement.sizes]
+        for name in (*JUDGED_FIRST, MEAN)
+        if name in _lost(measurement.sizes[0])
     }
     chart = Chart(
         "Nats per token lost, by the share of all parameters that goes",
@@ -526,7 +529,7 @@ def marked(measurement: Measurement) -> dict[str, float]:
     """Return the largest share at which each mark is kept, in thousandths; no size may be too
     far.
     """
-    first = _judged_first(measurement.sizes)[0]
+    first = next(iter(_lost(measurement.sizes[0])))
     shares = range(1, int(1000 * measurement.sizes[-1].removed) + 1)
     lost = [nats_at(measurement.probes, first, share / 1000, measurement.units) for share in shares]
     kept = {name: bisect_right(lost, nats) for name, nats in MARKS.items()}
@@ -538,19 +541,13 @@ def _bounds(measurement: Measurement) -> dict[str, str]:
     return {name: f"{'from' if name == TOO_FAR else 'up to'} {share:.1%}" for name, share in shares}
 
 
-def _judged_first(costs: Sequence[SizeCost]) -> list[str]:
-    """Return what is told first of what judged: other text, and before it the model's own answers,
-    if it gives any.
+def _lost(cost: SizeCost) -> dict[str, float]:
+    """Return nats lost by what judged: first the model's own answers, if it gives any, and other
+    text, then the domains, then their mean.
     """
-    return [name for name in JUDGED_FIRST if name in costs[0].lost]
-
-
-def _domains(cost: SizeCost) -> list[str]:
-    return [name for name in cost.lost if name not in JUDGED_FIRST]
-
-
-def _mean_lost(cost: SizeCost) -> float:
-    return sum(cost.lost[name] for name in _domains(cost)) / len(_domains(cost))
+    first = {name: cost.lost[name] for name in JUDGED_FIRST if name in cost.lost}
+    domains = {name: nats for name, nats in cost.lost.items() if name not in first}
+    return {**first, **domains, MEAN: sum(domains.values()) / len(domains)}
 
 
 def _sizes_table(measurement: Measurement) -> Table:
@@ -563,9 +560,8 @@ def _sizes_table(measurement: Measurement) -> Table:
 
 
 def _costs_table(measurement: Measurement, caption: str, shown: Sequence[SizeCost]) -> Table:
-    names = (*_judged_first(shown), *_domains(shown[0]))
-    rows = [[name, *(f"{cost.lost[name]:.3f}" for cost in shown)] for name in names]
-    rows.append(["mean of domains", *(f"{_mean_lost(cost):.3f}" for cost in shown)])
+    lost = [_lost(cost) for cost in shown]
+    rows = [[name, *(f"{of_size[name]:.3f}" for of_size in lost)] for name in lost[0]]
     rows.append(["parameters", *(f"{cost.num_params / 1e6:,.1f} M" for cost in shown)])
     # A token takes the less time the fewer weights it passes.
     probed = [probe.removed for probe in measurement.probes]
@@ -581,7 +577,7 @@ def _costs_table(measurement: Measurement, caption: str, shown: Sequence[SizeCos
 
 
 def _measurement_notes(measurement: Measurement) -> list[tuple[str, str]]:
-    first = _judged_first(measurement.sizes)[0]
+    first = next(iter(_lost(measurement.sizes[0])))
     bounds = _bounds(measurement).items()
     probes = ", ".join(f"{probe.removed:.1%}" for probe in measurement.probes)
     note = (

@@ -130,19 +130,18 @@ def faster(phase: str, ratio: Spread) -> str:
     return f"{phase} runs {ratio.median:.2f} {spread} times as fast"
 
 
-def caveats(summary: Summary) -> list[str]:
-    """Return what a reader must know about the numbers: the run's notes, overlap of texts."""
-    notes = list(summary.warnings)
+def caveats(summary: Summary) -> Iterator[str]:
+    """Yield what a reader must know about the numbers: the run's notes, overlap of texts."""
+    yield from summary.warnings
     overlap = summary.calibration.held_out_overlap.items()
     much = {
         domain: share for domain, share in overlap if share is not None and share > MUCH_OVERLAP
     }
     if much:
-        notes.append(
+        yield (
             f"Much of the held-out text's {NGRAM_TOKENS}-grams occur in the calibration text "
             f"({listed(much, '.0%')}), so the quality there is flattered."
         )
-    return notes
 
 
 OTHER_SOURCES = "text of other sources"
@@ -259,8 +258,6 @@ RELOADED = "a fresh process: largest logit difference"
 
 def lineage_rows(summary: Summary) -> Iterator[Note]:
     """Yield which model was pruned, and of one that was pruned before what went in all."""
-    if not summary.lineage:
-        return
     *earlier, dense = summary.lineage
     known = "not known" if dense.fingerprint is None else dense.fingerprint[:16]
     yield "dense model", f"{dense.name}, fingerprint {known}"
@@ -390,8 +387,18 @@ def who_suffers(trim: VocabularyFacts) -> str:
     own = f"takes {growth(before, after):.1%} more tokens"
     if lost:
         own += f" and loses {sum(lost) / len(lost):.2f} nats per token by it"
+    shares = sorted(
+        (
+            (-growth(*counts), script)
+            for script, counts in trim.scripts.items()
+            if counts[0] >= LEAST_TOKENS
+        ),
+        reverse=True,
+    )
     scripts = ", ".join(
-        f"{left:,} of {had:,} {script} tokens" for script, (had, left) in _worst(trim)
+        "{1:,} of {0:,} {2} tokens".format(*trim.scripts[script], script)
+        for share, script in shares[:MOST_SCRIPTS]
+        if share > 0
     )
     worse = (
         f" What is written in these scripts is predicted worse: {scripts} stay." if scripts else ""
@@ -400,20 +407,6 @@ def who_suffers(trim: VocabularyFacts) -> str:
         f"The vocabulary was trimmed from {trim.num_before:,} to {trim.num_after:,} tokens. "
         f"Held-out text of the run's own domains {own}.{worse}"
     )
-
-
-def _worst(trim: VocabularyFacts) -> list[tuple[str, tuple[int, int]]]:
-    """Return the scripts that lose the largest share of their tokens, and these before and behind
-    it.
-    """
-    lost = sorted(
-        (-growth(*counts), script)
-        for script, counts in trim.scripts.items()
-        if counts[0] >= LEAST_TOKENS
-    )
-    return [(script, trim.scripts[script]) for share, script in reversed(lost) if share > 0][
-        :MOST_SCRIPTS
-    ]
 
 
 def vocabulary_notes(trim: VocabularyFacts) -> Iterator[Note]:
@@ -432,11 +425,11 @@ def vocabulary_notes(trim: VocabularyFacts) -> Iterator[Note]:
 def evaluation_table(evaluation: Evaluation) -> Tables:
     """Return text, KL and tasks, for dense, pruned and difference, or for one model."""
     notes = [(f"note: {note}",) for note in (*_legend(evaluation), *evaluation.notes)]
-    return terminal([*text_tables(evaluation), task_table(evaluation)], notes)
+    return terminal(figure_tables(evaluation), notes)
 
 
-def text_tables(evaluation: Evaluation) -> list[Table]:
-    """Return nats per token, bits per byte and KL by domain."""
+def figure_tables(evaluation: Evaluation) -> list[Table]:
+    """Return nats per token, bits per byte and KL by domain, and the tasks' scores."""
     models = evaluation.models.values()
     by_domain = {
         name: [model.domains[name] for model in models] for name in evaluation.pruned.domains
@@ -455,6 +448,7 @@ def text_tables(evaluation: Evaluation) -> list[Table]:
         Table("nats/token (perplexity)", ("domain", *_columns(evaluation)), nats),
         Table("bits/byte", ("domain", *_columns(evaluation)), bits),
         Table("KL(dense || pruned), nats/token", ("domain", "mean", "same token first"), kl_rows),
+        _task_table(evaluation),
     ]
 
 
@@ -468,7 +462,7 @@ def _bits_row(domain: str, qualities: list[Quality]) -> Cells:
     return domain, *(f"{value:.4f}" for value in bits), *difference
 
 
-def task_table(evaluation: Evaluation) -> Table:
+def _task_table(evaluation: Evaluation) -> Table:
     """Return the scores by task and metric, and their differences if measured."""
     changes = evaluation.differences.tasks if evaluation.differences else None
     scores = [measured.scores for measured in evaluation.models.values()]
