@@ -177,7 +177,7 @@ _lists: list[int] = [0]  # lists worked through `in_turns`
 
 def size() -> int:
     """Return the number of ranks; 1 without any."""
-    if _alone[0] or not dist.is_available() or not dist.is_initialized():
+    if _alone[0] or not dist.is_initialized():
         return 1
     return dist.get_world_size()
 

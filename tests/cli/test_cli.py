@@ -19,8 +19,8 @@ from stops import lines_of
 
 from secateur.__main__ import main as begin
 from secateur.cli import app
-from secateur.evaluation.study import shipped_studies
-from secateur.recipe import parse_recipe
+from secateur.evaluation.study import SHIPPED
+from secateur.recipe import parse_recipe, shipped_yaml
 
 pytestmark = pytest.mark.usefixtures("judging")
 
@@ -132,7 +132,7 @@ def test_help_has_an_example_and_the_console_script_is_main():
         shown = run_cli(command, "--help")
         assert shown.status == 0 and f"Example: secateur {command}" in shown.stdout
         if command == "compare":
-            assert all(name in shown.stdout for name in shipped_studies())
+            assert all(name in shown.stdout for name in shipped_yaml(SHIPPED))
     [script] = importlib.metadata.entry_points(group="console_scripts", name="secateur")
     assert script.load() is begin
 

@@ -18,16 +18,17 @@ from shown import assert_sentences, refusal
 
 from secateur.evaluation.compare import compare
 from secateur.evaluation.study import (
+    SHIPPED,
     Comparison,
     FoundCell,
     Study,
     cells,
     load_study,
     save_comparison,
-    shipped_studies,
     study_verdict,
 )
 from secateur.facts import Loss
+from secateur.recipe import shipped_yaml
 from tests.models import saved, tiny_llama
 
 TEXTS = {"left": "the quick brown fox jumps over the lazy dog {}\n", "right": "0123 + {} = 4567;\n"}
@@ -148,8 +149,8 @@ def test_killed_at_any_time_it_goes_on(grid: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_every_shipped_study_is_valid_and_has_a_small_form() -> None:
-    assert shipped_studies() == ["methods", "paper", "tokens", "vocabulary"]
-    for name in shipped_studies():
+    assert list(shipped_yaml(SHIPPED)) == ["methods", "paper", "tokens", "vocabulary"]
+    for name in shipped_yaml(SHIPPED):
         whole, small = (list(cells(load_study(name, small=small))) for small in (False, True))
         assert 0 < len(small) < len(whole)
 

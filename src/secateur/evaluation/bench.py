@@ -186,14 +186,11 @@ def seconds_per_token(
 def take_turns(runners: list[Runner], repeats: int, progress: Progress) -> list[list[list[float]]]:
     """Warm up, then run all in turn `repeats` times; return [runner][repeat] -> token times."""
     progress("bench", 0, repeats)
-    for runner in runners:
-        runner()
-    measured: list[list[list[float]]] = [[] for _ in runners]
+    turns = [[runner() for runner in runners]]
     for done in range(1, repeats + 1):
-        for runner, runs in zip(runners, measured, strict=True):
-            runs.append(runner())
+        turns.append([runner() for runner in runners])
         progress("bench", done, repeats)
-    return measured
+    return [list(runs) for runs in zip(*turns[1:], strict=True)]
 
 
 def speed(runs: list[list[float]], workload: Workload) -> Speed:

@@ -6,6 +6,7 @@ processes and for files that are written. The number that is its argument is pri
 
 import ctypes
 import os
+import resource
 import sys
 
 NUM_BYTES, NUM_SECONDS, NUM_OUTPUT_BYTES = 1 << 30, 10, 1 << 20
@@ -42,11 +43,7 @@ REFUSED = (
 
 
 def limit_resources() -> None:
-    """Bound memory, processor time and output; a system without such limits has the clock alone."""
-    try:
-        import resource
-    except ImportError:
-        return
+    """Bound memory, processor time and output."""
     resource.setrlimit(resource.RLIMIT_AS, (NUM_BYTES, NUM_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (NUM_SECONDS, NUM_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (NUM_OUTPUT_BYTES, NUM_OUTPUT_BYTES))

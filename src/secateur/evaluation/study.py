@@ -145,11 +145,6 @@ def cells(study: Study) -> Iterator[Cell]:
             )
 
 
-def shipped_studies() -> list[str]:
-    """Return the names of the studies in the package."""
-    return list(shipped_yaml(SHIPPED))
-
-
 def _path(reference: str) -> Path:
     if Path(reference).is_file():
         return Path(reference)
