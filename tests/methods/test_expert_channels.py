@@ -81,7 +81,7 @@ def test_the_sample_is_of_every_domain_by_its_share(monkeypatch) -> None:
 def expert_inputs(model, arch, group, batches) -> list[torch.Tensor]:
     """Return what the experts' module gets of each batch."""
     calls: list[torch.Tensor] = []
-    module = decoder_layers(model, arch)[group.layer].get_submodule(group.experts.module)
+    module = decoder_layers(model, arch)[group.layer].get_submodule(group.reader.module)
     with module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0])):
         list(Walk(model, arch, batches).run(group.layer))
     return calls

@@ -6,14 +6,15 @@ import torch
 from secateur.methods.compensate import Guard, HeldOutError
 from secateur.methods.experts import _steps, best_step, keep_experts, observe_routing, refit_experts
 from secateur.model.bind import bind
-from secateur.model.group import Experts, Stacks
+from secateur.model.group import Experts, Rows, Stacks
 from secateur.stream.walk import Walk, make_batches
 from tests.families import FAMILIES, GROUPS, row, tiny_family
 from tests.model.test_exactness import prune_tiny, random_calibration
 from tests.models import tiny_ids
 
 STACKS = Stacks("gate_up_proj", (1, 1), transposed=False)
-ONE_GROUP = Experts("mlp.experts", STACKS, ("mlp.gate.weight",))
+READER = Rows("mlp.experts.down_proj", 0, (1,))
+ONE_GROUP = Experts(READER, STACKS, ("mlp.gate.weight",))
 
 
 def expert_output(name: str, module: torch.nn.Module, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
@@ -36,7 +37,7 @@ def test_steps_end_where_asked_and_take_from_every_group() -> None:
 def test_groups_of_experts_keep_as_many_each() -> None:
     scores = torch.tensor([9.0, 8, 7, 1, 2, 3])
     assert keep_experts(scores, 4, ONE_GROUP).tolist() == [0, 1, 2, 5]
-    two = Experts("mlp.experts", STACKS, num_groups=2)
+    two = Experts(READER, STACKS, num_groups=2)
     assert keep_experts(scores, 4, two).tolist() == [0, 1, 4, 5]
 
 

@@ -63,7 +63,7 @@ def cut_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
 
 def own_channels(layer: Any, group: Group, keep: torch.Tensor) -> torch.Tensor:
     """Return a choice for every expert, each another one: the same channels, moved round by its number."""
-    num_experts = len(next(layer.get_submodule(group.experts.module).parameters()))
+    num_experts = len(next(layer.get_submodule(group.reader.module).parameters()))
     return (keep[None] + torch.arange(num_experts)[:, None]).remainder(group.num_units).sort(dim=1).values
 
 
@@ -76,7 +76,7 @@ def mask_units(layer: Any, group: Group, keep: torch.Tensor) -> None:
     stacks = group.experts.stacks
     if group.kind == "expert_channels":
         stays_EK = own_channels(layer, group, keep)
-        down = layer.get_submodule(group.experts.module).get_parameter(DOWN)
+        down = layer.get_submodule(group.reader.module).get_parameter(DOWN)
         mask = torch.zeros(len(stays_EK), group.num_units).scatter_(1, stays_EK, 1.0)
         down.data *= mask[:, :, None] if stacks.transposed else mask[:, None, :]
         return

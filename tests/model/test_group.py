@@ -123,7 +123,7 @@ def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():
 )
 def test_as_many_experts_stay_as_the_router_needs(config, num_chosen, at_least):
     stacks = Stacks("up_proj", (1,), transposed=False)
-    offer = Group("experts", "experts", "expert", Experts("mlp", stacks), at_least=num_chosen)
+    offer = Group("experts", "experts", "expert", Experts(Rows("mlp.down_proj", 0, (1,)), stacks), at_least=num_chosen)
     found = _by_router(offer, SimpleNamespace(**config))
     num_groups = config.get("n_group") or 1
     assert (found.experts.num_groups, found.multiple_of, found.at_least) == (num_groups, num_groups, at_least)

@@ -90,9 +90,7 @@ class HeldOut(NamedTuple):
 def put_readers(experts: Mixture, readers_DF: list[Tensor], held_out: list[HeldOut]) -> Guard:
     """Put in the share of the new readers that held-out text likes best, one for all experts."""
     plain, module = experts.readers.clone(), experts.module
-    refitted = torch.stack(
-        [weight.T if experts.stacks.transposed else weight for weight in readers_DF]
-    ).to(plain)
+    refitted = torch.stack(readers_DF).to(plain)
     masked = [module.forward(*block.call) for block in held_out]
     experts.readers.copy_(refitted)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -278,7 +276,7 @@ def observe_routing(
 
 def _not_finite(group: Group, domain: str) -> NumericsError:
     return NumericsError(
-        f"layer {group.layer}, {group.experts.module}, domain {domain}: an expert gives NaN or "
+        f"layer {group.layer}, {group.reader.module}, domain {domain}: an expert gives NaN or "
         "infinite numbers; use the model in bfloat16 or float32 and check its weights."
     )
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from secateur.errors import ArchError, advice
-from secateur.model.group import DOWN, Experts, Group, Mixture, Stacks, cut
+from secateur.model.group import DOWN, Experts, Group, Mixture, Rows, Stacks, cut
 from secateur.model.guesses import (
     EXPERT_CHANNELS,
     EXPERTS,
@@ -200,7 +200,7 @@ class Arch:
                     f"{', '.join(sorted(known))}; {advice(name, known)}"
                 )
         chosen = tuple(group for group in self.groups if group.name in names)
-        first_module = {group.name: group.parts.module for group in reversed(chosen)}
+        first_module = {group.name: group.reader.module for group in reversed(chosen)}
         for name, other in combinations(names, 2):
             if first_module[name] == first_module[other]:
                 raise ArchError(
@@ -564,7 +564,7 @@ class _Finder:
         if isinstance(group.parts, Experts) and group.parts.weighted_inputs:
             return True
         layer: Any = self.layers[index]
-        call, module = self.calls[layer], layer.get_submodule(group.parts.module)
+        call, module = self.calls[layer], layer.get_submodule(group.reader.module)
         step = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(index))
         with (
             module.register_forward_hook(lambda _, __, output: output + step.view_as(output)),
@@ -602,7 +602,8 @@ class _Finder:
             else:
                 chosen = given[-1].shape[-1]
                 yield channels
-            experts = Experts(place, stacks, weighted_inputs=weighted)
+            reader = Rows(f"{place}.{DOWN}", 0, (1,))
+            experts = Experts(reader, stacks, weighted_inputs=weighted)
             yield Group(EXPERTS, "experts", "expert", experts, at_least=chosen)
 
     def _head_offers(self, index: int) -> Iterator[Group]:
@@ -754,7 +755,7 @@ class _Finder:
         offer = replace(offer, config_key=key, per_key=per_key, settings=tuple(settings))
         if group.kind != "experts":
             return offer
-        before, after, own = shapes_of(ours), shapes_of(theirs), f"{group.experts.module}."
+        before, after, own = shapes_of(ours), shapes_of(theirs), f"{group.reader.module}."
         rows = (
             name for name in after if after[name] != before.get(name) and not name.startswith(own)
         )

@@ -71,18 +71,18 @@ class Mixture:
 
     @property
     def readers(self) -> Tensor:
-        """The stack of readers, as it is stored."""
-        return self.module.get_parameter(DOWN)
+        """The stack of readers, E x D x F, to be changed in place."""
+        stored = self.module.get_parameter(DOWN)
+        return stored.mT if self.stacks.transposed else stored
 
     @property
     def num_channels(self) -> int:
         """The number of channels of every expert."""
-        return self.readers.shape[1 if self.stacks.transposed else 2]
+        return self.readers.shape[-1]
 
     def reader(self, expert: int) -> Float[Tensor, "D F"]:
         """Return one expert's reader in float32."""
-        weight = self.readers[expert]
-        return (weight.T if self.stacks.transposed else weight).float()
+        return self.readers[expert].float()
 
     def inputs(self, expert: int, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
         """Return the inputs of the expert's reader: act(up), or what transformers' experts make of
@@ -103,11 +103,6 @@ class Linears:
     writers: tuple[Rows, ...]
     reader: Rows
 
-    @property
-    def module(self) -> str:
-        """The module that contains the units."""
-        return self.reader.module
-
     def rows(self, layer: nn.Module) -> list[Rows]:
         """Return what the units consist of, once each."""
         made = [
@@ -122,39 +117,33 @@ class Linears:
 class Experts:
     """Modules and numbers of one layer's experts.
 
-    `router_rows`: tensors of the layer with a row for each expert. `num_groups`: experts form this
-    many groups of equal size, which the router chooses first. `unit_axis`: the units' axis of the
-    stack of readers; 0 for experts. `weighted_inputs`: every expert gets all tokens, weighted.
+    `reader`: the stack of readers, with experts on axis 0. `router_rows`: tensors of the layer with
+    a row for each expert. `num_groups`: experts form this many groups of equal size, which the
+    router chooses first. `weighted_inputs`: every expert gets all tokens, weighted.
     """
 
-    module: str
+    reader: Rows
     stacks: Stacks
     router_rows: tuple[str, ...] = ()
     num_groups: int = 1
-    unit_axis: int = 0
     weighted_inputs: bool = False
 
     def of(self, layer: nn.Module) -> Mixture:
         """Return the experts that the layer has."""
-        return Mixture(layer.get_submodule(self.module), self.stacks)
-
-    @property
-    def reader(self) -> Rows:
-        """The tensor that reads the units: the stack of readers."""
-        return Rows(f"{self.module}.{DOWN}", self.unit_axis, (1,))
+        return Mixture(layer.get_submodule(self.reader.module), self.stacks)
 
     def rows(self, layer: nn.Module) -> list[Rows]:
         """Return what the units consist of, once each."""
-        stacks = self.stacks
+        stacks, module = self.stacks, self.reader.module
         own = {
-            f"{self.module}.{name}": tensor
-            for name, tensor in layer.get_submodule(self.module).named_parameters()
+            f"{module}.{name}": tensor
+            for name, tensor in layer.get_submodule(module).named_parameters()
         }
-        if self.unit_axis:
+        if self.reader.axis:
             made = [
                 Rows(name, tensor.ndim - 1 if stacks.transposed else 1, stacks.segments)
                 for name, tensor in own.items()
-                if name.startswith(f"{self.module}.{stacks.writer}")
+                if name.startswith(f"{module}.{stacks.writer}")
             ]
             return [*made, self.reader]
         rows = {name: attribute_of(layer, name).shape for name in (*own, *self.router_rows)}

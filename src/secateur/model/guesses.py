@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.model.group import (
+    DOWN,
     Experts,
     Group,
     Linears,
@@ -128,7 +129,7 @@ def stacks_of(experts: Any, *, transposed: bool) -> Stacks:
 
 def expert_channels_in(place: str, stacks: Stacks) -> Group:
     """Return the channels of every expert of the module at `place`."""
-    parts = Experts(place, stacks, unit_axis=1 if stacks.transposed else 2)
+    parts = Experts(Rows(f"{place}.{DOWN}", 1 if stacks.transposed else 2, (1,)), stacks)
     return Group(
         EXPERT_CHANNELS,
         "expert_channels",
