@@ -208,7 +208,7 @@ def texts_in(directory: Path) -> str:
     return b"\n".join(file.read_bytes() for file in directory.rglob("*") if file.is_file()).decode("utf-8", "replace")
 
 
-def test_links_out_of_the_source_are_left_behind_and_told(secret, tmp_path):
+def test_links_out_of_the_source_are_left_behind_and_told_but_weights_may_be_links(secret, tmp_path):
     source = save_source(tmp_path / "source")
     (source / "LICENSE-extra").symlink_to(secret)
     (source / "NOTICE").symlink_to("../home/id")
@@ -222,6 +222,10 @@ def test_links_out_of_the_source_are_left_behind_and_told(secret, tmp_path):
     assert all(sentence.endswith("so it was not carried over.") for sentence in left)
     assert SECRET not in texts_in(tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "ours"
+    (source / "additional_chat_templates").unlink()
+    shutil.move(source / "model.safetensors", tmp_path / "weights")
+    (source / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert torch.equal(secateur.load(source).lm_head.weight, tiny_llama().lm_head.weight)
 
 
 def test_a_result_of_equal_widths_names_no_code_and_says_what_it_left_behind(place, recipe, secret, tmp_path):
@@ -275,13 +279,6 @@ def test_what_is_read_into_a_result_may_not_be_a_link_out(secret, tmp_path):
         (source / name).unlink()
         if own is not None:
             (source / name).write_bytes(own)
-
-
-def test_weights_may_be_links(tmp_path):
-    source = save_source(tmp_path / "source")
-    shutil.move(source / "model.safetensors", tmp_path / "weights")
-    (source / "model.safetensors").symlink_to(tmp_path / "weights")
-    assert torch.equal(secateur.load(source).lm_head.weight, tiny_llama().lm_head.weight)
 
 
 @pytest.mark.parametrize("key", ["vocab", "merges", "init_inputs"])

@@ -126,21 +126,16 @@ def test_uniform_takes_the_nearest_count_of_what_is_still_missing(case: Case, re
     assert plan.removed_share == pytest.approx(gone / prices.total, rel=1e-12)
 
 
-def test_a_tie_of_dearest_steps_goes_by_name_and_heads_come_before_channels() -> None:
+def test_a_tie_of_dearest_steps_goes_by_name_and_the_last_step_stays_where_it_is_the_nearest() -> None:
     groups = (group_of(0, "ffn", 100), group_of(0, "heads", 10, 10))
     plan = uniform_plan(groups, prices_of(1000), 0.053, 1)
     # 53 of 200: 26.5% of ten heads are 3, and 23 channels make up for the rest.
     assert plan.num_keep == {(0, "heads"): 7, (0, "ffn"): 77}
     even = uniform_plan((group_of(0, "ffn", 100, 10), groups[1]), prices_of(1100), 0.1, 1)
     assert even.num_keep == {(0, "ffn"): 90, (0, "heads"): 9}
-
-
-def test_the_last_step_stays_where_it_is_the_nearest() -> None:
-    channels, heads = group_of(0, "ffn", 400), group_of(0, "heads", 4, 10)
-    both = prices_of(440)
+    channels, heads, alone = group_of(0, "ffn", 400), group_of(0, "heads", 4, 10), prices_of(400)
     # A tenth of four heads is nearer to none, but one must stay and channels make up for it.
-    assert uniform_plan((heads, channels), both, 0.9, 1).num_keep == {(0, "heads"): 1, (0, "ffn"): 34}
-    alone = prices_of(400)
+    assert uniform_plan((heads, channels), prices_of(440), 0.9, 1).num_keep == {(0, "heads"): 1, (0, "ffn"): 34}
     assert uniform_plan((channels,), alone, 394 / 400, 8).num_keep == {(0, "ffn"): 8}
     with pytest.raises(RecipeError, match="out of reach"):
         uniform_plan((channels,), alone, 397 / 400, 8)
@@ -204,15 +199,12 @@ def test_rounds_are_on_the_way_and_never_past_the_target(case: Case, shares: lis
         assert found.cost_after == case.prices.total - gone
 
 
-def test_what_a_share_removes_is_not_one_more_by_rounding() -> None:
+def test_shares_of_rounds_promises_and_prices_are_rounded_as_meant() -> None:
     assert 114 / 323 * 323 > 114
-    assert prices_of(323).to_remove(114 / 323) == 114
+    assert prices_of(323).to_remove(114 / 323) == 114, "not one more by rounding"
     assert [prices_of(10).to_remove(share) for share in (0.1, 0.11, 0.2, 1.0)] == [1, 2, 2, 10]
-
-
-def test_shares_of_rounds() -> None:
-    assert round_shares(4) == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-12)
-    assert round_shares(1) == [1.0]
+    assert round_shares(4) == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-12) and round_shares(1) == [1.0]
+    assert [round_down(share) for share in (0.1239, 0.5, 0.9999, -1.0)] == ["0.123", "0.500", "0.999", "0.000"]
 
 
 def profiles_of(case: Case, seed: int) -> dict:
@@ -329,24 +321,14 @@ def test_widths_fill_the_blocks_of_k_quants_where_eight_of_them_stay() -> None:
     assert default_align((group_of(0, "heads", 8192),), 0.9) == 64  # heads have no alignment
 
 
-def test_a_promise_is_rounded_down() -> None:
-    assert [round_down(share) for share in (0.1239, 0.5, 0.9999, -1.0)] == ["0.123", "0.500", "0.999", "0.000"]
-
-
-def test_more_steps_than_a_table_holds_are_rounded_up() -> None:
+def test_least_loss_counts_in_coarser_steps_where_it_must_and_takes_the_first_of_equals() -> None:
     # Coprime removals of 50,001 in all: the table counts in twos, down, and the target still is met.
     removals, losses = [[0, 25_000], [0, 25_001]], [[0.0, 1.0], [0.0, 2.0]]
     assert least_loss(removals, losses, 0) == [0, 0]
     assert least_loss(removals, losses, 25_000) == [1, 0]
     assert least_loss(removals, losses, 25_001) == least_loss(removals, losses, 25_002) == [1, 1]
-
-
-def test_a_common_factor_of_all_removals_keeps_the_table_small_and_exact() -> None:
-    removals = [[0, 7 * 1_000_003], [0, 7 * 1_000_003]]
-    assert least_loss(removals, [[0.0, 1.0], [0.0, 2.0]], 7 * 1_000_003) == [1, 0]
-
-
-def test_of_equal_losses_the_first_option_is_taken() -> None:
+    # A common factor of all removals keeps the table small and exact.
+    assert least_loss([[0, 7 * 1_000_003], [0, 7 * 1_000_003]], losses, 7 * 1_000_003) == [1, 0]
     assert least_loss([[0, 5, 5]], [[0.0, 1.0, 1.0]], 5) == [1]
     assert least_loss([[0, 5], [0, 5]], [[0.0, 1.0], [0.0, 1.0]], 5) == [1, 0]
 

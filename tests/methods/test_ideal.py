@@ -30,15 +30,12 @@ NORMS = 3 * 2 * 48 + 48
 HEAD = 320 * 48
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_decode_bytes_counted_by_hand(tied):
+def test_decode_bytes_counted_by_hand():
     # Untied, the embedding is not read but for one row; tied, it is read once, as the head.
     cache = (10 + 4 / 2) * 2 * 3 * 24 * 4
     expected = 4 * (LINEARS + NORMS + HEAD) / 2 + 4 * 48 + cache
-    assert decode_bytes_per_token(tiny_llama(tied=tied), Workload(2, prompt_tokens=10, new_tokens=4)) == expected
-
-
-def test_decode_bytes_count_biases_and_the_dtype():
+    for tied in (False, True):
+        assert decode_bytes_per_token(tiny_llama(tied=tied), Workload(2, prompt_tokens=10, new_tokens=4)) == expected
     biases = 3 * (48 + 24 + 24)
     workload = Workload(1, prompt_tokens=8, new_tokens=2)
     expected = 2 * (LINEARS + NORMS + biases + HEAD) + 2 * 48 + 9 * 2 * 3 * 24 * 2
@@ -56,21 +53,15 @@ def test_prefill_operations_equal_those_torch_counts():
     assert counted == pytest.approx(prefill_flops_per_token(model, num_tokens), rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cache_bytes_counted_by_hand(dtype):
-    assert kv_cache_bytes_per_token(tiny_llama().to(dtype)) == 2 * 3 * 24 * dtype.itemsize
-
-
-@pytest.mark.parametrize(
-    ("name", "num_states"),
-    [
-        ("qwen3_5", 2 * 2 * 16),  # one of three layers attends
-        ("deepseek_v2", 3 * (16 + 8)),  # a latent for keys and values together, and the rotated part of keys
-        ("falcon-new", 3 * 2 * 4 * 12),  # heads share keys and values, which the cache repeats
-    ],
-)
-def test_cache_bytes_of_layers_that_keep_something_else(name, num_states):
-    assert kv_cache_bytes_per_token(tiny_family(name)) == 4 * num_states
+def test_cache_bytes_counted_by_hand():
+    for dtype in (torch.float32, torch.float16):
+        assert kv_cache_bytes_per_token(tiny_llama().to(dtype)) == 2 * 3 * 24 * dtype.itemsize
+    # One of three layers attends.
+    assert kv_cache_bytes_per_token(tiny_family("qwen3_5")) == 4 * 2 * 2 * 16
+    # A latent for keys and values together, and the rotated part of keys.
+    assert kv_cache_bytes_per_token(tiny_family("deepseek_v2")) == 4 * 3 * (16 + 8)
+    # Heads share keys and values, which the cache repeats.
+    assert kv_cache_bytes_per_token(tiny_family("falcon-new")) == 4 * 3 * 2 * 4 * 12
 
 
 def recurrent(**sizes: Any) -> Any:

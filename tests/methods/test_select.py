@@ -106,27 +106,15 @@ def test_scores_are_their_formulae_over_weighted_domains(case: Reader, weighting
     np.testing.assert_allclose(SCORES["obs"].function(inputs).numpy(), errors, atol=SCORE * whole, rtol=SCORE)
 
 
-@pytest.mark.parametrize(
-    ("num_columns", "width", "expected"),
-    [
-        (112, 1, 32),  # at least 32 columns
-        (112, 5, 6),
-        (1536, 1, 32),
-        (18944, 1, 394),  # a 48th of the columns
-        (18944, 128, 3),
-        (112, 48, 1),  # a unit wider than that goes alone
-    ],
-)
-def test_so_many_units_go_at_once(num_columns: int, width: int, expected: int) -> None:
-    assert units_at_once(num_columns, width) == expected
+def test_a_48th_of_the_columns_goes_at_once_but_at_least_32_and_a_wider_unit_alone() -> None:
+    at_once = {(112, 1): 32, (112, 5): 6, (1536, 1): 32, (18944, 1): 394, (18944, 128): 3, (112, 48): 1}
+    assert {sizes: units_at_once(*sizes) for sizes in at_once} == at_once
 
 
 def heads_of(model) -> Group:
     """Layer 0's KV groups with their two query heads: three writers, wide units."""
-    writers = tuple(
-        Rows(f"self_attn.{name}.weight", 0, (12 * rows,))
-        for name, rows in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1))
-    )
+    rows = {"q_proj": 24, "k_proj": 12, "v_proj": 12}
+    writers = tuple(Rows(f"self_attn.{name}.weight", 0, (count,)) for name, count in rows.items())
     return Group("kv_heads", "heads", "head", Linears(writers, Rows("self_attn.o_proj.weight", 1, (24,))), 0, 2, 1)
 
 
@@ -134,27 +122,22 @@ def heads_of(model) -> Group:
 def test_a_groups_scores_count_the_rows_of_every_writer() -> None:
     model = tiny_qwen2(num_layers=1)
     layer, group, arch = model.model.layers[0], heads_of(model), bind(model)
-    found = unit_scores(layer, group, Statistics.empty(48, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
-    attention = layer.self_attn
+
+    def scores(of: Group, size: int) -> torch.Tensor:
+        return unit_scores(layer, of, Statistics.empty(size, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
+
+    found, attention = scores(group, 48), layer.self_attn
     for unit in range(2):
-        parts = (
-            attention.q_proj.weight[24 * unit : 24 * unit + 24],
-            attention.k_proj.weight[12 * unit : 12 * unit + 12],
-            attention.v_proj.weight[12 * unit : 12 * unit + 12],
-            attention.o_proj.weight[:, 24 * unit : 24 * unit + 24],
-        )
+        parts = [attention.q_proj.weight[24 * unit : 24 * unit + 24], attention.o_proj.weight[:, 24 * unit :][:, :24]]
+        parts += [each.weight[12 * unit : 12 * unit + 12] for each in (attention.k_proj, attention.v_proj)]
         assert float(found[unit]) == pytest.approx(sum(float(part.square().sum()) for part in parts) ** 0.5, rel=1e-5)
-    (ffn,) = (each for each in arch.groups if each.name == "ffn")
-    found = unit_scores(layer, ffn, Statistics.empty(112, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
-    mlp = layer.mlp
-    squares = (
-        mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1) + mlp.down_proj.weight.square().sum(0)
-    )
-    torch.testing.assert_close(found, squares.sqrt())
+    (ffn,), mlp = (each for each in arch.groups if each.name == "ffn"), layer.mlp
+    squares = sum(each.weight.square().sum(1) for each in (mlp.gate_proj, mlp.up_proj))
+    squares += mlp.down_proj.weight.square().sum(0)
+    torch.testing.assert_close(scores(ffn, 112), squares.sqrt())
     # In a later round the layer has less units than the group began with.
     cut(layer, ffn, torch.arange(40))
-    found = unit_scores(layer, ffn, Statistics.empty(40, torch.device("cpu"), gram=False), "magnitude", 1e-3, 0)
-    torch.testing.assert_close(found, squares.sqrt()[:40])
+    torch.testing.assert_close(scores(ffn, 40), squares.sqrt()[:40])
 
 
 def task_of(num_keep: int, seed: int = 0, **changes) -> tuple[Task, Statistics]:
@@ -203,13 +186,9 @@ def test_a_batch_of_wide_units_has_no_more_columns() -> None:
 
 
 @torch.no_grad()
-def test_each_seed_draws_its_own_units() -> None:
+def test_each_seed_draws_its_own_units_and_where_none_goes_no_score_is_needed() -> None:
     first, again, other = (select(*task_of(60, seed=seed, score="random")) for seed in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-@torch.no_grad()
-def test_all_units_stay_without_a_score() -> None:
     assert select(*task_of(112)).tolist() == list(range(112))
     for score in ("obs", "wanda"):
         assert len(select(*task_of(111, score=score))) == 111

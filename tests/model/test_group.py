@@ -91,7 +91,15 @@ def test_a_module_that_counts_its_units_counts_those_left():
             assert model(tiny_ids(), use_cache=False).logits.isfinite().all()
 
 
-def test_units_keep_their_first_names_through_rounds():
+def group_that(**limits: Any) -> Group:
+    rows = Rows("down.weight", 1, (1,))
+    return Group("ffn", "channels", "channel", Linears((rows,), rows), 0, 12, 1, **limits)
+
+
+def test_counts_are_those_that_a_config_can_state_and_units_keep_their_first_names_through_rounds():
+    assert [count for count in range(1, 13) if group_that(at_least=6, multiple_of=3).allows(count)] == [6, 9, 12]
+    assert [count for count in range(1, 13) if group_that(divides=(4, 48)).allows(count)] == [1, 2, 3, 4, 6, 12]
+    assert all(group_that().allows(count) for count in range(1, 13))
     first, second = torch.tensor([1, 3, 4, 8]), torch.tensor([0, 2])
     assert original_units(first, second).tolist() == [1, 4]
     by_expert = original_units(first, torch.tensor([[0, 2], [1, 3]]))
@@ -99,34 +107,18 @@ def test_units_keep_their_first_names_through_rounds():
     assert original_units(by_expert, torch.tensor([[1], [0]])).tolist() == [[4], [3]]
 
 
-def group_that(**limits: Any) -> Group:
-    rows = Rows("down.weight", 1, (1,))
-    return Group("ffn", "channels", "channel", Linears((rows,), rows), 0, 12, 1, **limits)
-
-
-def test_counts_that_a_config_cannot_state_or_a_model_cannot_run():
-    assert [count for count in range(1, 13) if group_that(at_least=6, multiple_of=3).allows(count)] == [6, 9, 12]
-    assert [count for count in range(1, 13) if group_that(divides=(4, 48)).allows(count)] == [1, 2, 3, 4, 6, 12]
-    assert all(group_that().allows(count) for count in range(1, 13))
-
-
-@pytest.mark.parametrize(
-    ("config", "num_chosen", "at_least"),
-    [
-        ({}, 2, 2),  # as many as each token gets
-        ({"n_group": 3, "topk_group": 2}, 2, 6),  # three groups with the two experts that rank each
-        ({"n_group": 3, "topk_group": 2}, 5, 9),  # ceil(5 / 2) in each
-        ({"n_group": 3, "topk_group": 2}, 4, 6),
-        ({"n_group": 1, "topk_group": 1}, 2, 2),
-        ({"n_group": None}, 2, 2),
-    ],
-)
-def test_as_many_experts_stay_as_the_router_needs(config, num_chosen, at_least):
+def test_as_many_experts_stay_as_the_router_needs():
     stacks = Stacks("up_proj", (1,), transposed=False)
-    offer = Group("experts", "experts", "expert", Experts(Rows("mlp.down_proj", 0, (1,)), stacks), at_least=num_chosen)
-    found = _by_router(offer, SimpleNamespace(**config))
-    num_groups = config.get("n_group") or 1
-    assert (found.experts.num_groups, found.multiple_of, found.at_least) == (num_groups, num_groups, at_least)
+    experts = Experts(Rows("mlp.down_proj", 0, (1,)), stacks)
+    two_of_three = {"n_group": 3, "topk_group": 2}
+    needed = [({}, 2, 2), ({"n_group": 1, "topk_group": 1}, 2, 2), ({"n_group": None}, 2, 2)]  # as many as a token gets
+    # Three groups with the two experts that rank each; ceil(5 / 2) in each.
+    needed += [(two_of_three, 2, 6), (two_of_three, 5, 9), (two_of_three, 4, 6)]
+    for config, num_chosen, at_least in needed:
+        offer = Group("experts", "experts", "expert", experts, at_least=num_chosen)
+        found = _by_router(offer, SimpleNamespace(**config))
+        num_groups = config.get("n_group") or 1
+        assert (found.experts.num_groups, found.multiple_of, found.at_least) == (num_groups, num_groups, at_least)
 
 
 def test_a_config_that_named_code_of_its_own_names_none_once_widths_differ():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from damage import edit_json
-from models import tiny_llama
+from models import saved, tiny_llama
 from shown import assert_shown
 
 from secateur.errors import CheckpointError
@@ -15,25 +15,12 @@ from secateur.facts import Ancestor
 from secateur.model.checkpoint import open_checkpoint
 from secateur.model.identity import check_dense, identity, in_memory, is_result, lineage
 
-CARD = """---
-license: {license}
-license_name: tiny
-license_link: {link}
-language: {language}
----
-# A model
-"""
+CARD = "---\nlicense: {license}\nlicense_name: tiny\nlicense_link: {link}\nlanguage: {language}\n---\n# A model\n"
 
 
 @pytest.fixture
 def dense(checkpoints, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoints["llama"], tmp_path / "dense"))
-
-
-@pytest.fixture
-def other(tmp_path) -> Path:
-    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
 
 
 def made_from(dense: Path, out: Path, *earlier: Ancestor) -> Path:
@@ -49,16 +36,11 @@ def check(pruned: Path, dense: Path, *, other: bool = False) -> tuple[str, ...]:
     return check_dense(open_checkpoint(pruned), open_checkpoint(dense), "--against", other=other)
 
 
-def test_the_same_files_elsewhere_are_the_same_model(dense, tmp_path):
-    before = identity(open_checkpoint(dense))
+def test_the_same_files_elsewhere_are_the_same_model_and_another_weight_or_setting_is_another(dense, tmp_path):
+    before, config = identity(open_checkpoint(dense)), (dense / "config.json").read_text()
     moved = Path(shutil.copytree(dense, tmp_path / "moved"))
     edit_json(moved / "config.json", transformers_version="9.9", _name_or_path="/elsewhere")
     assert identity(open_checkpoint(moved)) == before
-
-
-def test_another_weight_or_setting_is_another_model(dense):
-    before = identity(open_checkpoint(dense))
-    config = (dense / "config.json").read_text()
     (dense / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert identity(open_checkpoint(dense)) != before
     (dense / "config.json").write_text(config)
@@ -104,14 +86,11 @@ def test_licence_and_languages_are_those_of_the_card(dense, tmp_path):
     assert of_card(dense)[0] is None, "a link out is not read"
 
 
-def test_the_model_that_was_pruned_and_its_ancestors_are_dense(dense, other, tmp_path):
-    original = lineage(open_checkpoint(other), 2000)
-    pruned = made_from(dense, tmp_path / "pruned", *original)
-    assert check(pruned, dense) == check(pruned, other) == ()
-    assert [each.name for each in lineage(open_checkpoint(pruned), 500)] == ["other", "dense", "pruned"]
-
-
-def test_what_is_said_of_models_that_are_not_the_dense_one(dense, other, tmp_path):
+def test_what_is_said_of_models_that_are_not_the_dense_one_and_the_pruned_ones_ancestors_are_dense(dense, tmp_path):
+    other = saved(tmp_path / "other", tiny_llama(seed=1))
+    grandchild = made_from(dense, tmp_path / "grandchild", *lineage(open_checkpoint(other), 2000))
+    assert check(grandchild, dense) == check(grandchild, other) == check(other, dense) == ()
+    assert [each.name for each in lineage(open_checkpoint(grandchild), 500)] == ["other", "dense", "grandchild"]
     pruned = made_from(dense, tmp_path / "pruned")
     from_memory = made_from(dense, tmp_path / "of memory")
     lines = [asdict(each) for each in in_memory("tiny", 7)]
@@ -124,21 +103,23 @@ def test_what_is_said_of_models_that_are_not_the_dense_one(dense, other, tmp_pat
                 said[about] = f"notes: {check(first, second, other=meant)}"
             except CheckpointError as error:
                 said[about] = f"refused: {error}"
-    assert check(other, dense) == ()
     text = "\n".join(f"{about}\n    {sentence}" for about, sentence in said.items()).replace(str(tmp_path), "PLACE")
     for name, model in (("OTHER", other), ("DENSE", dense), ("PRUNED", pruned)):
         text = text.replace(identity(open_checkpoint(model))[:12], f"FINGERPRINT OF {name}")
     assert_shown("model/not-dense", text)
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [(None, False), ('{"acc": 0.3}', False), ("[1]", False), ('{"dense_size": 1}', True), ("{", True)],
-)
-def test_a_result_is_one_of_ours(text, found, dense):
-    if text is not None:
-        (dense / "result.json").write_text(text)
-    assert is_result(dense) is found
-    if found:
-        with pytest.raises(CheckpointError, match=r"result.json: "):
-            lineage(open_checkpoint(dense), 7)
+def test_a_result_is_one_of_ours(dense):
+    for text, found in (
+        (None, False),
+        ('{"acc": 0.3}', False),
+        ("[1]", False),
+        ('{"dense_size": 1}', True),
+        ("{", True),
+    ):
+        if text is not None:
+            (dense / "result.json").write_text(text)
+        assert is_result(dense) is found
+        if found:
+            with pytest.raises(CheckpointError, match=r"result.json: "):
+                lineage(open_checkpoint(dense), 7)

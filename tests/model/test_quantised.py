@@ -1,6 +1,8 @@
 """Quantised checkpoints: what is read equals what transformers or compressed-tensors make of the same files."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +30,8 @@ from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, 
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"head_dim": 32}
 Replace = Callable[[str, Tensor], dict[str, Tensor]]
 
 
@@ -116,6 +113,8 @@ def gpt_oss() -> Any:
     return tiny_family("gpt_oss", hidden_size=64, intermediate_size=64)
 
 
+PRESETS = [("FP8", "tensor"), ("FP8_DYNAMIC", "channel"), ("INT8", "channel")]
+PRESETS += [(preset, None) for preset in ("W8A16", "W4A16", "W4A16_ASYM", "NVFP4A16")]
 FORMS: dict[str, tuple[Callable[[Path], Path], Any]] = {
     "fp8 in blocks": (lambda path: fp8(path, llama()), FineGrainedFP8Config(dequantize=True)),
     "fp8 in blocks, experts": (lambda path: fp8(path, experts()), FineGrainedFP8Config(dequantize=True)),
@@ -125,27 +124,23 @@ FORMS: dict[str, tuple[Callable[[Path], Path], Any]] = {
         lambda path, preset=preset, strategy=strategy: compressed(path, llama(), preset, strategy),
         CompressedTensorsConfig(dequantize=True),
     )
-    for preset, strategy in (
-        ("FP8", "tensor"),
-        ("FP8_DYNAMIC", "channel"),
-        ("INT8", "channel"),
-        ("W8A16", None),
-        ("W4A16", None),
-        ("W4A16_ASYM", None),
-        ("NVFP4A16", None),
-    )
+    for preset, strategy in PRESETS
 }
+
+
+def weights_of(directory: Path) -> dict[str, Tensor]:
+    return load_model(open_checkpoint(directory)).state_dict()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_what_transformers_makes_of_it(form: str, tmp_path: Path) -> None:
-    write, dequantise = FORMS[form]
+    write, how = FORMS[form]
     directory = write(tmp_path / "model")
     with quiet_transformers():
         theirs = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, quantization_config=dequantise
+            directory, dtype=torch.bfloat16, quantization_config=how
         ).state_dict()
-    ours = load_model(open_checkpoint(directory)).state_dict()
+    ours = weights_of(directory)
     assert ours.keys() == theirs.keys()
     assert all(each.dtype == torch.bfloat16 and torch.equal(each, theirs[name]) for name, each in ours.items())
 
@@ -163,7 +158,7 @@ def test_fp8_with_blocks_that_do_not_divide_a_weight(tmp_path: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     scales = {name.removesuffix("_scale_inv"): each.shape for name, each in tensors.items() if name.endswith("_inv")}
     assert {(2, 1), (1, 2)} <= set(scales.values())
-    ours = load_model(open_checkpoint(directory)).state_dict()
+    ours = weights_of(directory)
     targets = [name.removesuffix(".weight") for name in scales]
     theirs = FP8BlockDequantizer(targets=targets).process(tensors)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[each], theirs[each]) for each in ours)
@@ -183,8 +178,7 @@ def awq(directory: Path, model: Any) -> Path:
         module, seed = name.removesuffix(".weight"), len(name)
         scales = torch.rand(inputs // 32, outputs, generator=torch.Generator().manual_seed(seed)).half() / 64
         packed = {
-            "qweight": integers((inputs, outputs // 8), seed),
-            "qzeros": integers((inputs // 32, outputs // 8), seed),
+            name: integers((size, outputs // 8), seed) for name, size in (("qweight", inputs), ("qzeros", inputs // 32))
         }
         return {f"{module}.{part}": each for part, each in (packed | {"scales": scales}).items()}
 
@@ -193,7 +187,7 @@ def awq(directory: Path, model: Any) -> Path:
 
 def test_awq_equals_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
     directory = awq(tmp_path / "model", llama())
-    ours = load_model(open_checkpoint(directory)).state_dict()
+    ours = weights_of(directory)
     converter = AutoAWQConverter.from_autoawq_config(AWQ)
     parts = converter.process(load_file(directory / "model.safetensors"))
     (scheme,) = converter._build_quant_config().config_groups.values()
@@ -224,24 +218,9 @@ def gptq(directory: Path, model: Any, version: str, in_order: bool, bits: int, e
         parts = {"qweight": qweight.to(torch.int32), "qzeros": qzeros.to(torch.int32), "scales": scales}
         return {f"{name.removesuffix('weight')}{part}": each for part, each in (parts | {"g_idx": group.int()}).items()}
 
-    said = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": 32,
-        "desc_act": not in_order,
-        "checkpoint_format": version,
-    }
+    said = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": not in_order}
+    said |= {"checkpoint_format": version}
     return written(directory, model, said, replace)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("in_order", [True, False])
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_gptq_is_read_by_the_formats_definition(version: str, in_order: bool, bits: int, tmp_path: Path) -> None:
-    expected: dict[str, Tensor] = {}
-    directory = gptq(tmp_path / "model", llama(num_layers=1), version, in_order, bits, expected)
-    ours = load_model(open_checkpoint(directory)).state_dict()
-    assert len(expected) == 7 and all(torch.equal(ours[name], each) for name, each in expected.items())
 
 
 def modelopt(directory: Path, model: Any, preset: str, expected: dict[str, Tensor]) -> Path:
@@ -263,22 +242,23 @@ def modelopt(directory: Path, model: Any, preset: str, expected: dict[str, Tenso
     return written(directory, model, {"quant_method": "modelopt", "quant_algo": preset}, replace)
 
 
-@pytest.mark.parametrize("preset", ["NVFP4", "FP8"])
-def test_modelopt_equals_compressed_tensors_of_the_same_numbers(preset: str, tmp_path: Path) -> None:
+DEFINED = {
+    f"{version}, {bits} bits{', in order' * in_order}": partial(gptq, version=version, in_order=in_order, bits=bits)
+    for version, in_order, bits in product(("gptq", "gptq_v2"), (True, False), (2, 4, 8))
+} | {preset: partial(modelopt, preset=preset) for preset in ("NVFP4", "FP8")}
+
+
+@pytest.mark.parametrize("form", DEFINED)
+def test_gptq_and_modelopt_are_read_by_their_formats_definitions(form: str, tmp_path: Path) -> None:
     expected: dict[str, Tensor] = {}
-    directory = modelopt(tmp_path / "model", llama(num_layers=1), preset, expected)
-    ours = load_model(open_checkpoint(directory)).state_dict()
+    ours = weights_of(DEFINED[form](tmp_path / "model", llama(num_layers=1), expected=expected))
     assert len(expected) == 7 and all(torch.equal(ours[name], each) for name, each in expected.items())
 
 
-UNREAD: list[dict[str, Any]] = [
-    {"quant_method": "bitsandbytes"},
-    {"quant_method": "hqq"},
-    {"quant_method": "awq", "bits": 4, "version": "gemv"},
-    {"quant_method": "gptq", "bits": 3},
-    {"quant_method": "gptq", "bits": 1},
-    {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},
-]
+UNREAD: list[dict[str, Any]] = [{"quant_method": method} for method in ("bitsandbytes", "hqq")]
+UNREAD += [{"quant_method": "awq", "bits": 4, "version": "gemv"}]
+UNREAD += [{"quant_method": "gptq", "bits": 3}, {"quant_method": "gptq", "bits": 1}]
+UNREAD += [{"quant_method": "compressed-tensors", "transform_config": {"a": 1}}]
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
@@ -317,15 +297,12 @@ def mxfp8(directory: Path, model: Any) -> Path:
     return written(directory, model, {"quant_method": "mxfp8", "weight_block_size": [1, 32]}, replace)
 
 
-RUN = {form: FORMS[form][0] for form in ("fp8 in blocks, experts", "mxfp4")} | {
-    "mxfp8": lambda path: mxfp8(path, llama())
-}
+RUN = {form: FORMS[form][0] for form in ("fp8 in blocks, experts", "mxfp4")}
+RUN |= {"mxfp8": lambda path: mxfp8(path, llama())}
 
 
 @pytest.mark.parametrize("form", RUN)
-def test_a_run_writes_bfloat16_that_loads_without_a_quantiser(
-    form: str, recipe: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_run_writes_bfloat16_that_loads_without_a_quantiser(form, recipe, tmp_path) -> None:
     directory = RUN[form](tmp_path / "model")
     experts = form in ("fp8 in blocks, experts", "mxfp4")
     share = {"share": 0.15} | ({"groups": ["experts"]} if experts else {})

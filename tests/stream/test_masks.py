@@ -94,10 +94,8 @@ def patch(model: Any, own: list[Batch]) -> list[Tensor]:
 def narrow(model: Any, own: list[Batch]) -> list[Tensor]:
     arch = bind(model)
     readers = narrow_readers(model, arch, own, [{0: 0.5, 2: 0.5}], 0.01)
-    return [
-        *readers[0].values(),
-        torch.tensor(narrow_kl(model, arch, [b for b in own if not b.held_out], readers, SHARES)),
-    ]
+    kl = narrow_kl(model, arch, [batch for batch in own if not batch.held_out], readers, SHARES)
+    return [*readers[0].values(), torch.tensor(kl)]
 
 
 def probe(model: Any, own: list[Batch]) -> list[Tensor]:
@@ -107,25 +105,20 @@ def probe(model: Any, own: list[Batch]) -> list[Tensor]:
     return [torch.tensor(list(found.kl().values()))]
 
 
-def experts(_: Any, own: list[Batch]) -> list[Tensor]:
-    return pruned_experts(prune_experts, "experts", 2, own)
+def experts(prune: Callable[[Task], Any], name: str, num_keep: int) -> Callable[[Any, list[Batch]], list[Tensor]]:
+    def found(_: Any, own: list[Batch]) -> list[Tensor]:
+        model = tiny_family("mixtral")
+        arch = bind(model)
+        task = Task(Walk(model, arch, own), arch.select((name,))[0], num_keep, method_of(Recipe()), SHARES, 0)
+        keep, line = prune(task)
+        return [keep, torch.tensor(list(line["error_after"].values())), *model.model.layers[0].parameters()]
+
+    return found
 
 
-def expert_channels(_: Any, own: list[Batch]) -> list[Tensor]:
-    return pruned_experts(prune_expert_channels, "expert_ffn", 64, own)
-
-
-def pruned_experts(prune: Callable[[Task], Any], name: str, num_keep: int, own: list[Batch]) -> list[Tensor]:
-    model = tiny_family("mixtral")
-    arch = bind(model)
-    task = Task(Walk(model, arch, own), arch.select((name,))[0], num_keep, method_of(Recipe()), SHARES, 0)
-    keep, line = prune(task)
-    return [keep, torch.tensor(list(line["error_after"].values())), *model.model.layers[0].parameters()]
-
-
-MEASURES: dict[str, Callable[[Any, list[Batch]], list[Tensor]]] = {
-    each.__name__: each for each in (sums, losses, verdicts, layers, patch, narrow, probe, experts, expert_channels)
-}
+MEASURES = {each.__name__: each for each in (sums, losses, verdicts, layers, patch, narrow, probe)}
+MEASURES |= {"experts": experts(prune_experts, "experts", 2)}
+MEASURES |= {"expert_channels": experts(prune_expert_channels, "expert_ffn", 64)}
 
 
 @pytest.mark.parametrize("name", MEASURES)

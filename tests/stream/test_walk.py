@@ -106,15 +106,12 @@ def test_a_hidden_state_passes_without_moving_a_stream() -> None:
     ("num_blocks", "batch_tokens", "sizes"),
     [(5, 48, [2, 2, 1]), (5, 47, [1] * 5), (2, 5, [1, 1]), (3, None, [3]), (25, None, [21, 4])],
 )
-def test_batches_hold_all_blocks_in_order(num_blocks: int, batch_tokens: int | None, sizes: list[int]) -> None:
+def test_batches_hold_all_blocks_in_order_and_other_devices_get_larger_ones(num_blocks, batch_tokens, sizes) -> None:
     ids_NT = tiny_ids(batch=num_blocks, length=24)
     found = make_batches("mine", ids_NT, held_out=True, batch_tokens=batch_tokens)
     assert [len(batch.ids_BT) for batch in found] == sizes
     assert torch.equal(torch.cat([batch.ids_BT for batch in found]), ids_NT)
     assert [batch.first_block for batch in found] == [sum(sizes[:place]) for place in range(len(sizes))]
     assert {(batch.domain, batch.held_out) for batch in found} == {("mine", True)}
-
-
-def test_other_devices_get_larger_batches() -> None:
     ids_NT = torch.empty(600, 32, dtype=torch.int64, device="meta")
     assert [len(batch.ids_BT) for batch in make_batches("mine", ids_NT, held_out=False)] == [256, 256, 88]
