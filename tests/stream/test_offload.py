@@ -1,13 +1,11 @@
-"""Layers that compute in float32 one at a time, layers on disk, weights brought to a device and back, and threads.
+"""Layers that compute in float32 one at a time, layers on disk, and weights brought to a device and back.
 
-The device is the processor, and what moves is the dtype; `device_checks` has a device of its own."""
+The device is the processor, and what moves is the dtype; `test_device` has a device of its own.
+"""
 
-import os
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +13,10 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_ids, tiny_llama
-from recipes import grouped
-from stops import lines_of
 from torch import Tensor, nn
-from warm import WarmProcesses
 
-import secateur
-from secateur.cli import give_way
 from secateur.model.bind import bind, decoder_layers
 from secateur.model.group import cut
-from secateur.stream import device
 from secateur.stream import device as product
 from secateur.stream.device import (
     LayersOnDevice,
@@ -32,7 +24,6 @@ from secateur.stream.device import (
     Placement,
     bring,
     embeddings_on_disk,
-    fastest_threads,
     fetch,
     float64_device,
     forget_weights,
@@ -44,7 +35,6 @@ from secateur.stream.device import (
     peak_bytes_on,
     raised,
     settle,
-    threads_kept,
 )
 
 CPU = torch.device("cpu")
@@ -154,7 +144,9 @@ def test_nothing_of_a_layer_before_its_cut_is_left_in_memory(layers: list[nn.Mod
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "anew"])
-def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(owner, layers, how: str) -> None:
+def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(
+    owner: LayersOnDevice, layers: list[nn.Module], how: str
+) -> None:
     layers[0](X)  # prefetches the next
     assert owner.prefetched is not None and owner.prefetched[0] == 1
     owner.prefetched[1].result()
@@ -172,7 +164,9 @@ def test_a_layer_that_changed_after_it_was_prefetched_is_copied_again(owner, lay
     assert values(weights(layers)[1]) == {2}
 
 
-def test_what_is_prefetched_is_used_and_the_last_layer_prefetches_nothing(owner, layers) -> None:
+def test_what_is_prefetched_is_used_and_the_last_layer_prefetches_nothing(
+    owner: LayersOnDevice, layers: list[nn.Module]
+) -> None:
     fetch(layers[1])
     assert owner.prefetched is not None
     copies = owner.prefetched[1].result()
@@ -180,17 +174,18 @@ def test_what_is_prefetched_is_used_and_the_last_layer_prefetches_nothing(owner,
     assert weights(layers)[2] is copies[layers[2].linear, "weight"].device and owner.prefetched is None
 
 
-def test_a_replaced_forward_needs_no_weights_and_without_float32_layers_keep_their_dtype(layers) -> None:
-    for in_float32 in (True, False):
-        hosts, owner = weights(layers), LayersOnDevice(layers, CPU, in_float32=in_float32)
-        if in_float32:
-            layers[0].forward = lambda x: x
-            layers[0](X)
-            assert weights(layers)[0].dtype == torch.bfloat16
-        else:
-            fetch(layers[0])
-        assert weights(layers)[0] is hosts[0]
-        owner.end()
+@pytest.mark.usefixtures("owner")
+def test_a_replaced_forward_needs_no_weights(layers: list[nn.Module]) -> None:
+    layers[0].forward = lambda x: x  # type: ignore[method-assign]
+    layers[0](X)
+    assert weights(layers)[0].dtype == torch.bfloat16
+
+
+def test_without_float32_layers_keep_their_dtype(layers: list[nn.Module]) -> None:
+    hosts, owner = weights(layers), LayersOnDevice(layers, CPU)
+    fetch(layers[0])
+    assert weights(layers)[0] is hosts[0]
+    owner.end()
 
 
 def test_a_model_is_placed_in_float32_and_returns_bit_for_bit() -> None:
@@ -238,25 +233,17 @@ def test_bringing_keeps_ties_and_leaves_out_what_it_is_told_to() -> None:
     assert root["a"].weight is same
 
 
-def test_parameters_made_in_inference_mode_can_be_changed_and_forgotten_ones_take_no_memory() -> None:
+def test_parameters_made_in_inference_mode_can_be_changed() -> None:
     with torch.inference_mode():
         made = parameter_on(CPU, nn.Parameter(torch.ones(2), requires_grad=False), torch.float64)
     made.add_(1)
     assert made.tolist() == [2, 2] and made.dtype == torch.float64 and not made.requires_grad
     assert parameter_on(CPU, nn.Parameter(torch.ones(2)), None).requires_grad
-    layer = nn.Linear(3, 3)
-    forget_weights(layer)
-    assert [p.numel() for p in layer.parameters()] == [0, 0]
 
 
 def test_half_precision_is_raised_where_it_is_multiplied_in_software(monkeypatch: pytest.MonkeyPatch) -> None:
     low, high = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
     assert {raised(dtype) for dtype in low} == {torch.float32} and all(raised(dtype) == dtype for dtype in high)
-    # AVX-512 alone multiplies bfloat16 in software.
-    for has, in_software in (("avx512", True), ("avx512 avx512_bf16", False), ("avx512 amx_tile", False)):
-        for name in ("avx512", "avx512_bf16", "amx_tile"):
-            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", partial(bool, name in has.split()))
-        assert multiplies_in_software(CPU, torch.bfloat16) is in_software
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert multiplies_in_software(CPU, torch.bfloat16) and multiplies_in_software(CPU, torch.float16)
@@ -267,6 +254,18 @@ def test_half_precision_is_raised_where_it_is_multiplied_in_software(monkeypatch
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     operator = torch.ops.mkldnn._is_mkldnn_bf16_supported
     assert multiplies_in_software(CPU, torch.bfloat16) is not operator()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "in_software"),
+    [({"avx512"}, True), ({"avx512", "avx512_bf16"}, False), ({"avx512", "amx_tile"}, False)],
+)
+def test_avx512_alone_multiplies_bfloat16_in_software(
+    instructions: set[str], in_software: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("avx512", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+    assert multiplies_in_software(CPU, torch.bfloat16) is in_software
 
 
 def test_a_part_of_the_free_memory_is_for_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,66 +348,7 @@ def test_saving_a_layer_again_leaves_what_is_mapped(tmp_path: Path) -> None:
     assert torch.equal(layer.mlp.up_proj.weight, 2 * before)
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    with threads_kept():
-        yield
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (lambda count, _: {4: 1.0, 2: 1.9, 1: 3.6}[count], 4),
-        (lambda count, _: {4: 2.0, 2: 1.5, 1: 1.4}[count], 1),
-        (lambda count, _: {4: 2.0, 2: 1.5, 1: 1.6}[count], 2),
-        (lambda count, _: {4: 1.0, 2: 1.1, 1: 0.5}[count], 1),  # half as many are hardly slower, so it looks further
-        (lambda count, _: {4: 1.0, 2: 1.5, 1: 0.5}[count], 4),  # where fewer are so much slower it does not
-        (lambda count, run: 10.0 if run in (2, 6) else 4.0 / count, 4),  # two of five timed runs of all threads
-    ],
-)
-def test_the_fastest_number_is_taken_whatever_else_takes_a_moment(seconds, expected, monkeypatch):
-    times = [0.0]
-    monkeypatch.setattr(device, "time", SimpleNamespace(perf_counter=lambda: sum(times)))
-    torch.set_num_threads(4)
-    assert fastest_threads(lambda: times.append(seconds(torch.get_num_threads(), len(times)))) == expected
-    assert torch.get_num_threads() == 4
-
-
-@pytest.mark.parametrize("said", [False, True], ids=["nothing said", "OMP_NUM_THREADS"])
-def test_a_run_has_its_own_number_unless_the_user_says_one(said, recipe, checkpoints, tmp_path, monkeypatch):
-    if not said:
-        monkeypatch.delenv("OMP_NUM_THREADS")
-    torch.set_num_threads(2)
-    monkeypatch.setattr("secateur.pruning.prepare.fastest_threads", lambda _: 1)
-    seen: list[int] = []
-
-    def note(stage: str, *_: int) -> None:
-        if stage.startswith("prune"):
-            seen.append(torch.get_num_threads())
-
-    asked = grouped({**recipe, "evaluate": False})
-    secateur.prune(checkpoints["llama"], asked, out=tmp_path / "out", progress=note)
-    assert [line["count"] for line in lines_of(tmp_path / "out", "threads")] == ([] if said else [1])
-    assert set(seen) == {2 if said else 1} and torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize(
-    ("load", "said", "expected"), [(50.0, None, "PASSIVE"), (50.0, "ACTIVE", "ACTIVE"), (5.0, None, None)]
-)
-def test_threads_sleep_where_other_programs_run(load, said, expected, monkeypatch):
-    monkeypatch.setattr("psutil.cpu_percent", lambda interval: load)
-    monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
-    if said is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    give_way()
-    assert os.environ.get("OMP_WAIT_POLICY") == expected
-
-
-def test_devices(warm: WarmProcesses) -> None:
-    """In a process of their own: torch does not forget a device that it was once told of."""
-    checks = Path(__file__).parents[1].joinpath("device_checks.py")
-    # The warning is about what is imported already.
-    options = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    done = warm.run([sys.executable, "-m", "pytest", *options, str(checks)], env=dict(os.environ))
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+def test_forgotten_weights_take_no_memory() -> None:
+    layer = nn.Linear(3, 3)
+    forget_weights(layer)
+    assert [p.numel() for p in layer.parameters()] == [0, 0]
