@@ -60,8 +60,8 @@ def test_cache_bytes_counted_by_hand():
     assert kv_cache_bytes_per_token(tiny_family("qwen3_5")) == 4 * 2 * 2 * 16
     # A latent for keys and values together, and the rotated part of keys.
     assert kv_cache_bytes_per_token(tiny_family("deepseek_v2")) == 4 * 3 * (16 + 8)
-    # Heads share keys and values, which the cache repeats.
-    assert kv_cache_bytes_per_token(tiny_family("falcon-new")) == 4 * 3 * 2 * 4 * 12
+    # Two heads share each head of keys and values, and the cache holds what is shared once.
+    assert kv_cache_bytes_per_token(tiny_family("falcon-new")) == 4 * 3 * 2 * 2 * 12
 
 
 def recurrent(**sizes: Any) -> Any:
