@@ -489,6 +489,9 @@ def main() -> None:
     test_files = options.tests or sorted(
         path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")
     )
+    for test_file in test_files:
+        if not (ROOT / test_file).is_file():
+            parser.error(f"--tests names {test_file}, which is no file here: name files that exist")
     load_heavy_packages()
 
     mutants = draw(options.count, options.seed, options.only)
